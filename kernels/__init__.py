@@ -1,0 +1,1 @@
+"""Triton kernels (``vllm_kvzip.kernels``), each with its plain-torch reference beside it."""

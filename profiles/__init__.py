@@ -1,0 +1,1 @@
+"""Head-budget profiles shipped with the package, as JSON; see README.md for the fields."""

@@ -1,0 +1,157 @@
+"""What the user asks for: one frozen model, its sources, and their precedence.
+
+Sources, first one wins, setting by setting: ``--kv-compression-config``, then
+``additional_config={"kvzip": {...}}``, then ``LLM_KVZIP_*`` variables, then the defaults. Imports
+no torch, and never reads the environment itself.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vllm_kvzip.errors import ConfigError
+
+METHOD = "kvzip"
+ENABLED_VARIABLE = "LLM_KVZIP_ENABLED"
+VARIABLE_PREFIX = "LLM_KVZIP_"
+FLAG = "--kv-compression"
+CONFIG_FLAG = "--kv-compression-config"
+
+_TRUE, _FALSE = {"1", "true", "yes", "on"}, {"", "0", "false", "no", "off"}
+
+
+class KVzipConfig(BaseModel):
+    """Every setting of the plugin, with its default.
+
+    Wording of ``repeat_prompt`` as in the KVzip paper (arXiv 2505.23416, section 3.2).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    keep_ratio: float = Field(
+        0.5, gt=0, le=1, description="KV pairs kept / all KV pairs of the compressed prefix"
+    )
+    scorer: str | None = Field(
+        None, description="what makes a KV pair important; default profile or keydiff"
+    )
+    budget: Literal["uniform", "profile", "adaptive"] | None = Field(
+        None, description="how pages are shared between heads; default profile or uniform"
+    )
+    profile: str | None = Field(
+        "auto", description="head-budget profile: a path, auto (match the model) or none"
+    )
+    min_prompt_tokens: int = Field(256, ge=0, description="prompts of fewer tokens are left alone")
+    sink_tokens: int = Field(4, ge=0, description="first tokens, kept by every head")
+    recent_tokens: int = Field(16, ge=0, description="last prompt tokens, kept by every head")
+    observation_window_tokens: int = Field(
+        32, ge=1, description="last prompt tokens whose attention scorer window uses"
+    )
+    repeat_prompt: str = Field(
+        "\n\nRepeat the previous context exactly.",
+        min_length=1,
+        description="what asks the model to repeat its context, when a profile is built",
+    )
+    seed: int = Field(0, description="seed of scorer random")
+
+
+def is_enabled(
+    flag: str | None, environ: Mapping[str, str], additional: Mapping[str, Any] | None
+) -> bool:
+    """Whether the user turned compression on, by any of the three ways.
+
+    Raises:
+        ConfigError: if ``LLM_KVZIP_ENABLED`` is neither a yes nor a no.
+    """
+    variable = environ.get(ENABLED_VARIABLE, "").strip().lower()
+    if variable not in _TRUE | _FALSE:
+        raise ConfigError(f"{ENABLED_VARIABLE}={variable!r} must be 1 (on) or 0 (off).")
+    return flag == METHOD or METHOD in (additional or {}) or variable in _TRUE
+
+
+def load_config(
+    flag_value: str | Mapping[str, Any] | None,
+    environ: Mapping[str, str],
+    additional: Mapping[str, Any] | None,
+) -> KVzipConfig:
+    """Merge all sources into one configuration.
+
+    Args:
+        flag_value: of ``--kv-compression-config``: JSON text, a path to a JSON file, or a mapping.
+        environ: the environment.
+        additional: vLLM's ``additional_config``; its ``kvzip`` entry is used.
+
+    Raises:
+        ConfigError: for anything wrong, naming setting, value and source.
+    """
+    merged: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    sources = (
+        (_from_environment(environ), VARIABLE_PREFIX + "*"),
+        (_mapping((additional or {}).get(METHOD), f"additional_config[{METHOD!r}]"), None),
+        (_from_flag(flag_value), CONFIG_FLAG),
+    )
+    for values, source in sources:
+        for key, value in values.items():
+            merged[key] = value
+            origin[key] = source or f"additional_config[{METHOD!r}]"
+            if source == VARIABLE_PREFIX + "*":
+                origin[key] = VARIABLE_PREFIX + key.upper()
+    _refuse_unknown(merged, origin)
+    try:
+        return KVzipConfig.model_validate(merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        reason = first["msg"][0].lower() + first["msg"][1:]
+        raise ConfigError(f"{origin[key]}: {key}={first['input']!r} is wrong, {reason}.") from error
+
+
+def _from_flag(value: str | Mapping[str, Any] | None) -> Mapping[str, Any]:
+    if value is None or isinstance(value, Mapping):
+        return value or {}
+    text = value.strip()
+    if not text.startswith("{"):
+        path = Path(text).expanduser()
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"{CONFIG_FLAG}: {value!r} is neither JSON nor a file that can be read "
+                f"({error.strerror})."
+            ) from error
+    try:
+        parsed = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{CONFIG_FLAG}: not valid JSON ({error}).") from error
+    return _mapping(parsed, CONFIG_FLAG)
+
+
+def _mapping(value: Any, source: str) -> Mapping[str, Any]:
+    if value is None or value is True:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f'{source} must be a JSON object such as {{"keep_ratio": 0.3}}.')
+    return value
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name.removeprefix(VARIABLE_PREFIX).lower(): value
+        for name, value in environ.items()
+        if name.startswith(VARIABLE_PREFIX) and name != ENABLED_VARIABLE
+    }
+
+
+def _refuse_unknown(merged: Mapping[str, Any], origin: Mapping[str, str]) -> None:
+    known = list(KVzipConfig.model_fields)
+    for key in merged:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "known are " + ", ".join(known) + "."
+            raise ConfigError(f"{origin[key]}: there is no setting {key}; {hint}")

@@ -1,0 +1,115 @@
+"""The values that cross rooms. Letters: L layers, H KV heads, G query group, D head dim, T tokens.
+
+``N`` is the block size in tokens, and ``nb`` the number of blocks before the boundary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class CacheGeometry:
+    """Shape of the compressed layers on one worker."""
+
+    num_layers: int
+    num_kv_heads: int
+    group_size: int
+    head_dim: int
+    block_size: int
+
+    @property
+    def pages_per_block(self) -> int:
+        """Head pages in one block: one per layer and KV head."""
+        return self.num_layers * self.num_kv_heads
+
+
+@dataclass(frozen=True)
+class PrefixPlan:
+    """What follows from a prompt's length alone; scheduler and workers derive the same.
+
+    Attributes:
+        boundary_tokens: tokens before it are compressed, tokens from it on stay dense; a multiple
+            of the block size.
+        num_prefix_blocks: blocks those tokens fill before compression.
+        num_compressed_blocks: blocks that hold what is kept.
+    """
+
+    boundary_tokens: int
+    num_prefix_blocks: int
+    num_compressed_blocks: int
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What a scorer sees of one layer.
+
+    Attributes:
+        layer, num_layers: which layer of how many.
+        keys: float32 ``[H, T, D]``, keys of the prefix after rotary embedding, T = boundary.
+        values: float32 ``[H, T, D]``.
+        observation_queries: float32 ``[W, H, G, D]``, queries of the last W prompt tokens after
+            rotary embedding, the last of them at position ``num_prompt_tokens - 1``; None unless
+            the scorer asks for them. W may be smaller than the setting when vLLM took the start of
+            the window from its prefix cache.
+        num_prompt_tokens: length of the whole prompt.
+        scale: softmax scale.
+        sink_tokens, recent_tokens: how many tokens at either end of the prompt are always kept.
+        seed: equal for equal prompts.
+    """
+
+    layer: int
+    num_layers: int
+    keys: torch.Tensor
+    values: torch.Tensor
+    observation_queries: torch.Tensor | None
+    num_prompt_tokens: int
+    scale: float
+    sink_tokens: int
+    recent_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class KeepPlan:
+    """Which KV pairs each head keeps, ragged; heads are ordered (layer, KV head).
+
+    Attributes:
+        positions: int64 ``[sum of pages * N]``, kept positions, ascending inside a head.
+        offsets: int64 ``[L * H + 1]``; head ``i`` keeps ``positions[offsets[i]:offsets[i + 1]]``.
+        pages: int64 ``[L, H]``, head pages each head keeps.
+    """
+
+    positions: torch.Tensor
+    offsets: torch.Tensor
+    pages: torch.Tensor
+
+
+@dataclass(frozen=True)
+class CompressedPrefix:
+    """Where the kept KV pairs of one request lie.
+
+    Attributes:
+        page_ids: int64 ``[sum of pages]``, ordered (layer, KV head, position).
+        pages: int64 ``[L, H]``, head pages of each head.
+    """
+
+    page_ids: torch.Tensor
+    pages: torch.Tensor
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """What one compression did.
+
+    Attributes:
+        stage_seconds: seconds by stage: ``score``, ``select`` (budgets included), ``compact``.
+        achieved_keep_ratio: kept / all KV pairs of the prefix.
+    """
+
+    stage_seconds: dict[str, float]
+    achieved_keep_ratio: float

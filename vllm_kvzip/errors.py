@@ -1,0 +1,17 @@
+"""Errors a user can meet. Each message is one sentence that says what was wrong and what to do."""
+
+
+class KVzipError(ValueError):
+    """Base of the errors below; a ``ValueError`` because each one is about a value given."""
+
+
+class ConfigError(KVzipError):
+    """A setting is wrong."""
+
+
+class ProfileError(KVzipError):
+    """A head-budget profile is missing, broken, or made for another model."""
+
+
+class UnsupportedError(KVzipError):
+    """The model, the platform or another vLLM feature in use cannot be combined with us."""

@@ -1,0 +1,172 @@
+"""The metrics in one table, and the writer that records them from any process.
+
+vLLM serves ``/metrics`` from the API server, while blocks are freed in the engine core and prompts
+are compressed in workers. Each of those processes writes its own file in prometheus-client's
+multiprocess format; the API server adds them up (``MultiProcessCollector``).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DIRECTORY_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+
+_writer_numbers = itertools.count()
+
+STAGES = ("score", "select", "compact")
+SKIP_REASONS = ("below_min_prompt_tokens", "nothing_to_free", "ended_before_decode")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One exported metric.
+
+    Attributes:
+        name: as it appears on ``/metrics``.
+        kind: counter, gauge or histogram.
+        help: what it counts, with its unit.
+        label: the label's name, if it has one.
+        label_values: every value the label takes; each is exported from the start, as zero.
+        buckets: upper bounds of a histogram.
+    """
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    label: str | None = None
+    label_values: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+REQUESTS_COMPRESSED = Metric(
+    "vllm_kvzip_requests_compressed_total",
+    "counter",
+    "Prompts whose KV cache was compressed and whose blocks went back to the pool.",
+)
+REQUESTS_SKIPPED = Metric(
+    "vllm_kvzip_requests_skipped_total",
+    "counter",
+    "Prompts that were left alone, by reason.",
+    label="reason",
+    label_values=SKIP_REASONS,
+)
+BLOCKS_FREED = Metric(
+    "vllm_kvzip_blocks_freed_total",
+    "counter",
+    "KV cache blocks compression returned to the pool, net of those that hold what is kept.",
+)
+TOKENS_EVICTED = Metric(
+    "vllm_kvzip_tokens_evicted_total",
+    "counter",
+    "Evicted tokens: KV pairs dropped, averaged over layers and KV heads.",
+)
+KV_BYTES_SAVED = Metric(
+    "vllm_kvzip_kv_bytes_saved",
+    "gauge",
+    "Bytes of KV cache that compressed requests, now running, do without.",
+)
+KEEP_RATIO = Metric(
+    "vllm_kvzip_keep_ratio",
+    "histogram",
+    "Achieved keep ratio of a prompt: KV pairs kept / all, the dense tail included.",
+    buckets=(0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+)
+COMPRESS_SECONDS = Metric(
+    "vllm_kvzip_compress_seconds",
+    "histogram",
+    "Seconds a worker spent on one prompt, by stage.",
+    label="stage",
+    label_values=STAGES,
+    buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
+)
+
+METRICS = (
+    REQUESTS_COMPRESSED,
+    REQUESTS_SKIPPED,
+    BLOCKS_FREED,
+    TOKENS_EVICTED,
+    KV_BYTES_SAVED,
+    KEEP_RATIO,
+    COMPRESS_SECONDS,
+)
+
+
+class MetricsWriter:
+    """Records some of the metrics from this process.
+
+    Args:
+        metrics: which ones; each should be written by one kind of process only.
+        directory: folder of the metric files. None when the environment's
+            ``PROMETHEUS_MULTIPROC_DIR`` was set before prometheus-client was imported: then
+            prometheus-client writes its files there by itself and vLLM adds them up.
+    """
+
+    def __init__(self, metrics: tuple[Metric, ...], directory: str | None) -> None:
+        registry = CollectorRegistry()
+        self._metrics: dict[str, Counter | Gauge | Histogram] = {}
+        with _files_in(directory):
+            for metric in metrics:
+                instrument = _create(metric, registry)
+                for value in metric.label_values:
+                    instrument.labels(value)
+                self._metrics[metric.name] = instrument
+
+    def add(self, metric: Metric, amount: float, label: str | None = None) -> None:
+        """Add to a counter, or to a gauge (there ``amount`` may be negative)."""
+        instrument = self._metrics[metric.name]
+        target = instrument if label is None else instrument.labels(label)
+        assert isinstance(target, Counter | Gauge)
+        target.inc(amount)
+
+    def observe(self, metric: Metric, amount: float, label: str | None = None) -> None:
+        """Put one observation into a histogram."""
+        instrument = self._metrics[metric.name]
+        target = instrument if label is None else instrument.labels(label)
+        assert isinstance(target, Histogram)
+        target.observe(amount)
+
+
+def _create(metric: Metric, registry: CollectorRegistry) -> Counter | Gauge | Histogram:
+    labels = () if metric.label is None else (metric.label,)
+    if metric.kind == "counter":
+        return Counter(metric.name, metric.help, labels, registry=registry)
+    if metric.kind == "gauge":
+        return Gauge(
+            metric.name, metric.help, labels, registry=registry, multiprocess_mode="livesum"
+        )
+    return Histogram(metric.name, metric.help, labels, registry=registry, buckets=metric.buckets)
+
+
+@contextmanager
+def _files_in(directory: str | None) -> Iterator[None]:
+    """Let metrics created inside keep their values in files of ``directory``.
+
+    prometheus-client chooses between values in memory and values in files once, when it is
+    imported, from an environment variable. vLLM imports it long before a worker can set that
+    variable, so the choice is made again here, for the metrics created inside only.
+    """
+    if directory is None:
+        yield
+        return
+    previous_class = values.ValueClass
+    previous_directory = os.environ.get(DIRECTORY_VARIABLE)
+    identity = f"{os.getpid()}-{next(_writer_numbers)}"  # one file per writer, not per process
+    values.ValueClass = values.MultiProcessValue(lambda: identity)  # type: ignore[no-untyped-call]
+    os.environ[DIRECTORY_VARIABLE] = directory
+    try:
+        yield
+    finally:
+        values.ValueClass = previous_class
+        if previous_directory is None:
+            del os.environ[DIRECTORY_VARIABLE]
+        else:
+            os.environ[DIRECTORY_VARIABLE] = previous_directory

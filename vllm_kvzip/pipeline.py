@@ -1,0 +1,169 @@
+"""Score, budget, select, compact: what happens to a prompt's KV cache, in that order."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_kvzip import budgeting
+from vllm_kvzip.compaction import PageCodec, PageStore, compact_layer
+from vllm_kvzip.core import (
+    CacheGeometry,
+    CompressedPrefix,
+    CompressionReport,
+    KeepPlan,
+    LayerInputs,
+    PrefixPlan,
+)
+from vllm_kvzip.head_pages import PagePool, PrefixRule, deal_pages
+from vllm_kvzip.scoring import ScorerSettings, create_scorer
+from vllm_kvzip.selection import protect, select
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+
+class Compressor:
+    """Compresses one prompt at a time; holds no state between prompts.
+
+    Args:
+        geometry: shape of the compressed layers.
+        pool: where head pages lie.
+        codec: element order inside a page.
+        rule: what follows from a prompt's length.
+        scorer: name of the scorer.
+        budget: ``uniform``, ``adaptive`` or ``profile``.
+        head_fractions: ``[L][H]``, needed for budget ``profile``.
+        observation_window_tokens: setting of the scorer.
+        seed: mixed into each prompt's seed.
+
+    Raises:
+        ValueError: for an unknown scorer or budget, or fractions of another shape.
+    """
+
+    def __init__(
+        self,
+        *,
+        geometry: CacheGeometry,
+        pool: PagePool,
+        codec: PageCodec,
+        rule: PrefixRule,
+        scorer: str,
+        budget: str,
+        head_fractions: Sequence[Sequence[float]] | None = None,
+        observation_window_tokens: int = 32,
+        seed: int = 0,
+    ) -> None:
+        if budget not in ("uniform", "adaptive", "profile"):
+            raise ValueError(f"There is no budget {budget!r}; choose uniform, adaptive or profile.")
+        self.scorer = create_scorer(scorer, ScorerSettings(observation_window_tokens))
+        self._geometry = geometry
+        self._pool = pool
+        self._codec = codec
+        self._rule = rule
+        self._budget = budget
+        self._seed = seed
+        self._fractions = None
+        if budget == "profile":
+            self._fractions = torch.tensor(head_fractions, dtype=torch.float64)
+            wanted = (geometry.num_layers, geometry.num_kv_heads)
+            if self._fractions.shape != wanted:
+                raise ValueError(f"head fractions {tuple(self._fractions.shape)}, heads {wanted}")
+
+    def compress(
+        self,
+        pages: torch.Tensor,
+        *,
+        source_blocks: Sequence[int],
+        target_blocks: Sequence[int],
+        plan: PrefixPlan,
+        num_prompt_tokens: int,
+        observation_queries: Sequence[torch.Tensor] | None,
+        scale: float,
+        seed: int,
+    ) -> tuple[CompressedPrefix, CompressionReport]:
+        """Compress the prefix of one prompt.
+
+        Args:
+            pages: ``[num_pages, 2 * N * D]``, the pool; only pages of ``target_blocks`` change.
+            source_blocks: blocks of the prefix in logical order.
+            target_blocks: blocks that will hold what is kept.
+            plan: from the rule, for this prompt's length.
+            num_prompt_tokens: length of the prompt.
+            observation_queries: per layer float32 ``[W, H, G, D]``, if the scorer asks for them.
+            scale: softmax scale.
+            seed: equal for equal prompts.
+        """
+        geometry = self._geometry
+        seconds = dict.fromkeys(("score", "select", "compact"), 0.0)
+        store = PageStore(pages, self._codec, geometry.block_size, geometry.head_dim)
+        sources = self._pool.page_ids(torch.tensor(source_blocks))  # [L, H, nb]
+        num_sinks, num_recent = self._rule.protected_in_prefix(num_prompt_tokens)
+        with _timed(seconds, "score"):
+            scores = torch.empty(*sources.shape[:2], plan.boundary_tokens)
+            for layer in range(geometry.num_layers):
+                keys, values = store.read(sources[layer])
+                inputs = LayerInputs(
+                    layer=layer,
+                    num_layers=geometry.num_layers,
+                    keys=keys.float(),
+                    values=values.float(),
+                    observation_queries=observation_queries[layer] if observation_queries else None,
+                    num_prompt_tokens=num_prompt_tokens,
+                    scale=scale,
+                    sink_tokens=self._rule.sink_tokens,
+                    recent_tokens=self._rule.recent_tokens,
+                    seed=seed + self._seed,
+                )
+                scores[layer] = self.scorer.score_layer(inputs)
+        with _timed(seconds, "select"):
+            budgets = self._allocate(
+                protect(scores, num_sinks, num_recent), plan, num_prompt_tokens
+            )
+            keep = select(scores, budgets, geometry.block_size, num_sinks, num_recent)
+        with _timed(seconds, "compact"):
+            targets = deal_pages(target_blocks, budgets, self._pool)
+            self._compact(store, sources, keep, targets)
+        kept_ratio = int(budgets.sum()) / (geometry.pages_per_block * plan.num_prefix_blocks)
+        return CompressedPrefix(targets, budgets), CompressionReport(seconds, kept_ratio)
+
+    def _allocate(
+        self, scores: torch.Tensor, plan: PrefixPlan, num_prompt_tokens: int
+    ) -> torch.Tensor:
+        """Head pages per head, int64 ``[L, H]``; every page of the reserved blocks is used."""
+        geometry = self._geometry
+        total = plan.num_compressed_blocks * geometry.pages_per_block
+        min_pages = self._rule.min_pages_per_head(num_prompt_tokens)
+        if self._budget == "adaptive":
+            return budgeting.allocate_adaptive(scores, total, geometry.block_size, min_pages)
+        if self._fractions is not None:
+            return budgeting.allocate_from_fractions(
+                self._fractions, total, min_pages, plan.num_prefix_blocks
+            )
+        return budgeting.allocate_uniform(total, geometry.num_layers, geometry.num_kv_heads)
+
+    def _compact(
+        self, store: PageStore, sources: torch.Tensor, keep: KeepPlan, targets: torch.Tensor
+    ) -> None:
+        """One layer after the other, so that only one layer's KV is ever copied at a time."""
+        num_heads = self._geometry.num_kv_heads
+        counts = keep.offsets.diff()
+        heads = torch.arange(len(counts)).repeat_interleave(counts) % num_heads
+        token_bounds = keep.offsets[::num_heads].tolist()
+        page_bounds = (keep.offsets[::num_heads] // self._geometry.block_size).tolist()
+        for layer in range(self._geometry.num_layers):
+            tokens = slice(token_bounds[layer], token_bounds[layer + 1])
+            pages = slice(page_bounds[layer], page_bounds[layer + 1])
+            compact_layer(
+                store, sources[layer], keep.positions[tokens], heads[tokens], targets[pages]
+            )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    begin = perf_counter()
+    yield
+    seconds[stage] += perf_counter() - begin

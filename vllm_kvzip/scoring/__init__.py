@@ -1,0 +1,26 @@
+"""How important is each KV pair? One scorer a file; ``base.py`` has the contract."""
+
+from vllm_kvzip.scoring import keydiff, knorm, profile, random, streaming, window
+from vllm_kvzip.scoring.base import (
+    Scorer,
+    ScorerSettings,
+    available_scorers,
+    create_scorer,
+    register_scorer,
+    scorer_class,
+)
+
+__all__ = [
+    "Scorer",
+    "ScorerSettings",
+    "available_scorers",
+    "create_scorer",
+    "keydiff",
+    "knorm",
+    "profile",
+    "random",
+    "register_scorer",
+    "scorer_class",
+    "streaming",
+    "window",
+]

@@ -1,0 +1,115 @@
+"""The scorer contract and the registry.
+
+A scorer answers one question: how important is each KV pair? It sees one layer at a time, so no
+more than one layer's keys and values are ever unpacked. How many pairs a head may keep is not its
+business (:mod:`vllm_kvzip.budgeting`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, ClassVar, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_kvzip.core import LayerInputs
+
+ENTRY_POINT_GROUP = "vllm_kvzip.scorers"
+
+_registry: dict[str, type[Scorer]] = {}
+
+
+@dataclass(frozen=True)
+class ScorerSettings:
+    """Settings every scorer gets.
+
+    Attributes:
+        observation_window_tokens: how many of the last prompt queries ``window`` looks at.
+    """
+
+    observation_window_tokens: int = 32
+
+
+class Scorer(ABC):
+    """Scores the KV pairs of one layer; subclasses set ``name`` and write :meth:`score_layer`.
+
+    Attributes:
+        name: as in the configuration.
+        needs_observation_queries: whether ``LayerInputs.observation_queries`` is wanted. Keeping
+            queries costs memory during prefill, so scorers that do not need them say so.
+    """
+
+    name: ClassVar[str]
+    needs_observation_queries: ClassVar[bool] = False
+
+    def __init__(self, settings: ScorerSettings) -> None:
+        self.settings = settings
+
+    @abstractmethod
+    def score_layer(self, inputs: LayerInputs) -> torch.Tensor:
+        """Score every KV pair of one layer.
+
+        Args:
+            inputs: keys, values and what else is known; must not be modified.
+
+        Returns:
+            float32 ``[H, T]``, finite; higher means keep. With budget ``adaptive``, scores are
+            compared over layers and heads, so they should mean the same everywhere.
+        """
+
+
+ScorerType = TypeVar("ScorerType", bound=type[Scorer])
+
+
+def register_scorer(scorer: ScorerType) -> ScorerType:
+    """Make a scorer available under its name; usable as a class decorator.
+
+    Raises:
+        ValueError: if another class has that name.
+    """
+    if _registry.setdefault(scorer.name, scorer) is not scorer:
+        raise ValueError(
+            f"A scorer named {scorer.name!r} is registered already; rename one of them."
+        )
+    return scorer
+
+
+def available_scorers() -> tuple[str, ...]:
+    """Names of all scorers, those of other packages included."""
+    _load_entry_points()
+    return tuple(sorted(_registry))
+
+
+def scorer_class(name: str) -> type[Scorer]:
+    """The scorer of that name.
+
+    Raises:
+        ValueError: if there is none; names the nearest one.
+    """
+    names = available_scorers()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "choose one of " + ", ".join(names) + "."
+        raise ValueError(f"There is no scorer {name!r}; {hint}")
+    return _registry[name]
+
+
+def create_scorer(name: str, settings: ScorerSettings | None = None) -> Scorer:
+    """A scorer by name.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    return scorer_class(name)(settings or ScorerSettings())
+
+
+@cache
+def _load_entry_points() -> None:
+    """Register scorers that other packages announce in the group ``vllm_kvzip.scorers``."""
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        register_scorer(entry.load())

@@ -1,0 +1,104 @@
+"""What cannot be combined with KV compression, said at start-up in one sentence."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm_kvzip.errors import UnsupportedError
+from vllm_kvzip.profile import ModelFingerprint
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+STOCK_CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
+
+
+def check_supported(vllm_config: VllmConfig) -> None:
+    """Refuse what does not work yet.
+
+    Raises:
+        UnsupportedError: names the model property or the flag, and what to do.
+    """
+    for problem in (*_model_problems(vllm_config), *_engine_problems(vllm_config)):
+        raise UnsupportedError(f"KV compression does not support {problem}.")
+
+
+def model_fingerprint(vllm_config: VllmConfig) -> ModelFingerprint:
+    """What a head profile must match."""
+    model = vllm_config.model_config
+    parallel = vllm_config.parallel_config
+    return ModelFingerprint(
+        architecture=model.architecture,
+        num_layers=model.get_num_layers(parallel),
+        num_query_heads=model.get_num_attention_heads(parallel),
+        num_kv_heads=model.get_num_kv_heads(parallel),
+        head_dim=model.get_head_size(),
+        name=str(model.model).rstrip("/").split("/")[-1],
+    )
+
+
+def _model_problems(vllm_config: VllmConfig) -> list[str]:
+    model = vllm_config.model_config
+    text_config: Any = model.hf_text_config
+    layer_types = set(getattr(text_config, "layer_types", None) or ())
+    has_window = bool(model.get_sliding_window()) or "sliding_attention" in layer_types
+    has_chunks = "chunked_attention" in layer_types or bool(
+        getattr(text_config, "attention_chunk_size", None)
+    )
+    run_without = f"run {model.architecture} without --kv-compression"
+    problems = [
+        (model.use_mla, f"multi-head latent attention (MLA); {run_without}"),
+        (
+            model.is_hybrid or model.is_attention_free,
+            f"Mamba and other state-space or linear-attention layers; {run_without}",
+        ),
+        (has_window, f"sliding-window attention; {run_without}"),
+        (has_chunks, f"chunked local attention; {run_without}"),
+        (model.is_encoder_decoder, f"encoder-decoder models; {run_without}"),
+        (model.runner_type != "generate", f"--runner {model.runner_type}; it serves generation"),
+    ]
+    return [text for present, text in problems if present]
+
+
+def _engine_problems(vllm_config: VllmConfig) -> list[str]:
+    parallel = vllm_config.parallel_config
+    cache = vllm_config.cache_config
+    speculative = vllm_config.speculative_config
+    sizes = {
+        "--pipeline-parallel-size": parallel.pipeline_parallel_size,
+        "--tensor-parallel-size": parallel.tensor_parallel_size,
+        "--decode-context-parallel-size": parallel.decode_context_parallel_size,
+        "--prefill-context-parallel-size": parallel.prefill_context_parallel_size,
+    }
+    problems = [(size > 1, f"{flag} {size} yet; set it to 1") for flag, size in sizes.items()]
+    problems += [
+        (
+            vllm_config.kv_transfer_config is not None,
+            "KV connectors; remove --kv-transfer-config and --kv-offloading-size",
+        ),
+        (
+            cache.cache_dtype not in ("auto", "float32", "float16", "bfloat16"),
+            f"--kv-cache-dtype {cache.cache_dtype} yet; remove the flag",
+        ),
+        (
+            speculative is not None and speculative.method != "ngram",
+            f"speculative method {getattr(speculative, 'method', None)} yet; use ngram or none",
+        ),
+        (
+            vllm_config.device_config.device_type != "cpu",
+            "this platform yet, only vLLM's CPU build",
+        ),
+        (
+            parallel.worker_cls not in ("auto", STOCK_CPU_WORKER),
+            f"--worker-cls {parallel.worker_cls}; remove the flag",
+        ),
+        (
+            getattr(vllm_config, "use_v2_model_runner", False),
+            "model runner V2 yet; unset VLLM_USE_V2_MODEL_RUNNER",
+        ),
+        (
+            cache.block_size % 32 != 0,
+            f"--block-size {cache.block_size} on the CPU; use a multiple of 32",
+        ),
+    ]
+    return [text for present, text in problems if present]

@@ -1,0 +1,111 @@
+"""Flags, environment and ``additional_config`` to an engine that compresses.
+
+Runs where the engine's configuration is made: in the API server or in the process of ``LLM``. It
+changes nothing unless compression was asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from vllm_kvzip.config import CONFIG_FLAG, METHOD, KVzipConfig, is_enabled, load_config
+from vllm_kvzip.errors import ConfigError
+from vllm_kvzip.profile import check_matches, find_profile, load_profile, profile_folders
+from vllm_kvzip.vllm_bridge.checks import check_supported, model_fingerprint
+from vllm_kvzip.vllm_bridge.settings import KEY, Settings
+from vllm_kvzip.vllm_bridge.versions import untested_warning
+
+if TYPE_CHECKING:
+    import argparse
+
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+logger = init_logger("vllm." + __name__)
+
+WORKER = "vllm_kvzip.vllm_bridge.worker.HeadPageCPUWorker"
+CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 32, 16
+DEFAULT_SCORER, DEFAULT_BUDGET = "keydiff", "uniform"
+
+
+def requested_config(engine_args: EngineArgs) -> KVzipConfig | None:
+    """The configuration the user asked for, or None when compression is off.
+
+    Raises:
+        ConfigError: if a setting is wrong, or settings are given while compression is off.
+    """
+    additional = engine_args.additional_config or {}
+    args: argparse.Namespace | None = getattr(engine_args, "kvzip_cli_args", None)
+    flag = getattr(args, "kv_compression", None)
+    flag_config = getattr(args, "kv_compression_config", None)
+    if not is_enabled(flag, os.environ, additional):
+        if flag_config is not None:
+            raise ConfigError(f"{CONFIG_FLAG} has no effect without --kv-compression {METHOD}.")
+        return None
+    return load_config(flag_config, os.environ, additional)
+
+
+def prepare_engine_args(engine_args: EngineArgs) -> None:
+    """Choose the block size when the user named none: head pages of 128 tokens cost quality."""
+    if engine_args.block_size is None:
+        engine_args.block_size = CPU_BLOCK_SIZE if current_platform.is_cpu() else GPU_BLOCK_SIZE
+
+
+def configure(vllm_config: VllmConfig, config: KVzipConfig) -> None:
+    """Check that everything fits together, and put worker and settings into vLLM's configuration.
+
+    Raises:
+        KVzipError: with one sentence for the user.
+    """
+    check_supported(vllm_config)
+    if warning := untested_warning():
+        logger.warning(warning)
+    settings = _resolve(vllm_config, config)
+    vllm_config.parallel_config.worker_cls = WORKER
+    values = {**vllm_config.additional_config, KEY: settings.to_additional_config()}
+    vllm_config.additional_config = values
+
+
+def _resolve(vllm_config: VllmConfig, config: KVzipConfig) -> Settings:
+    """Fill in what the user left open: profile, scorer, budget, metrics folder."""
+    from vllm_kvzip.scoring import scorer_class
+    from vllm_kvzip.vllm_bridge.stats_export import open_metrics_directory
+
+    path = _profile_path(vllm_config, config)
+    scorer = config.scorer or ("profile" if path else DEFAULT_SCORER)
+    budget = config.budget or ("profile" if path else DEFAULT_BUDGET)
+    try:
+        scorer_class(scorer)
+    except ValueError as error:
+        raise ConfigError(f"scorer: {error}") from error
+    fractions = None
+    if budget == "profile":
+        if path is None:
+            raise ConfigError(
+                "budget profile needs a head profile, and none matches this model; build one with "
+                "scripts/profile_heads.py or set budget to adaptive or uniform."
+            )
+        fractions = load_profile(path).fractions(config.keep_ratio)
+    return Settings(
+        config=config,
+        scorer=scorer,
+        budget=budget,
+        head_fractions=fractions,
+        metrics_directory=open_metrics_directory(),
+    )
+
+
+def _profile_path(vllm_config: VllmConfig, config: KVzipConfig) -> Path | None:
+    running = model_fingerprint(vllm_config)
+    if config.profile in (None, "none"):
+        return None
+    if config.profile == "auto":
+        return find_profile(running, profile_folders())
+    path = Path(str(config.profile)).expanduser()
+    check_matches(load_profile(path), running, path)
+    return path

@@ -1,0 +1,116 @@
+"""The entry point vLLM loads in every process (group ``vllm.general_plugins``).
+
+Only two things need more than vLLM's own extension points, and both concern start-up: the flags of
+``vllm serve``, and the moment the engine's configuration is complete. In a process that makes no
+configuration (engine core, workers) the plugin does nothing at all: what it needs there comes with
+the configuration, as the name of the worker class.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import TYPE_CHECKING, Any
+
+from vllm_kvzip.config import CONFIG_FLAG, FLAG, METHOD
+from vllm_kvzip.errors import KVzipError
+
+if TYPE_CHECKING:
+    import argparse
+
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+_INSTALLED = "_kvzip_installed"
+
+
+def register() -> None:
+    """Install flags and configuration hook; harmless when repeated."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    if getattr(EngineArgs, _INSTALLED, False):
+        return
+    setattr(EngineArgs, _INSTALLED, True)
+    _add_flags(EngineArgs)
+    _remember_flags(EngineArgs)
+    _configure_engines(EngineArgs)
+
+
+def _add_flags(engine_args: type[EngineArgs]) -> None:
+    """Symptom without it: ``vllm serve`` knows no ``--kv-compression``.
+
+    vLLM loads plugins right before it calls ``EngineArgs.add_cli_args``, so wrapping that function
+    is how a plugin adds a flag. Safe: the parser is vLLM's own, two arguments are added to it.
+    Remove when vLLM lets a plugin declare arguments.
+    """
+    original = engine_args.add_cli_args
+
+    @functools.wraps(original)
+    def add_cli_args(parser: Any) -> Any:
+        parser = original(parser)
+        group = parser.add_argument_group(
+            title="KV compression", description="Added by the plugin vllm-kvzip."
+        )
+        group.add_argument(
+            FLAG,
+            choices=[METHOD],
+            default=None,
+            help="Compress each prompt's KV cache after prefill and free its blocks.",
+        )
+        group.add_argument(
+            CONFIG_FLAG,
+            default=None,
+            metavar="JSON",
+            help="Settings as JSON, as a path to a JSON file, or one by one, for example "
+            f"{CONFIG_FLAG}.keep_ratio 0.3.",
+        )
+        return parser
+
+    engine_args.add_cli_args = staticmethod(add_cli_args)
+
+
+def _remember_flags(engine_args: type[EngineArgs]) -> None:
+    """Symptom without it: the flags are parsed, and lost on the way to ``EngineArgs``.
+
+    ``from_cli_args`` copies the fields it knows. The parsed namespace is kept beside them. Remove
+    together with :func:`_add_flags`.
+    """
+    original = engine_args.from_cli_args.__func__
+
+    @functools.wraps(original)
+    def from_cli_args(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
+        result: EngineArgs = original(cls, args)
+        result.kvzip_cli_args = args
+        return result
+
+    engine_args.from_cli_args = classmethod(from_cli_args)
+
+
+def _configure_engines(engine_args: type[EngineArgs]) -> None:
+    """Symptom without it: nobody reads the settings, compression stays off.
+
+    ``create_engine_config`` is the one door through which ``vllm serve``, ``LLM`` and ``AsyncLLM``
+    get their configuration. Safe: with compression off the original runs alone. Remove when vLLM
+    calls plugins with a finished configuration.
+    """
+    original = engine_args.create_engine_config
+
+    @functools.wraps(original)
+    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+        from vllm_kvzip.vllm_bridge import options
+
+        try:
+            config = options.requested_config(self)
+            if config is None:
+                return original(self, *args, **kwargs)
+            options.prepare_engine_args(self)
+            vllm_config = original(self, *args, **kwargs)
+            options.configure(vllm_config, config)
+        except KVzipError as error:
+            if not hasattr(self, "kvzip_cli_args"):
+                raise
+            print(f"vllm-kvzip: error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
+        return vllm_config
+
+    engine_args.create_engine_config = create_engine_config

@@ -1,0 +1,295 @@
+"""Worker side: the compressed prefixes of running requests, and what each step does with them.
+
+One :class:`HeadPageRuntime` lives in each worker. The worker tells it of every step before and
+after vLLM runs it; the attention builder asks it which rows of the batch are compressed.
+
+A prompt that was completed in one step is compressed at the start of the next one. The first output
+token is not delayed by it, and a request that ends with its first token is never compressed. This
+is safe although the scheduler may already have given the prompt's blocks to somebody else: a worker
+runs its steps in order, and nothing is written before the compaction at the start of the step.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_kvzip.head_pages import HeadPageTable, PagePool
+from vllm_kvzip.vllm_bridge.attention import PairBatch, QuerySpan
+from vllm_kvzip.vllm_bridge.cache_spec import fold_row
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    from vllm_kvzip.core import CacheGeometry, CompressedPrefix, PrefixPlan
+    from vllm_kvzip.pipeline import Compressor
+    from vllm_kvzip.vllm_bridge.requests import RequestTracker, TrackedRequest
+    from vllm_kvzip.vllm_bridge.runners import RunnerV1
+    from vllm_kvzip.vllm_bridge.stats_export import WorkerRecorder
+
+_NULL_BLOCK = 0
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixState:
+    """A compressed prefix as attention needs it; compared by identity."""
+
+    prefix: CompressedPrefix
+    plan: PrefixPlan
+
+
+@dataclass
+class Step:
+    """What the attention builder must do in one step.
+
+    Attributes:
+        pairs: the compressed requests, or None.
+        dense_rows: int64 rows of the other requests when some are compressed; None if all are.
+        dense_tokens: int64 rows of their tokens.
+        spans: queries to hand to the scorer.
+    """
+
+    pairs: PairBatch | None
+    dense_rows: torch.Tensor | None
+    dense_tokens: torch.Tensor | None
+    spans: tuple[QuerySpan, ...]
+
+
+class HeadPageRuntime:
+    """Compresses prompts and describes steps; see the module docstring.
+
+    Args:
+        geometry: shape of the compressed layers.
+        pool: where head pages lie.
+        pages: ``[num_pages, 2 * N * D]``, vLLM's cache as one pool.
+        layer_names: vLLM's layer names in layer order.
+        compressor: score, budget, select, compact.
+        tracker: requests to compress.
+        rows: adapter of vLLM's model runner.
+        recorder: metrics of this worker.
+        observation_window_tokens: how many of the last prompt queries the scorer wants (0: none).
+        scale: softmax scale of the attention layers.
+        isa: vLLM's name of the CPU kernel variant.
+    """
+
+    def __init__(
+        self,
+        *,
+        geometry: CacheGeometry,
+        pool: PagePool,
+        pages: torch.Tensor,
+        layer_names: list[str],
+        compressor: Compressor,
+        tracker: RequestTracker,
+        rows: RunnerV1,
+        recorder: WorkerRecorder,
+        observation_window_tokens: int,
+        scale: float,
+        isa: str,
+    ) -> None:
+        self._geometry = geometry
+        self._pool = pool
+        self._pages = pages
+        halves = pages.view(-1, 1, 2 * geometry.block_size, geometry.head_dim).chunk(2, dim=2)
+        self._key_pages, self._value_pages = halves
+        self._layer_index = {name: index for index, name in enumerate(layer_names)}
+        self._compressor = compressor
+        self._tracker = tracker
+        self._rows = rows
+        self._recorder = recorder
+        self._window = observation_window_tokens
+        self._scale = scale
+        self._isa = isa
+        self._states: dict[str, PrefixState] = {}
+        self._pending: list[TrackedRequest] = []
+        self._observed: dict[str, dict[int, list[torch.Tensor]]] = {}
+        self._spans_by_request: dict[str, tuple[int, int]] = {}
+        self._table: HeadPageTable | None = None
+        self._table_states: tuple[PrefixState, ...] = ()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request of this step may need more than vLLM's own path."""
+        return bool(self._states or self._spans_by_request)
+
+    def before_step(self, output: SchedulerOutput) -> None:
+        """Drop what ended, compress what the last step completed, prepare this step."""
+        for request_id in self._tracker.update(output):
+            self._forget(request_id)
+        pending, self._pending = self._pending, []
+        for request in pending:
+            if self._tracker.get(request.request_id) is request and request.crossed:
+                self._compress(request)
+        self._spans_by_request = self._plan_observation(output) if self._window else {}
+
+    def after_step(self, output: SchedulerOutput) -> None:
+        """Note whose prompt this step completed."""
+        self._pending.extend(self._tracker.crossing(output))
+
+    def observe(self, layer_name: str, query: torch.Tensor, spans: tuple[QuerySpan, ...]) -> None:
+        """Keep the queries of one layer for the scorer.
+
+        Args:
+            layer_name: vLLM's name of the layer.
+            query: ``[num_tokens, H * G, D]``.
+            spans: which rows belong to whom.
+        """
+        layer = self._layer_index[layer_name]
+        for span in spans:
+            by_layer = self._observed.setdefault(span.request_id, defaultdict(list))
+            by_layer[layer].append(query[span.start : span.end].clone())
+
+    def describe_step(self, common: CommonAttentionMetadata) -> Step | None:
+        """Split the batch into compressed and other requests; None when vLLM's path serves all.
+
+        Args:
+            common: vLLM's metadata of the batch; tensors are on the CPU.
+        """
+        request_ids = self._rows.request_ids()[: common.num_reqs]
+        starts = common.query_start_loc
+        spans = tuple(self._spans(request_ids, starts))
+        rows = [row for row, rid in enumerate(request_ids) if rid in self._states]
+        if not rows:
+            return Step(None, None, None, spans) if spans else None
+        states = tuple(self._states[request_ids[row]] for row in rows)
+        row_index = torch.tensor(rows)
+        all_compressed = len(rows) == len(request_ids)
+        single_tokens = common.max_query_len == 1
+        tokens = None
+        if not (all_compressed and single_tokens):
+            tokens = _token_rows(starts, row_index)
+        dense_rows = dense_tokens = None
+        if not all_compressed:
+            keep = torch.ones(len(request_ids), dtype=torch.bool)
+            keep[row_index] = False
+            dense_rows = keep.nonzero().flatten()
+            dense_tokens = torch.cat(_token_rows(starts, dense_rows))
+        pairs = self._pair_batch(common, row_index, states, tokens)
+        return Step(pairs, dense_rows, dense_tokens, spans)
+
+    def _pair_batch(
+        self,
+        common: CommonAttentionMetadata,
+        rows: torch.Tensor,
+        states: tuple[PrefixState, ...],
+        tokens: list[torch.Tensor] | None,
+    ) -> PairBatch:
+        geometry = self._geometry
+        num_heads = geometry.num_kv_heads
+        table = self._page_table(common, rows, states)
+        boundaries = torch.tensor([state.plan.boundary_tokens for state in states])
+        tail_tokens = common.seq_lens[rows] - boundaries
+        seq_lens = table.compressed_pages * geometry.block_size
+        seq_lens = seq_lens + tail_tokens.repeat_interleave(num_heads)
+        lengths = common.query_start_loc.diff()[rows]
+        starts = torch.zeros(len(rows) * num_heads + 1, dtype=torch.int32)
+        torch.cumsum(lengths.repeat_interleave(num_heads), 0, out=starts[1:])
+        pair_rows = None
+        if tokens is not None:
+            heads = torch.arange(num_heads)[:, None]
+            pair_rows = torch.cat([(rows_ * num_heads + heads).flatten() for rows_ in tokens])
+        return PairBatch(
+            pages=(self._key_pages, self._value_pages),
+            tables=table.table,
+            seq_lens=seq_lens.to(torch.int32),
+            query_start_loc=starts,
+            pair_rows=pair_rows,
+            num_kv_heads=num_heads,
+            group_size=geometry.group_size,
+            head_dim=geometry.head_dim,
+            layer_index=self._layer_index,
+            isa=self._isa,
+        )
+
+    def _page_table(
+        self,
+        common: CommonAttentionMetadata,
+        rows: torch.Tensor,
+        states: tuple[PrefixState, ...],
+    ) -> HeadPageTable:
+        """The page table of the batch, kept from step to step while the batch stays the same."""
+        block_size = self._geometry.block_size
+        seq_lens = common.seq_lens[rows].tolist()
+        if self._table is None or self._table_states != states:
+            self._table = HeadPageTable.build([s.prefix for s in states], self._pool)
+            self._table_states = states
+        table = self._table
+        for slot, (row, state) in enumerate(zip(rows.tolist(), states, strict=True)):
+            num_tail = -(-(seq_lens[slot] - state.plan.boundary_tokens) // block_size)
+            known = table.num_tail_blocks(slot)
+            if num_tail > known:
+                first = state.plan.num_prefix_blocks
+                blocks = common.block_table_tensor[row, first + known : first + num_tail]
+                table.append_tail(slot, blocks)
+        return table
+
+    def _compress(self, request: TrackedRequest) -> None:
+        plan = request.plan
+        row = request.block_ids
+        compressed_blocks = row[request.reserve_start :][: plan.num_compressed_blocks]
+        observed = self._observed.pop(request.request_id, None)
+        prefix, report = self._compressor.compress(
+            self._pages,
+            source_blocks=row[: plan.num_prefix_blocks],
+            target_blocks=compressed_blocks,
+            plan=plan,
+            num_prompt_tokens=request.num_prompt_tokens,
+            observation_queries=self._observation_queries(observed),
+            scale=self._scale,
+            seed=request.seed,
+        )
+        request.block_ids = fold_row(row, plan, request.reserve_start, _NULL_BLOCK)
+        request.folded = True
+        self._rows.replace_row(request.request_id, request.block_ids)
+        self._states[request.request_id] = PrefixState(prefix, plan)
+        self._recorder.compressed(report)
+
+    def _observation_queries(
+        self, observed: dict[int, list[torch.Tensor]] | None
+    ) -> list[torch.Tensor] | None:
+        """Kept queries as ``[W, H, G, D]`` float32 per layer."""
+        if not observed:
+            return None
+        geometry = self._geometry
+        shape = (-1, geometry.num_kv_heads, geometry.group_size, geometry.head_dim)
+        return [
+            torch.cat(observed[layer]).view(shape).float() for layer in range(geometry.num_layers)
+        ]
+
+    def _plan_observation(self, output: SchedulerOutput) -> dict[str, tuple[int, int]]:
+        """Prompt positions each request computes in this step that lie in its window."""
+        spans: dict[str, tuple[int, int]] = {}
+        for rid, num_scheduled in output.num_scheduled_tokens.items():
+            request = self._tracker.get(rid)
+            if request is None or request.crossed:
+                continue
+            begin = request.num_computed_tokens
+            first = max(begin, request.num_prompt_tokens - self._window)
+            last = min(begin + num_scheduled, request.num_prompt_tokens)
+            if first < last:
+                spans[rid] = (first - begin, last - begin)
+        return spans
+
+    def _spans(self, request_ids: list[str], starts: torch.Tensor) -> list[QuerySpan]:
+        if not self._spans_by_request:
+            return []
+        first_rows = starts.tolist()
+        return [
+            QuerySpan(rid, first_rows[row] + span[0], first_rows[row] + span[1])
+            for row, rid in enumerate(request_ids)
+            if (span := self._spans_by_request.get(rid)) is not None
+        ]
+
+    def _forget(self, request_id: str) -> None:
+        self._states.pop(request_id, None)
+        self._observed.pop(request_id, None)
+
+
+def _token_rows(starts: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
+    """For each row of ``rows``, the int64 token rows that ``starts`` gives it."""
+    bounds = starts.tolist()
+    return [torch.arange(bounds[row], bounds[row + 1]) for row in rows.tolist()]

@@ -1,0 +1,90 @@
+"""Metrics: who records what in which vLLM process, and how they reach the server's ``/metrics``.
+
+The engine core's block manager knows what was freed (it follows from the prompt length alone); a
+worker knows how long compression took. Both write files; the API server's own registry collects
+them, so no second port and no message is needed.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import TYPE_CHECKING
+
+from prometheus_client import REGISTRY
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from vllm_kvzip import metrics
+
+if TYPE_CHECKING:
+    from vllm_kvzip.core import CompressionReport, PrefixPlan
+
+_directory: tempfile.TemporaryDirectory[str] | None = None
+
+
+def open_metrics_directory() -> str | None:
+    """Prepare the folder for metric files of this process's engines and collect it.
+
+    Called in the process that serves ``/metrics`` (or that owns the offline ``LLM``), once for all
+    its engines; the folder is removed when the process ends.
+
+    Returns:
+        the folder, or None when ``PROMETHEUS_MULTIPROC_DIR`` is set: vLLM then serves every file of
+        that folder, ours included.
+    """
+    global _directory
+    if os.environ.get(metrics.DIRECTORY_VARIABLE):
+        return None
+    if _directory is None:
+        _directory = tempfile.TemporaryDirectory(prefix="vllm-kvzip-metrics-")
+        MultiProcessCollector(REGISTRY, path=_directory.name)
+    return _directory.name
+
+
+class SchedulerRecorder:
+    """What the block manager counts, in the engine core."""
+
+    def __init__(self, directory: str | None) -> None:
+        self._writer = metrics.MetricsWriter(
+            (
+                metrics.REQUESTS_COMPRESSED,
+                metrics.REQUESTS_SKIPPED,
+                metrics.BLOCKS_FREED,
+                metrics.TOKENS_EVICTED,
+                metrics.KV_BYTES_SAVED,
+                metrics.KEEP_RATIO,
+            ),
+            directory,
+        )
+
+    def compressed(
+        self, plan: PrefixPlan, num_prompt_tokens: int, block_size: int, bytes_saved: int
+    ) -> None:
+        """A prompt's blocks went back to the pool."""
+        freed = plan.num_prefix_blocks - plan.num_compressed_blocks
+        evicted_tokens = freed * block_size
+        self._writer.add(metrics.REQUESTS_COMPRESSED, 1)
+        self._writer.add(metrics.BLOCKS_FREED, freed)
+        self._writer.add(metrics.TOKENS_EVICTED, evicted_tokens)
+        self._writer.add(metrics.KV_BYTES_SAVED, bytes_saved)
+        self._writer.observe(metrics.KEEP_RATIO, 1 - evicted_tokens / num_prompt_tokens)
+
+    def released(self, bytes_saved: int) -> None:
+        """A compressed request ended; it no longer holds anything back."""
+        self._writer.add(metrics.KV_BYTES_SAVED, -bytes_saved)
+
+    def skipped(self, reason: str) -> None:
+        """A prompt was left alone; ``reason`` is one of ``metrics.SKIP_REASONS``."""
+        self._writer.add(metrics.REQUESTS_SKIPPED, 1, reason)
+
+
+class WorkerRecorder:
+    """What a worker measures."""
+
+    def __init__(self, directory: str | None) -> None:
+        self._writer = metrics.MetricsWriter((metrics.COMPRESS_SECONDS,), directory)
+
+    def compressed(self, report: CompressionReport) -> None:
+        """One prompt was compressed."""
+        for stage, seconds in report.stage_seconds.items():
+            self._writer.observe(metrics.COMPRESS_SECONDS, seconds, stage)

@@ -1,0 +1,142 @@
+"""The worker class that compression puts in place of vLLM's.
+
+``parallel_config.worker_cls`` is vLLM's own way to name a worker, so nothing is patched in the
+worker process: a process without compression never imports this file.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.selector import _cached_get_attn_backend
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from vllm_kvzip.core import CacheGeometry
+from vllm_kvzip.errors import UnsupportedError
+from vllm_kvzip.pipeline import Compressor
+from vllm_kvzip.vllm_bridge.attention import HeadPageCPUBackend, HeadPageCPUBuilder
+from vllm_kvzip.vllm_bridge.cache_spec import HeadPageSpec, as_head_page_specs
+from vllm_kvzip.vllm_bridge.cpu_pages import discover_codec, map_head_pages
+from vllm_kvzip.vllm_bridge.requests import RequestTracker
+from vllm_kvzip.vllm_bridge.runners import RunnerV1
+from vllm_kvzip.vllm_bridge.runtime import HeadPageRuntime
+from vllm_kvzip.vllm_bridge.settings import Settings
+from vllm_kvzip.vllm_bridge.stats_export import WorkerRecorder
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+
+logger = init_logger("vllm." + __name__)
+
+_BACKEND_PATH = f"{HeadPageCPUBackend.__module__}.{HeadPageCPUBackend.__qualname__}"
+
+
+class HeadPageCPUWorker(CPUWorker):
+    """vLLM's CPU worker, which compresses prompts between steps."""
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        self._kvzip_settings = Settings.from_vllm_config(vllm_config)
+        self._kvzip: HeadPageRuntime | None = None
+        register_backend(AttentionBackendEnum.CPU_ATTN, _BACKEND_PATH)
+        _cached_get_attn_backend.cache_clear()  # an earlier engine of this process may have asked
+        super().__init__(vllm_config, *args, **kwargs)
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """vLLM's specs, each as :class:`HeadPageSpec`."""
+        return as_head_page_specs(super().get_kv_cache_spec(), self._kvzip_settings)
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Let vLLM allocate the cache, then put the head-page runtime over it."""
+        super().initialize_from_config(kv_cache_config)
+        self._kvzip = self._build_runtime(kv_cache_config)
+
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """vLLM's step between the runtime's two halves."""
+        assert self._kvzip is not None
+        self._kvzip.before_step(scheduler_output)
+        result = super().execute_model(scheduler_output)
+        self._kvzip.after_step(scheduler_output)
+        return result
+
+    def _build_runtime(self, kv_cache_config: KVCacheConfig) -> HeadPageRuntime:
+        settings = self._kvzip_settings
+        config = settings.config
+        (group,) = kv_cache_config.kv_cache_groups
+        spec = group.kv_cache_spec
+        if not isinstance(spec, HeadPageSpec):
+            raise UnsupportedError(
+                f"KV compression is on, but vLLM allocated {type(spec).__name__} for the KV cache."
+            )
+        layer_names = list(kv_cache_config.kv_cache_tensors[0].layers)
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention, layer_names)
+        caches = [layers[name].kv_cache for name in layer_names]
+        pages, pool = map_head_pages(
+            kv_cache_config,
+            spec,
+            caches,
+            layer_names,
+            self.cache_config.get_resolved_kv_cache_layout(),
+        )
+        first = layers[layer_names[0]]
+        geometry = CacheGeometry(
+            num_layers=len(layer_names),
+            num_kv_heads=spec.num_kv_heads,
+            group_size=first.num_heads // spec.num_kv_heads,
+            head_dim=spec.head_size,
+            block_size=spec.block_size,
+        )
+        builders = [
+            builder
+            for groups in self.model_runner.attn_groups
+            for attn_group in groups
+            for builder in attn_group.metadata_builders
+        ]
+        if not builders or not all(isinstance(b, HeadPageCPUBuilder) for b in builders):
+            raise UnsupportedError(
+                "KV compression is on, but vLLM chose another attention backend than CPU_ATTN."
+            )
+        compressor = Compressor(
+            geometry=geometry,
+            pool=pool,
+            codec=discover_codec(spec.block_size, spec.head_size, spec.dtype, builders[0].isa),
+            rule=spec.rule,
+            scorer=settings.scorer,
+            budget=settings.budget,
+            head_fractions=settings.head_fractions,
+            observation_window_tokens=config.observation_window_tokens,
+            seed=config.seed,
+        )
+        runtime = HeadPageRuntime(
+            geometry=geometry,
+            pool=pool,
+            pages=pages,
+            layer_names=layer_names,
+            compressor=compressor,
+            tracker=RequestTracker(spec.rule),
+            rows=RunnerV1(self.model_runner),
+            recorder=WorkerRecorder(settings.metrics_directory),
+            observation_window_tokens=(
+                config.observation_window_tokens
+                if compressor.scorer.needs_observation_queries
+                else 0
+            ),
+            scale=first.impl.scale,
+            isa=builders[0].isa,
+        )
+        for builder in builders:
+            builder.runtime = runtime
+        logger.info(
+            "KV compression is on: keep ratio %s, scorer %s, budget %s, prompts from %d tokens.",
+            config.keep_ratio,
+            settings.scorer,
+            settings.budget,
+            config.min_prompt_tokens,
+        )
+        return runtime
