@@ -83,13 +83,31 @@ def make_context(
     is_fact[rng.choice(num_units, num_facts, replace=False)] = True
     lengths = np.where(is_fact, 3, 1)
     starts = (np.cumsum(lengths) - lengths)[is_fact]
-    tokens = rng.choice(VOCABULARY.filler, num_tokens)
+    tokens = _filler_walk(rng, num_tokens)
     keys = rng.choice(VOCABULARY.keys, num_facts, replace=False)
     values = rng.choice(VOCABULARY.values, num_facts)
     tokens[starts] = keys
     tokens[starts + 1] = values
     tokens[starts + 2] = VOCABULARY.ids[PERIOD]
     return Context(tokens, dict(zip(keys.tolist(), values.tolist(), strict=True)))
+
+
+def _filler_walk(rng: np.random.Generator, num_tokens: int) -> Words:
+    """Filler in which no pair of neighbours occurs twice while enough pairs are left.
+
+    In natural text a few words tell a passage from all others; random words of a small vocabulary
+    would repeat so many pairs that nobody could tell where a passage goes on.
+    """
+    num_words = len(VOCABULARY.filler)
+    words = rng.integers(num_words, size=num_tokens)
+    for _ in range(20):
+        pairs = words[:-1] * num_words + words[1:]
+        _, first = np.unique(pairs, return_index=True)
+        repeated = np.setdiff1d(np.arange(num_tokens - 1), first) + 1
+        if len(repeated) == 0:
+            break
+        words[repeated] = rng.integers(num_words, size=len(repeated))
+    return VOCABULARY.filler[words]
 
 
 def question_prompt(context: Context, key: int) -> tuple[list[int], int]:

@@ -57,8 +57,8 @@ STAGES = (
     Stage(128, 32, 2e-3, 50, 600),
     Stage(256, 16, 2e-3, 50, 600),
     Stage(512, 8, 1e-3, 80, 600),
-    Stage(1024, 4, 8e-4, 100, 600),
-    Stage(2048, 2, 6e-4, 300, 300),
+    Stage(1024, 4, 1e-3, 600, 600),
+    Stage(2048, 2, 6e-4, 400, 400),
 )
 
 
@@ -124,16 +124,16 @@ def build_model(args: argparse.Namespace) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def train(model: LlamaForCausalLM, rng: np.random.Generator) -> int:
+def train(model: LlamaForCausalLM, rng: np.random.Generator, stages: tuple[Stage, ...]) -> int:
     """Run the curriculum; returns the number of steps."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=STAGES[0].learning_rate, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=stages[0].learning_rate, betas=(0.9, 0.98))
     step = 0
-    for stage in STAGES:
+    for stage in stages:
         accuracy = [0.0, 0.0]
         bar = tqdm(range(stage.max_steps), desc=f"{stage.num_tokens} tokens", mininterval=5)
         for stage_step in bar:
             rate = stage.learning_rate * min(1.0, (step + 1) / 100)
-            if stage is STAGES[-1]:
+            if stage is stages[-1]:
                 rate *= 1 - stage_step / stage.max_steps
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -153,7 +153,7 @@ def train(model: LlamaForCausalLM, rng: np.random.Generator) -> int:
             step += 1
             bar.set_postfix(copy=f"{accuracy[0]:.3f}", answers=f"{accuracy[1]:.3f}", refresh=False)
             if stage_step >= stage.min_steps and min(accuracy) > TARGET_ACCURACY:
-                if stage is not STAGES[-1]:
+                if stage is not stages[-1]:
                     break
     return step
 
@@ -221,6 +221,7 @@ def save(model: LlamaForCausalLM, report: dict[str, object], out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--init", type=Path, help="go on from this checkpoint, at 1,024 tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, default=4)
@@ -233,16 +234,21 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    model = build_model(args)
+    model = LlamaForCausalLM.from_pretrained(args.init) if args.init else build_model(args)
+    stages = STAGES[-2:] if args.init else STAGES
     begin = time.perf_counter()
-    num_steps = train(model, np.random.default_rng(args.seed))
+    num_steps = train(model, np.random.default_rng(args.seed), stages)
     seconds = time.perf_counter() - begin
     model.eval()
     report = {
         "seed": args.seed,
+        "lengths": [stage.num_tokens for stage in stages],
         "steps": num_steps,
         "seconds": round(seconds),
         "threads": args.threads,
+        "continued_from_seed": json.loads((args.init / "training.json").read_text())["seed"]
+        if args.init
+        else None,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "answered": {n: answered_share(model, n, 16, seed=10_000) for n in (256, 512, 1024, 1536)},
         "copied": {n: copied_share(model, n, 8, seed=20_000) for n in (256, 512, 1024, 1536)},

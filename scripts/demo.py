@@ -1,0 +1,76 @@
+"""Serve the tiny model without and with compression, ask both the same, and show the difference.
+
+The prompt is a context of 1,536 words that ends by asking the model to repeat a passage from the
+middle of it. The answer is decoded after the prompt was compressed, so every word of it must be
+found in what was kept.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from local_server import LocalServer
+from retrieval_task import VOCABULARY, copy_prompt, make_context
+
+MODEL = str(Path(__file__).parent.parent / "tests" / "models" / "tiny-retriever")
+KEEP_RATIO = 0.3
+CONTEXT_TOKENS, PASSAGE_AT, ANSWER_TOKENS = 1536, 700, 128
+
+
+@dataclass
+class Run:
+    """What one server did with the prompt."""
+
+    answer: list[str]
+    blocks_held: int
+    metrics: dict[str, float]
+
+
+def ask(prompt: list[int], *arguments: str) -> Run:
+    """Start a server, send the prompt, read the blocks held while it decodes."""
+    with LocalServer(MODEL, *arguments) as server:
+        answer: list[str] = []
+        blocks = 0.0
+        metrics: dict[str, float] = {}
+        for piece in server.stream(prompt, ANSWER_TOKENS):
+            answer.extend(piece.split())
+            if len(answer) == ANSWER_TOKENS // 2:
+                blocks = server.blocks_held()
+                metrics = server.metrics()
+        return Run(answer, round(blocks), metrics)
+
+
+def main() -> int:
+    context = make_context(np.random.default_rng(7), CONTEXT_TOKENS, fact_density=0.5)
+    prompt, expected_ids = copy_prompt(context, PASSAGE_AT, num_answer_tokens=ANSWER_TOKENS)
+    expected = [VOCABULARY.words[index] for index in expected_ids]
+    print(f"prompt:   {len(prompt)} tokens, ending in: {VOCABULARY.text(prompt[-5:])}")
+    print(f"expected: {' '.join(expected[:24])} ...\n")
+
+    print("1/2  vllm serve MODEL")
+    stock = ask(prompt, "--block-size", "32")
+    flags = ("--kv-compression", "kvzip", f"--kv-compression-config.keep_ratio={KEEP_RATIO}")
+    print(f"2/2  vllm serve MODEL {' '.join(flags)}\n")
+    compressed = ask(prompt, *flags)
+
+    for name, run in (("without", stock), ("with", compressed)):
+        right = sum(a == b for a, b in zip(run.answer, expected, strict=False))
+        print(f"{name:>8}: {' '.join(run.answer[:24])} ...")
+        print(f"{'':>8}  {right} of {ANSWER_TOKENS} words right, {run.blocks_held} blocks held\n")
+    print("the server's own /metrics while it decoded:")
+    for name, value in compressed.metrics.items():
+        if name.startswith("vllm_kvzip") and "_bucket" not in name and "_created" not in name:
+            print(f"  {name} {value:g}")
+    freed = compressed.metrics.get("vllm_kvzip_blocks_freed_total", 0)
+    if not freed or compressed.blocks_held >= stock.blocks_held:
+        print("\ncompression freed nothing: this is a bug", file=sys.stderr)
+        return 1
+    print(f"\n{freed:.0f} blocks went back to the pool before the answer was decoded.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

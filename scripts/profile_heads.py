@@ -1,0 +1,198 @@
+"""Build a head-budget profile of a model, offline.
+
+    python scripts/profile_heads.py --model PATH [--out profiles/NAME.json] [--text FILE ...]
+
+Each calibration context is read once and then repeated, chunk by chunk, under KVzip's
+reconstruction scoring; how the best KV pairs spread over layers and heads becomes the profile. A
+heat map (layers x KV heads) is drawn beside the JSON when matplotlib is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from reconstruction_probe import ReconstructionProbe
+from retrieval_task import VOCABULARY, make_context
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from vllm_kvzip.config import KVzipConfig
+from vllm_kvzip.errors import ProfileError
+from vllm_kvzip.profile import HeadProfile, Provenance, save_profile
+from vllm_kvzip.reconstruction import LATER_REPEAT_PROMPT, kept_fractions
+
+KEEP_RATIOS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+CALIBRATION_TEXT = Path(__file__).with_name("calibration.txt")
+DEFAULT_REPEAT_PROMPT = KVzipConfig.model_fields["repeat_prompt"].default
+
+
+def text_contexts(
+    tokenizer: object, files: list[Path], args: argparse.Namespace
+) -> list[list[int]]:
+    """Contexts cut evenly out of text files, token ids.
+
+    Raises:
+        ProfileError: if a file cannot be read or the text is too short.
+    """
+    ids: list[int] = []
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ProfileError(f"--text {file} cannot be read ({error}).") from error
+        ids.extend(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[operator]
+    tokens = args.context_tokens
+    if len(ids) < tokens:
+        raise ProfileError(
+            f"The calibration text has {len(ids)} tokens, fewer than --context-tokens {tokens}; "
+            f"name longer files with --text or lower --context-tokens."
+        )
+    starts = np.linspace(0, len(ids) - tokens, args.num_contexts).astype(int)
+    return [ids[start : start + tokens] for start in starts]
+
+
+def task_contexts(args: argparse.Namespace) -> list[list[int]]:
+    """Contexts of the synthetic retrieval task, for the tiny test models."""
+    rng = np.random.default_rng(args.seed)
+    return [
+        make_context(rng, args.context_tokens).tokens.tolist() for _ in range(args.num_contexts)
+    ]
+
+
+def draw_heat_map(profile: HeadProfile, path: Path) -> bool:
+    """Draw importance and the budgets at keep ratio 0.3; False without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {"importance": profile.importance, "budget at keep ratio 0.3": profile.fractions(0.3)}
+    height = max(2.5, 0.3 * profile.model.num_layers + 1)
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, height), constrained_layout=True)
+    for axis, (title, grid) in zip(axes, panels.items(), strict=True):
+        image = axis.imshow(grid, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+        axis.set(title=title, xlabel="KV head", ylabel="layer")
+    figure.colorbar(image, ax=axes)
+    figure.suptitle(profile.model.name)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return True
+
+
+def build_profile(args: argparse.Namespace) -> HeadProfile:
+    """Score all contexts and average.
+
+    Raises:
+        ProfileError: if model or text cannot be used.
+    """
+    try:
+        probe = ReconstructionProbe(args.model)
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        fingerprint = probe.fingerprint
+    except (OSError, ValueError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ProfileError(f"--model {args.model} cannot be profiled: {reason}") from error
+    if args.task == "retrieval":
+        if len(VOCABULARY.words) != probe.config.vocab_size:
+            raise ProfileError(
+                "--task retrieval is for models of scripts/train_tiny_model.py only."
+            )
+        contexts = task_contexts(args)
+        texts = [f"retrieval task, seed {args.seed}"]
+    else:
+        files = args.text or [CALIBRATION_TEXT]
+        contexts = text_contexts(tokenizer, files, args)
+        texts = [
+            f"{f.name} sha256:{hashlib.sha256(f.read_bytes()).hexdigest()[:16]}" for f in files
+        ]
+    later = (
+        LATER_REPEAT_PROMPT if args.repeat_prompt == DEFAULT_REPEAT_PROMPT else args.repeat_prompt
+    )
+    prompts = [
+        tokenizer(p, add_special_tokens=False)["input_ids"] for p in (args.repeat_prompt, later)
+    ]
+    passes = len(contexts) * (1 + -(-args.context_tokens // args.chunk_tokens))
+    importance = torch.zeros(fingerprint.num_layers, fingerprint.num_kv_heads, dtype=torch.float64)
+    budgets = {ratio: torch.zeros_like(importance) for ratio in KEEP_RATIOS}
+    with tqdm(total=passes, desc="forward passes") as bar:
+        for context in contexts:
+            scores = probe.score(context, args.chunk_tokens, *prompts, progress=bar.update)
+            importance += scores.mean(dim=-1) / len(contexts)
+            for ratio in KEEP_RATIOS:
+                budgets[ratio] += kept_fractions(scores, ratio) / len(contexts)
+    return HeadProfile(
+        schema_version=1,
+        model=fingerprint,
+        provenance=Provenance(
+            method="kvzip reconstruction",
+            repeat_prompt=args.repeat_prompt,
+            scoring_chunk_tokens=args.chunk_tokens,
+            num_contexts=len(contexts),
+            context_tokens=args.context_tokens,
+            texts=texts,
+            versions={
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "vllm-kvzip": version("vllm-kvzip"),
+            },
+            created=date.today().isoformat(),
+        ),
+        importance=importance.clamp(0, 1).tolist(),
+        budgets={str(ratio): grid.clamp(0, 1).tolist() for ratio, grid in budgets.items()},
+    )
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="folder of a model in transformers' format")
+    parser.add_argument("--out", type=Path, help="default: profiles/<model name>.json")
+    parser.add_argument("--text", type=Path, nargs="+", help="calibration texts; default: our own")
+    parser.add_argument("--task", choices=["retrieval"], help="synthetic contexts, for tiny models")
+    parser.add_argument("--context-tokens", type=int, default=1024)
+    parser.add_argument("--num-contexts", type=int, default=4)
+    parser.add_argument("--chunk-tokens", type=int, default=2048, help="repeated at once")
+    parser.add_argument("--repeat-prompt", default=DEFAULT_REPEAT_PROMPT)
+    parser.add_argument("--seed", type=int, default=0, help="of --task")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args(argv)
+    for name in ("context_tokens", "num_contexts", "chunk_tokens", "threads"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; returns the exit code."""
+    args = parse_args(argv)
+    torch.set_num_threads(args.threads)
+    try:
+        profile = build_profile(args)
+    except ProfileError as error:
+        print(f"profile_heads: error: {error}", file=sys.stderr)
+        return 2
+    out = args.out or Path("profiles") / f"{profile.model.name}.json"
+    save_profile(profile, out)
+    for layer, row in enumerate(profile.importance):
+        print(f"layer {layer:3d}  " + "  ".join(f"{value:.3f}" for value in row))
+    drawn = draw_heat_map(profile, out.with_suffix(".png"))
+    print(
+        json.dumps(
+            {"profile": str(out), "heat_map": str(out.with_suffix(".png")) if drawn else None}
+        )
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

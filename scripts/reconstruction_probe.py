@@ -1,0 +1,108 @@
+"""Run KVzip's reconstruction scoring on a transformers model, layer by layer, while it repeats."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+from vllm_kvzip.profile import ModelFingerprint
+from vllm_kvzip.reconstruction import Chunk, iter_chunks, reconstruction_scores
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+ATTENTION_NAME = "kvzip_probe"
+
+
+class ReconstructionProbe:
+    """A causal language model whose attention can be watched.
+
+    Args:
+        path: folder of the model.
+        num_sinks: first tokens every softmax includes.
+
+    Raises:
+        ValueError: if the model's attention does not show queries and keys per head.
+    """
+
+    def __init__(self, path: str, num_sinks: int = 4) -> None:
+        AttentionInterface.register(ATTENTION_NAME, self._attend)
+        AttentionMaskInterface.register(ATTENTION_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        self.model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation=ATTENTION_NAME
+        ).eval()
+        self.config = self.model.config.get_text_config()
+        self._num_sinks = num_sinks
+        self._chunk: Chunk | None = None
+        self._context_tokens = 0
+        self._scores: torch.Tensor | None = None
+
+    @property
+    def fingerprint(self) -> ModelFingerprint:
+        """What the profile will have to match."""
+        config = self.config
+        num_heads = config.num_attention_heads
+        return ModelFingerprint(
+            architecture=self.model.config.architectures[0],
+            num_layers=config.num_hidden_layers,
+            num_query_heads=num_heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+            name=str(self.model.name_or_path).rstrip("/").split("/")[-1],
+        )
+
+    @torch.inference_mode()
+    def score(
+        self,
+        context_ids: Sequence[int],
+        chunk_tokens: int,
+        first_prompt_ids: Sequence[int],
+        later_prompt_ids: Sequence[int],
+        progress: Callable[[], Any] = lambda: None,
+    ) -> torch.Tensor:
+        """Scores of every KV pair of a context.
+
+        Args:
+            context_ids: token ids.
+            chunk_tokens: longest chunk to repeat at once.
+            first_prompt_ids, later_prompt_ids: repeat prompts.
+            progress: called after each forward pass.
+
+        Returns:
+            float32 ``[L, H, T]``.
+        """
+        shape = self.fingerprint
+        self._context_tokens = len(context_ids)
+        self._scores = torch.zeros(shape.num_layers, shape.num_kv_heads, len(context_ids))
+        cache = self.model(torch.tensor([context_ids]), use_cache=True).past_key_values
+        progress()
+        for chunk in iter_chunks(context_ids, chunk_tokens, first_prompt_ids, later_prompt_ids):
+            self._chunk = chunk
+            self.model(torch.tensor([chunk.input_ids]), past_key_values=cache, logits_to_keep=1)
+            self._chunk = None
+            cache.crop(self._context_tokens)
+            progress()
+        return self._scores
+
+    def _attend(
+        self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:  # fmt: skip
+        """transformers' attention function: ``query [1, Hq, R, D]``, ``key [1, H, T + R, D]``."""
+        if self._chunk is not None and self._scores is not None:
+            chunk, keys = self._chunk, key[0]
+            num_heads = keys.shape[0]
+            queries = query[0].unflatten(0, (num_heads, -1)).permute(2, 0, 1, 3)  # [R, H, G, D]
+            num_sinks = min(self._num_sinks, chunk.start)
+            self._scores[module.layer_idx, :, chunk.start : chunk.end] = reconstruction_scores(
+                queries,
+                keys[:, :num_sinks],
+                keys[:, chunk.start : chunk.end],
+                keys[:, self._context_tokens :],
+                module.scaling,
+            )
+        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)

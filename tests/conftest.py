@@ -1,0 +1,21 @@
+"""Set what must be set before vLLM, Triton or a kernel is imported."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+for name, value in {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}.items():
+    os.environ.setdefault(name, value)
+for name in [name for name in os.environ if name.startswith("LLM_KVZIP_")]:
+    del os.environ[name]  # a developer's own settings must not decide a test
+
+sys.path.insert(0, str(ROOT / "scripts"))  # scripts import each other by name
+sys.path.insert(0, str(ROOT / "tests" / "support"))

@@ -1,0 +1,101 @@
+"""KVzip's reconstruction scoring: what does the model look at while it repeats its context?
+
+Section 3 of KVzip (arXiv 2505.23416): after the prefill the model is fed "repeat the previous
+context" and the context itself. A KV pair's score is the most attention it receives from any of
+those queries in its query group. The context is repeated chunk by chunk, each against its own
+keys only, so the cost stays linear in the context (section 3.3).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+LATER_REPEAT_PROMPT = "\n\nRepeat the part of the previous context exactly, starting with"
+LINK_TOKENS = 8  # the end of the previous chunk, which tells the model where to go on
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One piece of the context and what the model is fed to repeat it.
+
+    Attributes:
+        start, end: positions in the context.
+        input_ids: repeat prompt, end of the previous chunk, the chunk.
+    """
+
+    start: int
+    end: int
+    input_ids: list[int]
+
+
+def iter_chunks(
+    context_ids: Sequence[int],
+    chunk_tokens: int,
+    first_prompt_ids: Sequence[int],
+    later_prompt_ids: Sequence[int],
+) -> Iterator[Chunk]:
+    """Cut a context into chunks and build each one's input.
+
+    Args:
+        context_ids: token ids of the context.
+        chunk_tokens: longest chunk.
+        first_prompt_ids: repeat prompt of the first chunk.
+        later_prompt_ids: repeat prompt of the others.
+    """
+    for start in range(0, len(context_ids), chunk_tokens):
+        end = min(start + chunk_tokens, len(context_ids))
+        prompt = first_prompt_ids if start == 0 else later_prompt_ids
+        link = context_ids[max(0, start - LINK_TOKENS) : start]
+        yield Chunk(start, end, [*prompt, *link, *context_ids[start:end]])
+
+
+def reconstruction_scores(
+    queries: torch.Tensor,
+    sink_keys: torch.Tensor,
+    chunk_keys: torch.Tensor,
+    own_keys: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Scores of one chunk's KV pairs in one layer.
+
+    The softmax runs over the sinks, the chunk, and causally over the repeated tokens themselves.
+
+    Args:
+        queries: ``[R, H, G, D]``, of the repeat input.
+        sink_keys: ``[H, S, D]``, first keys of the context; S is 0 when the chunk holds them.
+        chunk_keys: ``[H, C, D]``.
+        own_keys: ``[H, R, D]``, keys of the repeat input.
+        scale: softmax scale.
+
+    Returns:
+        float32 ``[H, C]``, in [0, 1].
+    """
+    num_sinks, num_chunk, num_own = sink_keys.shape[1], chunk_keys.shape[1], own_keys.shape[1]
+    keys = torch.cat([sink_keys, chunk_keys, own_keys], dim=1).float()
+    logits = torch.einsum("rhgd,hkd->hgrk", queries.float(), keys) * scale
+    future = torch.ones(num_own, num_own, dtype=torch.bool).triu(1).to(logits.device)
+    logits[..., num_sinks + num_chunk :].masked_fill_(future, float("-inf"))
+    attention = logits.softmax(dim=-1)[..., num_sinks : num_sinks + num_chunk]
+    return attention.amax(dim=(1, 2))
+
+
+def kept_fractions(scores: torch.Tensor, keep_ratio: float) -> torch.Tensor:
+    """Share of each head's KV pairs among the best ones over all layers and heads.
+
+    Args:
+        scores: ``[L, H, T]``.
+        keep_ratio: kept / all, in (0, 1].
+
+    Returns:
+        float64 ``[L, H]``; its mean is the keep ratio up to rounding.
+    """
+    num_kept = max(1, round(keep_ratio * scores.numel()))
+    kept = torch.zeros(scores.numel(), dtype=torch.float64)
+    kept[scores.flatten().argsort(descending=True, stable=True)[:num_kept]] = 1
+    return kept.view(scores.shape).mean(dim=-1)
