@@ -1,0 +1,189 @@
+"""Run one vLLM engine in a process of its own and report what it did.
+
+A test describes a job, :func:`run_job` starts this file as a program, and the answer comes back as
+JSON. Inside, the engine runs in-process and is stepped by hand, so that the block pool can be read
+after every step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+MODEL = Path(__file__).parent.parent / "models" / "tiny-retriever"
+MAX_SECONDS = 300
+
+
+@dataclass
+class Request:
+    """One request of a job.
+
+    Attributes:
+        prompt: token ids.
+        max_tokens: output length; the end-of-sequence token is ignored.
+        arrives: step before which it is added.
+        aborts: step before which it is aborted, or None.
+        options: more fields of ``SamplingParams``.
+    """
+
+    prompt: list[int]
+    max_tokens: int = 16
+    arrives: int = 0
+    aborts: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Report:
+    """What the engine did.
+
+    Attributes:
+        outputs: token ids by request number; aborted ones have what came before.
+        free_blocks: free blocks of the pool before the first step and after each step.
+        held_blocks: after each step, blocks in the row of each request by number, null excluded.
+        metrics: the plugin's metrics at the end, by sample name.
+        num_preemptions: how many times a request was preempted.
+        classes: names of the classes vLLM used: backend, spec, manager, worker.
+        prefix_hits: tokens found in the prefix cache.
+        logprobs: sampled token's log-probability by request, when asked for.
+    """
+
+    outputs: list[list[int]]
+    free_blocks: list[int]
+    held_blocks: list[dict[str, int]]
+    metrics: dict[str, float]
+    num_preemptions: int
+    classes: dict[str, str]
+    prefix_hits: int
+    logprobs: list[list[float]]
+
+
+def run_job(
+    requests: list[Request],
+    kvzip: dict[str, Any] | None = None,
+    environment: dict[str, str] | None = None,
+    model: Path = MODEL,
+    **engine: Any,
+) -> Report:
+    """Run requests through a fresh engine.
+
+    Args:
+        requests: what to send.
+        kvzip: settings of the plugin; None leaves compression off.
+        environment: more environment variables.
+        model: folder of the model.
+        engine: more arguments of ``LLM``.
+    """
+    arguments: dict[str, Any] = {
+        "model": str(model),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "gpu_memory_utilization": 0.3,
+        "block_size": 32,
+        **engine,
+    }
+    if kvzip is not None:
+        arguments["additional_config"] = {"kvzip": kvzip}
+    with tempfile.TemporaryDirectory() as folder:
+        job, answer = Path(folder) / "job.json", Path(folder) / "answer.json"
+        job.write_text(
+            json.dumps({"engine": arguments, "requests": [asdict(request) for request in requests]})
+        )
+        process = subprocess.run(
+            [sys.executable, __file__, str(job), str(answer)],
+            env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(environment or {})},
+            capture_output=True,
+            text=True,
+            timeout=MAX_SECONDS,
+            check=False,
+        )
+        if process.returncode != 0:
+            raise RuntimeError(f"engine failed:\n{process.stdout[-2000:]}\n{process.stderr[-6000:]}")
+        return Report(**json.loads(answer.read_text()))
+
+
+def execute(job: dict[str, Any]) -> Report:
+    """The other side: run the job in this process."""
+    from prometheus_client import REGISTRY
+    from vllm import LLM, SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    llm = LLM(**job["engine"])
+    engine = llm.llm_engine
+    core = engine.engine_core.engine_core
+    cache = core.scheduler.kv_cache_manager
+    requests = [Request(**values) for values in job["requests"]]
+    outputs: list[list[int]] = [[] for _ in requests]
+    logprobs: list[list[float]] = [[] for _ in requests]
+    free, held = [cache.block_pool.get_num_free_blocks()], []
+    step = preemptions = hits = 0
+    open_requests = set(range(len(requests)))
+    while open_requests:
+        for number, request in enumerate(requests):
+            if request.arrives == step:
+                params = SamplingParams(
+                    temperature=0, max_tokens=request.max_tokens, ignore_eos=True,
+                    output_kind=RequestOutputKind.CUMULATIVE, **request.options,
+                )  # fmt: skip
+                engine.add_request(str(number), {"prompt_token_ids": request.prompt}, params)
+            if request.aborts == step:
+                engine.abort_request([str(number)])
+                open_requests.discard(number)
+        for output in engine.step():
+            number = int(output.request_id)
+            outputs[number] = list(output.outputs[0].token_ids)
+            if output.outputs[0].logprobs:
+                logprobs[number] = [
+                    position[token].logprob
+                    for position, token in zip(
+                        output.outputs[0].logprobs, outputs[number], strict=True
+                    )
+                ]
+            if output.finished:
+                open_requests.discard(number)
+        free.append(cache.block_pool.get_num_free_blocks())
+        rows = cache.coordinator.single_type_managers[0].req_to_blocks
+        held.append(
+            {rid.split("-")[0]: sum(not b.is_null for b in row) for rid, row in rows.items()}
+        )
+        preemptions = max(
+            preemptions, sum(r.num_preemptions for r in core.scheduler.requests.values())
+        )
+        if stats := cache.prefix_cache_stats:
+            hits = max(hits, stats.hits)
+        step += 1
+    for _ in range(3):
+        engine.step()
+    free.append(cache.block_pool.get_num_free_blocks())
+    worker = core.model_executor.driver_worker.worker
+    runner = worker.model_runner
+    samples = {}
+    for metric in REGISTRY.collect():
+        for sample in metric.samples:
+            if sample.name.startswith("vllm_kvzip"):
+                label = next((v for k, v in sample.labels.items() if k != "le"), None)
+                if "le" not in sample.labels:
+                    samples[sample.name + (f"/{label}" if label else "")] = sample.value
+    manager = cache.coordinator.single_type_managers[0]
+    return Report(
+        outputs, free, held, samples, preemptions,
+        {
+            "backend": runner.attn_groups[0][0].backend.__name__,
+            "spec": type(manager.kv_cache_spec).__name__,
+            "manager": type(manager).__name__,
+            "worker": type(worker).__name__,
+        },
+        hits, logprobs,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(asdict(execute(json.loads(Path(sys.argv[1]).read_text())))))
+    sys.stdout.flush()
+    os._exit(0)  # vLLM's own shutdown is not what is tested, and costs seconds

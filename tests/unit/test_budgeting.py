@@ -1,0 +1,90 @@
+"""Budgets: the total is exact, floors hold, and the better head gets more."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_kvzip.budgeting import allocate_adaptive, allocate_from_fractions, allocate_uniform
+
+
+@st.composite
+def totals(draw):
+    num_layers, num_heads = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    max_pages = draw(st.integers(1, 12))
+    min_pages = draw(st.integers(1, max_pages))
+    heads = num_layers * num_heads
+    total = draw(st.integers(heads * min_pages, heads * max_pages))
+    return num_layers, num_heads, min_pages, max_pages, total
+
+
+@given(totals(), st.integers(0, 10**6))
+def test_adaptive_is_the_global_top_k_above_the_floor(case, seed):
+    num_layers, num_heads, min_pages, max_pages, total = case
+    block_size = 4
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(num_layers, num_heads, max_pages * block_size, generator=generator)
+    pages = allocate_adaptive(scores, total, block_size, min_pages)
+    assert int(pages.sum()) == total
+    assert int(pages.min()) >= min_pages
+    assert int(pages.max()) <= max_pages
+    candidates = []
+    for layer in range(num_layers):
+        for head in range(num_heads):
+            ranked = sorted(scores[layer, head].tolist(), reverse=True)
+            for page in range(min_pages, max_pages):
+                mean = sum(ranked[page * block_size : (page + 1) * block_size]) / block_size
+                candidates.append((mean, layer, head))
+    expected = torch.full_like(pages, min_pages)
+    best = sorted(candidates, reverse=True)[: total - num_layers * num_heads * min_pages]
+    for _, layer, head in best:
+        expected[layer, head] += 1
+    assert torch.equal(pages, expected)
+
+
+def test_adaptive_moves_pages_across_layers_and_per_layer_does_not():
+    scores = torch.rand(2, 2, 64)
+    scores[1] += 10
+    everywhere = allocate_adaptive(scores, 8, 8, 1)
+    assert everywhere.sum(dim=1).tolist() == [2, 6]
+    inside = allocate_adaptive(scores, 8, 8, 1, per_layer=True)
+    assert inside.sum(dim=1).tolist() == [4, 4]
+
+
+@given(totals(), st.data())
+def test_fractions_give_the_exact_total_within_bounds(case, data):
+    num_layers, num_heads, min_pages, max_pages, total = case
+    count = num_layers * num_heads
+    values = data.draw(st.lists(st.floats(0, 1), min_size=count, max_size=count))
+    fractions = torch.tensor(values, dtype=torch.float64).view(num_layers, num_heads)
+    pages = allocate_from_fractions(fractions, total, min_pages, max_pages)
+    assert int(pages.sum()) == total
+    assert int(pages.min()) >= min_pages
+    assert int(pages.max()) <= max_pages
+    order = fractions.flatten().argsort()
+    assert (pages.flatten()[order].diff() >= -1).all()  # more wanted, not less given (but rounding)
+
+
+def test_fractions_that_fit_are_taken_as_they_are():
+    fractions = torch.tensor([[1.0, 0.25], [0.25, 0.5]])
+    pages = allocate_from_fractions(fractions, 16, 1, 8)
+    assert pages.tolist() == [[8, 2], [2, 4]]
+
+
+def test_skewed_fractions_fill_one_layer():
+    fractions = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
+    assert allocate_from_fractions(fractions, 18, 1, 8).tolist() == [[8, 8], [1, 1]]
+
+
+def test_uniform():
+    assert allocate_uniform(24, 2, 3).tolist() == [[4, 4, 4], [4, 4, 4]]
+    with pytest.raises(ValueError, match="25 pages do not divide"):
+        allocate_uniform(25, 2, 3)
+
+
+@pytest.mark.parametrize("total", [3, 33])
+def test_impossible_totals_are_refused(total):
+    with pytest.raises(ValueError, match="the heads hold 4 to 32"):
+        allocate_from_fractions(torch.ones(2, 2), total, 1, 8)
+    with pytest.raises(ValueError, match="the heads hold 4 to 32"):
+        allocate_adaptive(torch.rand(2, 2, 32), total, 4, 1)

@@ -1,0 +1,135 @@
+"""Compaction and the whole pipeline on a synthetic pool, against a loop over single tokens."""
+
+import pytest
+import torch
+
+from vllm_kvzip.compaction import PageCodec, PageStore, compact_layer
+from vllm_kvzip.core import CacheGeometry
+from vllm_kvzip.head_pages import PagePool, PrefixRule
+from vllm_kvzip.pipeline import Compressor
+
+GEOMETRY = CacheGeometry(num_layers=3, num_kv_heads=2, group_size=2, head_dim=8, block_size=4)
+POOL = PagePool(num_blocks=64, num_layers=3, num_kv_heads=2)
+
+
+def shuffled_codec(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    size = GEOMETRY.block_size * GEOMETRY.head_dim
+    return PageCodec(
+        torch.randperm(size, generator=generator), torch.randperm(size, generator=generator)
+    )
+
+
+def empty_pages(dtype=torch.float32):
+    size = 2 * GEOMETRY.block_size * GEOMETRY.head_dim
+    return torch.full((64 * 6, size), float("nan"), dtype=dtype)
+
+
+def store_of(pages, codec):
+    return PageStore(pages, codec, GEOMETRY.block_size, GEOMETRY.head_dim)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_pages_are_written_in_the_codecs_order_and_read_back(dtype):
+    codec, pages = shuffled_codec(), empty_pages(dtype)
+    keys, values = torch.randn(2, 8, 8).to(dtype), torch.randn(2, 8, 8).to(dtype)
+    ids = torch.tensor([[7, 3], [11, 5]])
+    store_of(pages, codec).write(ids.flatten(), keys.view(-1, 8), values.view(-1, 8))
+    read_keys, read_values = store_of(pages, codec).read(ids)
+    assert torch.equal(read_keys, keys) and torch.equal(read_values, values)
+    page = pages[3]  # head 0, tokens 4..7
+    for stored, logical in enumerate(codec.key_order.tolist()):
+        assert page[stored] == keys[0, 4 + logical // 8, logical % 8]
+    untouched = [i for i in range(len(pages)) if i not in (3, 5, 7, 11)]
+    assert pages[untouched].isnan().all()
+
+
+def test_a_codec_must_be_a_permutation():
+    with pytest.raises(ValueError, match="not a permutation"):
+        PageCodec(torch.zeros(4, dtype=torch.int64), torch.arange(4))
+
+
+def test_compaction_never_writes_to_its_source():
+    store = store_of(empty_pages(), shuffled_codec())
+    with pytest.raises(ValueError, match="own pages"):
+        compact_layer(
+            store, torch.tensor([[1, 2]]), torch.arange(4), torch.zeros(4).long(), torch.tensor([2])
+        )
+
+
+def fill_prompt(pages, codec, blocks):
+    """Random KV of a prompt; returns keys and values ``[L, H, T, D]``."""
+    keys = torch.randn(3, 2, len(blocks) * 4, 8)
+    values = torch.randn_like(keys)
+    ids = POOL.page_ids(torch.tensor(blocks))
+    for layer in range(3):
+        store_of(pages, codec).write(
+            ids[layer].flatten(), keys[layer].reshape(-1, 8), values[layer].reshape(-1, 8)
+        )
+    return keys, values
+
+
+def compressor(budget, keep_ratio=0.5, scorer="knorm", **changes):
+    rule = PrefixRule(keep_ratio, 0, sink_tokens=2, recent_tokens=2, block_size=4)
+    values = {"codec": shuffled_codec(), "scorer": scorer, "budget": budget}
+    return Compressor(geometry=GEOMETRY, pool=POOL, rule=rule, **{**values, **changes}), rule
+
+
+@pytest.mark.parametrize("budget", ["uniform", "adaptive", "profile"])
+@pytest.mark.parametrize("keep_ratio", [0.25, 0.5, 1.0])
+def test_kept_pairs_lie_in_the_dealt_pages(budget, keep_ratio):
+    torch.manual_seed(3)
+    fractions = [[1.0, 0.1], [0.2, 0.3], [0.9, 0.5]] if budget == "profile" else None
+    press, rule = compressor(budget, keep_ratio, head_fractions=fractions)
+    pages, codec = empty_pages(), shuffled_codec()
+    source = [9, 4, 17, 30, 2, 8, 41, 22]
+    keys, values = fill_prompt(pages, codec, source)
+    plan = rule.plan(34)
+    target = [50, 12, 33, 60, 1, 5, 7, 13][: plan.num_compressed_blocks]
+    before = pages.clone()
+    prefix, report = press.compress(
+        pages, source_blocks=source, target_blocks=target, plan=plan, num_prompt_tokens=34,
+        observation_queries=None, scale=1.0, seed=0,
+    )  # fmt: skip
+    assert int(prefix.pages.sum()) == plan.num_compressed_blocks * 6
+    assert report.achieved_keep_ratio == pytest.approx(plan.num_compressed_blocks / 8)
+    source_ids = POOL.page_ids(torch.tensor(source)).flatten()
+    assert torch.equal(pages[source_ids], before[source_ids])
+    start = 0
+    for layer in range(3):
+        for head in range(2):
+            count = int(prefix.pages[layer, head])
+            ids = prefix.page_ids[start : start + count]
+            start += count
+            kept_keys, kept_values = store_of(pages, codec).read(ids[None])
+            norms = keys[layer, head].norm(dim=-1)
+            norms[:2] = -1.0
+            best = norms.argsort(stable=True)[: count * 4].sort().values
+            assert torch.equal(kept_keys[0], keys[layer, head, best])
+            assert torch.equal(kept_values[0], values[layer, head, best])
+    if keep_ratio == 1.0:
+        assert (prefix.pages == 8).all()
+
+
+def test_skewed_profile_keeps_one_layer_whole_in_the_blocks_of_the_ratio():
+    fractions = [[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]
+    press, rule = compressor("profile", keep_ratio=0.41, head_fractions=fractions)
+    pages = empty_pages()
+    fill_prompt(pages, shuffled_codec(), list(range(8)))
+    plan = rule.plan(32)
+    assert plan.num_compressed_blocks == 4  # 24 pages: layer 1 takes all its 16, the rest is shared
+    prefix, _ = press.compress(
+        pages, source_blocks=range(8), target_blocks=range(20, 24), plan=plan, num_prompt_tokens=32,
+        observation_queries=None, scale=1.0, seed=0,
+    )  # fmt: skip
+    assert prefix.pages.tolist() == [[2, 2], [8, 8], [2, 2]]
+    assert len(prefix.page_ids.unique()) == 24
+
+
+def test_wrong_names_and_shapes_are_refused():
+    with pytest.raises(ValueError, match="no budget 'best'"):
+        compressor("best")
+    with pytest.raises(ValueError, match="no scorer 'nose'"):
+        compressor("uniform", scorer="nose")
+    with pytest.raises(ValueError, match="head fractions"):
+        compressor("profile", head_fractions=[[0.5]])

@@ -1,0 +1,135 @@
+"""Scorers against what their papers say, written out the slow way."""
+
+import math
+
+import pytest
+import torch
+
+from vllm_kvzip.core import LayerInputs
+from vllm_kvzip.scoring import (
+    Scorer,
+    ScorerSettings,
+    available_scorers,
+    create_scorer,
+    register_scorer,
+)
+from vllm_kvzip.scoring import base as scoring_base
+
+HEADS, TOKENS, DIM, GROUP = 2, 12, 8, 3
+
+
+def layer_inputs(num_queries=0, num_prompt_tokens=14, **changes):
+    generator = torch.Generator().manual_seed(1)
+    queries = None
+    if num_queries:
+        queries = torch.randn(num_queries, HEADS, GROUP, DIM, generator=generator)
+    values = {
+        "layer": 1,
+        "num_layers": 3,
+        "keys": torch.randn(HEADS, TOKENS, DIM, generator=generator),
+        "values": torch.randn(HEADS, TOKENS, DIM, generator=generator),
+        "observation_queries": queries,
+        "num_prompt_tokens": num_prompt_tokens,
+        "scale": DIM**-0.5,
+        "sink_tokens": 2,
+        "recent_tokens": 2,
+        "seed": 5,
+    }
+    return LayerInputs(**{**values, **changes})
+
+
+@pytest.mark.parametrize("name", available_scorers())
+def test_every_scorer_returns_finite_scores_and_leaves_its_inputs_alone(name):
+    inputs = layer_inputs(num_queries=5)
+    before = inputs.keys.clone(), inputs.values.clone(), inputs.observation_queries.clone()
+    scores = create_scorer(name).score_layer(inputs)
+    assert scores.shape == (HEADS, TOKENS)
+    assert scores.dtype == torch.float32
+    assert scores.isfinite().all()
+    assert len(scores.unique()) > 1
+    after = inputs.keys, inputs.values, inputs.observation_queries
+    assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+def test_keydiff_prefers_keys_unlike_the_others():
+    keys = torch.ones(1, 6, 4)
+    keys[0, 3] = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    scores = create_scorer("keydiff").score_layer(layer_inputs(keys=keys))
+    assert scores[0].argmax() == 3
+    inputs = layer_inputs()
+    unit = [[key / key.norm() for key in head] for head in inputs.keys]
+    for head in range(HEADS):
+        anchor = sum(unit[head]) / TOKENS
+        wanted = [-torch.dot(key, anchor / anchor.norm()).item() for key in unit[head]]
+        got = create_scorer("keydiff").score_layer(inputs)[head].tolist()
+        assert got == pytest.approx(wanted, abs=1e-5)
+
+
+def test_knorm_prefers_small_keys():
+    inputs = layer_inputs()
+    scores = create_scorer("knorm").score_layer(inputs)
+    assert scores.argmax(-1).tolist() == inputs.keys.norm(dim=-1).argmin(-1).tolist()
+
+
+def test_streaming_prefers_the_most_recent():
+    scores = create_scorer("streaming").score_layer(layer_inputs())
+    assert (scores.diff(dim=-1) > 0).all()
+
+
+def test_random_depends_on_prompt_and_layer_only():
+    random = create_scorer("random")
+    first = random.score_layer(layer_inputs())
+    assert torch.equal(first, random.score_layer(layer_inputs(keys=torch.zeros(2, 12, 8))))
+    assert not torch.equal(first, random.score_layer(layer_inputs(seed=6)))
+    assert not torch.equal(first, random.score_layer(layer_inputs(layer=2)))
+
+
+def test_window_is_causal_attention_of_the_last_queries():
+    inputs = layer_inputs(num_queries=5, num_prompt_tokens=14)  # queries at 9..13, keys at 0..11
+    raw = torch.zeros(HEADS, TOKENS)
+    for head in range(HEADS):
+        groups = []
+        for member in range(GROUP):
+            total = torch.zeros(TOKENS)
+            for index in range(5):
+                query = inputs.observation_queries[index, head, member]
+                visible = [t for t in range(TOKENS) if t <= 9 + index]
+                weights = [
+                    math.exp(float(query @ inputs.keys[head, t]) * inputs.scale) for t in visible
+                ]
+                for t, weight in zip(visible, weights, strict=True):
+                    total[t] += weight / sum(weights) / 5
+            groups.append(total)
+        raw[head] = torch.stack(groups).amax(0)
+    padded = torch.nn.functional.pad(raw, (2, 2), value=0.0)
+    wanted = torch.stack([padded[:, t : t + 5].amax(-1) for t in range(TOKENS)], dim=-1)
+    torch.testing.assert_close(create_scorer("window").score_layer(inputs), wanted)
+
+
+def test_window_says_what_it_misses():
+    with pytest.raises(ValueError, match="needs the queries"):
+        create_scorer("window").score_layer(layer_inputs())
+
+
+def test_unknown_scorer_names_the_nearest():
+    with pytest.raises(ValueError, match=r"no scorer 'keydif'; did you mean 'keydiff'\?"):
+        create_scorer("keydif")
+    with pytest.raises(ValueError, match="choose one of .*knorm"):
+        create_scorer("zzz")
+
+
+def test_a_third_party_can_register(monkeypatch):
+    monkeypatch.setattr(scoring_base, "_registry", dict(scoring_base._registry))
+
+    @register_scorer
+    class Last(Scorer):
+        name = "last"
+
+        def score_layer(self, inputs):
+            return torch.arange(inputs.keys.shape[1]).float().expand(inputs.keys.shape[:2])
+
+    assert "last" in available_scorers()
+    made = create_scorer("last", ScorerSettings(observation_window_tokens=7))
+    assert made.settings.observation_window_tokens == 7
+    with pytest.raises(ValueError, match="registered already"):
+        register_scorer(type("Other", (Last,), {}))

@@ -1,0 +1,55 @@
+"""Selection: budgets are met exactly, protected tokens stay, ties go to the earlier token."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_kvzip.selection import protect, select
+
+
+def kept(plan, head):
+    return plan.positions[plan.offsets[head] : plan.offsets[head + 1]].tolist()
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 8), st.integers(0, 10**6), st.data())
+def test_each_head_keeps_its_best_tokens(num_layers, num_heads, num_pages, seed, data):
+    block_size = 4
+    num_tokens = num_pages * block_size
+    count = num_layers * num_heads
+    budgets = data.draw(st.lists(st.integers(1, num_pages), min_size=count, max_size=count))
+    pages = torch.tensor(budgets).view(num_layers, num_heads)
+    sinks, recent = data.draw(st.sampled_from([(0, 0), (1, 0), (0, 2), (2, 2)]))
+    scores = torch.randint(
+        0, 5, (num_layers, num_heads, num_tokens), generator=torch.Generator().manual_seed(seed)
+    ).float()
+    plan = select(scores, pages, block_size, sinks, recent)
+    for head in range(count):
+        layer, inside = divmod(head, num_heads)
+        protected = set(range(sinks)) | set(range(num_tokens - recent, num_tokens))
+        ranking = sorted(
+            range(num_tokens),
+            key=lambda t: (t not in protected, -scores[layer, inside, t].item(), t),  # noqa: B023
+        )
+        assert kept(plan, head) == sorted(ranking[: budgets[head] * block_size])
+
+
+def test_keep_everything_is_the_identity():
+    plan = select(torch.rand(2, 2, 16), torch.full((2, 2), 4), 4, 1, 1)
+    assert plan.positions.tolist() == list(range(16)) * 4
+
+
+def test_protected_tokens_do_not_raise_a_heads_worth():
+    scores = torch.tensor([[[1.0, 2.0, 3.0, 0.0]]])
+    assert protect(scores, 1, 1).tolist() == [[[3.0, 2.0, 3.0, 3.0]]]
+    assert scores.tolist() == [[[1.0, 2.0, 3.0, 0.0]]]
+
+
+def test_nan_and_impossible_budgets_are_refused():
+    pages = torch.ones(1, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="NaN"):
+        select(torch.full((1, 1, 8), float("nan")), pages, 4, 0, 0)
+    with pytest.raises(ValueError, match="do not fit 5 protected"):
+        select(torch.rand(1, 1, 8), pages, 4, 3, 2)
+    with pytest.raises(ValueError, match="do not fit"):
+        select(torch.rand(1, 1, 8), pages * 3, 4, 0, 0)
