@@ -218,7 +218,8 @@ def save(model: LlamaForCausalLM, report: dict[str, object], out: Path) -> None:
         file.chmod(0o644)
 
 
-def main() -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line of the script."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--init", type=Path, help="go on from this checkpoint, at 1,024 tokens")
@@ -230,8 +231,11 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=32)
     parser.add_argument("--max-positions", type=int, default=2048)
-    args = parser.parse_args()
+    return parser.parse_args(argv)
 
+
+def main() -> None:
+    args = parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     model = LlamaForCausalLM.from_pretrained(args.init) if args.init else build_model(args)

@@ -50,7 +50,7 @@ class Report:
         metrics: the plugin's metrics at the end, by sample name.
         num_preemptions: how many times a request was preempted.
         classes: names of the classes vLLM used: backend, spec, manager, worker.
-        prefix_hits: tokens found in the prefix cache.
+        cached_tokens: prompt tokens found in the prefix cache, by request.
         logprobs: sampled token's log-probability by request, when asked for.
     """
 
@@ -60,7 +60,7 @@ class Report:
     metrics: dict[str, float]
     num_preemptions: int
     classes: dict[str, str]
-    prefix_hits: int
+    cached_tokens: list[int]
     logprobs: list[list[float]]
 
 
@@ -104,7 +104,9 @@ def run_job(
             check=False,
         )
         if process.returncode != 0:
-            raise RuntimeError(f"engine failed:\n{process.stdout[-2000:]}\n{process.stderr[-6000:]}")
+            raise RuntimeError(
+                f"engine failed:\n{process.stdout[-2000:]}\n{process.stderr[-6000:]}"
+            )
         return Report(**json.loads(answer.read_text()))
 
 
@@ -122,7 +124,8 @@ def execute(job: dict[str, Any]) -> Report:
     outputs: list[list[int]] = [[] for _ in requests]
     logprobs: list[list[float]] = [[] for _ in requests]
     free, held = [cache.block_pool.get_num_free_blocks()], []
-    step = preemptions = hits = 0
+    cached_tokens = [0] * len(requests)
+    step = preemptions = 0
     open_requests = set(range(len(requests)))
     while open_requests:
         for number, request in enumerate(requests):
@@ -137,6 +140,7 @@ def execute(job: dict[str, Any]) -> Report:
                 open_requests.discard(number)
         for output in engine.step():
             number = int(output.request_id)
+            cached_tokens[number] = output.num_cached_tokens or 0
             outputs[number] = list(output.outputs[0].token_ids)
             if output.outputs[0].logprobs:
                 logprobs[number] = [
@@ -155,8 +159,6 @@ def execute(job: dict[str, Any]) -> Report:
         preemptions = max(
             preemptions, sum(r.num_preemptions for r in core.scheduler.requests.values())
         )
-        if stats := cache.prefix_cache_stats:
-            hits = max(hits, stats.hits)
         step += 1
     for _ in range(3):
         engine.step()
@@ -179,11 +181,13 @@ def execute(job: dict[str, Any]) -> Report:
             "manager": type(manager).__name__,
             "worker": type(worker).__name__,
         },
-        hits, logprobs,
+        cached_tokens, logprobs,
     )  # fmt: skip
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(asdict(execute(json.loads(Path(sys.argv[1]).read_text())))))
+    Path(sys.argv[2]).write_text(
+        json.dumps(asdict(execute(json.loads(Path(sys.argv[1]).read_text()))))
+    )
     sys.stdout.flush()
     os._exit(0)  # vLLM's own shutdown is not what is tested, and costs seconds

@@ -114,7 +114,7 @@ def test_window_says_what_it_misses():
 def test_unknown_scorer_names_the_nearest():
     with pytest.raises(ValueError, match=r"no scorer 'keydif'; did you mean 'keydiff'\?"):
         create_scorer("keydif")
-    with pytest.raises(ValueError, match="choose one of .*knorm"):
+    with pytest.raises(ValueError, match=r"choose one of .*knorm"):
         create_scorer("zzz")
 
 

@@ -29,7 +29,7 @@ def test_each_head_keeps_its_best_tokens(num_layers, num_heads, num_pages, seed,
         protected = set(range(sinks)) | set(range(num_tokens - recent, num_tokens))
         ranking = sorted(
             range(num_tokens),
-            key=lambda t: (t not in protected, -scores[layer, inside, t].item(), t),  # noqa: B023
+            key=lambda t: (t not in protected, -scores[layer, inside, t].item(), t),
         )
         assert kept(plan, head) == sorted(ranking[: budgets[head] * block_size])
 

@@ -65,22 +65,39 @@ class RequestTracker:
         """The tracked request of that id, or None when it is not to be compressed."""
         return self._requests.get(request_id)
 
-    def update(self, output: SchedulerOutput) -> list[str]:
-        """Take in the scheduler's news before the step runs; returns the ids that were dropped.
+    def drop_ended(self, output: SchedulerOutput) -> list[str]:
+        """Forget what was kept for requests that ended or lost their blocks; returns their ids.
 
-        A dropped request has finished, was aborted or was preempted: whatever is kept for it must
-        go. A resumed request starts afresh.
+        A preempted request is still known afterwards: model runner V1 is not told its prompt again
+        when it resumes, only its new row.
         """
-        dropped = [rid for rid in output.finished_req_ids if self._requests.pop(rid, None)]
-        for rid in output.preempted_req_ids or ():
-            if self._requests.pop(rid, None):
+        gone = (*output.finished_req_ids, *(new.req_id for new in output.scheduled_new_reqs))
+        dropped = [rid for rid in gone if self._requests.pop(rid, None)]
+        resumed = output.scheduled_cached_reqs.resumed_req_ids
+        for rid in (*(output.preempted_req_ids or ()), *resumed):
+            if request := self._requests.get(rid):
+                request.crossed = request.folded = False
+                request.block_ids = []
                 dropped.append(rid)
-        for new in output.scheduled_new_reqs:
-            if self._requests.pop(new.req_id, None):
-                dropped.append(new.req_id)
-            self._add(new)
-        dropped.extend(self._update_running(output))
         return dropped
+
+    def advance(self, output: SchedulerOutput) -> None:
+        """Take in new requests and new blocks of the step that is about to run.
+
+        Must follow the compaction of what the last step completed: the blocks named here belong
+        behind the folded row.
+        """
+        for new in output.scheduled_new_reqs:
+            self._add(new)
+        running = output.scheduled_cached_reqs
+        for index, rid in enumerate(running.req_ids):
+            request = self._requests.get(rid)
+            if request is None or request.folded:
+                continue
+            request.num_computed_tokens = running.num_computed_tokens[index]
+            new_block_ids = running.new_block_ids[index]
+            if new_block_ids is not None:
+                request.block_ids.extend(new_block_ids[self._group_id])
 
     def crossing(self, output: SchedulerOutput) -> Iterator[TrackedRequest]:
         """Requests whose prompt is complete once the step of ``output`` has run; marks them."""
@@ -106,18 +123,3 @@ class RequestTracker:
             block_ids=list(new.block_ids[self._group_id]),
             num_computed_tokens=new.num_computed_tokens,
         )
-
-    def _update_running(self, output: SchedulerOutput) -> Iterator[str]:
-        running = output.scheduled_cached_reqs
-        for index, rid in enumerate(running.req_ids):
-            request = self._requests.get(rid)
-            if request is None:
-                continue
-            request.num_computed_tokens = running.num_computed_tokens[index]
-            new_block_ids = running.new_block_ids[index]
-            if rid in running.resumed_req_ids:
-                request.crossed = request.folded = False
-                request.block_ids = []
-                yield rid
-            if new_block_ids is not None and not request.folded:
-                request.block_ids.extend(new_block_ids[self._group_id])

@@ -118,12 +118,13 @@ class HeadPageRuntime:
 
     def before_step(self, output: SchedulerOutput) -> None:
         """Drop what ended, compress what the last step completed, prepare this step."""
-        for request_id in self._tracker.update(output):
+        for request_id in self._tracker.drop_ended(output):
             self._forget(request_id)
         pending, self._pending = self._pending, []
         for request in pending:
             if self._tracker.get(request.request_id) is request and request.crossed:
                 self._compress(request)
+        self._tracker.advance(output)
         self._spans_by_request = self._plan_observation(output) if self._window else {}
 
     def after_step(self, output: SchedulerOutput) -> None:

@@ -1,0 +1,81 @@
+"""The profiling script on a fresh random model: valid files, right scores, clear errors."""
+
+import json
+
+import numpy as np
+import profile_heads
+import pytest
+import torch
+import train_tiny_model
+from reconstruction_probe import ReconstructionProbe
+
+from vllm_kvzip.profile import load_profile
+from vllm_kvzip.reconstruction import iter_chunks
+
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "random-llama"
+    arguments = train_tiny_model.parse_args(
+        ["--out", str(folder), "--layers", "2", "--hidden", "64", "--heads", "4", "--kv-heads", "2"]
+    )
+    torch.manual_seed(0)
+    train_tiny_model.save(train_tiny_model.build_model(arguments), {}, folder)
+    return folder
+
+
+def test_profile_is_written_with_its_picture(random_model, tmp_path, capsys):
+    out = tmp_path / "random-llama.json"
+    code = profile_heads.main(
+        ["--model", str(random_model), "--out", str(out), "--task", "retrieval", "--num-contexts",
+         "2", "--context-tokens", "96", "--chunk-tokens", "40", "--repeat-prompt", "repeat"]
+    )  # fmt: skip
+    assert code == 0
+    profile = load_profile(out)
+    assert profile.model.num_kv_heads == 2
+    assert profile.provenance.repeat_prompt == "repeat"
+    for ratio, grid in profile.budgets.items():
+        assert np.mean(grid) == pytest.approx(float(ratio), abs=0.01)
+    assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["profile"] == str(out)
+
+
+def test_scores_equal_attention_of_the_whole_model(random_model):
+    """Against transformers' own eager attention weights, cut and normalised by hand."""
+    probe = ReconstructionProbe(str(random_model), num_sinks=2)
+    rng = np.random.default_rng(0)
+    context, prompt = rng.integers(7, 512, 30).tolist(), [6]
+    got = probe.score(context, 16, prompt, prompt)
+    probe.model.set_attn_implementation("eager")
+    for chunk in iter_chunks(context, 16, prompt, prompt):
+        ids = torch.tensor([context + chunk.input_ids])
+        with torch.inference_mode():
+            weights = probe.model(ids, output_attentions=True).attentions
+        sinks = min(2, chunk.start)
+        columns = [*range(sinks), *range(chunk.start, chunk.end), *range(30, ids.shape[1])]
+        for layer, attention in enumerate(weights):
+            cut = attention[0, :, 30:, columns]
+            cut = cut / cut.sum(-1, keepdim=True)
+            best = cut[:, :, sinks : sinks + chunk.end - chunk.start].amax(1)
+            wanted = best.unflatten(0, (2, -1)).amax(1)
+            torch.testing.assert_close(
+                got[layer, :, chunk.start : chunk.end], wanted, atol=1e-5, rtol=1e-4
+            )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "/no/such/model"], "--model /no/such/model cannot be profiled"),
+        (["--context-tokens", "100000"], "fewer than --context-tokens 100000"),
+        (["--text", "/no/such/text"], "--text /no/such/text cannot be read"),
+    ],
+)
+def test_wrong_input_is_one_sentence(random_model, tmp_path, capsys, arguments, message):
+    code = profile_heads.main(
+        ["--model", str(random_model), "--out", str(tmp_path / "x.json"), *arguments]
+    )
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert code == 2
+    assert len(errors) == 1 and message in errors[0]
+    assert not (tmp_path / "x.json").exists()

@@ -1,0 +1,40 @@
+"""KVzip's reconstruction scores against a loop, and its chunks."""
+
+import math
+
+import pytest
+import torch
+
+from vllm_kvzip.reconstruction import iter_chunks, kept_fractions, reconstruction_scores
+
+
+def test_chunks_cover_the_context_and_link_to_each_other():
+    context = list(range(100, 125))
+    chunks = list(iter_chunks(context, 10, [1, 2], [3]))
+    assert [(c.start, c.end) for c in chunks] == [(0, 10), (10, 20), (20, 25)]
+    assert chunks[0].input_ids == [1, 2, *context[:10]]
+    assert chunks[1].input_ids == [3, *context[2:10], *context[10:20]]
+    assert chunks[2].input_ids == [3, *context[12:20], *context[20:25]]
+
+
+def test_scores_are_the_largest_attention_of_any_query_of_the_group():
+    torch.manual_seed(0)
+    num_queries, heads, group, dim, sinks, chunk = 5, 2, 3, 4, 2, 6
+    queries = torch.randn(num_queries, heads, group, dim)
+    sink_keys, chunk_keys, own_keys = (torch.randn(heads, n, dim) for n in (sinks, chunk, 5))
+    got = reconstruction_scores(queries, sink_keys, chunk_keys, own_keys, 0.5)
+    for head in range(heads):
+        best = [0.0] * chunk
+        for row in range(num_queries):
+            for member in range(group):
+                keys = [*sink_keys[head], *chunk_keys[head], *own_keys[head, : row + 1]]
+                weights = [math.exp(0.5 * float(queries[row, head, member] @ key)) for key in keys]
+                for index in range(chunk):
+                    best[index] = max(best[index], weights[sinks + index] / sum(weights))
+        assert got[head].tolist() == pytest.approx(best, rel=1e-4)
+
+
+def test_kept_fractions_follow_one_global_ranking():
+    scores = torch.tensor([[[0.9, 0.8], [0.1, 0.2]], [[0.7, 0.3], [0.0, 0.05]]])
+    assert kept_fractions(scores, 0.375).tolist() == [[1.0, 0.0], [0.5, 0.0]]
+    assert kept_fractions(scores, 1.0).mean() == 1
