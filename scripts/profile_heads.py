@@ -3,7 +3,8 @@
     python scripts/profile_heads.py --model PATH [--out profiles/NAME.json] [--text FILE ...]
 
 Each calibration context is read once and then repeated, chunk by chunk, under KVzip's
-reconstruction scoring; how the best KV pairs spread over layers and heads becomes the profile. A
+reconstruction scoring. The mean score of a head's KV pairs is its importance, from which the
+budgets follow: the most important heads keep everything, the others sinks and recent tokens. A
 heat map (layers x KV heads) is drawn beside the JSON when matplotlib is installed.
 """
 
@@ -28,7 +29,7 @@ from transformers import AutoTokenizer
 from vllm_kvzip.config import KVzipConfig
 from vllm_kvzip.errors import ProfileError
 from vllm_kvzip.profile import HeadProfile, Provenance, save_profile
-from vllm_kvzip.reconstruction import LATER_REPEAT_PROMPT, kept_fractions
+from vllm_kvzip.reconstruction import LATER_REPEAT_PROMPT, pair_fractions, retrieval_fractions
 
 KEEP_RATIOS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 CALIBRATION_TEXT = Path(__file__).with_name("calibration.txt")
@@ -129,13 +130,15 @@ def build_profile(args: argparse.Namespace) -> HeadProfile:
         for context in contexts:
             scores = probe.score(context, args.chunk_tokens, *prompts, progress=bar.update)
             importance += scores.mean(dim=-1) / len(contexts)
-            for ratio in KEEP_RATIOS:
-                budgets[ratio] += kept_fractions(scores, ratio) / len(contexts)
+            for ratio in KEEP_RATIOS if args.budgets == "pairs" else ():
+                budgets[ratio] += pair_fractions(scores, ratio) / len(contexts)
+    if args.budgets == "heads":
+        budgets = {ratio: retrieval_fractions(importance, ratio) for ratio in KEEP_RATIOS}
     return HeadProfile(
         schema_version=1,
         model=fingerprint,
         provenance=Provenance(
-            method="kvzip reconstruction",
+            method=f"kvzip reconstruction, budgets by {args.budgets}",
             repeat_prompt=args.repeat_prompt,
             scoring_chunk_tokens=args.chunk_tokens,
             num_contexts=len(contexts),
@@ -163,6 +166,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-contexts", type=int, default=4)
     parser.add_argument("--chunk-tokens", type=int, default=2048, help="repeated at once")
     parser.add_argument("--repeat-prompt", default=DEFAULT_REPEAT_PROMPT)
+    parser.add_argument(
+        "--budgets",
+        choices=["heads", "pairs"],
+        default="heads",
+        help="heads: the best heads keep everything (default); pairs: each head keeps its share of "
+        "the best KV pairs, for scorers that rank a head's pairs well",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of --task")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)

@@ -63,14 +63,22 @@ def allocate_adaptive(
 
 
 def allocate_from_fractions(
-    fractions: torch.Tensor, total_pages: int, min_pages: int, max_pages: int
+    fractions: torch.Tensor,
+    importance: torch.Tensor,
+    total_pages: int,
+    min_pages: int,
+    max_pages: int,
 ) -> torch.Tensor:
-    """Share pages out in proportion to fixed fractions, by largest remainder.
+    """Give each head the share a profile says; the least important heads pay for what is missing.
 
-    Heads are scaled by one common factor so that the clamped shares add up to the total.
+    Every head has a floor, and pages are whole, so the shares seldom add up to the total. Scaling
+    all of them would take a little from every retrieval head, and a retrieval head that misses a
+    few tokens fails on just those. So what is missing is taken from the least important heads, down
+    to their floor, and what is over goes to the most important ones.
 
     Args:
-        fractions: float ``[L, H]``, non-negative, share of its KV pairs each head should keep.
+        fractions: float ``[L, H]``, in [0, 1], share of its KV pairs each head should keep.
+        importance: float ``[L, H]``, order in which heads give and take; ties by position.
         total_pages: pages to hand out.
         min_pages: floor of every head.
         max_pages: what a head has at most.
@@ -79,27 +87,14 @@ def allocate_from_fractions(
         ValueError: if the floors exceed the total, or the total exceeds the pages there are.
     """
     _check_total(total_pages, fractions.numel(), min_pages, max_pages)
-    wanted = fractions.to(torch.float64).flatten().clamp_min(1e-6) * max_pages
-    low, high = 0.0, float(max_pages / wanted.min())
-    for _ in range(100):  # bisection: the clamped sum grows with the factor
-        middle = (low + high) / 2
-        if (wanted * middle).clamp(min_pages, max_pages).sum() < total_pages:
-            low = middle
-        else:
-            high = middle
-    shares = (wanted * high).clamp(min_pages, max_pages)
-    pages = (shares + 1e-9).floor().clamp(min_pages, max_pages).to(torch.int64)
+    wanted = fractions.to(torch.float64).flatten() * max_pages
+    pages = wanted.round().clamp(min_pages, max_pages).to(torch.int64)
     missing = total_pages - int(pages.sum())
-    remainder = shares - pages
-    step = 1 if missing > 0 else -1
-    while missing:
-        room = pages < max_pages if step > 0 else pages > min_pages
-        order = torch.where(room, remainder * step, float("-inf")).argsort(
-            descending=True, stable=True
-        )
-        count = min(abs(missing), int(room.sum()))
-        pages[order[:count]] += step
-        missing -= step * count
+    order = importance.flatten().argsort(descending=missing > 0, stable=True)
+    ranked = pages[order]
+    room = max_pages - ranked if missing > 0 else ranked - min_pages
+    change = (abs(missing) - (room.cumsum(0) - room)).clamp_min(0).minimum(room)
+    pages[order] = ranked + change if missing > 0 else ranked - change
     return pages.view(fractions.shape)
 
 

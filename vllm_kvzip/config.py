@@ -41,7 +41,7 @@ class KVzipConfig(BaseModel):
         None, description="what makes a KV pair important; default profile or keydiff"
     )
     budget: Literal["uniform", "profile", "adaptive"] | None = Field(
-        None, description="how pages are shared between heads; default profile or uniform"
+        None, description="how pages are shared between heads; default profile or adaptive"
     )
     profile: str | None = Field(
         "auto", description="head-budget profile: a path, auto (match the model) or none"

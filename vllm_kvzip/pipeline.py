@@ -36,7 +36,7 @@ class Compressor:
         rule: what follows from a prompt's length.
         scorer: name of the scorer.
         budget: ``uniform``, ``adaptive`` or ``profile``.
-        head_fractions: ``[L][H]``, needed for budget ``profile``.
+        head_fractions, head_importance: ``[L][H]``, needed for budget ``profile``.
         observation_window_tokens: setting of the scorer.
         seed: mixed into each prompt's seed.
 
@@ -54,6 +54,7 @@ class Compressor:
         scorer: str,
         budget: str,
         head_fractions: Sequence[Sequence[float]] | None = None,
+        head_importance: Sequence[Sequence[float]] | None = None,
         observation_window_tokens: int = 32,
         seed: int = 0,
     ) -> None:
@@ -66,12 +67,13 @@ class Compressor:
         self._rule = rule
         self._budget = budget
         self._seed = seed
-        self._fractions = None
+        self._profile = None
         if budget == "profile":
-            self._fractions = torch.tensor(head_fractions, dtype=torch.float64)
+            grids = (head_fractions, head_importance)
+            self._profile = torch.tensor(grids, dtype=torch.float64)  # [2, L, H]
             wanted = (geometry.num_layers, geometry.num_kv_heads)
-            if self._fractions.shape != wanted:
-                raise ValueError(f"head fractions {tuple(self._fractions.shape)}, heads {wanted}")
+            if self._profile.shape[1:] != wanted:
+                raise ValueError(f"profile of {tuple(self._profile.shape[1:])} heads, not {wanted}")
 
     def compress(
         self,
@@ -139,9 +141,9 @@ class Compressor:
         min_pages = self._rule.min_pages_per_head(num_prompt_tokens)
         if self._budget == "adaptive":
             return budgeting.allocate_adaptive(scores, total, geometry.block_size, min_pages)
-        if self._fractions is not None:
+        if self._profile is not None:
             return budgeting.allocate_from_fractions(
-                self._fractions, total, min_pages, plan.num_prefix_blocks
+                *self._profile, total, min_pages, plan.num_prefix_blocks
             )
         return budgeting.allocate_uniform(total, geometry.num_layers, geometry.num_kv_heads)
 

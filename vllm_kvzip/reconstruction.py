@@ -85,8 +85,27 @@ def reconstruction_scores(
     return attention.amax(dim=(1, 2))
 
 
-def kept_fractions(scores: torch.Tensor, keep_ratio: float) -> torch.Tensor:
-    """Share of each head's KV pairs among the best ones over all layers and heads.
+def retrieval_fractions(importance: torch.Tensor, keep_ratio: float) -> torch.Tensor:
+    """Budgets by head: the most important heads keep everything, the others nothing but the floor.
+
+    One head in between gets the rest, so that the mean is the keep ratio.
+
+    Args:
+        importance: ``[L, H]``.
+        keep_ratio: kept / all, in (0, 1].
+
+    Returns:
+        float64 ``[L, H]``.
+    """
+    order = importance.flatten().argsort(descending=True, stable=True)
+    fractions = torch.zeros(importance.numel(), dtype=torch.float64)
+    rank = torch.arange(importance.numel(), dtype=torch.float64)
+    fractions[order] = (keep_ratio * importance.numel() - rank).clamp(0, 1)
+    return fractions.view(importance.shape)
+
+
+def pair_fractions(scores: torch.Tensor, keep_ratio: float) -> torch.Tensor:
+    """Budgets by KV pair: each head's share of the best pairs over all layers and heads.
 
     Args:
         scores: ``[L, H, T]``.

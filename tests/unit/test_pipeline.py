@@ -80,7 +80,9 @@ def compressor(budget, keep_ratio=0.5, scorer="knorm", **changes):
 def test_kept_pairs_lie_in_the_dealt_pages(budget, keep_ratio):
     torch.manual_seed(3)
     fractions = [[1.0, 0.1], [0.2, 0.3], [0.9, 0.5]] if budget == "profile" else None
-    press, rule = compressor(budget, keep_ratio, head_fractions=fractions)
+    press, rule = compressor(
+        budget, keep_ratio, head_fractions=fractions, head_importance=fractions
+    )
     pages, codec = empty_pages(), shuffled_codec()
     source = [9, 4, 17, 30, 2, 8, 41, 22]
     keys, values = fill_prompt(pages, codec, source)
@@ -113,16 +115,19 @@ def test_kept_pairs_lie_in_the_dealt_pages(budget, keep_ratio):
 
 def test_skewed_profile_keeps_one_layer_whole_in_the_blocks_of_the_ratio():
     fractions = [[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]
-    press, rule = compressor("profile", keep_ratio=0.41, head_fractions=fractions)
+    importance = [[0.5, 0.4], [1.0, 1.0], [0.3, 0.2]]
+    press, rule = compressor(
+        "profile", keep_ratio=0.41, head_fractions=fractions, head_importance=importance
+    )
     pages = empty_pages()
     fill_prompt(pages, shuffled_codec(), list(range(8)))
     plan = rule.plan(32)
-    assert plan.num_compressed_blocks == 4  # 24 pages: layer 1 takes all its 16, the rest is shared
+    assert plan.num_compressed_blocks == 4  # 24 pages: layer 1 takes all its 16, each other one
     prefix, _ = press.compress(
         pages, source_blocks=range(8), target_blocks=range(20, 24), plan=plan, num_prompt_tokens=32,
         observation_queries=None, scale=1.0, seed=0,
     )  # fmt: skip
-    assert prefix.pages.tolist() == [[2, 2], [8, 8], [2, 2]]
+    assert prefix.pages.tolist() == [[5, 1], [8, 8], [1, 1]]
     assert len(prefix.page_ids.unique()) == 24
 
 
@@ -131,5 +136,5 @@ def test_wrong_names_and_shapes_are_refused():
         compressor("best")
     with pytest.raises(ValueError, match="no scorer 'nose'"):
         compressor("uniform", scorer="nose")
-    with pytest.raises(ValueError, match="head fractions"):
-        compressor("profile", head_fractions=[[0.5]])
+    with pytest.raises(ValueError, match="profile of"):
+        compressor("profile", head_fractions=[[0.5]], head_importance=[[0.5]])

@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 
-from vllm_kvzip.reconstruction import iter_chunks, kept_fractions, reconstruction_scores
+from vllm_kvzip.reconstruction import (
+    iter_chunks,
+    pair_fractions,
+    reconstruction_scores,
+    retrieval_fractions,
+)
 
 
 def test_chunks_cover_the_context_and_link_to_each_other():
@@ -34,7 +39,13 @@ def test_scores_are_the_largest_attention_of_any_query_of_the_group():
         assert got[head].tolist() == pytest.approx(best, rel=1e-4)
 
 
-def test_kept_fractions_follow_one_global_ranking():
+def test_retrieval_fractions_fill_heads_in_order_of_importance():
+    importance = torch.tensor([[0.1, 0.9], [0.5, 0.7]])
+    assert retrieval_fractions(importance, 0.625).tolist() == [[0.0, 1.0], [0.5, 1.0]]
+    assert retrieval_fractions(importance, 1.0).tolist() == [[1.0, 1.0], [1.0, 1.0]]
+
+
+def test_pair_fractions_follow_one_global_ranking():
     scores = torch.tensor([[[0.9, 0.8], [0.1, 0.2]], [[0.7, 0.3], [0.0, 0.05]]])
-    assert kept_fractions(scores, 0.375).tolist() == [[1.0, 0.0], [0.5, 0.0]]
-    assert kept_fractions(scores, 1.0).mean() == 1
+    assert pair_fractions(scores, 0.375).tolist() == [[1.0, 0.0], [0.5, 0.0]]
+    assert pair_fractions(scores, 1.0).mean() == 1

@@ -30,7 +30,7 @@ logger = init_logger("vllm." + __name__)
 
 WORKER = "vllm_kvzip.vllm_bridge.worker.HeadPageCPUWorker"
 CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 32, 16
-DEFAULT_SCORER, DEFAULT_BUDGET = "keydiff", "uniform"
+DEFAULT_SCORER, DEFAULT_BUDGET = "keydiff", "adaptive"
 
 
 def requested_config(engine_args: EngineArgs) -> KVzipConfig | None:
@@ -83,19 +83,21 @@ def _resolve(vllm_config: VllmConfig, config: KVzipConfig) -> Settings:
         scorer_class(scorer)
     except ValueError as error:
         raise ConfigError(f"scorer: {error}") from error
-    fractions = None
+    fractions = importance = None
     if budget == "profile":
         if path is None:
             raise ConfigError(
                 "budget profile needs a head profile, and none matches this model; build one with "
                 "scripts/profile_heads.py or set budget to adaptive or uniform."
             )
-        fractions = load_profile(path).fractions(config.keep_ratio)
+        profile = load_profile(path)
+        fractions, importance = profile.fractions(config.keep_ratio), profile.importance
     return Settings(
         config=config,
         scorer=scorer,
         budget=budget,
         head_fractions=fractions,
+        head_importance=importance,
         metrics_directory=open_metrics_directory(),
     )
 

@@ -27,6 +27,7 @@ class Settings:
         scorer, budget: what is used, where the user left it open.
         head_fractions: ``[layers][KV heads]``, share of its KV pairs each head keeps at
             ``config.keep_ratio`` (budget ``profile``); None for the other budgets.
+        head_importance: ``[layers][KV heads]``, which heads come first; likewise.
         metrics_directory: folder of the metric files, or None when ``PROMETHEUS_MULTIPROC_DIR``
             of the environment serves.
     """
@@ -35,6 +36,7 @@ class Settings:
     scorer: str
     budget: str
     head_fractions: list[list[float]] | None = None
+    head_importance: list[list[float]] | None = None
     metrics_directory: str | None = None
 
     def to_additional_config(self) -> dict[str, Any]:
@@ -44,6 +46,7 @@ class Settings:
             "scorer": self.scorer,
             "budget": self.budget,
             "head_fractions": self.head_fractions,
+            "head_importance": self.head_importance,
             "metrics_directory": self.metrics_directory,
         }
 

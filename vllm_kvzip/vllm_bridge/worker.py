@@ -110,6 +110,7 @@ class HeadPageCPUWorker(CPUWorker):
             scorer=settings.scorer,
             budget=settings.budget,
             head_fractions=settings.head_fractions,
+            head_importance=settings.head_importance,
             observation_window_tokens=config.observation_window_tokens,
             seed=config.seed,
         )

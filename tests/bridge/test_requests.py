@@ -1,0 +1,100 @@
+"""The worker's book-keeping, fed with real scheduler outputs of vLLM's own classes."""
+
+from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+
+from vllm_kvzip.core import PrefixPlan
+from vllm_kvzip.head_pages import PrefixRule
+from vllm_kvzip.vllm_bridge.cache_spec import fold_row
+from vllm_kvzip.vllm_bridge.requests import RequestTracker
+
+RULE = PrefixRule(0.5, min_prompt_tokens=32, sink_tokens=1, recent_tokens=1, block_size=16)
+
+
+def new_request(request_id, num_tokens, block_ids, num_computed=0):
+    return NewRequestData(
+        request_id, list(range(num_tokens)), [], None, None, (block_ids,), num_computed, None
+    )
+
+
+def output(new=(), running=(), scheduled=None, finished=(), resumed=(), preempted=()):
+    """``running``: (id, computed tokens, new block ids)."""
+    cached = CachedRequestData.make_empty()
+    cached.req_ids = [item[0] for item in running]
+    cached.num_computed_tokens = [item[1] for item in running]
+    cached.new_block_ids = [None if item[2] is None else (item[2],) for item in running]
+    cached.num_output_tokens = [0] * len(running)
+    cached.resumed_req_ids = set(resumed)
+    return SchedulerOutput(
+        scheduled_new_reqs=list(new),
+        scheduled_cached_reqs=cached,
+        num_scheduled_tokens=scheduled or {},
+        total_num_scheduled_tokens=sum((scheduled or {}).values()),
+        scheduled_spec_decode_tokens={},
+        scheduled_encoder_inputs={},
+        finished_req_ids=set(finished),
+        free_encoder_mm_hashes=[],
+        preempted_req_ids=set(preempted),
+    )
+
+
+def run(tracker, step):
+    dropped = tracker.drop_ended(step)
+    tracker.advance(step)
+    return dropped, [request.request_id for request in tracker.crossing(step)]
+
+
+def test_chunked_prefill_crosses_once_when_the_prompt_is_complete():
+    tracker = RequestTracker(RULE)
+    step = output(new=[new_request("a", 70, [1, 2])], scheduled={"a": 32})
+    assert run(tracker, step) == ([], [])
+    step = output(running=[("a", 32, [3, 4])], scheduled={"a": 32})
+    assert run(tracker, step) == ([], [])
+    step = output(running=[("a", 64, [5, 8, 9])], scheduled={"a": 6})
+    assert run(tracker, step) == ([], ["a"])
+    request = tracker.get("a")
+    assert request.plan == PrefixPlan(64, 4, 2)
+    assert request.block_ids[request.reserve_start :] == [8, 9]
+    step = output(running=[("a", 70, None)], scheduled={"a": 1})
+    assert run(tracker, step) == ([], [])
+
+
+def test_short_prompts_are_not_tracked():
+    tracker = RequestTracker(RULE)
+    assert run(tracker, output(new=[new_request("a", 31, [1, 2])], scheduled={"a": 31})) == ([], [])
+    assert len(tracker) == 0
+
+
+def test_a_resumed_request_starts_afresh_and_is_compressed_again():
+    tracker = RequestTracker(RULE)
+    run(tracker, output(new=[new_request("a", 64, [1, 2, 3, 4, 8, 9])], scheduled={"a": 64}))
+    tracker.get("a").folded = True
+    assert run(tracker, output(preempted=["a"])) == (["a"], [])
+    step = output(running=[("a", 16, [1, 5, 6, 7, 2, 3, 4])], scheduled={"a": 60}, resumed=["a"])
+    assert run(tracker, step) == (["a"], ["a"])
+    request = tracker.get("a")
+    assert not request.folded
+    assert request.block_ids[request.reserve_start :] == [3, 4]
+
+
+def test_finished_requests_go_and_their_id_may_come_back():
+    tracker = RequestTracker(RULE)
+    run(tracker, output(new=[new_request("a", 64, [1, 2, 3, 4, 8, 9])], scheduled={"a": 64}))
+    step = output(new=[new_request("a", 40, [5, 6, 7])], scheduled={"a": 8}, finished=["a"])
+    assert run(tracker, step) == (["a"], [])
+    assert tracker.get("a").num_prompt_tokens == 40
+    assert run(tracker, output(finished=["a"])) == (["a"], [])
+    assert len(tracker) == 0
+
+
+def test_equal_prompts_have_equal_seeds():
+    tracker = RequestTracker(RULE)
+    run(tracker, output(new=[new_request(name, 64, [1]) for name in "ab"], scheduled={}))
+    run(tracker, output(new=[new_request("c", 65, [1])], scheduled={}))
+    assert tracker.get("a").seed == tracker.get("b").seed != tracker.get("c").seed
+
+
+def test_a_folded_row_puts_every_dense_block_back_at_its_logical_index():
+    plan = PrefixPlan(boundary_tokens=64, num_prefix_blocks=4, num_compressed_blocks=2)
+    row = ["p0", "p1", "p2", "p3", "tail", "c0", "c1", "new"]
+    folded = fold_row(row, plan, 5, "null")
+    assert folded == ["c0", "c1", "null", "null", "tail", "new"]

@@ -1,0 +1,196 @@
+"""Start-up: what turns compression on, what is refused, and that off means off.
+
+Everything short of starting an engine is done through vLLM's own parser and configuration, in this
+process; one real `vllm serve` shows what a user sees.
+"""
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from engine_job import MODEL
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from vllm_kvzip.errors import KVzipError
+from vllm_kvzip.profile import load_profile, profile_folders
+from vllm_kvzip.vllm_bridge import options, plugin, versions
+from vllm_kvzip.vllm_bridge.settings import Settings
+
+pytestmark = pytest.mark.vllm
+
+ON = ["--kv-compression", "kvzip"]
+
+
+def engine_config(*flags, model=MODEL):
+    """The configuration `vllm serve MODEL FLAGS` would run with."""
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    arguments = ["--model", str(model), "--dtype", "float32", "--enforce-eager", *flags]
+    return AsyncEngineArgs.from_cli_args(parser.parse_args(arguments)).create_engine_config()
+
+
+def refusal(capsys, *flags, model=MODEL):
+    """The one sentence a user of `vllm serve` gets; checks that there is exactly one."""
+    with pytest.raises(SystemExit) as stopped:
+        engine_config(*flags, model=model)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "vllm-kvzip: error:" in line]
+    assert stopped.value.code == 2
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_flag_sets_worker_block_size_and_settings():
+    config = engine_config(*ON, "--kv-compression-config.keep_ratio", "0.3")
+    settings = Settings.from_vllm_config(config)
+    assert config.parallel_config.worker_cls == options.WORKER
+    assert config.cache_config.block_size == 32
+    assert settings.config.keep_ratio == 0.3
+    assert (settings.scorer, settings.budget) == ("profile", "profile")
+    assert len(settings.head_fractions) == 4
+    json.dumps(config.additional_config)  # travels as JSON
+
+
+def test_a_block_size_of_the_user_is_kept():
+    assert engine_config(*ON, "--block-size", "64").cache_config.block_size == 64
+
+
+def test_environment_and_offline_api_turn_it_on(monkeypatch):
+    by_dictionary = EngineArgs(
+        model=str(MODEL), additional_config={"kvzip": {"keep_ratio": 0.4, "profile": "none"}}
+    ).create_engine_config()
+    settings = Settings.from_vllm_config(by_dictionary)
+    assert (settings.scorer, settings.budget) == (options.DEFAULT_SCORER, options.DEFAULT_BUDGET)
+    monkeypatch.setenv("LLM_KVZIP_ENABLED", "1")
+    monkeypatch.setenv("LLM_KVZIP_KEEP_RATIO", "0.2")
+    by_variable = EngineArgs(model=str(MODEL)).create_engine_config()
+    assert Settings.from_vllm_config(by_variable).config.keep_ratio == 0.2
+
+
+def test_off_means_off():
+    stock = engine_config()
+    assert stock.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
+    assert stock.additional_config == {}
+    assert stock.cache_config.block_size == 128
+
+
+def test_off_imports_nothing_heavy():
+    code = (
+        "import sys; from vllm.plugins import load_general_plugins; load_general_plugins();"
+        "print(sorted(m for m in sys.modules if m.startswith('vllm_kvzip')))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = found.stdout.strip().splitlines()[-1]
+    assert "vllm_kvzip.vllm_bridge.plugin" in loaded
+    for heavy in ("scoring", "pipeline", "worker", "cache_spec", "attention", "stats_export"):
+        assert heavy not in loaded
+
+
+def test_registering_twice_is_harmless():
+    plugin.register()
+    plugin.register()
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    assert parser.format_help().count("--kv-compression-config JSON") <= 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--kv-compression-config.keep_ratio", "0"], "keep_ratio=0 is wrong"),
+        (["--kv-compression-config.keep_ratio", "2"], "keep_ratio=2 is wrong"),
+        (["--kv-compression-config", '{"keep_ration": 1}'], "did you mean keep_ratio"),
+        (
+            ["--kv-compression-config.scorer", "keydif"],
+            "no scorer 'keydif'; did you mean 'keydiff'",
+        ),
+        (["--kv-compression-config.profile", "/none.json"], "/none.json cannot be read"),
+        (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2 yet; set it to 1"),
+        (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2 yet; set it to 1"),
+        (["--block-size", "16"], "--block-size 16 on the CPU; use a multiple of 32"),
+        (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype fp8"),
+        (
+            ["--kv-transfer-config", '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}'],
+            "KV connectors; remove --kv-transfer-config",
+        ),
+    ],
+)
+def test_wrong_flags_are_one_sentence(capsys, flags, message):
+    assert message in refusal(capsys, *ON, *flags)
+
+
+def test_settings_without_the_flag_are_refused(capsys):
+    message = refusal(capsys, "--kv-compression-config.keep_ratio", "0.5")
+    assert "has no effect without --kv-compression kvzip" in message
+
+
+def test_profile_budget_without_a_profile_is_refused(capsys):
+    flags = ("--kv-compression-config", '{"profile": "none", "budget": "profile"}')
+    assert "budget profile needs a head profile" in refusal(capsys, *ON, *flags)
+
+
+def test_broken_and_foreign_profiles_are_refused(capsys, tmp_path):
+    flag = "--kv-compression-config.profile"
+    values = json.loads((profile_folders()[1] / "tiny-retriever.json").read_text())
+    broken, foreign = tmp_path / "broken.json", tmp_path / "foreign.json"
+    broken.write_text(json.dumps({**values, "schema_version": 7}))
+    assert "broken at schema_version" in refusal(capsys, *ON, flag, str(broken))
+    foreign.write_text(json.dumps({**values, "model": {**values["model"], "head_dim": 64}}))
+    assert load_profile(foreign).model.head_dim == 64
+    message = refusal(capsys, *ON, flag, str(foreign))
+    assert "its head_dim is 64, the running model's is 32" in message
+
+
+BASE = {
+    "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 1024,
+}  # fmt: skip
+MODELS = {
+    "multi-head latent attention (MLA)": {
+        **BASE, "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2",
+        "kv_lora_rank": 64, "q_lora_rank": None, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32,
+        "v_head_dim": 32, "n_routed_experts": 4, "first_k_dense_replace": 2,
+    },
+    "sliding-window attention": {
+        **BASE, "architectures": ["MistralForCausalLM"], "model_type": "mistral",
+        "sliding_window": 128,
+    },
+    "Mamba and other state-space": {
+        "architectures": ["MambaForCausalLM"], "model_type": "mamba", "vocab_size": 512,
+        "hidden_size": 128, "num_hidden_layers": 2, "state_size": 16,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("problem", list(MODELS))
+def test_models_that_cannot_be_compressed_are_refused(capsys, tmp_path, problem):
+    (tmp_path / "config.json").write_text(json.dumps(MODELS[problem]))
+    message = refusal(capsys, *ON, "--skip-tokenizer-init", model=tmp_path)
+    assert f"KV compression does not support {problem}" in message
+    assert "without --kv-compression" in message
+
+
+def test_an_untested_vllm_is_a_warning(monkeypatch, caplog):
+    monkeypatch.setattr(versions, "TESTED_VERSIONS", ("0.31.0",))
+    monkeypatch.setattr(options.logger, "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        config = engine_config(*ON)
+    assert config.parallel_config.worker_cls == options.WORKER
+    assert "was tested with vLLM 0.31.0, but 0.32.0 is running" in caplog.text
+
+
+def test_the_offline_api_raises_what_the_command_prints():
+    arguments = EngineArgs(model=str(MODEL), additional_config={"kvzip": {"keep_ratio": 3}})
+    with pytest.raises(KVzipError, match="keep_ratio=3 is wrong"):
+        arguments.create_engine_config()
+
+
+@pytest.mark.slow
+def test_vllm_serve_ends_with_one_sentence_and_an_exit_code():
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(MODEL), *ON]
+    flags = ["--kv-compression-config.keep_ratio", "2"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("vllm-kvzip: error: ")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,89 @@
+"""`vllm serve` with the flag: real HTTP, real metrics of a real server, several processes."""
+
+import concurrent.futures
+
+import numpy as np
+import pytest
+from engine_job import MODEL
+from local_server import LocalServer
+from retrieval_task import VOCABULARY, copy_prompt, make_context
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def server():
+    flags = ("--kv-compression", "kvzip", "--kv-compression-config.keep_ratio", "0.25")
+    with LocalServer(str(MODEL), *flags) as running:
+        yield running
+
+
+def kvzip(samples, name):
+    return samples["vllm_kvzip_" + name]
+
+
+def test_blocks_come_back_while_a_request_decodes_and_the_answer_is_right(server):
+    context = make_context(np.random.default_rng(3), 1500, fact_density=0.6)
+    prompt, expected = copy_prompt(context, 600, num_answer_tokens=200)
+    before = server.blocks_held()
+    answer, held, saved = [], [], []
+    for piece in server.stream(prompt, 200):
+        answer.extend(piece.split())
+        if len(answer) in (50, 100, 150):
+            held.append(server.blocks_held() - before)
+            saved.append(kvzip(server.metrics(), "kv_bytes_saved"))
+    prompt_blocks = -(-len(prompt) // 32)
+    assert len(held) == 3
+    for number, blocks in enumerate(held, start=1):
+        output_blocks = -(-(len(prompt) + 50 * number + 8) // 32) - prompt_blocks
+        assert prompt_blocks - (blocks - output_blocks) >= 0.7 * prompt_blocks
+    freed = len(prompt) // 32 - -(-len(prompt) // 32 // 4)
+    block_bytes = 32 * 4 * 4 * 32 * 2 * 4  # tokens, layers, KV heads, head size, K and V, float32
+    assert saved == [freed * block_bytes] * 3
+    words = [VOCABULARY.words[index] for index in expected]
+    assert np.mean([a == b for a, b in zip(answer, words, strict=True)]) > 0.9
+
+
+def test_counters_add_up_under_concurrent_requests(server):
+    rng = np.random.default_rng(4)
+    lengths = [300, 700, 1024, 90, 1500, 40]
+    prompts = [make_context(rng, length).tokens.tolist() for length in lengths]
+    before = server.metrics()
+    with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
+        answers = list(pool.map(lambda prompt: list(server.stream(prompt, 40)), prompts))
+    after = server.metrics()
+    assert all("".join(answer).split() for answer in answers)
+
+    def grown(name):
+        return kvzip(after, name) - kvzip(before, name)
+
+    blocks = [length // 32 for length in lengths if length >= 256]
+    freed = sum(block - -(-block // 4) for block in blocks)
+    assert grown("requests_compressed_total") == 4
+    assert grown('requests_skipped_total{reason="below_min_prompt_tokens"}') == 2
+    assert grown("blocks_freed_total") == freed
+    assert grown("tokens_evicted_total") == 32 * freed
+    assert grown("keep_ratio_count") == 4
+    assert grown('compress_seconds_count{stage="compact"}') == 4
+    assert kvzip(after, "kv_bytes_saved") == 0
+    assert server.blocks_held() == 0
+
+
+def test_text_prompts_and_chat_go_through_the_same_door(server):
+    context = make_context(np.random.default_rng(8), 600, fact_density=0.6)
+    key, value = next(iter(context.facts.items()))
+    text = f"{context.text} ? {VOCABULARY.words[key]}"
+    assert "".join(server.stream(text, 2)).split() == [VOCABULARY.words[value], "."]
+
+
+def test_disconnected_clients_leave_nothing(server):
+    prompt = make_context(np.random.default_rng(9), 1000).tokens.tolist()
+    for _ in range(3):
+        stream = server.stream(prompt, 900)
+        next(stream)
+        stream.close()
+    for _ in range(100):
+        if server.blocks_held() == 0:
+            break
+    assert server.blocks_held() == 0
+    assert kvzip(server.metrics(), "kv_bytes_saved") == 0

@@ -1,0 +1,18 @@
+"""What the processes of a server record, for a test that starts them."""
+
+from vllm_kvzip.core import CompressionReport, PrefixPlan
+from vllm_kvzip.vllm_bridge.stats_export import SchedulerRecorder, WorkerRecorder
+
+
+def scheduler_process(directory):
+    recorder = SchedulerRecorder(directory)
+    recorder.compressed(PrefixPlan(1024, 32, 8), 1030, 32, bytes_saved=24_000)
+    recorder.compressed(PrefixPlan(512, 16, 4), 512, 32, bytes_saved=12_000)
+    recorder.released(12_000)
+    recorder.skipped("below_min_prompt_tokens")
+
+
+def worker_process(directory):
+    WorkerRecorder(directory).compressed(
+        CompressionReport({"score": 0.5, "select": 0.25, "compact": 0.125}, 0.25)
+    )
