@@ -50,29 +50,24 @@ class PageStore:
     def __init__(
         self, pages: torch.Tensor, codec: PageCodec, block_size: int, head_dim: int
     ) -> None:
-        half = block_size * head_dim
-        self._pages = pages
-        self._block_size = block_size
-        self._head_dim = head_dim
-        self._stored_order = torch.cat([codec.key_order, codec.value_order + half])
-        self._logical_order = self._stored_order.argsort()
+        keys, values = pages.view(len(pages), 2, block_size * head_dim).unbind(dim=1)
+        self._keys = _HalfPages(keys, codec.key_order, block_size, head_dim)
+        self._values = _HalfPages(values, codec.value_order, block_size, head_dim)
 
-    def read(self, page_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of runs of pages.
+    def read_keys(self, page_ids: torch.Tensor) -> torch.Tensor:
+        """Keys of runs of pages.
 
         Args:
             page_ids: int64 ``[H, n]``.
 
         Returns:
-            keys and values, each ``[H, n * N, D]`` in the pool's dtype.
+            ``[H, n * N, D]`` in the pool's dtype, a copy.
         """
-        num_heads, num_pages = page_ids.shape
-        stored = self._pages.index_select(0, page_ids.flatten())
-        logical = stored.index_select(1, self._logical_order)
-        halves = logical.view(num_heads, num_pages, 2, self._block_size, self._head_dim)
-        keys, values = halves.unbind(dim=2)
-        shape = (num_heads, num_pages * self._block_size, self._head_dim)
-        return keys.reshape(shape), values.reshape(shape)
+        return self._keys.read(page_ids)
+
+    def read_values(self, page_ids: torch.Tensor) -> torch.Tensor:
+        """Values of runs of pages; see :meth:`read_keys`."""
+        return self._values.read(page_ids)
 
     def write(self, page_ids: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Fill whole pages.
@@ -81,9 +76,48 @@ class PageStore:
             page_ids: int64 ``[n]``.
             keys, values: ``[n * N, D]``.
         """
-        half = self._block_size * self._head_dim
-        logical = torch.cat([keys.reshape(-1, half), values.reshape(-1, half)], dim=1)
-        self._pages.index_copy_(0, page_ids, logical.index_select(1, self._stored_order))
+        self._keys.write(page_ids, keys)
+        self._values.write(page_ids, values)
+
+
+class _HalfPages:
+    """The key halves, or the value halves, of all pages.
+
+    The two orders in use, token by token and dimension by dimension, are read and written through
+    views; any other order costs a gather per element.
+    """
+
+    def __init__(
+        self, stored: torch.Tensor, order: torch.Tensor, block_size: int, head_dim: int
+    ) -> None:
+        self._stored = stored  # [num_pages, N * D]
+        self._shape = (-1, block_size, head_dim)
+        natural = torch.arange(block_size * head_dim)
+        self._by_token = torch.equal(order, natural)
+        self._by_dimension = torch.equal(order, natural.view(block_size, head_dim).t().flatten())
+        self._order, self._inverse = order, order.argsort()
+
+    def read(self, page_ids: torch.Tensor) -> torch.Tensor:
+        stored = self._stored.index_select(0, page_ids.flatten())
+        _, block_size, head_dim = self._shape
+        if self._by_dimension:
+            logical = stored.view(-1, head_dim, block_size).transpose(1, 2)
+        elif self._by_token:
+            logical = stored.view(self._shape)
+        else:
+            logical = stored.index_select(1, self._inverse).view(self._shape)
+        num_heads, num_pages = page_ids.shape
+        return logical.reshape(num_heads, num_pages * block_size, head_dim)
+
+    def write(self, page_ids: torch.Tensor, logical: torch.Tensor) -> None:
+        pages = logical.reshape(self._shape)
+        if self._by_dimension:
+            stored = pages.transpose(1, 2).flatten(1)
+        elif self._by_token:
+            stored = pages.flatten(1)
+        else:
+            stored = pages.flatten(1).index_select(1, self._order)
+        self._stored.index_copy_(0, page_ids, stored)
 
 
 def compact_layer(
@@ -107,5 +141,6 @@ def compact_layer(
     """
     if torch.isin(target_page_ids, source_page_ids).any():
         raise ValueError("compaction must not write to the prompt's own pages")
-    keys, values = store.read(source_page_ids)
-    store.write(target_page_ids, keys[heads, positions], values[heads, positions])
+    keys = store.read_keys(source_page_ids)[heads, positions]
+    values = store.read_values(source_page_ids)[heads, positions]
+    store.write(target_page_ids, keys, values)

@@ -51,7 +51,7 @@ class LayerInputs:
     Attributes:
         layer, num_layers: which layer of how many.
         keys: float32 ``[H, T, D]``, keys of the prefix after rotary embedding, T = boundary.
-        values: float32 ``[H, T, D]``.
+        values: float32 ``[H, T, D]``; None unless the scorer asks for them.
         observation_queries: float32 ``[W, H, G, D]``, queries of the last W prompt tokens after
             rotary embedding, the last of them at position ``num_prompt_tokens - 1``; None unless
             the scorer asks for them. W may be smaller than the setting when vLLM took the start of
@@ -65,7 +65,7 @@ class LayerInputs:
     layer: int
     num_layers: int
     keys: torch.Tensor
-    values: torch.Tensor
+    values: torch.Tensor | None
     observation_queries: torch.Tensor | None
     num_prompt_tokens: int
     scale: float

@@ -107,12 +107,13 @@ class Compressor:
         with _timed(seconds, "score"):
             scores = torch.empty(*sources.shape[:2], plan.boundary_tokens)
             for layer in range(geometry.num_layers):
-                keys, values = store.read(sources[layer])
                 inputs = LayerInputs(
                     layer=layer,
                     num_layers=geometry.num_layers,
-                    keys=keys.float(),
-                    values=values.float(),
+                    keys=store.read_keys(sources[layer]).float(),
+                    values=store.read_values(sources[layer]).float()
+                    if self.scorer.needs_values
+                    else None,
                     observation_queries=observation_queries[layer] if observation_queries else None,
                     num_prompt_tokens=num_prompt_tokens,
                     scale=scale,
@@ -142,8 +143,9 @@ class Compressor:
         if self._budget == "adaptive":
             return budgeting.allocate_adaptive(scores, total, geometry.block_size, min_pages)
         if self._profile is not None:
+            fractions, importance = self._profile
             return budgeting.allocate_from_fractions(
-                *self._profile, total, min_pages, plan.num_prefix_blocks
+                fractions, importance, total, min_pages, plan.num_prefix_blocks
             )
         return budgeting.allocate_uniform(total, geometry.num_layers, geometry.num_kv_heads)
 

@@ -30,13 +30,19 @@ def store_of(pages, codec):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_pages_are_written_in_the_codecs_order_and_read_back(dtype):
+@pytest.mark.parametrize("order", ["shuffled", "by token", "by dimension"])
+def test_pages_are_written_in_the_codecs_order_and_read_back(dtype, order):
     codec, pages = shuffled_codec(), empty_pages(dtype)
+    if order == "by token":
+        codec = PageCodec.identity(4, 8)
+    elif order == "by dimension":
+        codec = PageCodec(torch.arange(32).view(4, 8).t().flatten(), torch.arange(32))
     keys, values = torch.randn(2, 8, 8).to(dtype), torch.randn(2, 8, 8).to(dtype)
     ids = torch.tensor([[7, 3], [11, 5]])
     store_of(pages, codec).write(ids.flatten(), keys.view(-1, 8), values.view(-1, 8))
-    read_keys, read_values = store_of(pages, codec).read(ids)
-    assert torch.equal(read_keys, keys) and torch.equal(read_values, values)
+    store = store_of(pages, codec)
+    assert torch.equal(store.read_keys(ids), keys)
+    assert torch.equal(store.read_values(ids), values)
     page = pages[3]  # head 0, tokens 4..7
     for stored, logical in enumerate(codec.key_order.tolist()):
         assert page[stored] == keys[0, 4 + logical // 8, logical % 8]
@@ -103,7 +109,8 @@ def test_kept_pairs_lie_in_the_dealt_pages(budget, keep_ratio):
             count = int(prefix.pages[layer, head])
             ids = prefix.page_ids[start : start + count]
             start += count
-            kept_keys, kept_values = store_of(pages, codec).read(ids[None])
+            store = store_of(pages, codec)
+            kept_keys, kept_values = store.read_keys(ids[None]), store.read_values(ids[None])
             norms = keys[layer, head].norm(dim=-1)
             norms[:2] = -1.0
             best = norms.argsort(stable=True)[: count * 4].sort().values

@@ -40,11 +40,13 @@ class Scorer(ABC):
 
     Attributes:
         name: as in the configuration.
+        needs_values: whether ``LayerInputs.values`` is wanted.
         needs_observation_queries: whether ``LayerInputs.observation_queries`` is wanted. Keeping
             queries costs memory during prefill, so scorers that do not need them say so.
     """
 
     name: ClassVar[str]
+    needs_values: ClassVar[bool] = False
     needs_observation_queries: ClassVar[bool] = False
 
     def __init__(self, settings: ScorerSettings) -> None:

@@ -28,6 +28,7 @@ class WindowScorer(Scorer):
     needs_observation_queries: ClassVar[bool] = True
 
     def score_layer(self, inputs: LayerInputs) -> torch.Tensor:
+        """Float32 ``[H, T]``; ValueError when the queries were not collected."""
         queries = inputs.observation_queries
         if queries is None:
             raise ValueError("Scorer 'window' needs the queries of the last prompt tokens.")

@@ -166,6 +166,7 @@ class HeadPageCPUBuilder(CPUAttentionMetadataBuilder):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> CPUAttentionMetadata:
+        """vLLM's metadata as it is when no request of the batch is compressed or observed."""
         runtime = self.runtime
         if runtime is None or not runtime.has_work:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
@@ -222,6 +223,7 @@ class HeadPageCPUImpl(CPUAttentionBackendImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """Attention of one layer into ``output``; shapes as in vLLM's implementation."""
         if not isinstance(attn_metadata, HeadPageMetadata):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output,

