@@ -1,0 +1,132 @@
+"""Decode time of compressed prompts against stock vLLM, on the CPU, in one run.
+
+    python scripts/benchmark_decode.py
+
+A model of realistic attention shape with dummy weights decodes a batch of long prompts, once by
+stock vLLM and once per keep ratio, in engines of their own that take turns. Printed are medians of
+the step time, as ratios to stock, and the time that compression itself took as a share of prefill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from local_server import CPU_ENVIRONMENT
+
+MODEL_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 1024,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "torch_dtype": "bfloat16",
+    "tie_word_embeddings": True,
+}
+
+
+def run_once(job: dict[str, Any]) -> dict[str, float]:
+    """One engine: seconds of prefill, of compression, and median seconds of a decode step."""
+    import numpy as np
+    from prometheus_client import REGISTRY
+    from vllm import LLM, SamplingParams
+
+    additional = {} if job["keep_ratio"] is None else {"kvzip": {"keep_ratio": job["keep_ratio"]}}
+    llm = LLM(
+        model=job["model"],
+        dtype="bfloat16",
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        gpu_memory_utilization=0.4,
+        block_size=32,
+        additional_config=additional,
+    )
+    engine = llm.llm_engine
+    rng = np.random.default_rng(0)
+    sampling = SamplingParams(
+        temperature=0, max_tokens=job["output_tokens"], ignore_eos=True, detokenize=False
+    )
+    for number in range(job["requests"]):
+        prompt = rng.integers(7, 1000, job["prompt_tokens"]).tolist()
+        engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling)
+    seconds = []
+    while engine.has_unfinished_requests():
+        begin = time.perf_counter()
+        engine.step()
+        seconds.append(time.perf_counter() - begin)
+    decode = seconds[-job["output_tokens"] + 10 :]  # every request decodes, none is prefilled
+    compress = 0.0
+    for stage in ("score", "select", "compact"):
+        name = "vllm_kvzip_compress_seconds_sum"
+        compress += REGISTRY.get_sample_value(name, {"stage": stage}) or 0.0
+    if additional and not compress:
+        raise RuntimeError("compression did not run")
+    prefill = sum(seconds) - sum(decode) - compress
+    return {"prefill": prefill, "compress": compress, "step": statistics.median(decode)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--requests", type=int, default=8)
+    parser.add_argument("--prompt-tokens", type=int, default=4000)
+    parser.add_argument("--output-tokens", type=int, default=60)
+    parser.add_argument("--keep-ratios", type=float, nargs="+", default=[1.0, 0.5, 0.25, 0.125])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.job:
+        Path(json.loads(args.job)["answer"]).write_text(json.dumps(run_once(json.loads(args.job))))
+        sys.stdout.flush()
+        os._exit(0)
+
+    import vllm
+
+    environment = {**CPU_ENVIRONMENT, **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    variants = [None, *args.keep_ratios]
+    results: dict[float | None, list[dict[str, float]]] = {variant: [] for variant in variants}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(MODEL_CONFIG))
+        answer = Path(folder) / "answer.json"
+        for round_number in range(args.rounds):
+            for variant in variants:
+                print(f"round {round_number + 1}, keep ratio {variant}", file=sys.stderr)
+                job = {**vars(args), "model": folder, "answer": str(answer), "keep_ratio": variant}
+                command = [sys.executable, __file__, "--job", json.dumps(job)]
+                subprocess.run(command, check=True, env=environment, capture_output=True)
+                results[variant].append(json.loads(answer.read_text()))
+    stock = statistics.median(run["step"] for run in results[None])
+    print(
+        f"{args.requests} requests of {args.prompt_tokens} tokens, bfloat16, medians of "
+        f"{args.rounds} rounds\n\nkeep ratio | decode step / stock | compression / prefill"
+    )
+    for variant in variants:
+        step = statistics.median(run["step"] for run in results[variant])
+        share = statistics.median(run["compress"] / run["prefill"] for run in results[variant])
+        name = "stock" if variant is None else f"{variant:g}"
+        print(f"{name:>10} | {step / stock:19.2f} | {share:.1%}")
+    print(
+        f"\nstock step {stock * 1e3:.0f} ms; vLLM {vllm.__version__}, {platform.machine()} "
+        f"{os.cpu_count()} cores, {date.today().isoformat()}"
+    )
+
+
+if __name__ == "__main__":
+    main()
