@@ -50,7 +50,7 @@ class LocalServer:
             "--host", "127.0.0.1", "--port", str(self.port),
             "--dtype", "float32", "--enforce-eager", "--gpu-memory-utilization", "0.3", *arguments,
         ]  # fmt: skip
-        self._log = tempfile.NamedTemporaryFile("w+", suffix=".log", delete=False)  # noqa: SIM115
+        self._log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115
         self._process = subprocess.Popen(
             command,
             env={**CPU_ENVIRONMENT, **os.environ, **(environment or {})},
@@ -72,8 +72,9 @@ class LocalServer:
                     return self
             except OSError:
                 time.sleep(0.5)
+        text = self.log()
         self.stop()
-        raise RuntimeError(f"vllm serve did not start:\n{self.log()[-3000:]}")
+        raise RuntimeError(f"vllm serve did not start:\n{text[-3000:]}")
 
     def __exit__(
         self,
@@ -92,7 +93,7 @@ class LocalServer:
                     self._process.wait(20)
                 except subprocess.TimeoutExpired:
                     continue
-        self._log.flush()
+        self._log.close()
 
     def log(self) -> str:
         """What the server has printed so far."""

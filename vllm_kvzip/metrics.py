@@ -157,6 +157,7 @@ def _files_in(directory: str | None) -> Iterator[None]:
     if directory is None:
         yield
         return
+    os.makedirs(directory, exist_ok=True)  # gone from /tmp, or never there on another node
     previous_class = values.ValueClass
     previous_directory = os.environ.get(DIRECTORY_VARIABLE)
     identity = f"{os.getpid()}-{next(_writer_numbers)}"  # one file per writer, not per process

@@ -180,6 +180,11 @@ def test_an_untested_vllm_is_a_warning(monkeypatch, caplog):
     assert "was tested with vLLM 0.31.0, but 0.32.0 is running" in caplog.text
 
 
+def test_an_old_vllm_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(versions.vllm, "__version__", "0.31.2+cpu")
+    assert "needs vLLM 0.32 or newer, but 0.31.2 is running" in refusal(capsys, *ON)
+
+
 def test_the_offline_api_raises_what_the_command_prints():
     arguments = EngineArgs(model=str(MODEL), additional_config={"kvzip": {"keep_ratio": 3}})
     with pytest.raises(KVzipError, match="keep_ratio=3 is wrong"):

@@ -87,3 +87,13 @@ def test_disconnected_clients_leave_nothing(server):
             break
     assert server.blocks_held() == 0
     assert kvzip(server.metrics(), "kv_bytes_saved") == 0
+
+
+def test_several_api_servers_report_the_same_counts():
+    prompt = make_context(np.random.default_rng(10), 512).tokens.tolist()
+    with LocalServer(str(MODEL), "--kv-compression", "kvzip", "--api-server-count", "2") as many:
+        for _ in range(3):
+            assert list(many.stream(prompt, 8))
+        for _ in range(4):  # whichever of them answers
+            assert kvzip(many.metrics(), "requests_compressed_total") == 3
+            assert kvzip(many.metrics(), "blocks_freed_total") == 3 * 8

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from engine_job import Request, run_job
-from retrieval_task import make_context
+from retrieval_task import copy_prompt, make_context
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -75,3 +75,41 @@ def test_prompts_under_the_threshold_are_left_alone():
         "worker": "CPUWorker",
     }
     assert stock.metrics == {}
+
+
+def copies(*lengths):
+    rng = np.random.default_rng(7)
+    contexts = [make_context(rng, length, 0.6) for length in lengths]
+    return [Request(copy_prompt(context, 40)[0], 100) for context in contexts]
+
+
+@pytest.mark.parametrize(
+    ("engine", "settings"),
+    [
+        (
+            {
+                "speculative_config": {
+                    "method": "ngram",
+                    "num_speculative_tokens": 4,
+                    "prompt_lookup_max": 4,
+                    "prompt_lookup_min": 2,
+                }
+            },
+            {},
+        ),
+        ({"max_num_batched_tokens": 40, "max_num_seqs": 4}, {"scorer": "window"}),
+        ({"max_num_seqs": 2, "enforce_eager": False}, {"scorer": "random", "budget": "adaptive"}),
+    ],
+    ids=["ngram speculation", "chunks across the observation window", "compiled"],
+)
+def test_token_identity_with_other_features_on(engine, settings):
+    requests = copies(300, 512, 700, 1024, 60, 1300)
+    stock = run_job(requests)
+    whole = run_job(
+        requests, kvzip={"keep_ratio": 1.0, "min_prompt_tokens": 0, **settings}, **engine
+    )
+    assert whole.outputs == stock.outputs
+    assert whole.metrics["vllm_kvzip_requests_compressed_total"] == len(requests)
+    assert whole.free_blocks[-1] == whole.free_blocks[0]
+    if "speculative_config" in engine:
+        assert len(whole.free_blocks) < 0.5 * len(stock.free_blocks)  # it did speculate

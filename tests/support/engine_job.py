@@ -97,7 +97,12 @@ def run_job(
         )
         process = subprocess.run(
             [sys.executable, __file__, str(job), str(answer)],
-            env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(environment or {})},
+            env={
+                **os.environ,
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                "TMPDIR": folder,  # the process ends without cleaning up
+                **(environment or {}),
+            },
             capture_output=True,
             text=True,
             timeout=MAX_SECONDS,

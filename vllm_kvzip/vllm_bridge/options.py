@@ -18,7 +18,7 @@ from vllm_kvzip.errors import ConfigError
 from vllm_kvzip.profile import check_matches, find_profile, load_profile, profile_folders
 from vllm_kvzip.vllm_bridge.checks import check_supported, model_fingerprint
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings
-from vllm_kvzip.vllm_bridge.versions import untested_warning
+from vllm_kvzip.vllm_bridge.versions import check_version, untested_warning
 
 if TYPE_CHECKING:
     import argparse
@@ -62,6 +62,7 @@ def configure(vllm_config: VllmConfig, config: KVzipConfig) -> None:
     Raises:
         KVzipError: with one sentence for the user.
     """
+    check_version()
     check_supported(vllm_config)
     if warning := untested_warning():
         logger.warning(warning)
@@ -77,6 +78,7 @@ def _resolve(vllm_config: VllmConfig, config: KVzipConfig) -> Settings:
     from vllm_kvzip.vllm_bridge.stats_export import open_metrics_directory
 
     path = _profile_path(vllm_config, config)
+    logger.info("Head profile: %s", path or "none")
     scorer = config.scorer or ("profile" if path else DEFAULT_SCORER)
     budget = config.budget or ("profile" if path else DEFAULT_BUDGET)
     try:

@@ -262,17 +262,24 @@ class HeadPageRuntime:
         ]
 
     def _plan_observation(self, output: SchedulerOutput) -> dict[str, tuple[int, int]]:
-        """Prompt positions each request computes in this step that lie in its window."""
+        """Tokens of each request's chunk whose queries the scorer shall see.
+
+        Those are the prompt's last tokens. A resumed request can find its whole prompt and more in
+        the prefix cache; then the first tokens behind it must do.
+        """
         spans: dict[str, tuple[int, int]] = {}
         for rid, num_scheduled in output.num_scheduled_tokens.items():
             request = self._tracker.get(rid)
             if request is None or request.crossed:
                 continue
-            begin = request.num_computed_tokens
-            first = max(begin, request.num_prompt_tokens - self._window)
-            last = min(begin + num_scheduled, request.num_prompt_tokens)
-            if first < last:
-                spans[rid] = (first - begin, last - begin)
+            to_prompt_end = request.num_prompt_tokens - request.num_computed_tokens
+            if to_prompt_end <= 0:
+                spans[rid] = (0, min(num_scheduled, self._window))
+            elif to_prompt_end - self._window < num_scheduled:
+                spans[rid] = (
+                    max(0, to_prompt_end - self._window),
+                    min(num_scheduled, to_prompt_end),
+                )
         return spans
 
     def _spans(self, request_ids: list[str], starts: torch.Tensor) -> list[QuerySpan]:

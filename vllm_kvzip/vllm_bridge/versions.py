@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+import re
+
 import vllm
 
+from vllm_kvzip.errors import UnsupportedError
+
 TESTED_VERSIONS = ("0.32.0",)
+OLDEST_VERSION = (0, 32)
 
 
 def running_version() -> str:
     """Version of the imported vLLM without a local part such as ``+cpu``."""
     return str(vllm.__version__).split("+")[0]
+
+
+def check_version() -> None:
+    """Refuse a vLLM that lacks what the bridge is built on.
+
+    Raises:
+        UnsupportedError: if it is too old, or a name that the bridge imports is gone.
+    """
+    version = running_version()
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if numbers and numbers < OLDEST_VERSION:
+        oldest = ".".join(map(str, OLDEST_VERSION))
+        raise UnsupportedError(
+            f"KV compression needs vLLM {oldest} or newer, but {version} is running; upgrade vLLM."
+        )
+    try:
+        import vllm_kvzip.vllm_bridge.cache_spec  # noqa: F401
+    except ImportError as error:
+        raise UnsupportedError(
+            f"KV compression does not fit vLLM {version} ({error}); install a tested version: "
+            f"{', '.join(TESTED_VERSIONS)}."
+        ) from error
 
 
 def untested_warning() -> str | None:

@@ -68,6 +68,11 @@ class HeadPageCPUWorker(CPUWorker):
     def _build_runtime(self, kv_cache_config: KVCacheConfig) -> HeadPageRuntime:
         settings = self._kvzip_settings
         config = settings.config
+        if self.model_runner.shared_kv_cache_layers:
+            raise UnsupportedError(
+                "KV compression does not support layers that share another layer's KV cache; run "
+                "this model without --kv-compression."
+            )
         (group,) = kv_cache_config.kv_cache_groups
         spec = group.kv_cache_spec
         if not isinstance(spec, HeadPageSpec):
