@@ -98,6 +98,7 @@ class _HalfPages:
         self._order, self._inverse = order, order.argsort()
 
     def read(self, page_ids: torch.Tensor) -> torch.Tensor:
+        """Pages ``[H, n]`` as ``[H, n * N, D]``."""
         stored = self._stored.index_select(0, page_ids.flatten())
         _, block_size, head_dim = self._shape
         if self._by_dimension:
@@ -110,6 +111,7 @@ class _HalfPages:
         return logical.reshape(num_heads, num_pages * block_size, head_dim)
 
     def write(self, page_ids: torch.Tensor, logical: torch.Tensor) -> None:
+        """``[n * N, D]`` into pages ``[n]``."""
         pages = logical.reshape(self._shape)
         if self._by_dimension:
             stored = pages.transpose(1, 2).flatten(1)

@@ -1,0 +1,69 @@
+"""Attention over head pages by vLLM's CPU kernel, against softmax written out in torch."""
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+from vllm_kvzip.compaction import PageStore
+from vllm_kvzip.vllm_bridge.attention import PairBatch
+from vllm_kvzip.vllm_bridge.cpu_pages import discover_codec
+
+pytestmark = pytest.mark.vllm
+
+HEADS, GROUP, DIM, BLOCK, LAYERS = 3, 2, 64, 32, 2
+
+
+@pytest.mark.parametrize("query_lengths", [[1, 1, 1], [1, 4, 2]], ids=["decode", "several tokens"])
+@pytest.mark.parametrize("with_others", [False, True], ids=["all compressed", "mixed batch"])
+def test_every_pair_attends_over_its_own_pages(query_lengths, with_others):
+    torch.manual_seed(1)
+    isa = _get_attn_isa(torch.float32, BLOCK, DIM)
+    codec = discover_codec(BLOCK, DIM, torch.float32, isa)
+    num_pairs = len(query_lengths) * HEADS
+    seq_lens = torch.randint(5, 5 * BLOCK, (LAYERS, num_pairs), dtype=torch.int32)
+    width = 5
+    pages = torch.full((LAYERS * num_pairs * width + 7, 2 * BLOCK * DIM), float("nan"))
+    order = torch.randperm(len(pages))[: LAYERS * num_pairs * width]
+    tables = order.view(LAYERS, num_pairs, width).to(torch.int32)
+    store = PageStore(pages, codec, BLOCK, DIM)
+    keys, values = (torch.randn(LAYERS, num_pairs, width * BLOCK, DIM) for _ in range(2))
+    store.write(order, keys.view(-1, DIM), values.view(-1, DIM))
+
+    lead = 2 if with_others else 0  # tokens of another request in front, which must stay untouched
+    num_tokens = lead + sum(query_lengths)
+    query = torch.randn(num_tokens, HEADS * GROUP, DIM)
+    bounds = torch.tensor([0, *query_lengths]).cumsum(0) + lead
+    tokens = [torch.arange(a, b) for a, b in pairwise(bounds)]
+    lengths = torch.tensor(query_lengths).repeat_interleave(HEADS)
+    starts = torch.zeros(num_pairs + 1, dtype=torch.int32)
+    starts[1:] = lengths.cumsum(0)
+    single = not with_others and max(query_lengths) == 1
+    heads = torch.arange(HEADS)[:, None]
+    rows = torch.cat([(part * HEADS + heads).flatten() for part in tokens])
+    halves = pages.view(-1, 1, 2 * BLOCK, DIM).chunk(2, dim=2)
+    batch = PairBatch(
+        pages=halves, tables=tables, seq_lens=seq_lens, query_start_loc=starts,
+        pair_rows=None if single else rows, num_kv_heads=HEADS, group_size=GROUP, head_dim=DIM,
+        layer_index={"first": 0, "second": 1}, isa=isa,
+    )  # fmt: skip
+    impl = SimpleNamespace(scale=DIM**-0.5, logits_soft_cap=0)
+    for layer, name in enumerate(("first", "second")):
+        output = torch.full_like(query, float("nan"))
+        batch.attend(impl, SimpleNamespace(layer_name=name), query, output)
+        assert output[:lead].isnan().all()
+        for request, part in enumerate(tokens):
+            for head in range(HEADS):
+                pair = request * HEADS + head
+                length = int(seq_lens[layer, pair])
+                for index, token in enumerate(part.tolist()):
+                    visible = length - len(part) + index + 1
+                    own_keys = keys[layer, pair, :visible]
+                    own_values = values[layer, pair, :visible]
+                    for member in range(head * GROUP, (head + 1) * GROUP):
+                        weights = (own_keys @ query[token, member] * impl.scale).softmax(0)
+                        torch.testing.assert_close(
+                            output[token, member], weights @ own_values, atol=1e-4, rtol=1e-3
+                        )
