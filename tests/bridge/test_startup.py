@@ -125,9 +125,10 @@ def test_settings_without_the_flag_are_refused(capsys):
     assert "has no effect without --kv-compression kvzip" in message
 
 
-def test_profile_budget_without_a_profile_is_refused(capsys):
-    flags = ("--kv-compression-config", '{"profile": "none", "budget": "profile"}')
-    assert "budget profile needs a head profile" in refusal(capsys, *ON, *flags)
+@pytest.mark.parametrize("setting", ["budget", "scorer"])
+def test_profile_without_a_profile_is_refused(capsys, setting):
+    flags = ("--kv-compression-config", f'{{"profile": "none", "{setting}": "profile"}}')
+    assert f"{setting} profile needs a head profile" in refusal(capsys, *ON, *flags)
 
 
 def test_broken_and_foreign_profiles_are_refused(capsys, tmp_path):

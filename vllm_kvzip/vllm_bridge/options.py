@@ -85,13 +85,14 @@ def _resolve(vllm_config: VllmConfig, config: KVzipConfig) -> Settings:
         scorer_class(scorer)
     except ValueError as error:
         raise ConfigError(f"scorer: {error}") from error
+    if path is None and "profile" in (scorer, budget):
+        setting = "budget" if budget == "profile" else "scorer"
+        raise ConfigError(
+            f"{setting} profile needs a head profile, and none matches this model; build one with "
+            f"scripts/profile_heads.py or choose another {setting}."
+        )
     fractions = importance = None
-    if budget == "profile":
-        if path is None:
-            raise ConfigError(
-                "budget profile needs a head profile, and none matches this model; build one with "
-                "scripts/profile_heads.py or set budget to adaptive or uniform."
-            )
+    if path is not None and budget == "profile":
         profile = load_profile(path)
         fractions, importance = profile.fractions(config.keep_ratio), profile.importance
     return Settings(
