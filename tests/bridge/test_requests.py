@@ -1,6 +1,6 @@
 """The worker's book-keeping, fed with real scheduler outputs of vLLM's own classes."""
 
-from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+from scheduler_steps import new_request, output
 
 from vllm_kvzip.core import PrefixPlan
 from vllm_kvzip.head_pages import PrefixRule
@@ -8,33 +8,6 @@ from vllm_kvzip.vllm_bridge.cache_spec import fold_row
 from vllm_kvzip.vllm_bridge.requests import RequestTracker
 
 RULE = PrefixRule(0.5, min_prompt_tokens=32, sink_tokens=1, recent_tokens=1, block_size=16)
-
-
-def new_request(request_id, num_tokens, block_ids, num_computed=0):
-    return NewRequestData(
-        request_id, list(range(num_tokens)), [], None, None, (block_ids,), num_computed, None
-    )
-
-
-def output(new=(), running=(), scheduled=None, finished=(), resumed=(), preempted=()):
-    """``running``: (id, computed tokens, new block ids)."""
-    cached = CachedRequestData.make_empty()
-    cached.req_ids = [item[0] for item in running]
-    cached.num_computed_tokens = [item[1] for item in running]
-    cached.new_block_ids = [None if item[2] is None else (item[2],) for item in running]
-    cached.num_output_tokens = [0] * len(running)
-    cached.resumed_req_ids = set(resumed)
-    return SchedulerOutput(
-        scheduled_new_reqs=list(new),
-        scheduled_cached_reqs=cached,
-        num_scheduled_tokens=scheduled or {},
-        total_num_scheduled_tokens=sum((scheduled or {}).values()),
-        scheduled_spec_decode_tokens={},
-        scheduled_encoder_inputs={},
-        finished_req_ids=set(finished),
-        free_encoder_mm_hashes=[],
-        preempted_req_ids=set(preempted),
-    )
 
 
 def run(tracker, step):
