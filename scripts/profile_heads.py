@@ -17,6 +17,7 @@ import sys
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ import transformers
 from reconstruction_probe import ReconstructionProbe
 from retrieval_task import VOCABULARY, make_context
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from vllm_kvzip.config import KVzipConfig
 from vllm_kvzip.errors import ProfileError
@@ -91,19 +92,71 @@ def draw_heat_map(profile: HeadProfile, path: Path) -> bool:
     return True
 
 
+def refuse_unsupported(model: str, config: Any) -> None:
+    """Refuse what is known from the configuration to have no whole KV heads to score.
+
+    Args:
+        model: as the user named it.
+        config: of the text model, in transformers' format.
+
+    Raises:
+        ProfileError: for latent (MLA), sliding-window, linear and convolutional attention.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if getattr(config, "kv_lora_rank", None):
+        reason = "multi-head latent attention (MLA) caches no keys per head"
+    elif kinds or getattr(config, "sliding_window", None):
+        found = ", ".join(sorted(kinds)) or f"sliding_window={config.sliding_window}"
+        reason = f"every layer must attend to the whole context, and it has {found}"
+    else:
+        return
+    raise ProfileError(f"--model {model} cannot be profiled: {reason}; choose another model.")
+
+
+def load_probe(model: str) -> tuple[ReconstructionProbe, Any]:
+    """The model, ready to be watched, and its tokenizer.
+
+    Raises:
+        ProfileError: if it cannot be loaded or is of an unsupported kind.
+    """
+    folder = Path(model).expanduser()
+    try:
+        if not folder.is_dir() and (folder.is_absolute() or model.startswith(".")):
+            raise FileNotFoundError("there is no such folder.")
+        path = str(folder.resolve()) if folder.is_dir() else model
+        refuse_unsupported(model, AutoConfig.from_pretrained(path).get_text_config())
+        probe = ReconstructionProbe(path)
+        _ = probe.fingerprint  # needs attention heads in the configuration
+        return probe, AutoTokenizer.from_pretrained(path)
+    except ProfileError:
+        raise
+    except (OSError, ValueError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ProfileError(f"--model {model} cannot be profiled: {reason}") from error
+
+
+def check_output(path: Path) -> None:
+    """Find out before the long work whether its result can be written.
+
+    Raises:
+        ProfileError: if it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a folder; name a file")
+    except OSError as error:
+        raise ProfileError(f"--out {path} cannot be written ({error.strerror}).") from error
+
+
 def build_profile(args: argparse.Namespace) -> HeadProfile:
     """Score all contexts and average.
 
     Raises:
         ProfileError: if model or text cannot be used.
     """
-    try:
-        probe = ReconstructionProbe(args.model)
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        fingerprint = probe.fingerprint
-    except (OSError, ValueError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ProfileError(f"--model {args.model} cannot be profiled: {reason}") from error
+    probe, tokenizer = load_probe(args.model)
+    fingerprint = probe.fingerprint
     if args.task == "retrieval":
         if len(VOCABULARY.words) != probe.config.vocab_size:
             raise ProfileError(
@@ -120,15 +173,20 @@ def build_profile(args: argparse.Namespace) -> HeadProfile:
     later = (
         LATER_REPEAT_PROMPT if args.repeat_prompt == DEFAULT_REPEAT_PROMPT else args.repeat_prompt
     )
-    prompts = [
+    first_ids, later_ids = (
         tokenizer(p, add_special_tokens=False)["input_ids"] for p in (args.repeat_prompt, later)
-    ]
+    )
     passes = len(contexts) * (1 + -(-args.context_tokens // args.chunk_tokens))
     importance = torch.zeros(fingerprint.num_layers, fingerprint.num_kv_heads, dtype=torch.float64)
     budgets = {ratio: torch.zeros_like(importance) for ratio in KEEP_RATIOS}
     with tqdm(total=passes, desc="forward passes") as bar:
         for context in contexts:
-            scores = probe.score(context, args.chunk_tokens, *prompts, progress=bar.update)
+            scores = probe.score(context, args.chunk_tokens, first_ids, later_ids, bar.update)
+            if not bool((scores.flatten(1).amax(dim=1) > 0).all()):  # never asked, or NaN
+                raise ProfileError(
+                    f"--model {args.model} cannot be profiled: some layers show no attention, or "
+                    f"it is not a number; choose another model."
+                )
             importance += scores.mean(dim=-1) / len(contexts)
             for ratio in KEEP_RATIOS if args.budgets == "pairs" else ():
                 budgets[ratio] += pair_fractions(scores, ratio) / len(contexts)
@@ -186,12 +244,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run the script; returns the exit code."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
+    out = args.out or Path("profiles") / f"{Path(args.model).expanduser().resolve().name}.json"
     try:
+        check_output(out)
         profile = build_profile(args)
     except ProfileError as error:
         print(f"profile_heads: error: {error}", file=sys.stderr)
         return 2
-    out = args.out or Path("profiles") / f"{profile.model.name}.json"
     save_profile(profile, out)
     for layer, row in enumerate(profile.importance):
         print(f"layer {layer:3d}  " + "  ".join(f"{value:.3f}" for value in row))

@@ -117,13 +117,12 @@ def _from_flag(value: str | Mapping[str, Any] | None) -> Mapping[str, Any]:
         return value or {}
     text = value.strip()
     if not text.startswith("{"):
-        path = Path(text).expanduser()
         try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
+            text = Path(text).expanduser().read_text(encoding="utf-8")
+        except (OSError, ValueError, RuntimeError) as error:  # also not UTF-8, no such home
+            reason = getattr(error, "strerror", None) or str(error).rstrip(".")
             raise ConfigError(
-                f"{CONFIG_FLAG}: {value!r} is neither JSON nor a file that can be read "
-                f"({error.strerror})."
+                f"{CONFIG_FLAG}: {value!r} is neither JSON nor a file that can be read ({reason})."
             ) from error
     try:
         parsed = json.loads(text)
@@ -152,6 +151,6 @@ def _refuse_unknown(merged: Mapping[str, Any], origin: Mapping[str, str]) -> Non
     known = list(KVzipConfig.model_fields)
     for key in merged:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
+            near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {near[0]}?" if near else "known are " + ", ".join(known) + "."
             raise ConfigError(f"{origin[key]}: there is no setting {key}; {hint}")

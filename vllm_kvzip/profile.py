@@ -1,8 +1,9 @@
 """Head-budget profiles: which share of its KV pairs each head of one model should keep.
 
 A profile is made offline (``scripts/profile_heads.py``) and is independent of any later context. It
-says for a grid of keep ratios how one global ranking of KV pairs over all layers and heads fell
-out, averaged over calibration contexts (KVzip's non-uniform budgets, arXiv 2505.23416 section 3.4).
+says for a grid of keep ratios what share of its KV pairs each head keeps, averaged over calibration
+contexts (head-level budgets of KVzip, arXiv 2505.23416). Its provenance names the method: the most
+important heads keep everything, or one global ranking of KV pairs decides.
 """
 
 from __future__ import annotations

@@ -49,6 +49,17 @@ def test_wrong_input_is_one_sentence(flag, environ, additional, message):
     assert str(caught.value)[-1] in ".?"
 
 
+def test_unreadable_files_and_odd_keys_are_one_sentence(tmp_path):
+    binary = tmp_path / "binary.json"
+    binary.write_bytes(b"\xff\xfe{")
+    for flag in (str(binary), "~nobody-of-that-name/kvzip.json", "nul\0byte"):
+        with pytest.raises(ConfigError, match="neither JSON nor a file that can be read") as caught:
+            load_config(flag, {}, None)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="there is no setting 1"):
+        load_config(None, {}, {"kvzip": {1: 2}})
+
+
 def test_three_ways_to_turn_it_on():
     assert not is_enabled(None, {}, None)
     assert is_enabled("kvzip", {}, None)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import train_tiny_model
 from reconstruction_probe import ReconstructionProbe
+from transformers import DeepseekV3Config, MistralConfig, Qwen3Config
 
 from vllm_kvzip.profile import load_profile
 from vllm_kvzip.reconstruction import iter_chunks
@@ -66,7 +67,8 @@ def test_scores_equal_attention_of_the_whole_model(random_model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "/no/such/model"], "--model /no/such/model cannot be profiled"),
+        (["--model", "/no/such/model"], "cannot be profiled: there is no such folder"),
+        (["--out", "/"], "--out / cannot be written (it is a folder; name a file)"),
         (["--context-tokens", "100000"], "fewer than --context-tokens 100000"),
         (["--text", "/no/such/text"], "--text /no/such/text cannot be read"),
     ],
@@ -79,3 +81,37 @@ def test_wrong_input_is_one_sentence(random_model, tmp_path, capsys, arguments, 
     assert code == 2
     assert len(errors) == 1 and message in errors[0]
     assert not (tmp_path / "x.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (DeepseekV3Config(), "multi-head latent attention (MLA)"),
+        (MistralConfig(sliding_window=4096), "sliding_window=4096"),
+        (Qwen3Config(num_hidden_layers=1, layer_types=["sliding_attention"]), "sliding_attention"),
+    ],
+)
+def test_models_without_whole_kv_heads_are_refused(tmp_path, capsys, config, message):
+    config.save_pretrained(tmp_path / "model")
+    code = profile_heads.main(
+        ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "x.json")]
+    )
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_a_model_named_by_a_dot_gets_its_folders_name(random_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(random_model)
+    out = tmp_path / "x.json"
+    arguments = ["--model", ".", "--out", str(out), "--task", "retrieval", "--num-contexts", "1"]
+    assert profile_heads.main([*arguments, "--context-tokens", "32"]) == 0
+    assert load_profile(out).model.name == "random-llama"
+
+
+def test_layers_that_show_no_attention_are_refused(random_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ReconstructionProbe, "score", lambda *_: torch.zeros(2, 2, 32))
+    arguments = ["--model", str(random_model), "--out", str(tmp_path / "x.json")]
+    task = ["--task", "retrieval", "--num-contexts", "1", "--context-tokens", "32"]
+    assert profile_heads.main([*arguments, *task]) == 2
+    assert "some layers show no attention" in capsys.readouterr().err
