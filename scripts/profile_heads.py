@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
 from datetime import date
 from importlib.metadata import version
@@ -119,11 +120,11 @@ def load_probe(model: str) -> tuple[ReconstructionProbe, Any]:
     Raises:
         ProfileError: if it cannot be loaded or is of an unsupported kind.
     """
-    folder = Path(model).expanduser()
+    folder = Path(model)
     try:
         if not folder.is_dir() and (folder.is_absolute() or model.startswith(".")):
             raise FileNotFoundError("there is no such folder.")
-        path = str(folder.resolve()) if folder.is_dir() else model
+        path = os.path.abspath(folder) if folder.is_dir() else model  # "." has no name
         refuse_unsupported(model, AutoConfig.from_pretrained(path).get_text_config())
         probe = ReconstructionProbe(path)
         _ = probe.fingerprint  # needs attention heads in the configuration
@@ -244,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the script; returns the exit code."""
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    out = args.out or Path("profiles") / f"{Path(args.model).expanduser().resolve().name}.json"
+    out = args.out or Path("profiles") / f"{Path(os.path.abspath(args.model)).name}.json"
     try:
         check_output(out)
         profile = build_profile(args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from vllm_kvzip.reconstruction import Chunk, iter_chunks, reconstruction_scores
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-ATTENTION_NAME = "kvzip_probe"
+_probe_numbers = itertools.count()
 
 
 class ReconstructionProbe:
@@ -24,16 +25,14 @@ class ReconstructionProbe:
     Args:
         path: folder of the model.
         num_sinks: first tokens every softmax includes.
-
-    Raises:
-        ValueError: if the model's attention does not show queries and keys per head.
     """
 
     def __init__(self, path: str, num_sinks: int = 4) -> None:
-        AttentionInterface.register(ATTENTION_NAME, self._attend)
-        AttentionMaskInterface.register(ATTENTION_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        name = f"kvzip_probe_{next(_probe_numbers)}"  # each probe watches its own model only
+        AttentionInterface.register(name, self._attend)
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
         self.model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=ATTENTION_NAME
+            path, dtype=torch.float32, attn_implementation=name
         ).eval()
         self.config = self.model.config.get_text_config()
         self._num_sinks = num_sinks

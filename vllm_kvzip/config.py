@@ -65,9 +65,18 @@ def is_enabled(
 ) -> bool:
     """Whether the user turned compression on, by any of the three ways.
 
+    A misspelt variable is refused here, while compression is still off: a typing error in
+    ``LLM_KVZIP_ENABLED`` must not leave it off without a word.
+
     Raises:
-        ConfigError: if ``LLM_KVZIP_ENABLED`` is neither a yes nor a no.
+        ConfigError: if ``LLM_KVZIP_ENABLED`` is neither a yes nor a no, or a variable is unknown.
     """
+    known = [ENABLED_VARIABLE, *(VARIABLE_PREFIX + key.upper() for key in KVzipConfig.model_fields)]
+    for name in environ:
+        if name.startswith(VARIABLE_PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "known are " + ", ".join(known) + "."
+            raise ConfigError(f"There is no variable {name}; {hint}")
     variable = environ.get(ENABLED_VARIABLE, "").strip().lower()
     if variable not in _TRUE | _FALSE:
         raise ConfigError(f"{ENABLED_VARIABLE}={variable!r} must be 1 (on) or 0 (off).")

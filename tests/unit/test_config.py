@@ -66,6 +66,8 @@ def test_three_ways_to_turn_it_on():
     assert is_enabled(None, {"LLM_KVZIP_ENABLED": "1"}, {})
     assert is_enabled(None, {"LLM_KVZIP_ENABLED": "0"}, {"kvzip": {}})
     assert not is_enabled(None, {"LLM_KVZIP_ENABLED": "off", "LLM_KVZIP_SEED": "1"}, {})
+    with pytest.raises(ConfigError, match="no variable LLM_KVZIP_ENABLE; did you mean LLM_KVZIP_E"):
+        is_enabled(None, {"LLM_KVZIP_ENABLE": "1"}, {})
     with pytest.raises(ConfigError, match=r"LLM_KVZIP_ENABLED='perhaps' must be 1 \(on\) or 0"):
         is_enabled(None, {"LLM_KVZIP_ENABLED": "perhaps"}, {})
 

@@ -101,12 +101,18 @@ def test_models_without_whole_kv_heads_are_refused(tmp_path, capsys, config, mes
     assert not (tmp_path / "x.json").exists()
 
 
-def test_a_model_named_by_a_dot_gets_its_folders_name(random_model, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("model", "name"), [(".", "random-llama"), ("../link", "link")])
+def test_models_are_named_after_the_folder_as_given(
+    random_model, tmp_path, monkeypatch, model, name
+):
+    link = random_model.parent / "link"
+    if not link.exists():
+        link.symlink_to(random_model)
     monkeypatch.chdir(random_model)
     out = tmp_path / "x.json"
-    arguments = ["--model", ".", "--out", str(out), "--task", "retrieval", "--num-contexts", "1"]
+    arguments = ["--model", model, "--out", str(out), "--task", "retrieval", "--num-contexts", "1"]
     assert profile_heads.main([*arguments, "--context-tokens", "32"]) == 0
-    assert load_profile(out).model.name == "random-llama"
+    assert load_profile(out).model.name == name
 
 
 def test_layers_that_show_no_attention_are_refused(random_model, tmp_path, capsys, monkeypatch):
