@@ -47,6 +47,7 @@ def _add_flags(engine_args: type[EngineArgs]) -> None:
 
     @functools.wraps(original)
     def add_cli_args(parser: Any) -> Any:
+        """vLLM's arguments, then the two of the plugin."""
         parser = original(parser)
         group = parser.add_argument_group(
             title="KV compression", description="Added by the plugin vllm-kvzip."
