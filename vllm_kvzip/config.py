@@ -48,9 +48,15 @@ class KVzipConfig(BaseModel):
     )
     min_prompt_tokens: int = Field(256, ge=0, description="prompts of fewer tokens are left alone")
     sink_tokens: int = Field(4, ge=0, description="first tokens, kept by every head")
-    recent_tokens: int = Field(16, ge=0, description="last prompt tokens, kept by every head")
+    recent_tokens: int = Field(16, ge=0, description="last prefix tokens, kept by every head")
     observation_window_tokens: int = Field(
         32, ge=1, description="last prompt tokens whose attention scorer window uses"
+    )
+    prefix_reuse: Literal["compressed", "raw"] = Field(
+        "compressed", description="which one a request starts from when both are cached"
+    )
+    reuse_ttl_seconds: float | None = Field(
+        None, gt=0, description="forget a compressed prefix that nobody used for so long"
     )
     repeat_prompt: str = Field(
         "\n\nRepeat the previous context exactly.",

@@ -30,18 +30,21 @@ class CacheGeometry:
 
 @dataclass(frozen=True)
 class PrefixPlan:
-    """What follows from a prompt's length alone; scheduler and workers derive the same.
+    """What follows from a prompt's length and its declared context; scheduler and workers agree.
 
     Attributes:
         boundary_tokens: tokens before it are compressed, tokens from it on stay dense; a multiple
             of the block size.
         num_prefix_blocks: blocks those tokens fill before compression.
         num_compressed_blocks: blocks that hold what is kept.
+        ready_tokens: how many tokens must be computed before the prefix is compressed: the whole
+            prompt, or the tokens before the boundary when the request declares its context.
     """
 
     boundary_tokens: int
     num_prefix_blocks: int
     num_compressed_blocks: int
+    ready_tokens: int
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,15 @@ class LayerInputs:
         layer, num_layers: which layer of how many.
         keys: float32 ``[H, T, D]``, keys of the prefix after rotary embedding, T = boundary.
         values: float32 ``[H, T, D]``; None unless the scorer asks for them.
-        observation_queries: float32 ``[W, H, G, D]``, queries of the last W prompt tokens after
-            rotary embedding, the last of them at position ``num_prompt_tokens - 1``; None unless
+        observation_queries: float32 ``[W, H, G, D]``, queries of the last W context tokens after
+            rotary embedding, the last of them at position ``num_context_tokens - 1``; None unless
             the scorer asks for them. W may be smaller than the setting when vLLM took the start of
             the window from its prefix cache.
-        num_prompt_tokens: length of the whole prompt.
+        num_context_tokens: tokens a scorer may look at: the whole prompt, or T when the request
+            declares a context that other questions shall reuse.
         scale: softmax scale.
-        sink_tokens, recent_tokens: how many tokens at either end of the prompt are always kept.
-        seed: equal for equal prompts.
+        sink_tokens, recent_tokens: how many tokens at either end of the prefix are always kept.
+        seed: equal for equal prefixes.
     """
 
     layer: int
@@ -67,7 +71,7 @@ class LayerInputs:
     keys: torch.Tensor
     values: torch.Tensor | None
     observation_queries: torch.Tensor | None
-    num_prompt_tokens: int
+    num_context_tokens: int
     scale: float
     sink_tokens: int
     recent_tokens: int

@@ -15,3 +15,7 @@ class ProfileError(KVzipError):
 
 class UnsupportedError(KVzipError):
     """The model, the platform or another vLLM feature in use cannot be combined with us."""
+
+
+class RequestError(KVzipError):
+    """A request asks for something that cannot be; the client gets the message."""

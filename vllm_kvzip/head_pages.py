@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -19,6 +19,8 @@ from vllm_kvzip.core import CompressedPrefix, PrefixPlan
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+T = TypeVar("T")
+
 _EPSILON = 1e-9  # 0.3 * 10 is 3.0000000000000004 in floating point, and must stay 3 blocks
 
 
@@ -26,11 +28,14 @@ _EPSILON = 1e-9  # 0.3 * 10 is 3.0000000000000004 in floating point, and must st
 class PrefixRule:
     """How a prompt's length decides what is compressed, and into how many blocks.
 
+    What a compressed prefix looks like depends on nothing behind its boundary, so that every
+    prompt with the same first tokens can share it.
+
     Attributes:
         keep_ratio: kept / all KV pairs of the prefix, in (0, 1].
-        min_prompt_tokens: shorter prompts are left alone.
-        sink_tokens: first tokens of the prompt that every head keeps.
-        recent_tokens: last tokens of the prompt that every head keeps (the dense tail counts).
+        min_prompt_tokens: shorter prompts, or declared contexts, are left alone.
+        sink_tokens: first tokens of the prefix that every head keeps.
+        recent_tokens: last tokens of the prefix that every head keeps.
         block_size: tokens per block.
     """
 
@@ -40,54 +45,58 @@ class PrefixRule:
     recent_tokens: int
     block_size: int
 
-    def plan(self, num_prompt_tokens: int) -> PrefixPlan | None:
-        """The plan for a prompt of that length, or None when it is left alone."""
-        if self.skip_reason(num_prompt_tokens) is not None:
+    def plan(self, num_prompt_tokens: int, context_tokens: int | None = None) -> PrefixPlan | None:
+        """The plan for a prompt, or None when it is left alone.
+
+        Args:
+            num_prompt_tokens: length of the prompt.
+            context_tokens: where its reusable context ends, if the request declares that.
+        """
+        if self.skip_reason(num_prompt_tokens, context_tokens) is not None:
             return None
-        num_blocks = num_prompt_tokens // self.block_size
+        num_blocks = self._num_prefix_blocks(num_prompt_tokens, context_tokens)
+        boundary = num_blocks * self.block_size
         return PrefixPlan(
-            boundary_tokens=num_blocks * self.block_size,
+            boundary_tokens=boundary,
             num_prefix_blocks=num_blocks,
-            num_compressed_blocks=self._num_compressed_blocks(num_prompt_tokens),
+            num_compressed_blocks=self._num_compressed_blocks(num_blocks),
+            ready_tokens=num_prompt_tokens if context_tokens is None else boundary,
         )
 
-    def skip_reason(self, num_prompt_tokens: int) -> str | None:
+    def skip_reason(self, num_prompt_tokens: int, context_tokens: int | None = None) -> str | None:
         """Why a prompt is left alone: ``below_min_prompt_tokens``, ``nothing_to_free``, or None.
 
         At keep ratio 1.0 nothing is freed either, but the prompt goes through the whole machinery:
         its output must equal that of stock vLLM, which is how a deployment is checked.
         """
-        num_blocks = num_prompt_tokens // self.block_size
-        if num_blocks == 0 or num_prompt_tokens < self.min_prompt_tokens:
+        num_blocks = self._num_prefix_blocks(num_prompt_tokens, context_tokens)
+        end = num_prompt_tokens if context_tokens is None else context_tokens
+        if num_blocks == 0 or end < self.min_prompt_tokens:
             return "below_min_prompt_tokens"
-        if self.keep_ratio < 1 and self._num_compressed_blocks(num_prompt_tokens) >= num_blocks:
+        if self.keep_ratio < 1 and self._num_compressed_blocks(num_blocks) >= num_blocks:
             return "nothing_to_free"
         return None
 
-    def protected_in_prefix(self, num_prompt_tokens: int) -> tuple[int, int]:
-        """Protected tokens before the boundary: (first ones, last ones).
+    def protected_in_prefix(self, boundary_tokens: int) -> tuple[int, int]:
+        """Protected tokens of a prefix of ``boundary_tokens`` tokens: (first ones, last ones)."""
+        num_sinks = min(self.sink_tokens, boundary_tokens)
+        return num_sinks, min(self.recent_tokens, boundary_tokens - num_sinks)
 
-        The dense tail is kept anyway, so it counts towards the recent tokens.
-        """
-        boundary = num_prompt_tokens // self.block_size * self.block_size
-        num_sinks = min(self.sink_tokens, boundary)
-        num_recent = max(0, self.recent_tokens - (num_prompt_tokens - boundary))
-        return num_sinks, min(num_recent, boundary - num_sinks)
-
-    def min_pages_per_head(self, num_prompt_tokens: int) -> int:
+    def min_pages_per_head(self, boundary_tokens: int) -> int:
         """Head pages that every head needs for its protected tokens, at least one."""
-        return max(1, ceil(sum(self.protected_in_prefix(num_prompt_tokens)) / self.block_size))
+        return max(1, ceil(sum(self.protected_in_prefix(boundary_tokens)) / self.block_size))
 
     def max_compressed_blocks(self, max_tokens: int) -> int:
         """The most blocks any prompt of up to ``max_tokens`` tokens needs for its prefix."""
-        num_blocks = max_tokens // self.block_size
-        floor = ceil((self.sink_tokens + self.recent_tokens) / self.block_size)
-        return min(num_blocks, max(1, floor, ceil(self.keep_ratio * num_blocks - _EPSILON)))
+        return self._num_compressed_blocks(max_tokens // self.block_size)
 
-    def _num_compressed_blocks(self, num_prompt_tokens: int) -> int:
-        num_blocks = num_prompt_tokens // self.block_size
+    def _num_prefix_blocks(self, num_prompt_tokens: int, context_tokens: int | None) -> int:
+        end = num_prompt_tokens if context_tokens is None else context_tokens
+        return min(end, num_prompt_tokens) // self.block_size
+
+    def _num_compressed_blocks(self, num_blocks: int) -> int:
         wanted = ceil(self.keep_ratio * num_blocks - _EPSILON)
-        return min(num_blocks, max(wanted, self.min_pages_per_head(num_prompt_tokens)))
+        return min(num_blocks, max(wanted, self.min_pages_per_head(num_blocks * self.block_size)))
 
 
 @dataclass(frozen=True)
@@ -155,6 +164,19 @@ def deal_pages(block_ids: Sequence[int], pages: torch.Tensor, pool: PagePool) ->
             f"{total} head pages asked of {len(block_ids)} blocks with {len(available)}"
         )
     return available[:total]
+
+
+def fold_row(row: Sequence[T], plan: PrefixPlan, reserve_start: int, null: T) -> list[T]:
+    """The folded form of a crossing row: ``[compressed][null ...][dense tail ...]``.
+
+    ``row`` is ``[prompt][reserve][blocks allocated since]`` with the reserve at ``reserve_start``.
+    The result's length is the row's length without the reserve, that is vLLM's logical length.
+    """
+    count = plan.num_compressed_blocks
+    compressed = list(row[reserve_start : reserve_start + count])
+    nulls = [null] * (plan.num_prefix_blocks - count)
+    tail = [*row[plan.num_prefix_blocks : reserve_start], *row[reserve_start + count :]]
+    return compressed + nulls + tail
 
 
 class HeadPageTable:

@@ -24,6 +24,7 @@ _writer_numbers = itertools.count()
 
 STAGES = ("score", "select", "compact")
 SKIP_REASONS = ("below_min_prompt_tokens", "nothing_to_free", "ended_before_decode")
+EVICTION_REASONS = ("lru", "ttl", "reset")
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,28 @@ COMPRESS_SECONDS = Metric(
     label_values=STAGES,
     buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
 )
+PREFIX_HITS = Metric(
+    "vllm_kvzip_prefix_hits_total",
+    "counter",
+    "Requests that started from a compressed prefix.",
+)
+PREFIX_HIT_TOKENS = Metric(
+    "vllm_kvzip_prefix_hit_tokens_total",
+    "counter",
+    "Prompt tokens that were not prefilled because their compressed prefix was cached.",
+)
+PREFIX_ENTRIES = Metric(
+    "vllm_kvzip_prefix_entries",
+    "gauge",
+    "Compressed prefixes in the prefix cache.",
+)
+PREFIX_EVICTIONS = Metric(
+    "vllm_kvzip_prefix_evictions_total",
+    "counter",
+    "Compressed prefixes that left the prefix cache, by reason.",
+    label="reason",
+    label_values=EVICTION_REASONS,
+)
 
 METRICS = (
     REQUESTS_COMPRESSED,
@@ -97,6 +120,10 @@ METRICS = (
     KV_BYTES_SAVED,
     KEEP_RATIO,
     COMPRESS_SECONDS,
+    PREFIX_HITS,
+    PREFIX_HIT_TOKENS,
+    PREFIX_ENTRIES,
+    PREFIX_EVICTIONS,
 )
 
 

@@ -82,7 +82,6 @@ class Compressor:
         source_blocks: Sequence[int],
         target_blocks: Sequence[int],
         plan: PrefixPlan,
-        num_prompt_tokens: int,
         observation_queries: Sequence[torch.Tensor] | None,
         scale: float,
         seed: int,
@@ -93,17 +92,16 @@ class Compressor:
             pages: ``[num_pages, 2 * N * D]``, the pool; only pages of ``target_blocks`` change.
             source_blocks: blocks of the prefix in logical order.
             target_blocks: blocks that will hold what is kept.
-            plan: from the rule, for this prompt's length.
-            num_prompt_tokens: length of the prompt.
+            plan: from the rule, for this prompt.
             observation_queries: per layer float32 ``[W, H, G, D]``, if the scorer asks for them.
             scale: softmax scale.
-            seed: equal for equal prompts.
+            seed: equal for equal prefixes.
         """
         geometry = self._geometry
         seconds = dict.fromkeys(("score", "select", "compact"), 0.0)
         store = PageStore(pages, self._codec, geometry.block_size, geometry.head_dim)
         sources = self._pool.page_ids(torch.tensor(source_blocks))  # [L, H, nb]
-        num_sinks, num_recent = self._rule.protected_in_prefix(num_prompt_tokens)
+        num_sinks, num_recent = self._rule.protected_in_prefix(plan.boundary_tokens)
         with _timed(seconds, "score"):
             scores = torch.empty(*sources.shape[:2], plan.boundary_tokens)
             for layer in range(geometry.num_layers):
@@ -115,7 +113,7 @@ class Compressor:
                     if self.scorer.needs_values
                     else None,
                     observation_queries=observation_queries[layer] if observation_queries else None,
-                    num_prompt_tokens=num_prompt_tokens,
+                    num_context_tokens=plan.ready_tokens,
                     scale=scale,
                     sink_tokens=self._rule.sink_tokens,
                     recent_tokens=self._rule.recent_tokens,
@@ -123,9 +121,7 @@ class Compressor:
                 )
                 scores[layer] = self.scorer.score_layer(inputs)
         with _timed(seconds, "select"):
-            budgets = self._allocate(
-                protect(scores, num_sinks, num_recent), plan, num_prompt_tokens
-            )
+            budgets = self._allocate(protect(scores, num_sinks, num_recent), plan)
             keep = select(scores, budgets, geometry.block_size, num_sinks, num_recent)
         with _timed(seconds, "compact"):
             targets = deal_pages(target_blocks, budgets, self._pool)
@@ -133,13 +129,11 @@ class Compressor:
         kept_ratio = int(budgets.sum()) / (geometry.pages_per_block * plan.num_prefix_blocks)
         return CompressedPrefix(targets, budgets), CompressionReport(seconds, kept_ratio)
 
-    def _allocate(
-        self, scores: torch.Tensor, plan: PrefixPlan, num_prompt_tokens: int
-    ) -> torch.Tensor:
+    def _allocate(self, scores: torch.Tensor, plan: PrefixPlan) -> torch.Tensor:
         """Head pages per head, int64 ``[L, H]``; every page of the reserved blocks is used."""
         geometry = self._geometry
         total = plan.num_compressed_blocks * geometry.pages_per_block
-        min_pages = self._rule.min_pages_per_head(num_prompt_tokens)
+        min_pages = self._rule.min_pages_per_head(plan.boundary_tokens)
         if self._budget == "adaptive":
             return budgeting.allocate_adaptive(scores, total, geometry.block_size, min_pages)
         if self._profile is not None:

@@ -18,7 +18,8 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_kvzip.vllm_bridge.cache_spec import HeadPageSpec, fold_row
+from vllm_kvzip.head_pages import fold_row
+from vllm_kvzip.vllm_bridge.cache_spec import HeadPageSpec
 from vllm_kvzip.vllm_bridge.requests import RequestTracker
 
 pytestmark = pytest.mark.vllm

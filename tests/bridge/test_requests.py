@@ -3,8 +3,7 @@
 from scheduler_steps import new_request, output
 
 from vllm_kvzip.core import PrefixPlan
-from vllm_kvzip.head_pages import PrefixRule
-from vllm_kvzip.vllm_bridge.cache_spec import fold_row
+from vllm_kvzip.head_pages import PrefixRule, fold_row
 from vllm_kvzip.vllm_bridge.requests import RequestTracker
 
 RULE = PrefixRule(0.5, min_prompt_tokens=32, sink_tokens=1, recent_tokens=1, block_size=16)
@@ -25,7 +24,7 @@ def test_chunked_prefill_crosses_once_when_the_prompt_is_complete():
     step = output(running=[("a", 64, [5, 8, 9])], scheduled={"a": 6})
     assert run(tracker, step) == ([], ["a"])
     request = tracker.get("a")
-    assert request.plan == PrefixPlan(64, 4, 2)
+    assert request.plan == PrefixPlan(64, 4, 2, 70)
     assert request.block_ids[request.reserve_start :] == [8, 9]
     step = output(running=[("a", 70, None)], scheduled={"a": 1})
     assert run(tracker, step) == ([], [])
@@ -59,15 +58,17 @@ def test_finished_requests_go_and_their_id_may_come_back():
     assert len(tracker) == 0
 
 
-def test_equal_prompts_have_equal_seeds():
+def test_equal_prefixes_have_equal_seeds():
     tracker = RequestTracker(RULE)
     run(tracker, output(new=[new_request(name, 64, [1]) for name in "ab"], scheduled={}))
-    run(tracker, output(new=[new_request("c", 65, [1])], scheduled={}))
-    assert tracker.get("a").seed == tracker.get("b").seed != tracker.get("c").seed
+    run(tracker, output(new=[new_request(name, size, [1]) for name, size in (("c", 79), ("d", 80))], scheduled={}))
+    assert tracker.get("a").seed == tracker.get("b").seed
+    assert tracker.get("a").seed == tracker.get("c").seed  # what lies behind the boundary is open
+    assert tracker.get("a").seed != tracker.get("d").seed
 
 
 def test_a_folded_row_puts_every_dense_block_back_at_its_logical_index():
-    plan = PrefixPlan(boundary_tokens=64, num_prefix_blocks=4, num_compressed_blocks=2)
+    plan = PrefixPlan(64, num_prefix_blocks=4, num_compressed_blocks=2, ready_tokens=70)
     row = ["p0", "p1", "p2", "p3", "tail", "c0", "c1", "new"]
     folded = fold_row(row, plan, 5, "null")
     assert folded == ["c0", "c1", "null", "null", "tail", "new"]

@@ -41,13 +41,13 @@ def test_plan_holds_what_it_must_and_no_more(prefix_rule, num_tokens):
     assert plan.boundary_tokens == plan.num_prefix_blocks * prefix_rule.block_size
     assert 0 <= num_tokens - plan.boundary_tokens < prefix_rule.block_size
     assert 1 <= plan.num_compressed_blocks <= plan.num_prefix_blocks
-    sinks, recent = prefix_rule.protected_in_prefix(num_tokens)
+    sinks, recent = prefix_rule.protected_in_prefix(plan.boundary_tokens)
     kept_tokens = plan.num_compressed_blocks * prefix_rule.block_size
     assert sinks + recent <= kept_tokens
-    assert plan.num_compressed_blocks >= prefix_rule.min_pages_per_head(num_tokens)
+    floor = prefix_rule.min_pages_per_head(plan.boundary_tokens)
+    assert plan.num_compressed_blocks >= floor
     assert plan.num_compressed_blocks <= prefix_rule.max_compressed_blocks(num_tokens)
     wanted = prefix_rule.keep_ratio * plan.num_prefix_blocks
-    floor = prefix_rule.min_pages_per_head(num_tokens)
     assert plan.num_compressed_blocks <= max(floor, ceil(wanted))
 
 
@@ -79,10 +79,26 @@ def test_skip_reasons():
     assert rule(keep_ratio=1.0).skip_reason(96) is None
 
 
-def test_recent_tokens_in_the_dense_tail_need_no_protection():
+def test_protected_tokens_never_exceed_the_prefix():
     assert rule().protected_in_prefix(1024) == (4, 16)
-    assert rule().protected_in_prefix(1030) == (4, 10)
-    assert rule().protected_in_prefix(1040) == (4, 0)
+    assert rule(recent_tokens=64).protected_in_prefix(32) == (4, 28)
+    assert rule(sink_tokens=64).protected_in_prefix(32) == (32, 0)
+
+
+@given(RULES, st.integers(1, 3000), st.integers(0, 3000), st.integers(0, 3000))
+def test_a_declared_context_is_compressed_alike_whatever_follows_it(
+    prefix_rule, context, question, other_question
+):
+    plans = [
+        prefix_rule.plan(context + rest, context_tokens=context)
+        for rest in (question, other_question)
+    ]
+    assert plans[0] == plans[1]
+    if plans[0] is not None:
+        assert plans[0].ready_tokens == plans[0].boundary_tokens <= context
+        whole = prefix_rule.plan(context)
+        assert whole.num_compressed_blocks == plans[0].num_compressed_blocks
+        assert whole.ready_tokens == context
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 20), st.data())

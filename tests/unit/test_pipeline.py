@@ -96,7 +96,7 @@ def test_kept_pairs_lie_in_the_dealt_pages(budget, keep_ratio):
     target = [50, 12, 33, 60, 1, 5, 7, 13][: plan.num_compressed_blocks]
     before = pages.clone()
     prefix, report = press.compress(
-        pages, source_blocks=source, target_blocks=target, plan=plan, num_prompt_tokens=34,
+        pages, source_blocks=source, target_blocks=target, plan=plan,
         observation_queries=None, scale=1.0, seed=0,
     )  # fmt: skip
     assert int(prefix.pages.sum()) == plan.num_compressed_blocks * 6
@@ -112,7 +112,7 @@ def test_kept_pairs_lie_in_the_dealt_pages(budget, keep_ratio):
             store = store_of(pages, codec)
             kept_keys, kept_values = store.read_keys(ids[None]), store.read_values(ids[None])
             norms = keys[layer, head].norm(dim=-1)
-            norms[:2] = -1.0
+            norms[:2] = norms[-2:] = -1.0  # sinks and recent tokens
             best = norms.argsort(stable=True)[: count * 4].sort().values
             assert torch.equal(kept_keys[0], keys[layer, head, best])
             assert torch.equal(kept_values[0], values[layer, head, best])
@@ -131,7 +131,7 @@ def test_skewed_profile_keeps_one_layer_whole_in_the_blocks_of_the_ratio():
     plan = rule.plan(32)
     assert plan.num_compressed_blocks == 4  # 24 pages: layer 1 takes all its 16, each other one
     prefix, _ = press.compress(
-        pages, source_blocks=range(8), target_blocks=range(20, 24), plan=plan, num_prompt_tokens=32,
+        pages, source_blocks=range(8), target_blocks=range(20, 24), plan=plan,
         observation_queries=None, scale=1.0, seed=0,
     )  # fmt: skip
     assert prefix.pages.tolist() == [[5, 1], [8, 8], [1, 1]]

@@ -18,7 +18,7 @@ from vllm_kvzip.scoring import base as scoring_base
 HEADS, TOKENS, DIM, GROUP = 2, 12, 8, 3
 
 
-def layer_inputs(num_queries=0, num_prompt_tokens=14, **changes):
+def layer_inputs(num_queries=0, num_context_tokens=14, **changes):
     generator = torch.Generator().manual_seed(1)
     queries = None
     if num_queries:
@@ -29,7 +29,7 @@ def layer_inputs(num_queries=0, num_prompt_tokens=14, **changes):
         "keys": torch.randn(HEADS, TOKENS, DIM, generator=generator),
         "values": torch.randn(HEADS, TOKENS, DIM, generator=generator),
         "observation_queries": queries,
-        "num_prompt_tokens": num_prompt_tokens,
+        "num_context_tokens": num_context_tokens,
         "scale": DIM**-0.5,
         "sink_tokens": 2,
         "recent_tokens": 2,
@@ -85,7 +85,7 @@ def test_random_depends_on_prompt_and_layer_only():
 
 
 def test_window_is_causal_attention_of_the_last_queries():
-    inputs = layer_inputs(num_queries=5, num_prompt_tokens=14)  # queries at 9..13, keys at 0..11
+    inputs = layer_inputs(num_queries=5, num_context_tokens=14)  # queries at 9..13, keys at 0..11
     raw = torch.zeros(HEADS, TOKENS)
     for head in range(HEADS):
         groups = []

@@ -93,6 +93,10 @@ def _engine_problems(vllm_config: VllmConfig) -> list[str]:
             f"--worker-cls {parallel.worker_cls}; remove the flag",
         ),
         (
+            vllm_config.scheduler_config.scheduler_cls is not None,
+            f"--scheduler-cls {vllm_config.scheduler_config.scheduler_cls}; remove the flag",
+        ),
+        (
             getattr(vllm_config, "use_v2_model_runner", False),
             "model runner V2 yet; unset VLLM_USE_V2_MODEL_RUNNER",
         ),

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 logger = init_logger("vllm." + __name__)
 
 WORKER = "vllm_kvzip.vllm_bridge.worker.HeadPageCPUWorker"
+SCHEDULERS = {
+    False: "vllm_kvzip.vllm_bridge.scheduler.HeadPageScheduler",
+    True: "vllm_kvzip.vllm_bridge.scheduler.HeadPageAsyncScheduler",
+}
 CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 32, 16
 DEFAULT_SCORER, DEFAULT_BUDGET = "keydiff", "adaptive"
 
@@ -67,7 +71,12 @@ def configure(vllm_config: VllmConfig, config: KVzipConfig) -> None:
     if warning := untested_warning():
         logger.warning(warning)
     settings = _resolve(vllm_config, config)
+    from vllm_kvzip.vllm_bridge.admission import check_requests
+
+    check_requests()
     vllm_config.parallel_config.worker_cls = WORKER
+    scheduling = vllm_config.scheduler_config
+    scheduling.scheduler_cls = SCHEDULERS[bool(scheduling.async_scheduling)]
     values = {**vllm_config.additional_config, KEY: settings.to_additional_config()}
     vllm_config.additional_config = values
 

@@ -11,8 +11,10 @@ from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from vllm_kvzip.request_options import RequestOptions
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
@@ -22,31 +24,35 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrackedRequest:
-    """A request whose prompt is long enough to be compressed.
+    """A request that has, or will have, a compressed prefix.
 
     Attributes:
         num_prompt_tokens: prompt length in tokens.
-        plan: what follows from that length.
-        seed: depends on the prompt's tokens only, so equal prompts are compressed equally.
+        plan: what follows from that length and from the declared context; None for a request that
+            would be left alone had it not started from a compressed prefix.
+        seed: depends on the tokens before the boundary only, so equal prefixes are compressed
+            equally.
         block_ids: the block table row as the scheduler sent it.
         num_computed_tokens: tokens computed before the current step.
-        crossed: the prompt is complete in the cache and the reserve is at the row's end.
+        crossed: the prefix is complete in the cache and the reserve is at the row's end.
         folded: the prefix is compressed.
+        kept_as: serial of the run that later requests may start from, once it is compressed.
     """
 
     request_id: str
     num_prompt_tokens: int
-    plan: PrefixPlan
+    plan: PrefixPlan | None
     seed: int
     block_ids: list[int]
     num_computed_tokens: int
     crossed: bool = False
     folded: bool = False
     reserve_start: int = field(default=0)
+    kept_as: int | None = None
 
 
 class RequestTracker:
-    """Requests that are, or will be, compressed; all others are forgotten at once.
+    """Requests that have, or will have, a compressed prefix; all others are forgotten at once.
 
     Args:
         rule: the rule the scheduler's block manager uses as well.
@@ -62,7 +68,7 @@ class RequestTracker:
         return len(self._requests)
 
     def get(self, request_id: str) -> TrackedRequest | None:
-        """The tracked request of that id, or None when it is not to be compressed."""
+        """The tracked request of that id, or None when it is left alone."""
         return self._requests.get(request_id)
 
     def drop_ended(self, output: SchedulerOutput) -> list[str]:
@@ -71,24 +77,40 @@ class RequestTracker:
         A preempted request is still known afterwards: model runner V1 is not told its prompt again
         when it resumes, only its new row.
         """
-        gone = (*output.finished_req_ids, *(new.req_id for new in output.scheduled_new_reqs))
-        dropped = [rid for rid in gone if self._requests.pop(rid, None)]
-        resumed = output.scheduled_cached_reqs.resumed_req_ids
-        for rid in (*(output.preempted_req_ids or ()), *resumed):
+        dropped = []
+        for rid in self.finished(output):
+            if self._requests.pop(rid, None):
+                dropped.append(rid)
+        for rid in self.suspended(output):
             if request := self._requests.get(rid):
                 request.crossed = request.folded = False
+                request.kept_as = None
                 request.block_ids = []
                 dropped.append(rid)
         return dropped
 
-    def advance(self, output: SchedulerOutput) -> None:
+    @staticmethod
+    def finished(output: SchedulerOutput) -> set[str]:
+        """Ids whose request is over; an id may come back at once, for a new request."""
+        return {*output.finished_req_ids, *(new.req_id for new in output.scheduled_new_reqs)}
+
+    @staticmethod
+    def suspended(output: SchedulerOutput) -> set[str]:
+        """Ids of requests that lost their blocks, and of those that got new ones."""
+        return {*(output.preempted_req_ids or ()), *output.scheduled_cached_reqs.resumed_req_ids}
+
+    def advance(self, output: SchedulerOutput, hits: Collection[str] = ()) -> None:
         """Take in new requests and new blocks of the step that is about to run.
 
         Must follow the compaction of what the last step completed: the blocks named here belong
         behind the folded row.
+
+        Args:
+            output: the step.
+            hits: ids of requests that start from a compressed prefix in this step.
         """
         for new in output.scheduled_new_reqs:
-            self._add(new)
+            self._add(new, new.req_id in hits)
         running = output.scheduled_cached_reqs
         for index, rid in enumerate(running.req_ids):
             request = self._requests.get(rid)
@@ -98,23 +120,28 @@ class RequestTracker:
             new_block_ids = running.new_block_ids[index]
             if new_block_ids is not None:
                 request.block_ids.extend(new_block_ids[self._group_id])
+            if rid in hits:
+                request.crossed = request.folded = True
 
     def crossing(self, output: SchedulerOutput) -> Iterator[TrackedRequest]:
-        """Requests whose prompt is complete once the step of ``output`` has run; marks them."""
+        """Requests whose prefix is complete once the step of ``output`` has run; marks them."""
         for rid, num_scheduled in output.num_scheduled_tokens.items():
             request = self._requests.get(rid)
-            if request is None or request.crossed:
+            if request is None or request.crossed or request.plan is None:
                 continue
-            if request.num_computed_tokens + num_scheduled >= request.num_prompt_tokens:
+            if request.num_computed_tokens + num_scheduled >= request.plan.ready_tokens:
                 request.crossed = True
                 request.reserve_start = len(request.block_ids) - request.plan.num_compressed_blocks
                 yield request
 
-    def _add(self, new: NewRequestData) -> None:
-        plan = self._rule.plan(new.prompt_len)
-        if plan is None:
+    def _add(self, new: NewRequestData, is_hit: bool) -> None:
+        params = new.sampling_params
+        options = RequestOptions.read(params.extra_args if params else None)
+        plan = self._rule.plan(new.prompt_len, options.context_tokens)
+        if plan is None and not is_hit:
             return
-        tokens = array("q", new.prompt_token_ids or ())
+        boundary = plan.boundary_tokens if plan else 0
+        tokens = array("q", (new.prompt_token_ids or ())[:boundary])
         self._requests[new.req_id] = TrackedRequest(
             request_id=new.req_id,
             num_prompt_tokens=new.prompt_len,
@@ -122,4 +149,6 @@ class RequestTracker:
             seed=zlib.crc32(tokens.tobytes()),
             block_ids=list(new.block_ids[self._group_id]),
             num_computed_tokens=new.num_computed_tokens,
+            crossed=is_hit,
+            folded=is_hit,
         )

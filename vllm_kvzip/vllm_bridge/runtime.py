@@ -3,23 +3,24 @@
 One :class:`HeadPageRuntime` lives in each worker. The worker tells it of every step before and
 after vLLM runs it; the attention builder asks it which rows of the batch are compressed.
 
-A prompt that was completed in one step is compressed at the start of the next one. The first output
-token is not delayed by it, and a request that ends with its first token is never compressed. This
-is safe although the scheduler may already have given the prompt's blocks to somebody else: a worker
-runs its steps in order, and nothing is written before the compaction at the start of the step.
+A prefix that was completed in one step is compressed at the start of the next one. The first
+output token is not delayed by it, and a request that ends with its first token is compressed only
+when the scheduler keeps its prefix for later requests. This is safe although the blocks may already
+have been given to somebody else: a worker runs its steps in order, and nothing is written before
+the compaction at the start of the step.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_kvzip.head_pages import HeadPageTable, PagePool
+from vllm_kvzip.head_pages import HeadPageTable, PagePool, fold_row
 from vllm_kvzip.vllm_bridge.attention import PairBatch, QuerySpan
-from vllm_kvzip.vllm_bridge.cache_spec import fold_row
+from vllm_kvzip.vllm_bridge.step_message import attached
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -36,7 +37,11 @@ _NULL_BLOCK = 0
 
 @dataclass(frozen=True, eq=False)
 class PrefixState:
-    """A compressed prefix as attention needs it; compared by identity."""
+    """The compressed prefix of one request, as attention needs it.
+
+    Compared by identity: requests that share a prefix have a state each, because a page table also
+    holds their dense tails.
+    """
 
     prefix: CompressedPrefix
     plan: PrefixPlan
@@ -105,6 +110,7 @@ class HeadPageRuntime:
         self._scale = scale
         self._isa = isa
         self._states: dict[str, PrefixState] = {}
+        self._runs: dict[int, PrefixState] = {}
         self._pending: list[TrackedRequest] = []
         self._observed: dict[str, dict[int, list[torch.Tensor]]] = {}
         self._spans_by_request: dict[str, tuple[int, int]] = {}
@@ -117,19 +123,32 @@ class HeadPageRuntime:
         return bool(self._states or self._spans_by_request)
 
     def before_step(self, output: SchedulerOutput) -> None:
-        """Drop what ended, compress what the last step completed, prepare this step."""
+        """Compress what the last step completed, drop what ended, prepare this step."""
+        pending, self._pending = self._pending, []
+        if pending:
+            gone = self._tracker.finished(output) | self._tracker.suspended(output)
+            for request in pending:
+                if request.kept_as is not None or request.request_id not in gone:
+                    self._compress(request)
         for request_id in self._tracker.drop_ended(output):
             self._forget(request_id)
-        pending, self._pending = self._pending, []
-        for request in pending:
-            if self._tracker.get(request.request_id) is request and request.crossed:
-                self._compress(request)
-        self._tracker.advance(output)
+        message = attached(output)
+        if message is None:
+            self._tracker.advance(output)
+        else:
+            for serial in message.dropped:
+                self._runs.pop(serial, None)
+            self._tracker.advance(output, message.hits)
+            for request_id, serial in message.hits.items():
+                self._states[request_id] = replace(self._runs[serial])
         self._spans_by_request = self._plan_observation(output) if self._window else {}
 
     def after_step(self, output: SchedulerOutput) -> None:
-        """Note whose prompt this step completed."""
-        self._pending.extend(self._tracker.crossing(output))
+        """Note whose prefix this step completed."""
+        message = attached(output)
+        for request in self._tracker.crossing(output):
+            request.kept_as = message.kept.get(request.request_id) if message else None
+            self._pending.append(request)
 
     def observe(self, layer_name: str, query: torch.Tensor, spans: tuple[QuerySpan, ...]) -> None:
         """Keep the queries of one layer for the scorer.
@@ -230,6 +249,7 @@ class HeadPageRuntime:
 
     def _compress(self, request: TrackedRequest) -> None:
         plan = request.plan
+        assert plan is not None
         row = request.block_ids
         compressed_blocks = row[request.reserve_start :][: plan.num_compressed_blocks]
         observed = self._observed.pop(request.request_id, None)
@@ -238,7 +258,6 @@ class HeadPageRuntime:
             source_blocks=row[: plan.num_prefix_blocks],
             target_blocks=compressed_blocks,
             plan=plan,
-            num_prompt_tokens=request.num_prompt_tokens,
             observation_queries=self._observation_queries(observed),
             scale=self._scale,
             seed=request.seed,
@@ -247,6 +266,8 @@ class HeadPageRuntime:
         request.folded = True
         self._rows.replace_row(request.request_id, request.block_ids)
         self._states[request.request_id] = PrefixState(prefix, plan)
+        if request.kept_as is not None:
+            self._runs[request.kept_as] = PrefixState(prefix, plan)
         self._recorder.compressed(report)
 
     def _observation_queries(
@@ -264,22 +285,19 @@ class HeadPageRuntime:
     def _plan_observation(self, output: SchedulerOutput) -> dict[str, tuple[int, int]]:
         """Tokens of each request's chunk whose queries the scorer shall see.
 
-        Those are the prompt's last tokens. A resumed request can find its whole prompt and more in
-        the prefix cache; then the first tokens behind it must do.
+        Those are the context's last tokens. A request can find its whole context and more in the
+        prefix cache; then the first tokens behind it must do.
         """
         spans: dict[str, tuple[int, int]] = {}
         for rid, num_scheduled in output.num_scheduled_tokens.items():
             request = self._tracker.get(rid)
-            if request is None or request.crossed:
+            if request is None or request.crossed or request.plan is None:
                 continue
-            to_prompt_end = request.num_prompt_tokens - request.num_computed_tokens
-            if to_prompt_end <= 0:
+            to_end = request.plan.ready_tokens - request.num_computed_tokens
+            if to_end <= 0:
                 spans[rid] = (0, min(num_scheduled, self._window))
-            elif to_prompt_end - self._window < num_scheduled:
-                spans[rid] = (
-                    max(0, to_prompt_end - self._window),
-                    min(num_scheduled, to_prompt_end),
-                )
+            elif to_end - self._window < num_scheduled:
+                spans[rid] = (max(0, to_end - self._window), min(num_scheduled, to_end))
         return spans
 
     def _spans(self, request_ids: list[str], starts: torch.Tensor) -> list[QuerySpan]:

@@ -7,15 +7,27 @@ fractions before it travels, so that no other process has to find the file.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm_kvzip import __version__
 from vllm_kvzip.config import KVzipConfig
+from vllm_kvzip.scoring import scorer_class
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KEY = "kvzip"
+PREFIX_FORMAT = 1  # how a compressed prefix lies in its blocks
+SHAPING_SETTINGS = (
+    "keep_ratio",
+    "sink_tokens",
+    "recent_tokens",
+    "observation_window_tokens",
+    "seed",
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,30 @@ class Settings:
     head_fractions: list[list[float]] | None = None
     head_importance: list[list[float]] | None = None
     metrics_directory: str | None = None
+
+    @property
+    def observation_tokens(self) -> int:
+        """How many of the last queries the scorer looks at; 0 if it needs none."""
+        needed = scorer_class(self.scorer).needs_observation_queries
+        return self.config.observation_window_tokens if needed else 0
+
+    def fingerprint(self, block_size: int) -> str:
+        """Hexadecimal digest of everything that shapes a compressed prefix.
+
+        Args:
+            block_size: tokens per block.
+        """
+        shape = {
+            "format": PREFIX_FORMAT,
+            "version": __version__,
+            "block_size": block_size,
+            "scorer": self.scorer,
+            "budget": self.budget,
+            "head_fractions": self.head_fractions,
+            "head_importance": self.head_importance,
+            **{name: getattr(self.config, name) for name in SHAPING_SETTINGS},
+        }
+        return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:32]
 
     def to_additional_config(self) -> dict[str, Any]:
         """Plain JSON values, the inverse of :meth:`from_vllm_config`."""

@@ -53,25 +53,40 @@ class SchedulerRecorder:
                 metrics.TOKENS_EVICTED,
                 metrics.KV_BYTES_SAVED,
                 metrics.KEEP_RATIO,
+                metrics.PREFIX_HITS,
+                metrics.PREFIX_HIT_TOKENS,
+                metrics.PREFIX_ENTRIES,
+                metrics.PREFIX_EVICTIONS,
             ),
             directory,
         )
 
-    def compressed(
-        self, plan: PrefixPlan, num_prompt_tokens: int, block_size: int, bytes_saved: int
-    ) -> None:
+    def compressed(self, plan: PrefixPlan, num_prompt_tokens: int, block_size: int) -> None:
         """A prompt's blocks went back to the pool."""
         freed = plan.num_prefix_blocks - plan.num_compressed_blocks
         evicted_tokens = freed * block_size
         self._writer.add(metrics.REQUESTS_COMPRESSED, 1)
         self._writer.add(metrics.BLOCKS_FREED, freed)
         self._writer.add(metrics.TOKENS_EVICTED, evicted_tokens)
-        self._writer.add(metrics.KV_BYTES_SAVED, bytes_saved)
         self._writer.observe(metrics.KEEP_RATIO, 1 - evicted_tokens / num_prompt_tokens)
 
-    def released(self, bytes_saved: int) -> None:
-        """A compressed request ended; it no longer holds anything back."""
-        self._writer.add(metrics.KV_BYTES_SAVED, -bytes_saved)
+    def saved(self, num_bytes: int) -> None:
+        """Running requests do without that many bytes more (or fewer, when negative)."""
+        self._writer.add(metrics.KV_BYTES_SAVED, num_bytes)
+
+    def prefix_hit(self, num_tokens: int) -> None:
+        """A request starts from a compressed prefix of that many tokens."""
+        self._writer.add(metrics.PREFIX_HITS, 1)
+        self._writer.add(metrics.PREFIX_HIT_TOKENS, num_tokens)
+
+    def prefix_cached(self) -> None:
+        """A compressed prefix entered the prefix cache."""
+        self._writer.add(metrics.PREFIX_ENTRIES, 1)
+
+    def prefix_evicted(self, reason: str) -> None:
+        """A compressed prefix left it; ``reason`` is one of ``metrics.EVICTION_REASONS``."""
+        self._writer.add(metrics.PREFIX_ENTRIES, -1)
+        self._writer.add(metrics.PREFIX_EVICTIONS, 1, reason)
 
     def skipped(self, reason: str) -> None:
         """A prompt was left alone; ``reason`` is one of ``metrics.SKIP_REASONS``."""

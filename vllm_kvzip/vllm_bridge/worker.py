@@ -128,11 +128,7 @@ class HeadPageCPUWorker(CPUWorker):
             tracker=RequestTracker(spec.rule),
             rows=RunnerV1(self.model_runner),
             recorder=WorkerRecorder(settings.metrics_directory),
-            observation_window_tokens=(
-                config.observation_window_tokens
-                if compressor.scorer.needs_observation_queries
-                else 0
-            ),
+            observation_window_tokens=settings.observation_tokens,
             scale=first.impl.scale,
             isa=builders[0].isa,
         )

@@ -1,0 +1,344 @@
+"""Scheduler side: the block manager that reserves, frees and shares blocks.
+
+The block table row of a request goes through three shapes::
+
+    prefill      [prompt blocks ...]
+    crossing     [prompt blocks ...][n' reserved blocks]      the step that completes the prefix
+    folded       [n' compressed][null ...][dense tail ...]    from a later step on
+
+In the folded row the block of logical index ``i`` is again at ``row[i]`` for every dense token, so
+vLLM's slot mapping, block accounting and prefix caching go on unchanged; the dead entries between
+the compressed blocks and the tail are the null block. The prompt's blocks are returned to the pool
+in the fold. They are never written to, so they stay valid in the prefix cache until reused.
+
+A request that starts from a cached compressed prefix has a folded row from its first step on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+from vllm_kvzip.head_pages import fold_row
+from vllm_kvzip.request_options import RequestOptions
+from vllm_kvzip.vllm_bridge.prefix_cache import CompressedPrefixCache, PrefixRun
+from vllm_kvzip.vllm_bridge.stats_export import SchedulerRecorder
+from vllm_kvzip.vllm_bridge.step_message import StepPrefixes
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Sequence
+
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.request import Request
+
+    from vllm_kvzip.core import PrefixPlan
+    from vllm_kvzip.vllm_bridge.cache_spec import HeadPageSpec
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """Reserved blocks inside a row that is not folded yet: ``row[start : start + count]``."""
+
+    start: int
+    run: PrefixRun
+
+    @property
+    def count(self) -> int:
+        """Reserved blocks."""
+        return len(self.run.blocks)
+
+
+class HeadPageManager(FullAttentionManager):
+    """Block manager of one group of compressed layers.
+
+    What is compressed follows from the prompt's length and the context the request declares
+    (:class:`~vllm_kvzip.head_pages.PrefixRule`), so scheduler and workers agree on it without a
+    message. vLLM tells a manager little of the request it works for; our scheduler calls
+    :meth:`work_for` first.
+    """
+
+    def __init__(self, kv_cache_spec: HeadPageSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self._rule = kv_cache_spec.rule
+        self._reuse = kv_cache_spec.reuse
+        self._block_bytes = kv_cache_spec.block_bytes
+        self._recorder = SchedulerRecorder(kv_cache_spec.metrics_directory)
+        self.prefixes = CompressedPrefixCache(
+            self.block_pool, self.kv_cache_group_id, self._reuse, self._recorder
+        )
+        self._request: Request | None = None
+        self._plans: dict[str, PrefixPlan | None] = {}  # not of requests that started on a run
+        self._unreported: dict[str, str] = {}  # why a request is left alone
+        self._reserved: dict[str, Reservation] = {}
+        self._raw_hits: dict[str, int] = {}  # tokens found in the raw prefix cache
+        self._raw_tokens: dict[str, int] = {}  # computed over the raw prefix, once that is known
+        self._runs: dict[str, PrefixRun] = {}  # what a folded row begins with
+        self._crossing: list[str] = []  # reserved in the step that is being scheduled
+        self._hits: dict[str, int] = {}  # started on a run in that step
+
+    def work_for(self, request: Request) -> None:
+        """The next calls concern this request."""
+        self._request = request
+
+    def find_longest_cache_hit(
+        self, block_hashes: Any, max_length: int, **kwargs: Any
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """The raw or the compressed prefix that serves most of the request's context.
+
+        vLLM calls this on the instance when there is one KV cache group. A compressed hit is
+        returned as the start of a folded row: ``[n' compressed][null ...][dense tail ...]``.
+        """
+        raw, raw_tokens = super().find_longest_cache_hit(block_hashes, max_length, **kwargs)
+        if not len(self.prefixes):
+            return raw, raw_tokens
+        context = self._context_tokens()
+        max_blocks = max_length // self.block_size
+        run = self.prefixes.find(block_hashes, max_blocks, self._accepts)
+        if run is None:
+            return raw, raw_tokens
+        tail = self.prefixes.cached_tail(run, block_hashes, max_blocks)
+        num_nulls = run.plan.num_prefix_blocks - len(run.blocks)
+        blocks = [*run.blocks, *[self._null_block] * num_nulls, *tail]
+        num_tokens = len(blocks) * self.block_size
+        gain = raw_tokens - num_tokens
+        if context is not None:
+            # What lies behind the declared context is short, and raw blocks of it are a lucky
+            # find: they must not keep a request from sharing the compressed context.
+            end = context // self.block_size * self.block_size
+            gain = min(raw_tokens, end) - min(num_tokens, end)
+        if gain > 0 or (gain == 0 and self._reuse.prefer_raw):
+            return raw, raw_tokens
+        return (blocks,), num_tokens
+
+    def add_local_computed_blocks(
+        self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kw: Any
+    ) -> None:
+        """Adopt what was found in the prefix cache, raw or compressed."""
+        super().add_local_computed_blocks(request_id, new_computed_blocks, *args, **kw)
+        run = self.prefixes.owner(new_computed_blocks)
+        if run is None:
+            self._raw_hits[request_id] = len(new_computed_blocks) * self.block_size
+        else:
+            self._plans.pop(request_id, None)
+            self._unreported.pop(request_id, None)
+            self._hits[request_id] = run.serial
+            self._recorder.prefix_hit(run.plan.boundary_tokens)
+            self._join(request_id, run)
+
+    def remove_skipped_blocks(
+        self,
+        request_id: str,
+        processed_computed_tokens: int,
+        num_prompt_tokens: int | None = None,
+    ) -> None:
+        """Learn the prompt length; once the prefix is processed, fold the row and free blocks."""
+        if num_prompt_tokens is None or request_id in self._runs:
+            return
+        if request_id not in self._plans:
+            about = (num_prompt_tokens, self._context_tokens(request_id))
+            self._plans[request_id] = self._rule.plan(*about)
+            if reason := self._rule.skip_reason(*about):
+                self._unreported[request_id] = reason
+        reservation = self._reserved.get(request_id)
+        if reservation and processed_computed_tokens >= reservation.run.plan.ready_tokens:
+            self._fold(request_id, num_prompt_tokens)
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        **kwargs: Any,
+    ) -> int:
+        """vLLM's count plus the blocks that are about to hold the compressed prefix."""
+        extra = 0
+        if self.prefixes.owner(new_computed_blocks) is None:
+            extra = self._extra_row_blocks(request_id, num_tokens_main_model)
+        count: int = super().get_num_blocks_to_allocate(
+            request_id,
+            num_tokens + extra * self.block_size,
+            new_computed_blocks,
+            total_computed_tokens,
+            num_local_computed_tokens,
+            num_tokens_main_model,
+            **kwargs,
+        )
+        return count
+
+    def allocate_new_blocks(
+        self, request_id: str, num_tokens: int, num_tokens_main_model: int
+    ) -> list[KVCacheBlock]:
+        """Blocks for the next tokens; in the crossing step the reserve follows them in the row."""
+        if reason := self._unreported.pop(request_id, None):
+            self._recorder.skipped(reason)
+        if reservation := self._reserved.get(request_id):
+            num_tokens += reservation.count * self.block_size
+        blocks = list(super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model))
+        if reservation is None:
+            count = self._extra_row_blocks(request_id, num_tokens_main_model)
+            if count:
+                self._raw_tokens[request_id] = num_tokens_main_model
+                blocks += self._reserve(request_id, count)
+        self.prefixes.blocks_taken(blocks)
+        return blocks
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Publish raw prompt blocks as vLLM does, and others only for users of the same prefix."""
+        request_id = request.request_id
+        run = self._runs.get(request_id)
+        if run is not None and request_id not in self._raw_tokens:
+            self._cache_dense_tail(request, run, num_tokens)
+            return
+        if self._plans.get(request_id) is not None:
+            num_raw = self._raw_tokens.get(request_id, request.num_prompt_tokens)
+            num_tokens = min(num_tokens, request.num_prompt_tokens, num_raw)
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
+
+    def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
+        """Forget the request (end, abort or preemption) and hand over all of its blocks."""
+        self._plans.pop(request_id, None)
+        self._unreported.pop(request_id, None)
+        self._raw_hits.pop(request_id, None)
+        self._raw_tokens.pop(request_id, None)
+        self._hits.pop(request_id, None)
+        if self._reserved.pop(request_id, None) is not None:
+            self._recorder.skipped("ended_before_decode")
+        if (run := self._runs.pop(request_id, None)) is not None:
+            self._leave(run)
+        return list(super().pop_blocks_for_free(request_id))
+
+    def end_of_schedule(self, scheduled: Container[str]) -> StepPrefixes | None:
+        """Publish the prefixes that the scheduled step completes; tell the workers of it.
+
+        The workers compact at the start of the next step, whatever becomes of the request by then,
+        so whoever is scheduled after this call finds the run in place.
+
+        Args:
+            scheduled: ids of the requests in the step.
+
+        Returns:
+            None when there is nothing to tell.
+        """
+        kept = {}
+        for request_id in [rid for rid in self._crossing if rid in scheduled]:
+            reservation = self._reserved.get(request_id)
+            if reservation and reservation.run.prefix_hash and self.prefixes.add(reservation.run):
+                kept[request_id] = reservation.run.serial
+        self._crossing.clear()
+        hits, self._hits = self._hits, {}
+        dropped = self.prefixes.take_dropped()
+        return StepPrefixes(kept, hits, dropped) if kept or hits or dropped else None
+
+    def _reserve(self, request_id: str, count: int) -> list[KVCacheBlock]:
+        """Put blocks for the compressed prefix at the end of the row."""
+        plan = self._plans[request_id]
+        assert plan is not None
+        blocks: list[KVCacheBlock] = self.block_pool.get_new_blocks(count)
+        row = self.req_to_blocks[request_id]
+        run = PrefixRun(plan, blocks, self._prefix_hash(request_id, plan))
+        self._reserved[request_id] = Reservation(start=len(row), run=run)
+        self._crossing.append(request_id)
+        row.extend(blocks)
+        return blocks
+
+    def _fold(self, request_id: str, num_prompt_tokens: int) -> None:
+        reservation = self._reserved.pop(request_id)
+        plan = reservation.run.plan
+        row = self.req_to_blocks[request_id]
+        raw_prefix = row[: plan.num_prefix_blocks]
+        row[:] = fold_row(row, plan, reservation.start, self._null_block)
+        self.block_pool.free_blocks(reversed(raw_prefix))
+        self._recorder.compressed(plan, num_prompt_tokens, self._rule.block_size)
+        self._join(request_id, reservation.run)
+
+    def _join(self, request_id: str, run: PrefixRun) -> None:
+        self._runs[request_id] = run
+        run.users += 1
+        self.prefixes.used(run)
+        if run.users == 1:
+            self._recorder.saved(self._bytes_saved(run))
+
+    def _leave(self, run: PrefixRun) -> None:
+        run.users -= 1
+        self.prefixes.used(run)
+        if run.users == 0:
+            self._recorder.saved(-self._bytes_saved(run))
+
+    def _bytes_saved(self, run: PrefixRun) -> int:
+        return (run.plan.num_prefix_blocks - len(run.blocks)) * self._block_bytes
+
+    def _cache_dense_tail(self, request: Request, run: PrefixRun, num_tokens: int) -> None:
+        """Publish full blocks that were computed over a compressed prefix from the first on."""
+        row = self.req_to_blocks[request.request_id]
+        first = self.num_cached_block.get(request.request_id, 0)
+        end = min(num_tokens // self.block_size, len(request.block_hashes))
+        for index in range(first, end):
+            self.prefixes.cache_tail(
+                run, request.block_hashes[index], row[index], (index + 1) * self.block_size
+            )
+        self.num_cached_block[request.request_id] = max(first, end)
+
+    def _extra_row_blocks(self, request_id: str, num_tokens_main_model: int) -> int:
+        """Blocks in the row beyond vLLM's own count once ``num_tokens_main_model`` are computed."""
+        if request_id in self._runs:
+            return 0
+        if reservation := self._reserved.get(request_id):
+            return reservation.count
+        if request_id in self._plans:
+            plan = self._plans[request_id]
+        else:
+            # vLLM's admission check asks for the whole request before anything else.
+            plan = self._rule.plan(
+                self._num_prompt_tokens(request_id) or num_tokens_main_model,
+                self._context_tokens(request_id),
+            )
+        if plan is None or num_tokens_main_model < plan.ready_tokens:
+            return 0
+        return plan.num_compressed_blocks
+
+    def _accepts(self, plan: PrefixPlan) -> bool:
+        """Whether the request at hand wants to start from a compressed prefix with that plan.
+
+        One that declares its context wants exactly that one. Any other takes the longest, unless
+        more would stay dense behind it than it covers: then the prompt is compressed anew, whole.
+        """
+        request = self._request
+        if request is None:
+            return True
+        context = self._context_tokens()
+        if context is not None:
+            return bool(plan.num_prefix_blocks == context // self.block_size)
+        rest = request.num_prompt_tokens - plan.boundary_tokens
+        return rest <= max(plan.boundary_tokens, self._rule.min_prompt_tokens)
+
+    def _prefix_hash(self, request_id: str, plan: PrefixPlan) -> bytes | None:
+        """vLLM's hash of the tokens before the boundary; None when the prefix is not reusable."""
+        request = self._request
+        if not self.enable_caching or request is None or request.request_id != request_id:
+            return None
+        if window := self._reuse.observation_tokens:
+            # The scorer must have seen the last queries of the context, and nothing behind it.
+            seen_from = self._raw_hits.get(request_id, 0)
+            if self._context_tokens() is None or seen_from > plan.boundary_tokens - window:
+                return None
+        hashes = request.block_hashes
+        return hashes[plan.num_prefix_blocks - 1] if len(hashes) >= plan.num_prefix_blocks else None
+
+    def _context_tokens(self, request_id: str | None = None) -> int | None:
+        """The declared context of the request at hand, or None."""
+        request = self._request
+        if request is None or (request_id is not None and request.request_id != request_id):
+            return None
+        params = request.sampling_params
+        return RequestOptions.read(params.extra_args if params else None).context_tokens
+
+    def _num_prompt_tokens(self, request_id: str) -> int | None:
+        request = self._request
+        if request is None or request.request_id != request_id:
+            return None
+        return int(request.num_prompt_tokens)

@@ -1,0 +1,78 @@
+"""vLLM's scheduler, which tells the block manager and the workers what only it knows.
+
+``scheduler_config.scheduler_cls`` is vLLM's own way to name a scheduler. Scheduling itself is left
+alone; three things are added: the block manager learns which request it works for, the workers
+learn which requests start from a compressed prefix, and a reset of the prefix cache reaches us.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from vllm_kvzip.vllm_bridge.block_manager import HeadPageManager
+from vllm_kvzip.vllm_bridge.step_message import attach
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+
+def introduce_requests(cache: KVCacheManager) -> HeadPageManager:
+    """Make ``cache`` tell its block manager which request it works for; returns that manager.
+
+    Symptom without it: a manager sees a request's hashes, but not what the request asked for. Two
+    methods of this one object are wrapped; they pass everything on unchanged. Remove when vLLM
+    hands managers the request.
+    """
+    (manager,) = cache.coordinator.single_type_managers
+    assert isinstance(manager, HeadPageManager)
+
+    def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def wrapped(request: Request, *args: Any, **kwargs: Any) -> Any:
+            manager.work_for(request)
+            return method(request, *args, **kwargs)
+
+        return wrapped
+
+    cache.get_computed_blocks = wrap(cache.get_computed_blocks)
+    cache.allocate_slots = wrap(cache.allocate_slots)
+    return manager
+
+
+class _HeadPageScheduling:
+    """What is added to either of vLLM's schedulers."""
+
+    kv_cache_manager: KVCacheManager
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._kvzip_manager = introduce_requests(self.kv_cache_manager)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """vLLM's schedule, with our message attached."""
+        output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+        attach(output, self._kvzip_manager.end_of_schedule(output.num_scheduled_tokens))
+        return output
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """vLLM's reset; compressed prefixes go with everything else."""
+        done: bool = super().reset_prefix_cache(*args, **kwargs)  # type: ignore[misc]
+        if done:
+            self._kvzip_manager.prefixes.clear()
+        return done
+
+
+class HeadPageScheduler(_HeadPageScheduling, Scheduler):
+    """vLLM's scheduler for compressed prefixes."""
+
+
+class HeadPageAsyncScheduler(_HeadPageScheduling, AsyncScheduler):
+    """vLLM's asynchronous scheduler for compressed prefixes."""

@@ -1,0 +1,37 @@
+"""What the scheduler tells the workers of a step beyond vLLM's own message."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+_ATTRIBUTE = "kvzip_prefixes"
+
+
+@dataclass(frozen=True)
+class StepPrefixes:
+    """Compressed prefixes of one step; runs go by their serial number.
+
+    Attributes:
+        kept: request that crosses in this step -> the run it leaves in the prefix cache.
+        hits: request that starts from a compressed prefix in this step -> that run.
+        dropped: runs that left the prefix cache.
+    """
+
+    kept: dict[str, int]
+    hits: dict[str, int]
+    dropped: list[int]
+
+
+def attach(output: SchedulerOutput, prefixes: StepPrefixes | None) -> None:
+    """Let a message travel with vLLM's own to the workers."""
+    if prefixes is not None:
+        setattr(output, _ATTRIBUTE, prefixes)
+
+
+def attached(output: SchedulerOutput) -> StepPrefixes | None:
+    """The message of :func:`attach`, on the workers' side."""
+    return getattr(output, _ATTRIBUTE, None)
