@@ -1,8 +1,9 @@
 """Block manager and worker book-keeping together, on vLLM's own pool, through random histories.
 
 A small scheduler drives vLLM's `KVCacheManager` with our spec: chunked prefill, decode, prefix
-hits, preemption, resumption and aborts at any moment. The worker's side sees what a worker would
-see. After every step the pool must add up, and both sides must hold the same row.
+hits, preemption, resumption, aborts at any moment and resets. The worker's side sees what a worker
+would see, and keeps account of what lies in every slot of the cache. After every step the pool must
+add up, both sides must hold the same row, and every slot a request reads must hold its own tokens.
 """
 
 import random
@@ -20,11 +21,14 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_kvzip.head_pages import fold_row
 from vllm_kvzip.vllm_bridge.cache_spec import HeadPageSpec
+from vllm_kvzip.vllm_bridge.prefix_cache import ReuseRule
 from vllm_kvzip.vllm_bridge.requests import RequestTracker
+from vllm_kvzip.vllm_bridge.scheduler import introduce_requests
+from vllm_kvzip.vllm_bridge.step_message import attach, attached
 
 pytestmark = pytest.mark.vllm
 
-BLOCK, NUM_BLOCKS, CHUNK = 16, 48, 48
+BLOCK, NUM_BLOCKS, CHUNK, TTL_STEPS = 16, 56, 48, 60
 
 
 class World:
@@ -37,32 +41,54 @@ class World:
             block_size=BLOCK, num_kv_heads=2, head_size=8, dtype=torch.float32,
             keep_ratio=self.random.choice([0.2, 0.5, 1.0]), min_prompt_tokens=40, sink_tokens=2,
             recent_tokens=8, num_layers=3, metrics_directory=str(directory),
+            reuse=ReuseRule(
+                fingerprint="00" * 16,
+                prefer_raw=self.random.random() < 0.2,
+                ttl_seconds=self.random.choice([None, TTL_STEPS]),
+            ),
         )  # fmt: skip
         config = KVCacheConfig(NUM_BLOCKS, [], [KVCacheGroupSpec(["layer"], self.spec)])
         self.cache = KVCacheManager(
             config, max_model_len=512, scheduler_block_size=BLOCK, hash_block_size=BLOCK,
             enable_caching=True,
         )  # fmt: skip
-        self.manager = self.cache.coordinator.single_type_managers[0]
+        self.manager = introduce_requests(self.cache)
+        self.now = 0
+        self.manager.prefixes._clock = lambda: self.now
         self.hasher = get_request_block_hasher(BLOCK, sha256)
         self.waiting, self.running = [], []
+        self.requests = {}
         self.tracker = RequestTracker(self.spec.rule)
         self.pending, self.rows = [], {}  # the worker's
+        self.slots = {}  # (block, offset) -> what was written there
+        self.runs = {}  # serial -> (block ids, boundary)
+        self.on_run = {}  # request on a compressed prefix -> (its blocks, boundary)
         self.done = []  # finished in the last step
         self.events = Counter()
         self.number = 0
 
     def add(self):
-        stem = [1 + self.random.randrange(3)] * self.random.choice([0, 64, 100])
+        documents = [0, 64, 100, 144]
+        size = self.random.choice(documents)
+        stem = [1 + self.random.randrange(2)] * size
         prompt = stem + [self.random.randrange(1000) for _ in range(self.random.randint(1, 90))]
-        params = SamplingParams(max_tokens=self.random.randint(1, 160))
-        self.waiting.append(
-            Request(str(self.number), prompt, params, None, block_hasher=self.hasher)
-        )
+        context = self.random.choice([None, size, min(size, 64)])
+        declared = None if context is None else {"kvzip_context_tokens": context}
+        params = SamplingParams(max_tokens=self.random.randint(1, 160), extra_args=declared)
+        request = Request(
+            str(self.number), prompt, params, None, block_hasher=self.hasher,
+            cache_salt=self.random.choice([None, None, None, "salt"]),
+        )  # fmt: skip
+        self.requests[request.request_id] = request
+        self.waiting.append(request)
         self.number += 1
 
     def step(self):
+        self.now += 1
         finished = self._abort_some()
+        if not self.running and self.random.random() < 0.2 and self.cache.reset_prefix_cache():
+            self.manager.prefixes.clear()
+            self.events["reset"] += 1
         scheduled, running, preempted = {}, [], []
         for request in list(self.running):
             if request not in self.running:
@@ -102,11 +128,16 @@ class World:
                 resumed.append(request.request_id)
                 running.append((request.request_id, num_hit, ids))
             else:
-                new.append(new_request(request.request_id, request.num_prompt_tokens, ids, num_hit))
+                data = new_request(request.request_id, request.num_prompt_tokens, ids, num_hit)
+                data.prompt_token_ids = request.prompt_token_ids
+                data.sampling_params = request.sampling_params
+                new.append(data)
             request.status = RequestStatus.RUNNING
             self.running.append(self.waiting.pop(0))
             scheduled[request.request_id] = count
-        self._work(output(new, running, scheduled, finished, resumed, preempted))
+        step = output(new, running, scheduled, finished, resumed, preempted)
+        attach(step, self.manager.end_of_schedule(scheduled))
+        self._work(step)
         for request in list(self.running):
             request.num_computed_tokens += scheduled.get(request.request_id, 0)
             if request.num_computed_tokens == request.num_tokens:
@@ -135,17 +166,19 @@ class World:
 
     def _work(self, step):
         """What worker and model runner do with a step."""
-        self.tracker.drop_ended(step)
+        gone = self.tracker.finished(step) | self.tracker.suspended(step)
+        for request in self.pending:
+            if request.kept_as is not None or request.request_id not in gone:
+                self._compact(request)
+        for rid in self.tracker.drop_ended(step):
+            self.on_run.pop(rid, None)
         for rid in step.finished_req_ids:
             self.rows.pop(rid, None)
-        for request in self.pending:
-            if self.tracker.get(request.request_id) is request and request.crossed:
-                start = request.reserve_start
-                request.block_ids = fold_row(request.block_ids, request.plan, start, 0)
-                request.folded = True
-                self.rows[request.request_id] = list(request.block_ids)
-                self.events["compression"] += 1
-        self.tracker.advance(step)
+        message = attached(step)
+        for serial in message.dropped if message else ():
+            self.runs.pop(serial, None)
+        hits = message.hits if message else {}
+        self.tracker.advance(step, hits)
         for new in step.scheduled_new_reqs:
             self.rows[new.req_id] = list(new.block_ids[0])
         cached = step.scheduled_cached_reqs
@@ -153,21 +186,71 @@ class World:
             if rid in cached.resumed_req_ids:
                 self.rows[rid] = []
             self.rows[rid].extend(ids[0] if ids else [])
-        self.pending = list(self.tracker.crossing(step))
-        for rid in step.num_scheduled_tokens:
+        for rid, serial in hits.items():
+            blocks, boundary = self.runs[serial]
+            assert self.rows[rid][: len(blocks)] == blocks
+            self.on_run[rid] = (len(blocks), boundary)
+            self.events["compressed hit"] += 1
+        self.pending = []
+        for request in self.tracker.crossing(step):
+            request.kept_as = message.kept.get(request.request_id) if message else None
+            self.pending.append(request)
+        for rid, count in step.num_scheduled_tokens.items():
             row = [block.block_id for block in self.manager.req_to_blocks[rid]]
             assert self.rows[rid] == row  # the same blocks at the same logical places
-            assert self._output_blocks_are_private(rid, row)
+            self._compute(rid, count)
 
-    def _output_blocks_are_private(self, rid, row):
-        """Blocks that hold output belong to nobody else and are never published."""
-        request = next(r for r in self.running if r.request_id == rid)
-        reserve = self.manager._reserved.get(rid)
-        blocks = row[request.num_prompt_tokens // BLOCK : reserve.start if reserve else None]
-        pool = self.cache.block_pool.blocks
-        if rid not in self.manager._plans:
-            return all(pool[block].ref_cnt == 1 for block in blocks)
-        return all(pool[block].ref_cnt == 1 and pool[block].block_hash is None for block in blocks)
+    def _compact(self, request):
+        plan, start = request.plan, request.reserve_start
+        rid = request.request_id
+        sources = request.block_ids[: plan.num_prefix_blocks]
+        tokens = self._chain(self.requests[rid])[: plan.boundary_tokens]
+        for position, token in enumerate(tokens):  # the raw prefix is still in its place
+            slot = (sources[position // BLOCK], position % BLOCK)
+            assert self.slots[slot] == ("raw", token)
+        request.block_ids = fold_row(request.block_ids, plan, start, 0)
+        request.folded = True
+        targets = request.block_ids[: plan.num_compressed_blocks]
+        for index, block in enumerate(targets):
+            for offset in range(BLOCK):
+                self.slots[block, offset] = ("run", tokens[-1], index)
+        self.rows[rid] = list(request.block_ids)
+        self.on_run[rid] = (len(targets), plan.boundary_tokens)
+        self.events["compression"] += 1
+        if request.kept_as is not None:
+            self.runs[request.kept_as] = (targets, plan.boundary_tokens)
+
+    def _compute(self, rid, count):
+        """Write the step's tokens, then read everything the request attends over."""
+        request, row = self.requests[rid], self.rows[rid]
+        tokens = self._chain(request)
+        num_compressed, boundary = self.on_run.get(rid, (0, 0))
+        how = "over" if boundary else "raw"
+        first = request.num_computed_tokens
+        assert first >= boundary
+        for position in range(first, first + count):
+            self.slots[row[position // BLOCK], position % BLOCK] = (how, tokens[position])
+        if boundary:
+            for index, block in enumerate(row[:num_compressed]):
+                for offset in range(BLOCK):
+                    assert self.slots[block, offset] == ("run", tokens[boundary - 1], index)
+            assert all(block == 0 for block in row[num_compressed : boundary // BLOCK])
+            started_here = rid not in self.manager._raw_tokens
+            allowed = ("over",) if started_here else ("raw", "over")
+            assert self.tracker.get(rid).folded
+        else:
+            allowed = ("raw",)
+        for position in range(boundary, first + count):
+            kind, token = self.slots[row[position // BLOCK], position % BLOCK]
+            assert token == tokens[position]
+            assert kind in allowed
+
+    def _chain(self, request):
+        """For each position, a value that stands for all tokens up to it."""
+        known = request.__dict__.setdefault("test_chain", [])
+        for token in request.all_token_ids[len(known) :]:
+            known.append(hash((known[-1] if known else request.cache_salt, token)))
+        return known
 
     def check_pool(self):
         held = Counter(
@@ -179,15 +262,15 @@ class World:
         pool = self.cache.block_pool
         assert pool.get_num_free_blocks() + len(held) == NUM_BLOCKS - 1
         assert all(pool.blocks[block].ref_cnt == count for block, count in held.items())
-        for rid, saved in self.manager._blocks_saved.items():
-            plan = self.manager._plans[rid]
+        users = Counter(run.serial for run in self.manager._runs.values())
+        for rid, run in self.manager._runs.items():
             row = self.manager.req_to_blocks[rid]
-            tail = len(row) - plan.num_prefix_blocks
-            assert saved == plan.num_prefix_blocks - plan.num_compressed_blocks
-            assert sum(not block.is_null for block in row) == plan.num_compressed_blocks + tail
+            tail = len(row) - run.plan.num_prefix_blocks
+            assert run.users == users[run.serial]
+            assert sum(not block.is_null for block in row) == len(run.blocks) + tail
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(16))
 def test_random_histories_keep_pool_and_rows_in_order(seed, tmp_path):
     world = World(seed, tmp_path)
     for step in range(400):
@@ -206,5 +289,19 @@ def test_random_histories_keep_pool_and_rows_in_order(seed, tmp_path):
     assert world.events["prefix hit"] > 0
     assert world.cache.block_pool.get_num_free_blocks() == NUM_BLOCKS - 1
     manager = world.manager
-    for left in (manager._plans, manager._prompt_tokens, manager._reserved, manager._blocks_saved):
+    for left in (
+        manager._plans, manager._reserved, manager._runs, manager._raw_tokens, manager._raw_hits,
+        manager._unreported, manager._hits, manager._crossing,
+    ):  # fmt: skip
         assert not left
+    world.step()
+    assert len(world.runs) == len(manager.prefixes)  # the workers forget what was dropped
+    EVENTS.update(world.events)
+
+
+EVENTS = Counter()
+
+
+def test_the_histories_had_compressed_hits_and_resets():
+    assert EVENTS["compressed hit"] > 100
+    assert EVENTS["reset"] > 0

@@ -61,7 +61,13 @@ def test_finished_requests_go_and_their_id_may_come_back():
 def test_equal_prefixes_have_equal_seeds():
     tracker = RequestTracker(RULE)
     run(tracker, output(new=[new_request(name, 64, [1]) for name in "ab"], scheduled={}))
-    run(tracker, output(new=[new_request(name, size, [1]) for name, size in (("c", 79), ("d", 80))], scheduled={}))
+    run(
+        tracker,
+        output(
+            new=[new_request(name, size, [1]) for name, size in (("c", 79), ("d", 80))],
+            scheduled={},
+        ),
+    )
     assert tracker.get("a").seed == tracker.get("b").seed
     assert tracker.get("a").seed == tracker.get("c").seed  # what lies behind the boundary is open
     assert tracker.get("a").seed != tracker.get("d").seed
