@@ -122,6 +122,24 @@ class HeadPageRuntime:
         """Whether any request of this step may need more than vLLM's own path."""
         return bool(self._states or self._spans_by_request)
 
+    def cached_prefixes(self) -> list[dict[str, float]]:
+        """Compressed prefixes that later requests can start from, as of the last step.
+
+        Returns:
+            for each, plain values for a client: ``tokens`` covered, ``blocks_held``,
+            ``blocks_before`` compression, and ``keep_ratio`` in blocks.
+        """
+        plans = [state.plan for state in self._runs.values()]
+        return [
+            {
+                "tokens": plan.boundary_tokens,
+                "blocks_held": plan.num_compressed_blocks,
+                "blocks_before": plan.num_prefix_blocks,
+                "keep_ratio": plan.num_compressed_blocks / plan.num_prefix_blocks,
+            }
+            for plan in plans
+        ]
+
     def before_step(self, output: SchedulerOutput) -> None:
         """Compress what the last step completed, drop what ended, prepare this step."""
         pending, self._pending = self._pending, []

@@ -56,6 +56,10 @@ class HeadPageCPUWorker(CPUWorker):
         super().initialize_from_config(kv_cache_config)
         self._kvzip = self._build_runtime(kv_cache_config)
 
+    def kvzip_contexts(self) -> list[dict[str, float]]:
+        """For ``collective_rpc``: see :meth:`HeadPageRuntime.cached_prefixes`."""
+        return [] if self._kvzip is None else self._kvzip.cached_prefixes()
+
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """vLLM's step between the runtime's two halves."""
