@@ -46,6 +46,7 @@ def test_flag_sets_worker_block_size_and_settings():
     config = engine_config(*ON, "--kv-compression-config.keep_ratio", "0.3")
     settings = Settings.from_vllm_config(config)
     assert config.parallel_config.worker_cls == options.WORKER
+    assert config.scheduler_config.get_scheduler_cls().__name__ == "HeadPageScheduler"
     assert config.cache_config.block_size == 32
     assert settings.config.keep_ratio == 0.3
     assert (settings.scorer, settings.budget) == ("profile", "profile")
@@ -72,6 +73,7 @@ def test_environment_and_offline_api_turn_it_on(monkeypatch):
 def test_off_means_off():
     stock = engine_config()
     assert stock.parallel_config.worker_cls == "vllm.v1.worker.cpu_worker.CPUWorker"
+    assert stock.scheduler_config.scheduler_cls is None
     assert stock.additional_config == {}
     assert stock.cache_config.block_size == 128
 
@@ -84,7 +86,16 @@ def test_off_imports_nothing_heavy():
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = found.stdout.strip().splitlines()[-1]
     assert "vllm_kvzip.vllm_bridge.plugin" in loaded
-    for heavy in ("scoring", "pipeline", "worker", "cache_spec", "attention", "stats_export"):
+    for heavy in (
+        "scoring",
+        "pipeline",
+        "worker",
+        "cache_spec",
+        "attention",
+        "stats_export",
+        "scheduler",
+        "admission",
+    ):
         assert heavy not in loaded
 
 
@@ -110,6 +121,9 @@ def test_registering_twice_is_harmless():
         (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2 yet; set it to 1"),
         (["--block-size", "16"], "--block-size 16 on the CPU; use a multiple of 32"),
         (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype fp8"),
+        (["--scheduler-cls", "my.Scheduler"], "--scheduler-cls my.Scheduler; remove the flag"),
+        (["--kv-compression-config.prefix_reuse", "never"], "prefix_reuse='never' is wrong"),
+        (["--kv-compression-config.reuse_ttl_seconds", "0"], "reuse_ttl_seconds=0 is wrong"),
         (
             ["--kv-transfer-config", '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}'],
             "KV connectors; remove --kv-transfer-config",

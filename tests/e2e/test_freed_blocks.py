@@ -135,6 +135,6 @@ def test_raw_prompt_blocks_stay_in_the_prefix_cache():
     whole = run_job(requests, kvzip={"keep_ratio": 1.0}, enable_prefix_caching=True)
     assert whole.outputs == stock.outputs
     assert whole.cached_tokens == [0, 31 * BLOCK, 25 * BLOCK]
-    half = run_job(requests, kvzip={"keep_ratio": 0.3})
+    half = run_job(requests, kvzip={"keep_ratio": 0.3, "prefix_reuse": "raw"})
     assert half.outputs[0] == half.outputs[1]
     assert half.cached_tokens == whole.cached_tokens

@@ -1,12 +1,14 @@
 """`vllm serve` with the flag: real HTTP, real metrics of a real server, several processes."""
 
 import concurrent.futures
+import json
+import urllib.error
 
 import numpy as np
 import pytest
 from engine_job import MODEL
 from local_server import LocalServer
-from retrieval_task import VOCABULARY, copy_prompt, make_context
+from retrieval_task import VOCABULARY, copy_prompt, make_context, question_prompt
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -74,6 +76,43 @@ def test_text_prompts_and_chat_go_through_the_same_door(server):
     key, value = next(iter(context.facts.items()))
     text = f"{context.text} ? {VOCABULARY.words[key]}"
     assert "".join(server.stream(text, 2)).split() == [VOCABULARY.words[value], "."]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"kvzip_context_tokens": 601}, "which is 600 tokens"),
+        ({"kvzip_context_tokens": -1}, "must lie between 0 and"),
+        ({"kvzip_context_tokens": "many"}, "must be a whole number of tokens"),
+        ({"kvzip_contxt_tokens": 5}, "did you mean kvzip_context_tokens"),
+    ],
+)
+def test_wrong_request_options_are_http_400_and_the_server_goes_on(server, options, sentence):
+    prompt = make_context(np.random.default_rng(11), 600).tokens.tolist()
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        next(server.stream(prompt, 4, vllm_xargs=options))
+    assert refused.value.code == 400
+    assert sentence in json.loads(refused.value.read())["error"]["message"]
+    assert list(server.stream(prompt, 4, vllm_xargs={"kvzip_context_tokens": 600}))
+
+
+def test_a_declared_context_is_prefilled_once_over_http(server):
+    context = make_context(np.random.default_rng(12), 1024, fact_density=0.3)
+    declared = {"kvzip_context_tokens": 1024}
+    before = server.metrics()
+    keys = list(context.facts)[:8]
+    list(server.stream(context.tokens.tolist(), 2, vllm_xargs=declared))
+    prompts = [question_prompt(context, key)[0] for key in keys]
+    with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
+        answers = list(pool.map(lambda p: list(server.stream(p, 2, vllm_xargs=declared)), prompts))
+    right = [VOCABULARY.words[context.facts[key]] for key in keys]
+    assert ["".join(answer).split()[0] for answer in answers] == right
+    after = server.metrics()
+    assert kvzip(after, "prefix_hits_total") - kvzip(before, "prefix_hits_total") == len(keys)
+    hit_tokens = kvzip(after, "prefix_hit_tokens_total") - kvzip(before, "prefix_hit_tokens_total")
+    assert hit_tokens == 1024 * len(keys)
+    assert kvzip(after, "prefix_entries") >= 1
+    assert server.blocks_held() == 0
 
 
 def test_disconnected_clients_leave_nothing(server):

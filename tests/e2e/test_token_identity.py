@@ -72,6 +72,7 @@ def test_prompts_under_the_threshold_are_left_alone():
         "backend": "CPUAttentionBackend",
         "spec": "FullAttentionSpec",
         "manager": "FullAttentionManager",
+        "scheduler": "Scheduler",
         "worker": "CPUWorker",
     }
     assert stock.metrics == {}

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class Request:
         arrives: step before which it is added.
         aborts: step before which it is aborted, or None.
         options: more fields of ``SamplingParams``.
+        cache_salt: keeps its cache entries apart, or None.
     """
 
     prompt: list[int]
@@ -37,6 +39,7 @@ class Request:
     arrives: int = 0
     aborts: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    cache_salt: str | None = None
 
 
 @dataclass
@@ -48,8 +51,9 @@ class Report:
         free_blocks: free blocks of the pool before the first step and after each step.
         held_blocks: after each step, blocks in the row of each request by number, null excluded.
         metrics: the plugin's metrics at the end, by sample name.
+        prefix_entries: compressed prefixes in the prefix cache after each step.
         num_preemptions: how many times a request was preempted.
-        classes: names of the classes vLLM used: backend, spec, manager, worker.
+        classes: names of the classes vLLM used: backend, spec, manager, scheduler, worker.
         cached_tokens: prompt tokens found in the prefix cache, by request.
         logprobs: sampled token's log-probability by request, when asked for.
     """
@@ -58,6 +62,7 @@ class Report:
     free_blocks: list[int]
     held_blocks: list[dict[str, int]]
     metrics: dict[str, float]
+    prefix_entries: list[int]
     num_preemptions: int
     classes: dict[str, str]
     cached_tokens: list[int]
@@ -69,6 +74,7 @@ def run_job(
     kvzip: dict[str, Any] | None = None,
     environment: dict[str, str] | None = None,
     model: Path = MODEL,
+    actions: dict[int, str] | None = None,
     **engine: Any,
 ) -> Report:
     """Run requests through a fresh engine.
@@ -78,6 +84,8 @@ def run_job(
         kvzip: settings of the plugin; None leaves compression off.
         environment: more environment variables.
         model: folder of the model.
+        actions: step before which something is done: ``reset`` the prefix cache, or ``sleep`` for
+            half a second.
         engine: more arguments of ``LLM``.
     """
     arguments: dict[str, Any] = {
@@ -93,7 +101,13 @@ def run_job(
     with tempfile.TemporaryDirectory() as folder:
         job, answer = Path(folder) / "job.json", Path(folder) / "answer.json"
         job.write_text(
-            json.dumps({"engine": arguments, "requests": [asdict(request) for request in requests]})
+            json.dumps(
+                {
+                    "engine": arguments,
+                    "requests": [asdict(request) for request in requests],
+                    "actions": actions or {},
+                }
+            )
         )
         process = subprocess.run(
             [sys.executable, __file__, str(job), str(answer)],
@@ -130,16 +144,25 @@ def execute(job: dict[str, Any]) -> Report:
     logprobs: list[list[float]] = [[] for _ in requests]
     free, held = [cache.block_pool.get_num_free_blocks()], []
     cached_tokens = [0] * len(requests)
+    entries = []
     step = preemptions = 0
     open_requests = set(range(len(requests)))
     while open_requests:
+        action = job["actions"].get(str(step))
+        if action == "reset":
+            assert llm.reset_prefix_cache()
+        elif action == "sleep":
+            time.sleep(0.5)
         for number, request in enumerate(requests):
             if request.arrives == step:
                 params = SamplingParams(
                     temperature=0, max_tokens=request.max_tokens, ignore_eos=True,
                     output_kind=RequestOutputKind.CUMULATIVE, **request.options,
                 )  # fmt: skip
-                engine.add_request(str(number), {"prompt_token_ids": request.prompt}, params)
+                prompt = {"prompt_token_ids": request.prompt}
+                if request.cache_salt:
+                    prompt["cache_salt"] = request.cache_salt
+                engine.add_request(str(number), prompt, params)
             if request.aborts == step:
                 engine.abort_request([str(number)])
                 open_requests.discard(number)
@@ -157,7 +180,9 @@ def execute(job: dict[str, Any]) -> Report:
             if output.finished:
                 open_requests.discard(number)
         free.append(cache.block_pool.get_num_free_blocks())
-        rows = cache.coordinator.single_type_managers[0].req_to_blocks
+        manager = cache.coordinator.single_type_managers[0]
+        rows = manager.req_to_blocks
+        entries.append(len(getattr(manager, "prefixes", ())))
         held.append(
             {rid.split("-")[0]: sum(not b.is_null for b in row) for rid, row in rows.items()}
         )
@@ -177,13 +202,13 @@ def execute(job: dict[str, Any]) -> Report:
                 label = next((v for k, v in sample.labels.items() if k != "le"), None)
                 if "le" not in sample.labels:
                     samples[sample.name + (f"/{label}" if label else "")] = sample.value
-    manager = cache.coordinator.single_type_managers[0]
     return Report(
-        outputs, free, held, samples, preemptions,
+        outputs, free, held, samples, entries, preemptions,
         {
             "backend": runner.attn_groups[0][0].backend.__name__,
             "spec": type(manager.kv_cache_spec).__name__,
             "manager": type(manager).__name__,
+            "scheduler": type(core.scheduler).__name__,
             "worker": type(worker).__name__,
         },
         cached_tokens, logprobs,

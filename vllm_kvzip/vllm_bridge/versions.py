@@ -31,7 +31,9 @@ def check_version() -> None:
             f"KV compression needs vLLM {oldest} or newer, but {version} is running; upgrade vLLM."
         )
     try:
-        import vllm_kvzip.vllm_bridge.cache_spec  # noqa: F401
+        import vllm_kvzip.vllm_bridge.admission
+        import vllm_kvzip.vllm_bridge.cache_spec
+        import vllm_kvzip.vllm_bridge.scheduler  # noqa: F401
     except ImportError as error:
         raise UnsupportedError(
             f"KV compression does not fit vLLM {version} ({error}); install a tested version: "

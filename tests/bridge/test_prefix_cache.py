@@ -1,0 +1,194 @@
+"""Compressed prefixes in vLLM's own block pool: who finds them, and who must not."""
+
+import pytest
+import torch
+from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import Request
+
+from vllm_kvzip.config import KVzipConfig
+from vllm_kvzip.metrics import EVICTION_REASONS
+from vllm_kvzip.vllm_bridge.cache_spec import HeadPageSpec
+from vllm_kvzip.vllm_bridge.prefix_cache import CompressedPrefixCache, ReuseRule
+from vllm_kvzip.vllm_bridge.scheduler import introduce_requests
+from vllm_kvzip.vllm_bridge.settings import Settings
+
+pytestmark = pytest.mark.vllm
+
+BLOCK, NUM_BLOCKS = 16, 200
+FINGERPRINTS = ("00" * 16, "01" * 16)
+
+
+class Recorder:
+    """Counts what the prefix cache reports."""
+
+    def __init__(self):
+        self.entries, self.evicted = 0, []
+
+    def prefix_cached(self):
+        self.entries += 1
+
+    def prefix_evicted(self, reason):
+        assert reason in EVICTION_REASONS
+        self.entries -= 1
+        self.evicted.append(reason)
+
+
+class Engine:
+    """vLLM's cache manager with ours inside; every request is prefilled in one step."""
+
+    def __init__(self, directory, **reuse):
+        init_none_hash(sha256)
+        self.hasher = get_request_block_hasher(BLOCK, sha256)
+        spec = HeadPageSpec(
+            block_size=BLOCK, num_kv_heads=2, head_size=8, dtype=torch.float32, keep_ratio=0.25,
+            min_prompt_tokens=64, sink_tokens=2, recent_tokens=8, num_layers=3,
+            metrics_directory=str(directory),
+            reuse=ReuseRule(**{"fingerprint": FINGERPRINTS[0], **reuse}),
+        )  # fmt: skip
+        config = KVCacheConfig(NUM_BLOCKS, [], [KVCacheGroupSpec(["layer"], spec)])
+        self.cache = KVCacheManager(
+            config, max_model_len=1024, scheduler_block_size=BLOCK, hash_block_size=BLOCK,
+            enable_caching=True,
+        )  # fmt: skip
+        self.manager = introduce_requests(self.cache)
+        self.number = 0
+
+    def serve(self, tokens, context=None, **fields):
+        """Prefill a prompt, and end it; what it hit, and whether it left a compressed prefix."""
+        extra = None if context is None else {"kvzip_context_tokens": context}
+        params = SamplingParams(max_tokens=2, extra_args=extra)
+        request = Request(
+            str(self.number), list(tokens), params, None, block_hasher=self.hasher, **fields
+        )
+        self.number += 1
+        hit, num_hit, _ = self.cache.get_computed_blocks(request)
+        granted = self.cache.allocate_slots(
+            request, request.num_tokens - num_hit, num_new_computed_tokens=num_hit,
+            new_computed_blocks=hit, full_sequence_must_fit=True,
+        )  # fmt: skip
+        assert granted is not None
+        message = self.manager.end_of_schedule({request.request_id})
+        kept = bool(message and message.kept)
+        compressed_hit = bool(message and message.hits)
+        self.cache.free(request)
+        return ("compressed" if compressed_hit else "raw", num_hit), kept
+
+
+@pytest.fixture
+def engine(tmp_path):
+    return Engine(tmp_path)
+
+
+CONTEXT = list(range(1, 129))
+QUESTION = [500, 501, 502]
+
+
+def test_the_declared_context_is_what_is_shared(engine):
+    assert engine.serve([*CONTEXT, *QUESTION], 128) == (("raw", 0), True)
+    assert engine.serve([*CONTEXT, 7, 8], 128) == (("compressed", 128), False)
+    assert engine.serve([*CONTEXT, 7, 8]) == (("compressed", 128), False)
+    assert engine.serve([*CONTEXT[:96], 7, 8], 96) == (("raw", 96), True)  # its own context
+    assert engine.serve([*CONTEXT[:96], 9], 96) == (("compressed", 96), False)
+    assert engine.serve([*CONTEXT, 7, 8], 130)[0] == ("compressed", 128)  # the same whole blocks
+
+
+def test_a_whole_prompt_is_the_context_unless_declared(engine):
+    assert engine.serve(CONTEXT[:100]) == (("raw", 0), True)
+    assert engine.serve(CONTEXT) == (("compressed", 96), False)
+    long = [*CONTEXT, *range(600, 900)]
+    assert engine.serve(long) == (("raw", 96), True)  # most of it would have stayed dense
+    assert engine.serve([*long, 5]) == (("compressed", 416), False)
+
+
+def test_the_last_token_is_always_computed(engine):
+    engine.serve(CONTEXT, 128)
+    assert engine.serve(CONTEXT, 128)[0] == ("raw", 112)
+    assert engine.serve([*CONTEXT, 1], 128)[0] == ("compressed", 128)
+
+
+def test_adapters_and_salts_do_not_share(engine):
+    engine.serve([*CONTEXT, *QUESTION], 128)
+    lora = LoRARequest("adapter", 1, "/nowhere")
+    assert engine.serve([*CONTEXT, 7], 128, cache_salt="s") == (("raw", 0), True)
+    assert engine.serve([*CONTEXT, 7], 128, lora_request=lora) == (("raw", 0), True)
+    assert engine.serve([*CONTEXT, 8], 128, lora_request=lora)[0] == ("compressed", 128)
+
+
+def test_scorers_that_look_at_queries_share_declared_contexts_only(tmp_path):
+    engine = Engine(tmp_path, observation_tokens=32)
+    assert engine.serve([*CONTEXT, *QUESTION]) == (("raw", 0), False)
+    # All of its context is found raw: the scorer never saw the context's last queries.
+    assert engine.serve([*CONTEXT, 7], 128) == (("raw", 128), False)
+    assert engine.serve([*CONTEXT[:90], 7], 90) == (("raw", 80), False)
+    other = list(range(1000, 1128))
+    assert engine.serve([*other, 7], 128) == (("raw", 0), True)
+    assert engine.serve([*other, 8], 128) == (("compressed", 128), False)
+
+
+def test_another_fingerprint_finds_nothing(engine, tmp_path):
+    """Two caches over one pool, as if the settings had changed under it."""
+    engine.serve([*CONTEXT, *QUESTION], 128)
+    hashes = Request("x", CONTEXT, SamplingParams(), None, block_hasher=engine.hasher).block_hashes
+    pool, found = engine.cache.block_pool, {}
+    run = engine.manager.prefixes.find(hashes, 8, lambda _: True)
+    for fingerprint in FINGERPRINTS:
+        cache = CompressedPrefixCache(pool, 0, ReuseRule(fingerprint), Recorder())
+        keys = cache._keys(run)
+        found[fingerprint] = [pool.cached_block_hash_to_block.get_one_block(key) for key in keys]
+    assert found[FINGERPRINTS[0]] == run.blocks
+    assert found[FINGERPRINTS[1]] == [None] * len(run.blocks)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"keep_ratio": 0.4}, {"scorer": "knorm"}, {"budget": "uniform"}, {"sink_tokens": 1},
+        {"recent_tokens": 1}, {"seed": 1}, {"observation_window_tokens": 8}, {"fractions": 0.7},
+        {"importance": 0.7}, {"block_size": 64},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_everything_that_shapes_a_prefix_is_in_the_fingerprint(change):
+    def fingerprint(
+        scorer="keydiff", budget="adaptive", fractions=0.3, importance=0.3, block_size=32, **config
+    ):
+        settings = Settings(
+            KVzipConfig(**config), scorer, budget, [[fractions]], [[importance]], None
+        )
+        return settings.fingerprint(block_size)
+
+    assert fingerprint() == fingerprint(min_prompt_tokens=1, prefix_reuse="raw")
+    assert fingerprint(**change) != fingerprint()
+
+
+def test_eviction_of_one_block_ends_the_run_and_tells_the_workers(engine):
+    engine.serve([*CONTEXT, *QUESTION], 128)
+    assert len(engine.manager.prefixes) == 1
+    pool = engine.cache.block_pool
+    taken = pool.get_new_blocks(pool.get_num_free_blocks())
+    engine.manager.prefixes.blocks_taken(taken)
+    assert len(engine.manager.prefixes) == 0
+    assert engine.manager.end_of_schedule(()).dropped
+    assert engine.manager.end_of_schedule(()) is None
+    pool.free_blocks(taken)
+    assert engine.serve([*CONTEXT, 7], 128) == (("raw", 0), True)
+
+
+def test_a_prefix_in_use_outlives_its_time(engine, tmp_path):
+    now = [0.0]
+    engine = Engine(tmp_path, ttl_seconds=10.0)
+    prefixes = engine.manager.prefixes
+    prefixes._clock = lambda: now[0]
+    engine.serve([*CONTEXT, *QUESTION], 128)
+    now[0] = 9.0
+    assert engine.serve([*CONTEXT, 7], 128)[0] == ("compressed", 128)
+    now[0] = 18.0
+    assert engine.serve([*CONTEXT, 8], 128)[0] == ("compressed", 128)  # used nine seconds ago
+    now[0] = 28.5
+    assert engine.serve([*CONTEXT, 9], 128)[0] == ("raw", 128)
+    assert len(prefixes) == 1  # compressed anew
