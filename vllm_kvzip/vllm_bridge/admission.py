@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.utils import length_from_prompt_token_ids_or_embeds
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_kvzip.errors import RequestError
@@ -14,6 +15,7 @@ from vllm_kvzip.request_options import check_request
 from vllm_kvzip.vllm_bridge.settings import KEY
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.engine import EngineCoreRequest
 
 _MARK = "_kvzip_checks_requests"
@@ -23,27 +25,46 @@ def check_requests() -> None:
     """Make vLLM check the options of every request of an engine that compresses; idempotent.
 
     Symptom without it: a wrong option would reach the scheduler, where an error ends the engine.
-    vLLM checks sampling parameters in ``InputProcessor.process_inputs`` and has no hook there that
-    sees the prompt's length, so that method is wrapped. Safe: engines without compression are
-    passed through. Remove when vLLM lets a plugin validate requests.
+    vLLM has no hook that sees a request's parameters and its prompt's length, so two methods are
+    wrapped: ``InputProcessor.process_inputs``, through which every request goes, and
+    ``AsyncLLM.generate``, because a streamed answer has begun (with HTTP 200) when its inputs are
+    processed. Safe: engines without compression are passed through. Remove when vLLM lets a plugin
+    validate requests.
     """
     if getattr(InputProcessor, _MARK, False):
         return
     setattr(InputProcessor, _MARK, True)
-    original = InputProcessor.process_inputs
+    process_inputs, generate = InputProcessor.process_inputs, AsyncLLM.generate
 
-    @functools.wraps(original)
-    def process_inputs(self: InputProcessor, *args: Any, **kwargs: Any) -> EngineCoreRequest:
-        request = original(self, *args, **kwargs)
-        params = request.sampling_params
-        if params is not None and KEY in (self.vllm_config.additional_config or {}):
-            num_tokens = length_from_prompt_token_ids_or_embeds(
-                request.prompt_token_ids, request.prompt_embeds
-            )
-            try:
-                check_request(params.extra_args, num_tokens)
-            except RequestError as error:
-                raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
+    @functools.wraps(process_inputs)
+    def checked_process_inputs(
+        self: InputProcessor, *args: Any, **kwargs: Any
+    ) -> EngineCoreRequest:
+        request = process_inputs(self, *args, **kwargs)
+        embeds = request.prompt_embeds
+        _check(self.vllm_config, request.sampling_params, request.prompt_token_ids, embeds)
         return request
 
-    InputProcessor.process_inputs = process_inputs
+    @functools.wraps(generate)
+    def checked_generate(
+        self: AsyncLLM, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if isinstance(prompt, dict):
+            tokens, embeds = prompt.get("prompt_token_ids"), prompt.get("prompt_embeds")
+            _check(self.vllm_config, sampling_params, tokens, embeds)
+        return generate(self, prompt, sampling_params, *args, **kwargs)
+
+    InputProcessor.process_inputs = checked_process_inputs
+    AsyncLLM.generate = checked_generate
+
+
+def _check(vllm_config: VllmConfig, params: Any, token_ids: Any, embeds: Any) -> None:
+    if KEY not in (vllm_config.additional_config or {}):
+        return
+    extra_args = getattr(params, "extra_args", None)  # pooling parameters have none
+    if not extra_args or (token_ids is None and embeds is None):
+        return
+    try:
+        check_request(extra_args, length_from_prompt_token_ids_or_embeds(token_ids, embeds))
+    except RequestError as error:
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
