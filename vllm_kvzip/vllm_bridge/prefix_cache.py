@@ -142,9 +142,10 @@ class CompressedPrefixCache:
         """
         self._expire()
         limit = min(max_blocks, len(block_hashes))
-        for num_blocks in sorted(self._boundaries, reverse=True):
-            if num_blocks > limit:
-                continue
+        lengths: Iterable[int] = range(limit, 0, -1)
+        if len(self._boundaries) < limit:
+            lengths = sorted((n for n in self._boundaries if n <= limit), reverse=True)
+        for num_blocks in lengths:
             run = self._by_hash.get(block_hashes[num_blocks - 1])
             if run is None or not accepts(run.plan):
                 continue
@@ -221,12 +222,14 @@ class CompressedPrefixCache:
         if ttl is None:
             return
         now = self._clock()
-        for run in list(self._runs.values()):
-            if run.users:
-                continue
+        while self._runs:
+            run = next(iter(self._runs.values()))
             if now - run.last_used < ttl:
                 break
-            self.drop(run, "ttl")
+            if run.users:
+                self.used(run)
+            else:
+                self.drop(run, "ttl")
 
     def _is_whole(self, run: PrefixRun) -> bool:
         pairs = zip(self._keys(run), run.blocks, strict=True)
