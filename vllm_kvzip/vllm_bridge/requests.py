@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from vllm_kvzip.request_options import RequestOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterator, Sequence
 
     from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
@@ -141,14 +141,23 @@ class RequestTracker:
         if plan is None and not is_hit:
             return
         boundary = plan.boundary_tokens if plan else 0
-        tokens = array("q", (new.prompt_token_ids or ())[:boundary])
         self._requests[new.req_id] = TrackedRequest(
             request_id=new.req_id,
             num_prompt_tokens=new.prompt_len,
             plan=plan,
-            seed=zlib.crc32(tokens.tobytes()),
+            seed=prefix_seed(new.prompt_token_ids or (), boundary),
             block_ids=list(new.block_ids[self._group_id]),
             num_computed_tokens=new.num_computed_tokens,
             crossed=is_hit,
             folded=is_hit,
         )
+
+
+def prefix_seed(token_ids: Sequence[int], boundary_tokens: int) -> int:
+    """A number that depends on the tokens before the boundary only."""
+    return zlib.crc32(array("q", token_ids[:boundary_tokens]).tobytes())
+
+
+def prefix_checksum(token_ids: Sequence[int], boundary_tokens: int) -> str:
+    """The same as eight hexadecimal digits, by which a client finds its context."""
+    return f"{prefix_seed(token_ids, boundary_tokens):08x}"

@@ -13,8 +13,8 @@ the compaction at the start of the step.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -45,6 +45,15 @@ class PrefixState:
 
     prefix: CompressedPrefix
     plan: PrefixPlan
+
+
+@dataclass(frozen=True)
+class KeptRun:
+    """A compressed prefix that later requests may start from."""
+
+    prefix: CompressedPrefix
+    plan: PrefixPlan
+    seed: int
 
 
 @dataclass
@@ -110,7 +119,7 @@ class HeadPageRuntime:
         self._scale = scale
         self._isa = isa
         self._states: dict[str, PrefixState] = {}
-        self._runs: dict[int, PrefixState] = {}
+        self._runs: dict[int, KeptRun] = {}
         self._pending: list[TrackedRequest] = []
         self._observed: dict[str, dict[int, list[torch.Tensor]]] = {}
         self._spans_by_request: dict[str, tuple[int, int]] = {}
@@ -122,22 +131,22 @@ class HeadPageRuntime:
         """Whether any request of this step may need more than vLLM's own path."""
         return bool(self._states or self._spans_by_request)
 
-    def cached_prefixes(self) -> list[dict[str, float]]:
+    def cached_prefixes(self) -> list[dict[str, Any]]:
         """Compressed prefixes that later requests can start from, as of the last step.
 
         Returns:
-            for each, plain values for a client: ``tokens`` covered, ``blocks_held``,
-            ``blocks_before`` compression, and ``keep_ratio`` in blocks.
+            for each, plain values for a client: ``id`` (a checksum of its tokens), tokens covered,
+            blocks held, blocks before compression, and the ratio of the two.
         """
-        plans = [state.plan for state in self._runs.values()]
         return [
             {
-                "tokens": plan.boundary_tokens,
-                "blocks_held": plan.num_compressed_blocks,
-                "blocks_before": plan.num_prefix_blocks,
-                "keep_ratio": plan.num_compressed_blocks / plan.num_prefix_blocks,
+                "id": f"{run.seed:08x}",
+                "compressed_tokens": run.plan.boundary_tokens,
+                "blocks_held": run.plan.num_compressed_blocks,
+                "blocks_before": run.plan.num_prefix_blocks,
+                "keep_ratio": run.plan.num_compressed_blocks / run.plan.num_prefix_blocks,
             }
-            for plan in plans
+            for run in self._runs.values()
         ]
 
     def before_step(self, output: SchedulerOutput) -> None:
@@ -158,7 +167,8 @@ class HeadPageRuntime:
                 self._runs.pop(serial, None)
             self._tracker.advance(output, message.hits)
             for request_id, serial in message.hits.items():
-                self._states[request_id] = replace(self._runs[serial])
+                run = self._runs[serial]
+                self._states[request_id] = PrefixState(run.prefix, run.plan)
         self._spans_by_request = self._plan_observation(output) if self._window else {}
 
     def after_step(self, output: SchedulerOutput) -> None:
@@ -285,7 +295,7 @@ class HeadPageRuntime:
         self._rows.replace_row(request.request_id, request.block_ids)
         self._states[request.request_id] = PrefixState(prefix, plan)
         if request.kept_as is not None:
-            self._runs[request.kept_as] = PrefixState(prefix, plan)
+            self._runs[request.kept_as] = KeptRun(prefix, plan, request.seed)
         self._recorder.compressed(report)
 
     def _observation_queries(

@@ -56,7 +56,7 @@ class HeadPageCPUWorker(CPUWorker):
         super().initialize_from_config(kv_cache_config)
         self._kvzip = self._build_runtime(kv_cache_config)
 
-    def kvzip_contexts(self) -> list[dict[str, float]]:
+    def kvzip_contexts(self) -> list[dict[str, Any]]:
         """For ``collective_rpc``: see :meth:`HeadPageRuntime.cached_prefixes`."""
         return [] if self._kvzip is None else self._kvzip.cached_prefixes()
 

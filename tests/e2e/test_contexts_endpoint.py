@@ -1,0 +1,131 @@
+"""The contexts endpoint of a real server: compress ahead of time, list, and refuse."""
+
+import json
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+from engine_job import MODEL
+from local_server import LocalServer
+from retrieval_task import VOCABULARY, make_context, question_prompt
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+PATH, KEY = "/v1/kvzip/contexts", "secret"
+TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    template = tmp_path_factory.mktemp("chat") / "template.jinja"
+    template.write_text(TEMPLATE)
+    flags = ("--kv-compression", "kvzip", "--kv-compression-config.keep_ratio", "0.3")
+    more = ("--api-key", KEY, "--chat-template", str(template))
+    with LocalServer(str(MODEL), *flags, *more, environment={"VLLM_PLUGINS": "kvzip"}) as running:
+        yield running
+
+
+def call(server, path=PATH, body=None, key=KEY):
+    """Status and JSON of a request; a POST when there is a body."""
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(server.url + path, data, headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def test_a_context_is_compressed_before_anybody_asks(server):
+    context = make_context(np.random.default_rng(2), 1030, fact_density=0.3)
+    tokens = context.tokens.tolist()
+    status, answer = call(server, body={"prompt": tokens})
+    assert status == 200
+    assert answer["tokens"] == 1030
+    assert answer["compressed_tokens"] == 1024
+    assert answer["cached_tokens"] == 0
+    assert (answer["blocks_held"], answer["blocks_before"]) == (10, 32)
+    assert answer["keep_ratio"] == 10 / 32
+    assert answer["seconds"] > 0
+    status, listed = call(server)
+    assert status == 200
+    assert [entry["id"] for entry in listed["contexts"]] == [answer["id"]]
+    assert listed["blocks_held"] == 10
+    before = server.metrics()
+    key = next(iter(context.facts))
+    prompt, value = question_prompt(context, key)
+    status, reply = call(
+        server,
+        "/v1/completions",
+        {
+            "model": server.model, "prompt": prompt, "max_tokens": 1, "temperature": 0,
+            "vllm_xargs": {"kvzip_context_tokens": 1030},
+        },
+    )  # fmt: skip
+    assert status == 200
+    assert reply["choices"][0]["text"].split() == [VOCABULARY.words[value]]
+    name = "vllm_kvzip_prefix_hits_total"
+    assert server.metrics()[name] - before[name] == 1
+    again = call(server, body={"prompt": tokens})[1]
+    assert (again["id"], again["cached_tokens"]) == (answer["id"], 1024)
+    assert len(call(server)[1]["contexts"]) == 1
+
+
+def test_text_and_chat_contexts_are_tokenized_by_the_server(server):
+    context = make_context(np.random.default_rng(3), 600)
+    by_text = call(server, body={"prompt": context.text, "model": server.model})[1]
+    messages = [{"role": "user", "content": context.text}]
+    by_chat = call(server, body={"messages": messages})[1]
+    assert by_text["tokens"] == by_chat["tokens"] == 600
+    assert by_text["id"] == by_chat["id"]
+    assert by_chat["cached_tokens"] == 576
+    salted = call(server, body={"prompt": context.text, "cache_salt": "mine"})[1]
+    assert salted["cached_tokens"] == 0
+    status, reply = call(
+        server,
+        "/v1/chat/completions",
+        {
+            "model": server.model, "max_tokens": 2,
+            "messages": [*messages, {"role": "user", "content": context.text[:200]}],
+            "vllm_xargs": {"kvzip_context_tokens": 600},
+        },
+    )  # fmt: skip
+    assert status == 200
+    assert reply["usage"]["prompt_tokens"] > 600
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "sentence"),
+    [
+        ({}, 400, "either `prompt` or `messages`"),
+        ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, 400, "give one of them"),
+        ({"prompt": "w1 w2"}, 400, "has 2 tokens; contexts are compressed from 256 on"),
+        ({"prompt": [7] * 3000}, 400, "2048"),
+        ({"prompt": [7] * 300, "file": "/etc/passwd"}, 400, "file"),
+        ({"prompt": []}, 400, "prompt"),
+        ({"prompt": [7] * 300, "model": "other"}, 404, "`other` does not exist"),
+        ({"prompt": [7] * 300, "cache_salt": ""}, 400, "cache_salt"),
+    ],
+)
+def test_wrong_bodies_are_told_what_is_wrong(server, body, status, sentence):
+    got, answer = call(server, body=body)
+    assert got == status
+    assert sentence in json.dumps(answer)
+
+
+def test_the_servers_keys_guard_it(server):
+    assert call(server, key="wrong")[0] == 401
+    assert call(server, body={"prompt": [7] * 300}, key="wrong")[0] == 401
+
+
+def test_it_is_there_only_when_named(monkeypatch):
+    from vllm import envs
+    from vllm.plugins import load_endpoint_plugins
+
+    monkeypatch.setattr(envs, "VLLM_PLUGINS", None, raising=False)
+    assert load_endpoint_plugins(("generate",)) == []
+    monkeypatch.setattr(envs, "VLLM_PLUGINS", ["kvzip"], raising=False)
+    (plugin,) = load_endpoint_plugins(("generate",))
+    assert plugin.name == "kvzip"

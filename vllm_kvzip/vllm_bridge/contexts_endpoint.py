@@ -1,0 +1,189 @@
+"""``/v1/kvzip/contexts``: compress a context before anybody asks about it, and list what is cached.
+
+An endpoint plugin of vLLM, loaded only when ``VLLM_PLUGINS`` names it. The routes lie under
+``/v1``, so vLLM's API keys guard them. A context goes the way of any request: through the server's
+own chat template and tokenizer, and through ``EngineClient.generate``.
+"""
+
+import time
+from argparse import Namespace
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import State
+from vllm import SamplingParams
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.generate.base.protocol import validate_cache_salt
+from vllm.entrypoints.serve.tokenize.protocol import (
+    TokenizeChatRequest,
+    TokenizeCompletionRequest,
+)
+from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
+from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
+from vllm.utils import random_uuid
+
+from vllm_kvzip.head_pages import PrefixRule
+from vllm_kvzip.request_options import CONTEXT_TOKENS
+from vllm_kvzip.vllm_bridge.requests import prefix_checksum
+from vllm_kvzip.vllm_bridge.settings import KEY, Settings
+
+PATH = "/v1/kvzip/contexts"
+
+# The prefix is compacted at the start of the step after the one that completes it.
+OUTPUT_TOKENS = 2
+
+
+class ContextRequest(BaseModel):
+    """Body of ``POST``: either ``prompt`` or ``messages``, the start of later requests.
+
+    Attributes:
+        model: as in the OpenAI API; names a LoRA adapter or the base model.
+        prompt: text or token ids, as in ``/v1/completions``.
+        messages: as in ``/v1/chat/completions``.
+        add_generation_prompt: end ``messages`` with the marker that starts an answer.
+        cache_salt: as in vLLM; only requests with the same salt share the prefix.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    prompt: str | list[int] | None = Field(None, min_length=1)
+    messages: list[dict[str, Any]] | None = Field(None, min_length=1)
+    add_generation_prompt: bool = False
+    cache_salt: str | None = None
+
+
+class _TextContext(TokenizeCompletionRequest):
+    prompt: str | list[int]
+    cache_salt: str | None = None
+
+
+class _ChatContext(TokenizeChatRequest):
+    cache_salt: str | None = None
+
+
+class ContextsEndpoint:
+    """The entry point; see vLLM's ``EndpointPlugin``."""
+
+    name = "kvzip"
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the two routes."""
+        app.include_router(router)
+
+    async def init_state(
+        self, engine_client: EngineClient | None, state: State, args: Namespace
+    ) -> None:
+        """Keep what the routes need."""
+        state.kvzip_engine = engine_client
+
+
+router = APIRouter()
+
+
+@router.post(PATH, dependencies=[Depends(validate_json_request)])
+@with_cancellation
+async def compress_context(body: ContextRequest, raw_request: Request) -> JSONResponse:
+    """Compress a context; answers when it is in the prefix cache.
+
+    The answer tells its ``tokens``, the ``compressed_tokens`` among them (whole blocks),
+    ``cached_tokens`` that needed no prefill, ``blocks_held`` and ``blocks_before``, their ratio
+    ``keep_ratio``, the ``seconds`` it took, and an ``id`` to find it in the list.
+    """
+    begin = time.perf_counter()
+    engine, rule = _engine(raw_request)
+    handler = raw_request.app.state.serving_tokenization
+    lora_request = handler._maybe_get_adapters(body)
+    (prompt,) = await _render(handler, body)
+    token_ids = prompt["prompt_token_ids"]
+    plan = rule.plan(len(token_ids), len(token_ids))
+    if plan is None:
+        reason = rule.skip_reason(len(token_ids), len(token_ids))
+        raise VLLMValidationError(_left_alone(rule, len(token_ids), reason))
+    params = SamplingParams(
+        max_tokens=OUTPUT_TOKENS,
+        temperature=0,
+        ignore_eos=True,
+        detokenize=False,
+        extra_args={CONTEXT_TOKENS: len(token_ids)},
+    )
+    cached_tokens = 0
+    outputs = engine.generate(
+        prompt, params, f"kvzip-context-{random_uuid()}", lora_request=lora_request
+    )
+    async for output in outputs:
+        cached_tokens = output.num_cached_tokens or 0
+    return JSONResponse(
+        {
+            "id": prefix_checksum(token_ids, plan.boundary_tokens),
+            "tokens": len(token_ids),
+            "compressed_tokens": plan.boundary_tokens,
+            "cached_tokens": cached_tokens,
+            "blocks_held": plan.num_compressed_blocks,
+            "blocks_before": plan.num_prefix_blocks,
+            "keep_ratio": plan.num_compressed_blocks / plan.num_prefix_blocks,
+            "seconds": time.perf_counter() - begin,
+        }
+    )
+
+
+@router.get(PATH)
+async def list_contexts(raw_request: Request) -> JSONResponse:
+    """Compressed prefixes in the cache, as of the engine's last step."""
+    engine, _ = _engine(raw_request)
+    contexts, *_ = await engine.collective_rpc("kvzip_contexts")
+    held = sum(context["blocks_held"] for context in contexts)
+    return JSONResponse({"contexts": contexts, "blocks_held": held})
+
+
+def _engine(raw_request: Request) -> tuple[EngineClient, PrefixRule]:
+    """The engine and its rule; an HTTP 404 when it does not compress."""
+    engine = getattr(raw_request.app.state, "kvzip_engine", None)
+    if engine is None or KEY not in (engine.vllm_config.additional_config or {}):
+        raise VLLMNotFoundError("KV compression is off; start vLLM with --kv-compression kvzip.")
+    config = Settings.from_vllm_config(engine.vllm_config).config
+    return engine, PrefixRule(
+        keep_ratio=config.keep_ratio,
+        min_prompt_tokens=config.min_prompt_tokens,
+        sink_tokens=config.sink_tokens,
+        recent_tokens=config.recent_tokens,
+        block_size=engine.vllm_config.cache_config.block_size,
+    )
+
+
+async def _render(handler: Any, body: ContextRequest) -> list[dict[str, Any]]:
+    """The body as vLLM's engine input, by the server's own template and tokenizer."""
+    if (body.prompt is None) == (body.messages is None):
+        raise VLLMValidationError("A context is either `prompt` or `messages`; give one of them.")
+    validate_cache_salt(body.cache_salt)
+    shared = {"model": body.model, "cache_salt": body.cache_salt}
+    if body.prompt is not None:
+        text = _TextContext(prompt=body.prompt, **shared)
+        inputs: list[dict[str, Any]] = await handler.online_renderer.preprocess_completion(
+            text, prompt_input=body.prompt, prompt_embeds=None
+        )
+        return inputs
+    chat = _ChatContext(
+        messages=body.messages, add_generation_prompt=body.add_generation_prompt, **shared
+    )
+    _, inputs = await handler.online_renderer.preprocess_chat(
+        chat,
+        chat.messages,
+        default_template=handler.chat_template,
+        default_template_content_format=handler.chat_template_content_format,
+        default_template_kwargs=handler.default_chat_template_kwargs,
+    )
+    return inputs
+
+
+def _left_alone(rule: PrefixRule, num_tokens: int, reason: str | None) -> str:
+    if reason == "below_min_prompt_tokens":
+        least = max(rule.min_prompt_tokens, rule.block_size)
+        return f"The context has {num_tokens} tokens; contexts are compressed from {least} on."
+    return (
+        f"Nothing would be freed: keep_ratio {rule.keep_ratio} of the context's {num_tokens} "
+        f"tokens needs as many blocks as they have."
+    )
