@@ -28,7 +28,60 @@ CPU_ENVIRONMENT = {
 }
 
 
-class LocalServer:
+class RunningServer:
+    """What one can ask of a vLLM server.
+
+    Args:
+        url: such as ``http://localhost:8000``.
+        model: its model's name.
+    """
+
+    def __init__(self, url: str, model: str) -> None:
+        self.url = url.rstrip("/")
+        self.model = model
+
+    def get(self, path: str) -> str:
+        """Body of a GET request."""
+        with urllib.request.urlopen(self.url + path, timeout=30) as response:
+            return response.read().decode()
+
+    def metrics(self) -> dict[str, float]:
+        """The server's `/metrics`: sample name with labels -> value."""
+        lines = (line for line in self.get("/metrics").splitlines() if line and line[0] != "#")
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+    def blocks_held(self) -> float:
+        """KV cache blocks in use, from vLLM's own metrics."""
+        samples = self.metrics()
+        usage = next(v for k, v in samples.items() if k.startswith("vllm:kv_cache_usage_perc"))
+        info = next(k for k in samples if k.startswith("vllm:cache_config_info"))
+        total = int(info.split('num_gpu_blocks="')[1].split('"')[0])
+        return usage * (total - 1)  # one block is vLLM's null block
+
+    def stream(self, prompt: list[int] | str, max_tokens: int, **options: Any) -> Iterator[str]:
+        """Pieces of a greedy completion as they arrive."""
+        body = {
+            "model": self.model,
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "stream": True,
+            "ignore_eos": True,
+            **options,
+        }
+        request = urllib.request.Request(
+            self.url + "/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=120) as response:
+            for raw in response:
+                line = raw.decode().strip()
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    yield json.loads(line[6:])["choices"][0]["text"]
+
+
+class LocalServer(RunningServer):
     """A `vllm serve` process on a free port; use it in a `with` statement.
 
     Args:
@@ -43,8 +96,7 @@ class LocalServer:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.model = model
+        super().__init__(f"http://127.0.0.1:{self.port}", model)
         command = [
             str(Path(sys.executable).with_name("vllm")), "serve", model,
             "--host", "127.0.0.1", "--port", str(self.port),
@@ -98,43 +150,3 @@ class LocalServer:
     def log(self) -> str:
         """What the server has printed so far."""
         return Path(self._log.name).read_text(encoding="utf-8", errors="replace")
-
-    def get(self, path: str) -> str:
-        """Body of a GET request."""
-        with urllib.request.urlopen(self.url + path, timeout=30) as response:
-            return response.read().decode()
-
-    def metrics(self) -> dict[str, float]:
-        """The server's `/metrics`: sample name with labels -> value."""
-        lines = (line for line in self.get("/metrics").splitlines() if line and line[0] != "#")
-        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
-
-    def blocks_held(self) -> float:
-        """KV cache blocks in use, from vLLM's own metrics."""
-        samples = self.metrics()
-        usage = next(v for k, v in samples.items() if k.startswith("vllm:kv_cache_usage_perc"))
-        info = next(k for k in samples if k.startswith("vllm:cache_config_info"))
-        total = int(info.split('num_gpu_blocks="')[1].split('"')[0])
-        return usage * (total - 1)  # one block is vLLM's null block
-
-    def stream(self, prompt: list[int] | str, max_tokens: int, **options: Any) -> Iterator[str]:
-        """Pieces of a greedy completion as they arrive."""
-        body = {
-            "model": self.model,
-            "prompt": prompt,
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "stream": True,
-            "ignore_eos": True,
-            **options,
-        }
-        request = urllib.request.Request(
-            self.url + "/v1/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=120) as response:
-            for raw in response:
-                line = raw.decode().strip()
-                if line.startswith("data: ") and line != "data: [DONE]":
-                    yield json.loads(line[6:])["choices"][0]["text"]
