@@ -173,15 +173,15 @@ async def run(server: RunningServer, task: Task) -> int:
     for name, left, right, form in rows:
         print(f"{name:<25} | {left:>13{form}} | {right:>10{form}}")
     if task.answers:
-        shares = [
-            sum(
-                text.split()[:1] == [word] for text, word in zip(o.texts, task.answers, strict=True)
-            )
-            for o in (apart, together)
+        right = [
+            sum(text.split()[:1] == [word] for text, word in zip(texts, task.answers, strict=True))
+            for texts in (apart.texts, together.texts)
         ]
-        print(f"{'right answers':<25} | {shares[0]:>13} | {shares[1]:>10}")
-    print(f"\ncompressing the document once took {compress_seconds:.2f} s; then {hits:.0f} of ")
-    print(f"{len(task.questions)} requests started from its compressed prefix.")
+        print(f"{'right answers':<25} | {right[0]:>13} | {right[1]:>10}")
+    print(
+        f"\ncompressing the document once took {compress_seconds:.2f} s; then {hits:.0f} of "
+        f"{len(task.questions)} requests started from its compressed prefix."
+    )
     for name, value in sorted(after.items()):
         if name.startswith("vllm_kvzip_prefix") and not name.endswith("_created"):
             print(f"  {name} {value:g}")

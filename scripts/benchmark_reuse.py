@@ -1,8 +1,8 @@
-"""Time to first token on a reused compressed prefix against a fresh prefill, on the CPU, in one run.
+"""Time to first token on a reused compressed prefix against a fresh prefill, in one run.
 
     python scripts/benchmark_reuse.py
 
-A model of realistic attention shape with dummy weights. In each round a new context and a question
+On the CPU. A model of realistic attention shape with dummy weights. In each round a new context and a question
 are prefilled; then another question is asked over the same context, which starts from its
 compressed prefix. Printed are medians and quartiles of both, and the median of the rounds' ratios.
 """
