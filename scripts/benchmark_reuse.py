@@ -2,9 +2,9 @@
 
     python scripts/benchmark_reuse.py
 
-On the CPU. A model of realistic attention shape with dummy weights. In each round a new context and a question
-are prefilled; then another question is asked over the same context, which starts from its
-compressed prefix. Printed are medians and quartiles of both, and the median of the rounds' ratios.
+On the CPU. A model of realistic attention shape with dummy weights. In each round a new context and
+a question are prefilled; then another question is asked over the same context, which starts from
+its compressed prefix. Printed are medians and quartiles of both, and of the rounds' ratios.
 """
 
 from __future__ import annotations

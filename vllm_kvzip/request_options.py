@@ -33,13 +33,19 @@ class RequestOptions:
 
     @classmethod
     def read(cls, extra_args: Mapping[str, Any] | None) -> RequestOptions:
-        """The options of a request that was checked before."""
-        if not extra_args:
-            return _NONE
-        return cls(context_tokens=extra_args.get(CONTEXT_TOKENS))
+        """The options of a request; a value that :func:`check_request` refuses counts as absent.
+
+        Somebody may hand requests to the engine past the checks, and they must not end it.
+        """
+        value = (extra_args or {}).get(CONTEXT_TOKENS)
+        return cls(context_tokens=value) if _is_count(value) else _NONE
 
 
 _NONE = RequestOptions()
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def check_request(extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> None:

@@ -20,3 +20,18 @@ def test_demo_answers_alike_and_frees_blocks():
     without, compressed = (int(words[5]) for words in results)
     assert compressed < 0.4 * without
     assert any("blocks went back to the pool" in line for line in lines)
+
+
+def test_questions_over_one_context_share_its_compressed_prefix():
+    script = DEMO.with_name("ask_one_context.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = {
+        line.split("|")[0].strip(): [float(cell) for cell in line.split("|")[1:]]
+        for line in done.stdout.splitlines()
+        if line.count("|") == 2 and "reuse" not in line
+    }
+    apart, together = rows["peak KV blocks held"]
+    assert together < 0.5 * apart
+    assert min(rows["right answers"]) >= 8
+    assert "10 of 10 requests started from its compressed prefix" in done.stdout

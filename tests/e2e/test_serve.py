@@ -137,3 +137,6 @@ def test_several_api_servers_report_the_same_counts():
         for _ in range(4):  # whichever of them answers
             assert kvzip(many.metrics(), "requests_compressed_total") == 3
             assert kvzip(many.metrics(), "blocks_freed_total") == 3 * 8
+        for _ in range(4):
+            with pytest.raises(urllib.error.HTTPError):
+                next(many.stream(prompt, 4, vllm_xargs={"kvzip_context_tokens": "many"}))

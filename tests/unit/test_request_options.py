@@ -30,3 +30,5 @@ def test_good_options_pass(extra_args):
 def test_wrong_options_are_one_sentence(extra_args, message):
     with pytest.raises(RequestError, match=message):
         check_request(extra_args, num_prompt_tokens=10)
+    past_the_check = RequestOptions.read(extra_args).context_tokens
+    assert past_the_check in (None, 11)  # the rule takes 11 of 10 tokens for the whole prompt

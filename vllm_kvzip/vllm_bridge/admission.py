@@ -40,6 +40,7 @@ def check_requests() -> None:
     def checked_process_inputs(
         self: InputProcessor, *args: Any, **kwargs: Any
     ) -> EngineCoreRequest:
+        """vLLM's, then a look at the request it made."""
         request = process_inputs(self, *args, **kwargs)
         embeds = request.prompt_embeds
         _check(self.vllm_config, request.sampling_params, request.prompt_token_ids, embeds)
@@ -49,6 +50,7 @@ def check_requests() -> None:
     def checked_generate(
         self: AsyncLLM, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
     ) -> Any:
+        """A look at the prompt, then vLLM's."""
         if isinstance(prompt, dict):
             tokens, embeds = prompt.get("prompt_token_ids"), prompt.get("prompt_embeds")
             _check(self.vllm_config, sampling_params, tokens, embeds)
