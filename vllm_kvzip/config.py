@@ -127,6 +127,18 @@ def load_config(
         raise ConfigError(f"{origin[key]}: {key}={first['input']!r} is wrong, {reason}.") from error
 
 
+def merge_flag(
+    additional: Mapping[str, Any] | None, flag_value: str | Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The settings of ``additional_config["kvzip"]`` with those of the flag on top.
+
+    Raises:
+        ConfigError: if one of them cannot be read.
+    """
+    source = f"additional_config[{METHOD!r}]"
+    return {**_mapping(additional, source), **_from_flag(flag_value)}
+
+
 def _from_flag(value: str | Mapping[str, Any] | None) -> Mapping[str, Any]:
     if value is None or isinstance(value, Mapping):
         return value or {}

@@ -54,6 +54,23 @@ def test_flag_sets_worker_block_size_and_settings():
     json.dumps(config.additional_config)  # travels as JSON
 
 
+def test_further_api_servers_read_the_flags_where_vllm_put_them():
+    """They get the parsed arguments, and read them before plugins are loaded."""
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    flags = ["--kv-compression-config.keep_ratio", "0.3", "--additional-config"]
+    flags.append('{"kvzip": {"keep_ratio": 0.6, "seed": 3}, "other": 1}')
+    args = parser.parse_args(["--model", str(MODEL), *ON, *flags])
+    first = AsyncEngineArgs.from_cli_args(args)
+    assert Settings.from_vllm_config(first.create_engine_config()).config.keep_ratio == 0.3
+    other_process = AsyncEngineArgs.from_cli_args(args)
+    del other_process.kvzip_cli_args
+    config = other_process.create_engine_config()
+    settings = Settings.from_vllm_config(config).config
+    assert (settings.keep_ratio, settings.seed) == (0.3, 3)
+    assert config.additional_config["other"] == 1
+    assert config.cache_config.block_size == 32
+
+
 def test_a_block_size_of_the_user_is_kept():
     assert engine_config(*ON, "--block-size", "64").cache_config.block_size == 64
 

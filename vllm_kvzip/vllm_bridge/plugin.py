@@ -8,11 +8,12 @@ the configuration, as the name of the worker class.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvzip.config import CONFIG_FLAG, FLAG, METHOD
+from vllm_kvzip.config import CONFIG_FLAG, FLAG, METHOD, merge_flag
 from vllm_kvzip.errors import KVzipError
 
 if TYPE_CHECKING:
@@ -73,8 +74,10 @@ def _add_flags(engine_args: type[EngineArgs]) -> None:
 def _remember_flags(engine_args: type[EngineArgs]) -> None:
     """Symptom without it: the flags are parsed, and lost on the way to ``EngineArgs``.
 
-    ``from_cli_args`` copies the fields it knows. The parsed namespace is kept beside them. Remove
-    together with :func:`_add_flags`.
+    ``from_cli_args`` copies the fields it knows. The parsed namespace is kept beside them. With
+    ``--api-server-count`` vLLM hands that namespace to further processes, where it is read before
+    plugins are loaded; a field that vLLM knows carries the settings there. Remove together with
+    :func:`_add_flags`.
     """
     original = engine_args.from_cli_args.__func__
 
@@ -82,6 +85,11 @@ def _remember_flags(engine_args: type[EngineArgs]) -> None:
     def from_cli_args(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
         result: EngineArgs = original(cls, args)
         result.kvzip_cli_args = args
+        if getattr(args, "kv_compression", None) == METHOD:
+            given = dict(getattr(args, "additional_config", None) or {})
+            with contextlib.suppress(KVzipError):  # reported when the configuration is made
+                given[METHOD] = merge_flag(given.get(METHOD), args.kv_compression_config)
+                args.additional_config = given
         return result
 
     engine_args.from_cli_args = classmethod(from_cli_args)
