@@ -41,18 +41,23 @@ MODEL_CONFIG = {
 }
 
 
+TOKENIZER = Path(__file__).parent.parent / "tests" / "models" / "tiny-retriever"
+
+
 def run_once(job: dict[str, Any]) -> dict[str, float]:
     """One engine: seconds of prefill, of compression, and median seconds of a decode step."""
     import numpy as np
     from prometheus_client import REGISTRY
     from vllm import LLM, SamplingParams
 
-    additional = {} if job["keep_ratio"] is None else {"kvzip": {"keep_ratio": job["keep_ratio"]}}
+    additional = {}
+    if job["keep_ratio"] is not None:
+        additional = {"kvzip": {"keep_ratio": job["keep_ratio"], "scorer": job["scorer"]}}
     llm = LLM(
         model=job["model"],
+        tokenizer=str(TOKENIZER),
         dtype="bfloat16",
         load_format="dummy",
-        skip_tokenizer_init=True,
         enforce_eager=True,
         enable_prefix_caching=False,
         gpu_memory_utilization=0.4,
@@ -95,6 +100,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=2000)
     parser.add_argument("--output-tokens", type=int, default=60)
     parser.add_argument("--keep-ratios", type=float, nargs="+", default=[1.0, 0.5, 0.25])
+    parser.add_argument("--scorer", default="keydiff")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -125,7 +131,8 @@ def main() -> None:
                 results[variant].append(json.loads(answer.read_text()))
     stock = statistics.median(run["step"] for run in results[None])
     print(
-        f"{args.requests} requests of {args.prompt_tokens} tokens, bfloat16, medians of "
+        f"{args.requests} requests of {args.prompt_tokens} tokens, scorer {args.scorer}, bfloat16, "
+        f"medians of "
         f"{args.rounds} rounds\n\nkeep ratio | decode step / stock | compression / prefill"
     )
     for variant in variants:

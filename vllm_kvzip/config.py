@@ -61,7 +61,10 @@ class KVzipConfig(BaseModel):
     repeat_prompt: str = Field(
         "\n\nRepeat the previous context exactly.",
         min_length=1,
-        description="what asks the model to repeat its context, when a profile is built",
+        description="what asks the model to repeat its context; default the profile's own, if any",
+    )
+    scoring_chunk_tokens: int = Field(
+        2048, ge=16, description="tokens the model repeats at once, of scorer kvzip"
     )
     seed: int = Field(0, description="seed of scorer random")
 

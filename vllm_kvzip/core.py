@@ -59,6 +59,8 @@ class LayerInputs:
             rotary embedding, the last of them at position ``num_context_tokens - 1``; None unless
             the scorer asks for them. W may be smaller than the setting when vLLM took the start of
             the window from its prefix cache.
+        reconstruction: float32 ``[H, T]``, the most attention each pair got while the model
+            repeated the prefix (:mod:`vllm_kvzip.reconstruction`); None unless the scorer asks.
         num_context_tokens: tokens a scorer may look at: the whole prompt, or T when the request
             declares a context that other questions shall reuse.
         scale: softmax scale.
@@ -71,6 +73,7 @@ class LayerInputs:
     keys: torch.Tensor
     values: torch.Tensor | None
     observation_queries: torch.Tensor | None
+    reconstruction: torch.Tensor | None
     num_context_tokens: int
     scale: float
     sink_tokens: int

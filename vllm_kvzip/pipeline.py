@@ -83,6 +83,7 @@ class Compressor:
         target_blocks: Sequence[int],
         plan: PrefixPlan,
         observation_queries: Sequence[torch.Tensor] | None,
+        reconstruction: torch.Tensor | None = None,
         scale: float,
         seed: int,
     ) -> tuple[CompressedPrefix, CompressionReport]:
@@ -94,6 +95,7 @@ class Compressor:
             target_blocks: blocks that will hold what is kept.
             plan: from the rule, for this prompt.
             observation_queries: per layer float32 ``[W, H, G, D]``, if the scorer asks for them.
+            reconstruction: float32 ``[L, H, T]``, if the scorer asks for it.
             scale: softmax scale.
             seed: equal for equal prefixes.
         """
@@ -113,6 +115,7 @@ class Compressor:
                     if self.scorer.needs_values
                     else None,
                     observation_queries=observation_queries[layer] if observation_queries else None,
+                    reconstruction=None if reconstruction is None else reconstruction[layer],
                     num_context_tokens=plan.ready_tokens,
                     scale=scale,
                     sink_tokens=self._rule.sink_tokens,

@@ -61,6 +61,7 @@ def reconstruction_scores(
     chunk_keys: torch.Tensor,
     own_keys: torch.Tensor,
     scale: float,
+    query_rows: int = 64,
 ) -> torch.Tensor:
     """Scores of one chunk's KV pairs in one layer.
 
@@ -72,17 +73,27 @@ def reconstruction_scores(
         chunk_keys: ``[H, C, D]``.
         own_keys: ``[H, R, D]``, keys of the repeat input.
         scale: softmax scale.
+        query_rows: queries whose attention is held in memory at once.
 
     Returns:
         float32 ``[H, C]``, in [0, 1].
     """
-    num_sinks, num_chunk, num_own = sink_keys.shape[1], chunk_keys.shape[1], own_keys.shape[1]
-    keys = torch.cat([sink_keys, chunk_keys, own_keys], dim=1).float()
-    logits = torch.einsum("rhgd,hkd->hgrk", queries.float(), keys) * scale
-    future = torch.ones(num_own, num_own, dtype=torch.bool).triu(1).to(logits.device)
-    logits[..., num_sinks + num_chunk :].masked_fill_(future, float("-inf"))
-    attention = logits.softmax(dim=-1)[..., num_sinks : num_sinks + num_chunk]
-    return attention.amax(dim=(1, 2))
+    num_sinks, num_chunk = sink_keys.shape[1], chunk_keys.shape[1]
+    chunk = slice(num_sinks, num_sinks + num_chunk)
+    keys = torch.cat([sink_keys, chunk_keys, own_keys], dim=1).float().transpose(1, 2)
+    group = queries.shape[2]
+    best = torch.full((keys.shape[0], num_chunk), float("-inf"), device=keys.device)
+    for first in range(0, len(queries), query_rows):
+        block = queries[first : first + query_rows].float() * scale
+        num_rows = len(block)
+        num_seen = chunk.stop + first + num_rows
+        rows = block.permute(1, 2, 0, 3).flatten(1, 2)  # [H, G * rows, D]
+        logits = torch.bmm(rows, keys[:, :, :num_seen])
+        future = torch.ones(num_rows, num_rows, dtype=torch.bool, device=keys.device).triu(1)
+        logits[:, :, chunk.stop + first :].masked_fill_(future.repeat(group, 1), float("-inf"))
+        attention = torch.log_softmax(logits, dim=-1)[:, :, chunk]
+        best = best.maximum(attention.amax(dim=1))
+    return best.exp()
 
 
 def retrieval_fractions(importance: torch.Tensor, keep_ratio: float) -> torch.Tensor:

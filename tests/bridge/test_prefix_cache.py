@@ -150,15 +150,22 @@ def test_another_fingerprint_finds_nothing(engine, tmp_path):
         {"keep_ratio": 0.4}, {"scorer": "knorm"}, {"budget": "uniform"}, {"sink_tokens": 1},
         {"recent_tokens": 1}, {"seed": 1}, {"observation_window_tokens": 8}, {"fractions": 0.7},
         {"importance": 0.7}, {"block_size": 64},
+        {"repeat": [[1], [2]]}, {"scoring_chunk_tokens": 64},
     ],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip
 def test_everything_that_shapes_a_prefix_is_in_the_fingerprint(change):
     def fingerprint(
-        scorer="keydiff", budget="adaptive", fractions=0.3, importance=0.3, block_size=32, **config
+        scorer="keydiff",
+        budget="adaptive",
+        fractions=0.3,
+        importance=0.3,
+        block_size=32,
+        repeat=None,
+        **config,
     ):
         settings = Settings(
-            KVzipConfig(**config), scorer, budget, [[fractions]], [[importance]], None
+            KVzipConfig(**config), scorer, budget, [[fractions]], [[importance]], repeat
         )
         return settings.fingerprint(block_size)
 

@@ -28,6 +28,8 @@ def test_scores_are_the_largest_attention_of_any_query_of_the_group():
     queries = torch.randn(num_queries, heads, group, dim)
     sink_keys, chunk_keys, own_keys = (torch.randn(heads, n, dim) for n in (sinks, chunk, 5))
     got = reconstruction_scores(queries, sink_keys, chunk_keys, own_keys, 0.5)
+    few = reconstruction_scores(queries, sink_keys, chunk_keys, own_keys, 0.5, query_rows=2)
+    torch.testing.assert_close(few, got)
     for head in range(heads):
         best = [0.0] * chunk
         for row in range(num_queries):

@@ -30,6 +30,7 @@ def layer_inputs(num_queries=0, num_context_tokens=14, **changes):
         "values": torch.randn(HEADS, TOKENS, DIM, generator=generator),
         "observation_queries": queries,
         "num_context_tokens": num_context_tokens,
+        "reconstruction": torch.rand(HEADS, TOKENS),
         "scale": DIM**-0.5,
         "sink_tokens": 2,
         "recent_tokens": 2,

@@ -1,6 +1,6 @@
 """How important is each KV pair? One scorer a file; ``base.py`` has the contract."""
 
-from vllm_kvzip.scoring import keydiff, knorm, profile, random, streaming, window
+from vllm_kvzip.scoring import keydiff, knorm, kvzip, profile, random, streaming, window
 from vllm_kvzip.scoring.base import (
     Scorer,
     ScorerSettings,
@@ -17,6 +17,7 @@ __all__ = [
     "create_scorer",
     "keydiff",
     "knorm",
+    "kvzip",
     "profile",
     "random",
     "register_scorer",

@@ -41,6 +41,8 @@ class Scorer(ABC):
     Attributes:
         name: as in the configuration.
         needs_values: whether ``LayerInputs.values`` is wanted.
+        needs_reconstruction: whether ``LayerInputs.reconstruction`` is wanted. The model then runs
+            over the context a second time.
         needs_observation_queries: whether ``LayerInputs.observation_queries`` is wanted. Keeping
             queries costs memory during prefill, so scorers that do not need them say so.
     """
@@ -48,6 +50,7 @@ class Scorer(ABC):
     name: ClassVar[str]
     needs_values: ClassVar[bool] = False
     needs_observation_queries: ClassVar[bool] = False
+    needs_reconstruction: ClassVar[bool] = False
 
     def __init__(self, settings: ScorerSettings) -> None:
         self.settings = settings

@@ -23,6 +23,7 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from vllm_kvzip.errors import UnsupportedError
+from vllm_kvzip.vllm_bridge.scoring_pass import ScoringMetadata
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -224,6 +225,9 @@ class HeadPageCPUImpl(CPUAttentionBackendImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of one layer into ``output``; shapes as in vLLM's implementation."""
+        if isinstance(attn_metadata, ScoringMetadata):
+            attn_metadata.attend(layer, self.scale, query, key, value, output)
+            return output
         if not isinstance(attn_metadata, HeadPageMetadata):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output,

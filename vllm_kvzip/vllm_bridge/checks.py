@@ -23,6 +23,26 @@ def check_supported(vllm_config: VllmConfig) -> None:
         raise UnsupportedError(f"KV compression does not support {problem}.")
 
 
+def check_scoring_passes(vllm_config: VllmConfig, scorer: str) -> None:
+    """Refuse what keeps the model from running once more over its context.
+
+    Raises:
+        UnsupportedError: names the model property or the flag, and what to do.
+    """
+    model = vllm_config.model_config
+    problems = [
+        (vllm_config.lora_config is not None, "--enable-lora"),
+        (model.is_multimodal_model, f"multimodal models such as {model.architecture}"),
+        (getattr(model, "enable_prompt_embeds", False), "--enable-prompt-embeds"),
+        (model.skip_tokenizer_init, "--skip-tokenizer-init"),
+    ]
+    for present, what in problems:
+        if present:
+            raise UnsupportedError(
+                f"Scorer {scorer} does not work with {what} yet; choose another scorer."
+            )
+
+
 def model_fingerprint(vllm_config: VllmConfig) -> ModelFingerprint:
     """What a head profile must match."""
     model = vllm_config.model_config

@@ -16,7 +16,11 @@ from vllm.platforms import current_platform
 from vllm_kvzip.config import CONFIG_FLAG, METHOD, KVzipConfig, is_enabled, load_config
 from vllm_kvzip.errors import ConfigError
 from vllm_kvzip.profile import check_matches, find_profile, load_profile, profile_folders
-from vllm_kvzip.vllm_bridge.checks import check_supported, model_fingerprint
+from vllm_kvzip.vllm_bridge.checks import (
+    check_scoring_passes,
+    check_supported,
+    model_fingerprint,
+)
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings
 from vllm_kvzip.vllm_bridge.versions import check_version, untested_warning
 
@@ -89,11 +93,13 @@ def _resolve(vllm_config: VllmConfig, config: KVzipConfig) -> Settings:
     path = _profile_path(vllm_config, config)
     logger.info("Head profile: %s", path or "none")
     scorer = config.scorer or ("profile" if path else DEFAULT_SCORER)
-    budget = config.budget or ("profile" if path else DEFAULT_BUDGET)
     try:
-        scorer_class(scorer)
+        repeats = scorer_class(scorer).needs_reconstruction
     except ValueError as error:
         raise ConfigError(f"scorer: {error}") from error
+    budget = config.budget or ("profile" if path and not repeats else DEFAULT_BUDGET)
+    if repeats:
+        check_scoring_passes(vllm_config, scorer)
     if path is None and "profile" in (scorer, budget):
         setting = "budget" if budget == "profile" else "scorer"
         raise ConfigError(
@@ -110,8 +116,23 @@ def _resolve(vllm_config: VllmConfig, config: KVzipConfig) -> Settings:
         budget=budget,
         head_fractions=fractions,
         head_importance=importance,
+        repeat_ids=_repeat_ids(vllm_config, config, path) if repeats else None,
         metrics_directory=open_metrics_directory(),
     )
+
+
+def _repeat_ids(vllm_config: VllmConfig, config: KVzipConfig, path: Path | None) -> list[list[int]]:
+    """Token ids of the repeat prompts; the wording that made the profile is known to work."""
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    from vllm_kvzip.reconstruction import LATER_REPEAT_PROMPT
+
+    wording, default = config.repeat_prompt, KVzipConfig.model_fields["repeat_prompt"].default
+    if wording == default and path is not None:
+        wording = load_profile(path).provenance.repeat_prompt
+    later = LATER_REPEAT_PROMPT if wording == default else wording
+    tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
+    return [tokenizer.encode(text, add_special_tokens=False) for text in (wording, later)]
 
 
 def _profile_path(vllm_config: VllmConfig, config: KVzipConfig) -> Path | None:

@@ -36,6 +36,7 @@ class TrackedRequest:
         num_computed_tokens: tokens computed before the current step.
         crossed: the prefix is complete in the cache and the reserve is at the row's end.
         folded: the prefix is compressed.
+        token_ids: the tokens before the boundary, when the scorer lets the model repeat them.
         kept_as: serial of the run that later requests may start from, once it is compressed.
     """
 
@@ -49,6 +50,7 @@ class TrackedRequest:
     folded: bool = False
     reserve_start: int = field(default=0)
     kept_as: int | None = None
+    token_ids: Sequence[int] = ()
 
 
 class RequestTracker:
@@ -57,10 +59,12 @@ class RequestTracker:
     Args:
         rule: the rule the scheduler's block manager uses as well.
         group_id: the KV cache group of the compressed layers.
+        keep_tokens: whether a request's token ids are kept until it is compressed.
     """
 
-    def __init__(self, rule: PrefixRule, group_id: int = 0) -> None:
+    def __init__(self, rule: PrefixRule, group_id: int = 0, keep_tokens: bool = False) -> None:
         self._rule = rule
+        self._keep_tokens = keep_tokens
         self._group_id = group_id
         self._requests: dict[str, TrackedRequest] = {}
 
@@ -141,15 +145,17 @@ class RequestTracker:
         if plan is None and not is_hit:
             return
         boundary = plan.boundary_tokens if plan else 0
+        token_ids = new.prompt_token_ids or ()
         self._requests[new.req_id] = TrackedRequest(
             request_id=new.req_id,
             num_prompt_tokens=new.prompt_len,
             plan=plan,
-            seed=prefix_seed(new.prompt_token_ids or (), boundary),
+            seed=prefix_seed(token_ids, boundary),
             block_ids=list(new.block_ids[self._group_id]),
             num_computed_tokens=new.num_computed_tokens,
             crossed=is_hit,
             folded=is_hit,
+            token_ids=token_ids[:boundary] if self._keep_tokens else (),
         )
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vllm_kvzip.pipeline import Compressor
     from vllm_kvzip.vllm_bridge.requests import RequestTracker, TrackedRequest
     from vllm_kvzip.vllm_bridge.runners import RunnerV1
+    from vllm_kvzip.vllm_bridge.scoring_pass import ReconstructionPass
     from vllm_kvzip.vllm_bridge.stats_export import WorkerRecorder
 
 _NULL_BLOCK = 0
@@ -88,6 +89,7 @@ class HeadPageRuntime:
         observation_window_tokens: how many of the last prompt queries the scorer wants (0: none).
         scale: softmax scale of the attention layers.
         isa: vLLM's name of the CPU kernel variant.
+        reconstruction: runs the model over a context once more, for scorers that want it.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class HeadPageRuntime:
         observation_window_tokens: int,
         scale: float,
         isa: str,
+        reconstruction: ReconstructionPass | None = None,
     ) -> None:
         self._geometry = geometry
         self._pool = pool
@@ -118,6 +121,7 @@ class HeadPageRuntime:
         self._window = observation_window_tokens
         self._scale = scale
         self._isa = isa
+        self._reconstruction = reconstruction
         self._states: dict[str, PrefixState] = {}
         self._runs: dict[int, KeptRun] = {}
         self._pending: list[TrackedRequest] = []
@@ -154,9 +158,9 @@ class HeadPageRuntime:
         pending, self._pending = self._pending, []
         if pending:
             gone = self._tracker.finished(output) | self._tracker.suspended(output)
-            for request in pending:
-                if request.kept_as is not None or request.request_id not in gone:
-                    self._compress(request)
+            self._compress(
+                [r for r in pending if r.kept_as is not None or r.request_id not in gone]
+            )
         for request_id in self._tracker.drop_ended(output):
             self._forget(request_id)
         message = attached(output)
@@ -275,7 +279,24 @@ class HeadPageRuntime:
                 table.append_tail(slot, blocks)
         return table
 
-    def _compress(self, request: TrackedRequest) -> None:
+    def _compress(self, requests: list[TrackedRequest]) -> None:
+        """Compress prefixes that are complete; the model repeats all of them in common passes."""
+        if self._reconstruction is None or not requests:
+            for request in requests:
+                self._compress_one(request, None, 0.0)
+            return
+        prefixes = []
+        for request in requests:
+            assert request.plan is not None
+            blocks = request.block_ids[: request.plan.num_prefix_blocks]
+            prefixes.append((request.token_ids, blocks))
+        scored = self._reconstruction.run(prefixes)
+        for request, (scores, seconds) in zip(requests, scored, strict=True):
+            self._compress_one(request, scores, seconds)
+
+    def _compress_one(
+        self, request: TrackedRequest, reconstruction: torch.Tensor | None, seconds: float
+    ) -> None:
         plan = request.plan
         assert plan is not None
         row = request.block_ids
@@ -287,9 +308,11 @@ class HeadPageRuntime:
             target_blocks=compressed_blocks,
             plan=plan,
             observation_queries=self._observation_queries(observed),
+            reconstruction=reconstruction,
             scale=self._scale,
             seed=request.seed,
         )
+        report.stage_seconds["score"] += seconds
         request.block_ids = fold_row(row, plan, request.reserve_start, _NULL_BLOCK)
         request.folded = True
         self._rows.replace_row(request.request_id, request.block_ids)

@@ -26,6 +26,7 @@ SHAPING_SETTINGS = (
     "sink_tokens",
     "recent_tokens",
     "observation_window_tokens",
+    "scoring_chunk_tokens",
     "seed",
 )
 
@@ -40,6 +41,8 @@ class Settings:
         head_fractions: ``[layers][KV heads]``, share of its KV pairs each head keeps at
             ``config.keep_ratio`` (budget ``profile``); None for the other budgets.
         head_importance: ``[layers][KV heads]``, which heads come first; likewise.
+        repeat_ids: token ids that ask for the context, of its first chunk and of the later ones,
+            for a scorer that lets the model repeat it.
         metrics_directory: folder of the metric files, or None when ``PROMETHEUS_MULTIPROC_DIR``
             of the environment serves.
     """
@@ -49,6 +52,7 @@ class Settings:
     budget: str
     head_fractions: list[list[float]] | None = None
     head_importance: list[list[float]] | None = None
+    repeat_ids: list[list[int]] | None = None
     metrics_directory: str | None = None
 
     @property
@@ -71,6 +75,7 @@ class Settings:
             "budget": self.budget,
             "head_fractions": self.head_fractions,
             "head_importance": self.head_importance,
+            "repeat_ids": self.repeat_ids,
             **{name: getattr(self.config, name) for name in SHAPING_SETTINGS},
         }
         return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:32]
@@ -83,6 +88,7 @@ class Settings:
             "budget": self.budget,
             "head_fractions": self.head_fractions,
             "head_importance": self.head_importance,
+            "repeat_ids": self.repeat_ids,
             "metrics_directory": self.metrics_directory,
         }
 

@@ -16,6 +16,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from vllm_kvzip.compaction import PageStore
 from vllm_kvzip.core import CacheGeometry
 from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.pipeline import Compressor
@@ -25,6 +26,7 @@ from vllm_kvzip.vllm_bridge.cpu_pages import discover_codec, map_head_pages
 from vllm_kvzip.vllm_bridge.requests import RequestTracker
 from vllm_kvzip.vllm_bridge.runners import RunnerV1
 from vllm_kvzip.vllm_bridge.runtime import HeadPageRuntime
+from vllm_kvzip.vllm_bridge.scoring_pass import ReconstructionPass, RepeatPrompt
 from vllm_kvzip.vllm_bridge.settings import Settings
 from vllm_kvzip.vllm_bridge.stats_export import WorkerRecorder
 
@@ -111,10 +113,11 @@ class HeadPageCPUWorker(CPUWorker):
             raise UnsupportedError(
                 "KV compression is on, but vLLM chose another attention backend than CPU_ATTN."
             )
+        codec = discover_codec(spec.block_size, spec.head_size, spec.dtype, builders[0].isa)
         compressor = Compressor(
             geometry=geometry,
             pool=pool,
-            codec=discover_codec(spec.block_size, spec.head_size, spec.dtype, builders[0].isa),
+            codec=codec,
             rule=spec.rule,
             scorer=settings.scorer,
             budget=settings.budget,
@@ -123,18 +126,39 @@ class HeadPageCPUWorker(CPUWorker):
             observation_window_tokens=config.observation_window_tokens,
             seed=config.seed,
         )
+        reconstruction = None
+        if settings.repeat_ids is not None:
+            if first.impl.logits_soft_cap:
+                raise UnsupportedError(
+                    f"Scorer {settings.scorer} does not work with capped attention logits yet; "
+                    f"choose another scorer."
+                )
+            reconstruction = ReconstructionPass(
+                model=self.model_runner.get_model(),
+                vllm_config=self.vllm_config,
+                geometry=geometry,
+                pool=pool,
+                store=PageStore(pages, codec, spec.block_size, spec.head_size),
+                layer_names=layer_names,
+                repeat=RepeatPrompt(*map(tuple, settings.repeat_ids)),
+                num_sinks=config.sink_tokens,
+                chunk_tokens=config.scoring_chunk_tokens,
+                max_tokens=self.vllm_config.scheduler_config.max_num_batched_tokens,
+                max_positions=self.model_config.max_model_len,
+            )
         runtime = HeadPageRuntime(
             geometry=geometry,
             pool=pool,
             pages=pages,
             layer_names=layer_names,
             compressor=compressor,
-            tracker=RequestTracker(spec.rule),
+            tracker=RequestTracker(spec.rule, keep_tokens=reconstruction is not None),
             rows=RunnerV1(self.model_runner),
             recorder=WorkerRecorder(settings.metrics_directory),
             observation_window_tokens=settings.observation_tokens,
             scale=first.impl.scale,
             isa=builders[0].isa,
+            reconstruction=reconstruction,
         )
         for builder in builders:
             builder.runtime = runtime

@@ -1,0 +1,98 @@
+"""Scorer kvzip inside the engine: right scores, no trace, and what it is good for."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from engine_job import MODEL, Request, run_job
+from reconstruction_probe import ReconstructionProbe
+from retrieval_task import VOCABULARY, make_context, question_prompt
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+SCORING_JOB = Path(__file__).parent.parent / "support" / "scoring_job.py"
+REPEAT = [VOCABULARY.ids["repeat"]]  # the wording of the tiny model's profile
+
+
+def engine_scores(tmp_path, prompts, settings, **engine):
+    """Scores by prefix as the engine computes them, and the segments of each pass."""
+    arguments = {
+        "model": str(MODEL), "dtype": "float32", "enforce_eager": True, "block_size": 32,
+        "gpu_memory_utilization": 0.3, "additional_config": {"kvzip": settings}, **engine,
+    }  # fmt: skip
+    job, answer = tmp_path / "job.json", tmp_path / "answer.pt"
+    job.write_text(json.dumps({"engine": arguments, "prompts": prompts}))
+    done = subprocess.run(
+        [sys.executable, SCORING_JOB, job, answer],
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TMPDIR": str(tmp_path)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(answer)
+    return found["scores"], found["passes"]
+
+
+@pytest.mark.parametrize(("chunk_tokens", "compiled"), [(2048, False), (200, False), (2048, True)])
+def test_scores_equal_those_of_plain_transformers(tmp_path, chunk_tokens, compiled):
+    rng = np.random.default_rng(1)
+    prompts = [make_context(rng, n).tokens.tolist() for n in (512, 700, 300)]
+    settings = {"scorer": "kvzip", "keep_ratio": 0.5, "scoring_chunk_tokens": chunk_tokens}
+    scores, passes = engine_scores(
+        tmp_path, prompts, settings, enforce_eager=not compiled, max_num_batched_tokens=2048
+    )
+    assert len(scores) == 3
+    if chunk_tokens == 2048:
+        assert passes == [3]  # all prompts in one pass
+    probe = ReconstructionProbe(str(MODEL))
+    link = 1 + 8  # repeat prompt and the end of the previous chunk count as well
+    for prefix, got in scores.items():
+        wanted = probe.score(list(prefix), chunk_tokens - link, REPEAT, REPEAT)
+        torch.testing.assert_close(got, wanted, atol=2e-4, rtol=1e-3)
+
+
+def test_scoring_leaves_no_trace():
+    rng = np.random.default_rng(2)
+    shared = make_context(rng, 500).tokens.tolist()
+    lengths = (300, 40, 700, 256, 33, 400)
+    prompts = [shared + make_context(rng, length).tokens.tolist() for length in lengths]
+    prompts += [make_context(rng, length).tokens.tolist() for length in (1000, 64, 1900)]
+    requests = [
+        Request(prompt, 40, arrives=3 * number, options={"logprobs": 0})
+        for number, prompt in enumerate(prompts)
+    ]
+    settings = {"keep_ratio": 1.0, "prefix_reuse": "raw"}
+    stock = run_job(requests)
+    silent = run_job(requests, kvzip={**settings, "scorer": "streaming"})
+    scored = run_job(requests, kvzip={**settings, "scorer": "kvzip"})
+    assert scored.outputs == stock.outputs
+    assert scored.cached_tokens == stock.cached_tokens
+    assert scored.free_blocks == silent.free_blocks
+    for got, wanted in zip(scored.logprobs, stock.logprobs, strict=True):
+        assert got == pytest.approx(wanted, abs=1e-4)
+    assert scored.metrics["vllm_kvzip_compress_seconds_sum/score"] > 0
+
+
+def test_it_answers_where_other_scorers_fail():
+    """Eight questions over a context of which a tenth is kept, compressed before they are read."""
+    context = make_context(np.random.default_rng(3), 1024, fact_density=0.3)
+    keys = list(context.facts)[::3]
+    declared = {"extra_args": {"kvzip_context_tokens": 1024}}
+    requests = [Request(context.tokens.tolist(), 2, options=declared)]
+    expected = []
+    for key in keys:
+        prompt, value = question_prompt(context, key)
+        requests.append(Request(prompt, 1, arrives=6, options=declared))
+        expected.append(value)
+    shares = {}
+    for scorer in ("kvzip", "keydiff", "random"):
+        settings = {"keep_ratio": 0.15, "scorer": scorer, "budget": "adaptive"}
+        report = run_job(requests, kvzip=settings)
+        answers = [output[0] for output in report.outputs[1:]]
+        shares[scorer] = np.mean([a == b for a, b in zip(answers, expected, strict=True)])
+    assert shares["kvzip"] >= 0.9
+    assert shares["kvzip"] > shares["keydiff"] + 0.1 > shares["random"]

@@ -1,0 +1,257 @@
+"""Worker side: the model repeats a context while its attention is watched (KVzip's scoring).
+
+The passes run between vLLM's steps, over the prompt's blocks as they lie in the cache. Their
+attention metadata is ours, so nothing is written: no slot, no block, no output, no random number.
+Chunks of several prompts share a pass.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from vllm.forward_context import set_forward_context
+
+from vllm_kvzip.reconstruction import LINK_TOKENS, Chunk, iter_chunks, reconstruction_scores
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from vllm.config import VllmConfig
+
+    from vllm_kvzip.compaction import PageStore
+    from vllm_kvzip.core import CacheGeometry
+    from vllm_kvzip.head_pages import PagePool
+
+QUERY_ROWS = 256  # queries whose attention is held in memory at once
+
+
+@dataclass(frozen=True)
+class RepeatPrompt:
+    """Token ids that ask for the context: of the first chunk, and of the later ones."""
+
+    first: tuple[int, ...]
+    later: tuple[int, ...]
+
+
+@dataclass(eq=False)
+class _Context:
+    """One prompt's prefix while it is scored.
+
+    Attributes:
+        token_ids: the tokens before the boundary.
+        pages: int64 ``[L, H, nb]``, where they lie.
+        scores: float32 ``[L, H, T]``, filled chunk by chunk.
+    """
+
+    token_ids: Sequence[int]
+    pages: torch.Tensor
+    scores: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Rows ``start:end`` of a pass repeat one chunk of a context."""
+
+    start: int
+    end: int
+    context: _Context
+    chunk: Chunk
+
+
+@dataclass(frozen=True)
+class ScoringMetadata:
+    """Attention metadata of a scoring pass.
+
+    Attributes:
+        segments: whose chunk lies in which rows.
+        store: the pool of head pages.
+        layer_index: vLLM layer name -> layer.
+        num_sinks: first tokens of a context that every softmax includes.
+    """
+
+    segments: list[_Segment]
+    store: PageStore
+    layer_index: dict[str, int]
+    num_sinks: int
+
+    def attend(
+        self,
+        layer: Any,
+        scale: float,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """Attention of one layer over the cached contexts and the repeated tokens themselves.
+
+        Args:
+            layer: vLLM's attention layer.
+            scale: softmax scale.
+            query: ``[num_tokens, H * G, D]``.
+            key, value: ``[num_tokens, H, D]``.
+            output: like ``query``; written.
+        """
+        index = self.layer_index[layer.layer_name]
+        num_heads, head_dim = key.shape[1], query.shape[2]
+        for segment in self.segments:
+            rows = slice(segment.start, segment.end)
+            pages = segment.context.pages[index]
+            keys = self.store.read_keys(pages)  # [H, T, D]
+            own_keys, own_values = key[rows].transpose(0, 1), value[rows].transpose(0, 1)
+            queries = query[rows].unflatten(1, (num_heads, -1))  # [R, H, G, D]
+            chunk, num_sinks = segment.chunk, min(self.num_sinks, segment.chunk.start)
+            segment.context.scores[index, :, chunk.start : chunk.end] = reconstruction_scores(
+                queries,
+                keys[:, :num_sinks],
+                keys[:, chunk.start : chunk.end],
+                own_keys,
+                scale,
+            )
+            output[rows] = _attend(
+                queries,
+                torch.cat([keys, own_keys], dim=1),
+                torch.cat([self.store.read_values(pages), own_values], dim=1),
+                scale,
+            ).view(-1, query.shape[1], head_dim)
+
+
+class ReconstructionPass:
+    """Runs the model over repeated contexts.
+
+    Args:
+        model: vLLM's model; called with ``input_ids`` and ``positions``.
+        vllm_config: of the engine.
+        geometry: shape of the compressed layers.
+        pool: where head pages lie.
+        store: reads them.
+        layer_names: vLLM's layer names in layer order.
+        repeat: what asks for the context.
+        num_sinks: first tokens of a context that every softmax includes.
+        chunk_tokens: longest chunk.
+        max_tokens: tokens of one pass.
+        max_positions: positions the model has.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Any,
+        vllm_config: VllmConfig,
+        geometry: CacheGeometry,
+        pool: PagePool,
+        store: PageStore,
+        layer_names: list[str],
+        repeat: RepeatPrompt,
+        num_sinks: int,
+        chunk_tokens: int,
+        max_tokens: int,
+        max_positions: int,
+    ) -> None:
+        self._model = model
+        self._vllm_config = vllm_config
+        self._geometry = geometry
+        self._pool = pool
+        self._store = store
+        self._layer_index = {name: index for index, name in enumerate(layer_names)}
+        self._repeat = repeat
+        self._num_sinks = num_sinks
+        longest_prompt = max(len(repeat.first), len(repeat.later)) + LINK_TOKENS
+        self._chunk_tokens = max(1, min(chunk_tokens, max_tokens, max_positions) - longest_prompt)
+        self._max_tokens = max_tokens
+        self._max_positions = max_positions
+
+    def run(
+        self, prefixes: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> list[tuple[torch.Tensor, float]]:
+        """Score the prefixes of some prompts.
+
+        Args:
+            prefixes: token ids before the boundary, and the blocks that hold them.
+
+        Returns:
+            for each, float32 ``[L, H, T]`` and its share of the seconds that all of them took.
+        """
+        begin = time.perf_counter()
+        geometry = self._geometry
+        contexts = [
+            _Context(
+                token_ids,
+                self._pool.page_ids(torch.tensor(blocks)),
+                torch.zeros(geometry.num_layers, geometry.num_kv_heads, len(token_ids)),
+            )
+            for token_ids, blocks in prefixes
+        ]
+        for batch in self._batches(contexts):
+            self._forward(batch)
+        seconds = time.perf_counter() - begin
+        total = sum(len(context.token_ids) for context in contexts)
+        return [(c.scores, seconds * len(c.token_ids) / total) for c in contexts]
+
+    def _batches(self, contexts: list[_Context]) -> Iterator[list[_Segment]]:
+        """Chunks of all contexts, as many in one pass as fit."""
+        batch: list[_Segment] = []
+        end = 0
+        for context in contexts:
+            for chunk in iter_chunks(
+                context.token_ids, self._chunk_tokens, self._repeat.first, self._repeat.later
+            ):
+                if batch and end + len(chunk.input_ids) > self._max_tokens:
+                    yield batch
+                    batch, end = [], 0
+                start, end = end, end + len(chunk.input_ids)
+                batch.append(_Segment(start, end, context, chunk))
+        if batch:
+            yield batch
+
+    def _forward(self, segments: list[_Segment]) -> None:
+        input_ids = torch.tensor([token for s in segments for token in s.chunk.input_ids])
+        positions = torch.cat([self._positions(segment) for segment in segments])
+        metadata = ScoringMetadata(segments, self._store, self._layer_index, self._num_sinks)
+        by_layer = dict.fromkeys(self._layer_index, metadata)
+        num_tokens = len(input_ids)
+        with set_forward_context(by_layer, self._vllm_config, num_tokens=num_tokens):
+            self._model(input_ids=input_ids, positions=positions)
+
+    def _positions(self, segment: _Segment) -> torch.Tensor:
+        """Behind the context; further to the front where the model's positions would run out."""
+        length = len(segment.chunk.input_ids)
+        first = min(len(segment.context.token_ids), self._max_positions - length)
+        return torch.arange(first, first + length)
+
+
+def _attend(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Causal attention of the last R of K tokens, a few query rows at a time.
+
+    Args:
+        queries: ``[R, H, G, D]``.
+        keys, values: ``[H, K, D]``, the last R of them the queries' own.
+        scale: softmax scale.
+
+    Returns:
+        ``[R, H, G, D]``.
+    """
+    num_rows, num_keys = queries.shape[0], keys.shape[1]
+    out = torch.empty_like(queries)
+    for first in range(0, num_rows, QUERY_ROWS):
+        last = min(first + QUERY_ROWS, num_rows)
+        visible = num_keys - num_rows + last
+        block = queries[first:last].permute(1, 2, 0, 3)  # [H, G, rows, D]
+        num_heads, group, rows, _ = block.shape
+        allowed = torch.ones(rows, visible, dtype=torch.bool).tril(visible - rows)
+        attended = scaled_dot_product_attention(
+            block.reshape(1, num_heads, group * rows, -1),
+            keys[None, :, :visible],
+            values[None, :, :visible],
+            attn_mask=allowed.repeat(group, 1),
+            scale=scale,
+        )
+        shape = (num_heads, group, rows, -1)
+        out[first:last] = attended[0].view(shape).permute(2, 0, 1, 3)
+    return out
