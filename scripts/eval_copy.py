@@ -25,7 +25,7 @@ from retrieval_task import copy_prompt, make_context
 from rich.console import Console
 from rich.table import Table
 
-SCORERS = ("default", "keydiff", "window", "knorm", "streaming", "random")
+SCORERS = ("default", "kvzip", "keydiff", "window", "knorm", "streaming", "random")
 KEEP_RATIOS = (0.9, 0.7, 0.5, 0.3)
 ANSWER_TOKENS = 128
 
@@ -55,6 +55,8 @@ def settings_of(scorer: str, keep_ratio: float) -> dict[str, Any]:
     """The plugin's settings of one cell of the table."""
     if scorer == "default":
         return {"keep_ratio": keep_ratio}
+    if scorer == "kvzip":  # the profile tells the wording of the repeat prompt
+        return {"keep_ratio": keep_ratio, "scorer": scorer}
     return {"keep_ratio": keep_ratio, "scorer": scorer, "profile": "none"}
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from engine_job import MODEL
+from retrieval_task import VOCABULARY
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -149,6 +150,26 @@ def test_registering_twice_is_harmless():
 )
 def test_wrong_flags_are_one_sentence(capsys, flags, message):
     assert message in refusal(capsys, *ON, *flags)
+
+
+KVZIP = ("--kv-compression-config.scorer", "kvzip")
+
+
+def test_scorer_kvzip_takes_the_wording_of_the_profile_and_ranks_globally():
+    settings = Settings.from_vllm_config(engine_config(*ON, *KVZIP))
+    repeat = VOCABULARY.ids["repeat"]
+    assert settings.repeat_ids == [[repeat], [repeat]]
+    assert settings.budget == "adaptive"
+    wording = ("--kv-compression-config.repeat_prompt", "w1 w2")
+    named = Settings.from_vllm_config(engine_config(*ON, *KVZIP, *wording))
+    assert named.repeat_ids == [[VOCABULARY.ids["w1"], VOCABULARY.ids["w2"]]] * 2
+    assert Settings.from_vllm_config(engine_config(*ON)).repeat_ids is None
+
+
+@pytest.mark.parametrize("flag", ["--enable-lora", "--skip-tokenizer-init"])
+def test_what_scorer_kvzip_cannot_work_with_is_refused(capsys, flag):
+    message = refusal(capsys, *ON, *KVZIP, flag)
+    assert f"Scorer kvzip does not work with {flag} yet; choose another scorer" in message
 
 
 def test_settings_without_the_flag_are_refused(capsys):

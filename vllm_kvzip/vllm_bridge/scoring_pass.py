@@ -209,7 +209,8 @@ class ReconstructionPass:
             yield batch
 
     def _forward(self, segments: list[_Segment]) -> None:
-        input_ids = torch.tensor([token for s in segments for token in s.chunk.input_ids])
+        tokens = [token for segment in segments for token in segment.chunk.input_ids]
+        input_ids = torch.tensor(tokens, dtype=torch.int32)  # as vLLM compiled the model
         positions = torch.cat([self._positions(segment) for segment in segments])
         metadata = ScoringMetadata(segments, self._store, self._layer_index, self._num_sinks)
         by_layer = dict.fromkeys(self._layer_index, metadata)
