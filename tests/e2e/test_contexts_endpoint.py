@@ -3,12 +3,18 @@
 import json
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from engine_job import MODEL
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from local_server import LocalServer
 from retrieval_task import VOCABULARY, make_context, question_prompt
+from vllm.entrypoints.serve.exception_handling import init_exception_handler
+
+from vllm_kvzip.vllm_bridge.contexts_endpoint import ContextsEndpoint
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -101,8 +107,10 @@ def test_text_and_chat_contexts_are_tokenized_by_the_server(server):
     [
         ({}, 400, "either `prompt` or `messages`"),
         ({"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, 400, "give one of them"),
-        ({"prompt": "w1 w2"}, 400, "has 2 tokens; contexts are compressed from 256 on"),
+        ({"prompt": "w1 w2"}, 400, "has 2 tokens and is left alone: min_prompt_tokens is 256"),
         ({"prompt": [7] * 3000}, 400, "2048"),
+        ({"prompt": "w1 " * 3000}, 400, "at least 2049 input tokens"),
+        ({"prompt": [7] * 2047}, 400, "has 2047 tokens, more than the 2046"),
         ({"prompt": [7] * 300, "file": "/etc/passwd"}, 400, "file"),
         ({"prompt": []}, 400, "prompt"),
         ({"prompt": [7] * 300, "model": "other"}, 404, "`other` does not exist"),
@@ -118,6 +126,19 @@ def test_wrong_bodies_are_told_what_is_wrong(server, body, status, sentence):
 def test_the_servers_keys_guard_it(server):
     assert call(server, key="wrong")[0] == 401
     assert call(server, body={"prompt": [7] * 300}, key="wrong")[0] == 401
+
+
+@pytest.mark.parametrize("body", [None, {"prompt": [7] * 300}])
+def test_a_server_without_compression_says_so(body):
+    app = FastAPI()
+    init_exception_handler(app)
+    ContextsEndpoint().attach_router(app)
+    app.state.args = SimpleNamespace(log_error_stack=False)
+    app.state.kvzip_engine = SimpleNamespace(vllm_config=SimpleNamespace(additional_config={}))
+    client = TestClient(app)
+    answer = client.get(PATH) if body is None else client.post(PATH, json=body)
+    assert answer.status_code == 404
+    assert "KV compression is off" in answer.json()["error"]["message"]
 
 
 def test_it_is_there_only_when_named(monkeypatch):

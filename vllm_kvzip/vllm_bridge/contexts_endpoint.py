@@ -5,6 +5,7 @@ An endpoint plugin of vLLM, loaded only when ``VLLM_PLUGINS`` names it. The rout
 own chat template and tokenizer, and through ``EngineClient.generate``.
 """
 
+import dataclasses
 import time
 from argparse import Namespace
 from typing import Any
@@ -14,6 +15,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import State
 from vllm import SamplingParams
+from vllm.config import ModelConfig
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.generate.base.protocol import validate_cache_salt
 from vllm.entrypoints.serve.tokenize.protocol import (
@@ -22,6 +24,7 @@ from vllm.entrypoints.serve.tokenize.protocol import (
 )
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
 from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
+from vllm.renderers import TokenizeParams
 from vllm.utils import random_uuid
 
 from vllm_kvzip.head_pages import PrefixRule
@@ -59,9 +62,22 @@ class _TextContext(TokenizeCompletionRequest):
     prompt: str | list[int]
     cache_salt: str | None = None
 
+    def build_tok_params(self, model_config: ModelConfig) -> TokenizeParams:
+        return _limited(super().build_tok_params(model_config), model_config)
+
 
 class _ChatContext(TokenizeChatRequest):
     cache_salt: str | None = None
+
+    def build_tok_params(self, model_config: ModelConfig) -> TokenizeParams:
+        return _limited(super().build_tok_params(model_config), model_config)
+
+
+def _limited(params: TokenizeParams, model_config: ModelConfig) -> TokenizeParams:
+    """Let vLLM refuse a text that cannot fit before all of it is tokenized."""
+    return dataclasses.replace(
+        params, max_total_tokens=model_config.max_model_len, max_output_tokens=OUTPUT_TOKENS
+    )
 
 
 class ContextsEndpoint:
@@ -95,10 +111,24 @@ async def compress_context(body: ContextRequest, raw_request: Request) -> JSONRe
     """
     begin = time.perf_counter()
     engine, rule = _engine(raw_request)
+    if not engine.vllm_config.cache_config.enable_prefix_caching:
+        raise VLLMValidationError(
+            "Prefix caching is off on this server, so no compressed context can be kept; start "
+            "vLLM without --no-enable-prefix-caching."
+        )
     handler = raw_request.app.state.serving_tokenization
+    refusal = await handler._check_model(body)
+    if refusal is not None:
+        return JSONResponse(refusal.model_dump(), status_code=refusal.error.code)
     lora_request = handler._maybe_get_adapters(body)
     (prompt,) = await _render(handler, body)
     token_ids = prompt["prompt_token_ids"]
+    longest = engine.vllm_config.model_config.max_model_len - OUTPUT_TOKENS
+    if len(token_ids) > longest:
+        raise VLLMValidationError(
+            f"The context has {len(token_ids)} tokens, more than the {longest} that leave room "
+            f"for {OUTPUT_TOKENS} more in max_model_len {longest + OUTPUT_TOKENS}."
+        )
     plan = rule.plan(len(token_ids), len(token_ids))
     if plan is None:
         reason = rule.skip_reason(len(token_ids), len(token_ids))
@@ -181,8 +211,10 @@ async def _render(handler: Any, body: ContextRequest) -> list[dict[str, Any]]:
 
 def _left_alone(rule: PrefixRule, num_tokens: int, reason: str | None) -> str:
     if reason == "below_min_prompt_tokens":
-        least = max(rule.min_prompt_tokens, rule.block_size)
-        return f"The context has {num_tokens} tokens; contexts are compressed from {least} on."
+        return (
+            f"The context has {num_tokens} tokens and is left alone: min_prompt_tokens is "
+            f"{rule.min_prompt_tokens}, and a block holds {rule.block_size} tokens."
+        )
     return (
         f"Nothing would be freed: keep_ratio {rule.keep_ratio} of the context's {num_tokens} "
         f"tokens needs as many blocks as they have."
