@@ -48,13 +48,13 @@ class ModelFingerprint(_Strict):
 
 
 class Provenance(_Strict):
-    """How a profile was made."""
+    """How a profile was made; an imported one does not say how its scores came about."""
 
     method: str
-    repeat_prompt: str
-    scoring_chunk_tokens: int = Field(gt=0)
-    num_contexts: int = Field(gt=0)
-    context_tokens: int = Field(gt=0)
+    repeat_prompt: str | None = None
+    scoring_chunk_tokens: int | None = Field(None, gt=0)
+    num_contexts: int | None = Field(None, gt=0)
+    context_tokens: int | None = Field(None, gt=0)
     texts: list[str]
     versions: dict[str, str]
     created: str

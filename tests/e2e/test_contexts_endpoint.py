@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from local_server import LocalServer
 from retrieval_task import VOCABULARY, make_context, question_prompt
-from vllm.entrypoints.serve.exception_handling import init_exception_handler
+from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 
 from vllm_kvzip.vllm_bridge.contexts_endpoint import ContextsEndpoint
 

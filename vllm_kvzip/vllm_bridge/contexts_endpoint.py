@@ -110,7 +110,8 @@ async def compress_context(body: ContextRequest, raw_request: Request) -> JSONRe
     ``keep_ratio``, the ``seconds`` it took, and an ``id`` to find it in the list.
     """
     begin = time.perf_counter()
-    engine, rule = _engine(raw_request)
+    engine, settings = _engine(raw_request)
+    rule = _rule(engine, settings)
     if not engine.vllm_config.cache_config.enable_prefix_caching:
         raise VLLMValidationError(
             "Prefix caching is off on this server, so no compressed context can be kept; start "
@@ -139,6 +140,8 @@ async def compress_context(body: ContextRequest, raw_request: Request) -> JSONRe
         ignore_eos=True,
         detokenize=False,
         extra_args={CONTEXT_TOKENS: len(token_ids)},
+        # A scorer that looks at queries must see those of the context computed.
+        skip_reading_prefix_cache=True if settings.observation_tokens else None,
     )
     cached_tokens = 0
     outputs = engine.generate(
@@ -169,13 +172,17 @@ async def list_contexts(raw_request: Request) -> JSONResponse:
     return JSONResponse({"contexts": contexts, "blocks_held": held})
 
 
-def _engine(raw_request: Request) -> tuple[EngineClient, PrefixRule]:
-    """The engine and its rule; an HTTP 404 when it does not compress."""
+def _engine(raw_request: Request) -> tuple[EngineClient, Settings]:
+    """The engine and its settings; an HTTP 404 when it does not compress."""
     engine = getattr(raw_request.app.state, "kvzip_engine", None)
     if engine is None or KEY not in (engine.vllm_config.additional_config or {}):
         raise VLLMNotFoundError("KV compression is off; start vLLM with --kv-compression kvzip.")
-    config = Settings.from_vllm_config(engine.vllm_config).config
-    return engine, PrefixRule(
+    return engine, Settings.from_vllm_config(engine.vllm_config)
+
+
+def _rule(engine: EngineClient, settings: Settings) -> PrefixRule:
+    config = settings.config
+    return PrefixRule(
         keep_ratio=config.keep_ratio,
         min_prompt_tokens=config.min_prompt_tokens,
         sink_tokens=config.sink_tokens,

@@ -129,7 +129,7 @@ def _repeat_ids(vllm_config: VllmConfig, config: KVzipConfig, path: Path | None)
 
     wording, default = config.repeat_prompt, KVzipConfig.model_fields["repeat_prompt"].default
     if wording == default and path is not None:
-        wording = load_profile(path).provenance.repeat_prompt
+        wording = load_profile(path).provenance.repeat_prompt or default
     later = LATER_REPEAT_PROMPT if wording == default else wording
     tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
     return [tokenizer.encode(text, add_special_tokens=False) for text in (wording, later)]
