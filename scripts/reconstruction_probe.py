@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
@@ -17,6 +17,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _probe_numbers = itertools.count()
+
+
+class _Place(NamedTuple):
+    """Where things begin in the keys an attention layer sees; the sinks come first."""
+
+    num_sinks: int
+    chunk_start: int
+    own_start: int
 
 
 class ReconstructionProbe:
@@ -38,6 +46,7 @@ class ReconstructionProbe:
         self._num_sinks = num_sinks
         self._chunk: Chunk | None = None
         self._context_tokens = 0
+        self._place = _Place(0, 0, 0)
         self._scores: torch.Tensor | None = None
 
     @property
@@ -62,6 +71,7 @@ class ReconstructionProbe:
         first_prompt_ids: Sequence[int],
         later_prompt_ids: Sequence[int],
         progress: Callable[[], Any] = lambda: None,
+        local: bool = False,
     ) -> torch.Tensor:
         """Scores of every KV pair of a context.
 
@@ -70,6 +80,8 @@ class ReconstructionProbe:
             chunk_tokens: longest chunk to repeat at once.
             first_prompt_ids, later_prompt_ids: repeat prompts.
             progress: called after each forward pass.
+            local: whether a chunk is repeated looking at sinks and chunk only, as the engine does,
+                and not at the whole context.
 
         Returns:
             float32 ``[L, H, T]``.
@@ -81,9 +93,22 @@ class ReconstructionProbe:
         progress()
         for chunk in iter_chunks(context_ids, chunk_tokens, first_prompt_ids, later_prompt_ids):
             self._chunk = chunk
-            self.model(torch.tensor([chunk.input_ids]), past_key_values=cache, logits_to_keep=1)
+            num_sinks = min(self._num_sinks, chunk.start)
+            self._place = _Place(num_sinks, chunk.start, self._context_tokens)
+            seen = cache
+            if local:
+                self._place = _Place(num_sinks, num_sinks, num_sinks + chunk.end - chunk.start)
+                seen = _part_of(cache, [*range(num_sinks), *range(chunk.start, chunk.end)])
+            first = self._context_tokens
+            self.model(
+                torch.tensor([chunk.input_ids]),
+                past_key_values=seen,
+                position_ids=torch.arange(first, first + len(chunk.input_ids))[None],
+                logits_to_keep=1,
+            )
             self._chunk = None
-            cache.crop(self._context_tokens)
+            if not local:
+                cache.crop(self._context_tokens)
             progress()
         return self._scores
 
@@ -96,12 +121,21 @@ class ReconstructionProbe:
             chunk, keys = self._chunk, key[0]
             num_heads = keys.shape[0]
             queries = query[0].unflatten(0, (num_heads, -1)).permute(2, 0, 1, 3)  # [R, H, G, D]
-            num_sinks = min(self._num_sinks, chunk.start)
+            place = self._place
+            chunk_end = place.chunk_start + chunk.end - chunk.start
             self._scores[module.layer_idx, :, chunk.start : chunk.end] = reconstruction_scores(
                 queries,
-                keys[:, :num_sinks],
-                keys[:, chunk.start : chunk.end],
-                keys[:, self._context_tokens :],
+                keys[:, : place.num_sinks],
+                keys[:, place.chunk_start : chunk_end],
+                keys[:, place.own_start :],
                 module.scaling,
             )
         return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+
+
+def _part_of(cache: Any, positions: list[int]) -> DynamicCache:
+    """A cache with some of the tokens of another."""
+    part = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        part.update(layer.keys[:, :, positions], layer.values[:, :, positions], index)
+    return part

@@ -96,6 +96,38 @@ def reconstruction_scores(
     return best.exp()
 
 
+def scores_from_normaliser(
+    queries: torch.Tensor,
+    chunk_keys: torch.Tensor,
+    log_normaliser: torch.Tensor,
+    scale: float,
+    query_rows: int = 256,
+) -> torch.Tensor:
+    """The same scores when the softmax's normaliser is known, as a fused attention returns it.
+
+    Products are taken in the dtype of the inputs, as in the original, and compared in it.
+
+    Args:
+        queries: ``[H, M, D]``, all queries of a head's group.
+        chunk_keys: ``[H, C, D]``.
+        log_normaliser: float32 ``[H, M]``, log of the sum of exponentials of all scaled logits.
+        scale: softmax scale.
+        query_rows: queries whose attention is held in memory at once.
+
+    Returns:
+        float32 ``[H, C]``, in [0, 1].
+    """
+    keys = chunk_keys.transpose(1, 2)
+    scaled = queries * scale
+    best = torch.full(chunk_keys.shape[:2], float("-inf"), device=queries.device)
+    for first in range(0, queries.shape[1], query_rows):
+        rows = slice(first, first + query_rows)
+        logits = torch.bmm(scaled[:, rows], keys)
+        logits -= log_normaliser[:, rows, None].to(logits.dtype)
+        best = best.maximum(logits.amax(dim=1).float())
+    return best.exp().clamp_(max=1.0)
+
+
 def retrieval_fractions(importance: torch.Tensor, keep_ratio: float) -> torch.Tensor:
     """Budgets by head: the most important heads keep everything, the others nothing but the floor.
 

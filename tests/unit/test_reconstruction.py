@@ -10,6 +10,7 @@ from vllm_kvzip.reconstruction import (
     pair_fractions,
     reconstruction_scores,
     retrieval_fractions,
+    scores_from_normaliser,
 )
 
 
@@ -39,6 +40,21 @@ def test_scores_are_the_largest_attention_of_any_query_of_the_group():
                 for index in range(chunk):
                     best[index] = max(best[index], weights[sinks + index] / sum(weights))
         assert got[head].tolist() == pytest.approx(best, rel=1e-4)
+
+
+def test_scores_follow_from_the_normaliser():
+    torch.manual_seed(1)
+    heads, group, rows, chunk, dim = 2, 3, 5, 7, 4
+    queries, own = torch.randn(rows, heads, group, dim), torch.randn(heads, rows, dim)
+    sinks, keys = torch.randn(heads, 2, dim), torch.randn(heads, chunk, dim)
+    wanted = reconstruction_scores(queries, sinks, keys, own, 0.5)
+    by_head = queries.permute(1, 2, 0, 3)  # [H, G, R, D]
+    logits = by_head @ torch.cat([sinks, keys, own], dim=1).transpose(1, 2)[:, None] * 0.5
+    future = torch.ones(rows, rows, dtype=torch.bool).triu(1)
+    logits[..., 2 + chunk :].masked_fill_(future, float("-inf"))
+    normaliser = logits.logsumexp(-1).flatten(1)
+    got = scores_from_normaliser(by_head.flatten(1, 2), keys, normaliser, 0.5, query_rows=4)
+    torch.testing.assert_close(got, wanted)
 
 
 def test_retrieval_fractions_fill_heads_in_order_of_importance():

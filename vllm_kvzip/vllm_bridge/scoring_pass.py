@@ -2,7 +2,8 @@
 
 The passes run between vLLM's steps, over the prompt's blocks as they lie in the cache. Their
 attention metadata is ours, so nothing is written: no slot, no block, no output, no random number.
-Chunks of several prompts share a pass.
+Chunks of several prompts share a pass. A chunk is repeated looking at the sinks and itself, not at
+the rest of the context, so that the cost is linear in the context.
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from vllm.forward_context import set_forward_context
 
-from vllm_kvzip.reconstruction import LINK_TOKENS, Chunk, iter_chunks, reconstruction_scores
+from vllm_kvzip.reconstruction import LINK_TOKENS, Chunk, iter_chunks, scores_from_normaliser
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from vllm_kvzip.core import CacheGeometry
     from vllm_kvzip.head_pages import PagePool
 
-QUERY_ROWS = 256  # queries whose attention is held in memory at once
+# What scaled_dot_product_attention runs on the CPU; called by name because it also returns the
+# normaliser, which the public function keeps to itself.
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,14 @@ class ScoringMetadata:
         store: the pool of head pages.
         layer_index: vLLM layer name -> layer.
         num_sinks: first tokens of a context that every softmax includes.
+        block_size: tokens per page.
     """
 
     segments: list[_Segment]
     store: PageStore
     layer_index: dict[str, int]
     num_sinks: int
+    block_size: int
 
     def attend(
         self,
@@ -87,7 +91,7 @@ class ScoringMetadata:
         value: torch.Tensor,
         output: torch.Tensor,
     ) -> None:
-        """Attention of one layer over the cached contexts and the repeated tokens themselves.
+        """Attention of one layer over sinks, chunk and the repeated tokens themselves.
 
         Args:
             layer: vLLM's attention layer.
@@ -100,24 +104,32 @@ class ScoringMetadata:
         num_heads, head_dim = key.shape[1], query.shape[2]
         for segment in self.segments:
             rows = slice(segment.start, segment.end)
-            pages = segment.context.pages[index]
-            keys = self.store.read_keys(pages)  # [H, T, D]
-            own_keys, own_values = key[rows].transpose(0, 1), value[rows].transpose(0, 1)
-            queries = query[rows].unflatten(1, (num_heads, -1))  # [R, H, G, D]
-            chunk, num_sinks = segment.chunk, min(self.num_sinks, segment.chunk.start)
-            segment.context.scores[index, :, chunk.start : chunk.end] = reconstruction_scores(
-                queries,
-                keys[:, :num_sinks],
-                keys[:, chunk.start : chunk.end],
-                own_keys,
-                scale,
+            keys, values = self._sinks_and_chunk(segment, index)
+            # [H, G * R, D]: the queries of a group share their head's keys.
+            queries = query[rows].unflatten(1, (num_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
+            attended, log_normaliser = _attend(
+                queries, keys, values, key[rows].transpose(0, 1), value[rows].transpose(0, 1), scale
             )
-            output[rows] = _attend(
-                queries,
-                torch.cat([keys, own_keys], dim=1),
-                torch.cat([self.store.read_values(pages), own_values], dim=1),
-                scale,
-            ).view(-1, query.shape[1], head_dim)
+            chunk = segment.chunk
+            segment.context.scores[index, :, chunk.start : chunk.end] = scores_from_normaliser(
+                queries, keys[:, chunk.start - chunk.end :], log_normaliser, scale
+            )
+            by_head = attended.reshape(num_heads, -1, segment.end - segment.start, head_dim)
+            output[rows] = by_head.permute(2, 0, 1, 3).flatten(1, 2)
+
+    def _sinks_and_chunk(self, segment: _Segment, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cached keys and values ``[H, S + C, D]`` that a segment looks at."""
+        chunk, pages = segment.chunk, segment.context.pages[layer]
+        size = self.block_size
+        first, last = chunk.start // size, -(-chunk.end // size)
+        inside = slice(chunk.start - first * size, chunk.end - first * size)
+        num_sinks = min(self.num_sinks, chunk.start)
+        sink_pages = pages[:, : -(-num_sinks // size)]
+        parts = []
+        for read in (self.store.read_keys, self.store.read_values):
+            sinks = read(sink_pages)[:, :num_sinks]
+            parts.append(torch.cat([sinks, read(pages[:, first:last])[:, inside]], dim=1))
+        return parts[0], parts[1]
 
 
 class ReconstructionPass:
@@ -212,7 +224,9 @@ class ReconstructionPass:
         tokens = [token for segment in segments for token in segment.chunk.input_ids]
         input_ids = torch.tensor(tokens, dtype=torch.int32)  # as vLLM compiled the model
         positions = torch.cat([self._positions(segment) for segment in segments])
-        metadata = ScoringMetadata(segments, self._store, self._layer_index, self._num_sinks)
+        metadata = ScoringMetadata(
+            segments, self._store, self._layer_index, self._num_sinks, self._geometry.block_size
+        )
         by_layer = dict.fromkeys(self._layer_index, metadata)
         num_tokens = len(input_ids)
         with set_forward_context(by_layer, self._vllm_config, num_tokens=num_tokens):
@@ -226,33 +240,37 @@ class ReconstructionPass:
 
 
 def _attend(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Causal attention of the last R of K tokens, a few query rows at a time.
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    own_keys: torch.Tensor,
+    own_values: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over cached tokens, and causally over the repeated tokens themselves.
 
     Args:
-        queries: ``[R, H, G, D]``.
-        keys, values: ``[H, K, D]``, the last R of them the queries' own.
+        queries: ``[H, G * R, D]``, group member after group member.
+        keys, values: ``[H, K, D]``, cached; every query sees them.
+        own_keys, own_values: ``[H, R, D]``.
         scale: softmax scale.
 
     Returns:
-        ``[R, H, G, D]``.
+        ``[H, G * R, D]``, and the log of each softmax's normaliser, float32 ``[H, G * R]``.
     """
-    num_rows, num_keys = queries.shape[0], keys.shape[1]
-    out = torch.empty_like(queries)
-    for first in range(0, num_rows, QUERY_ROWS):
-        last = min(first + QUERY_ROWS, num_rows)
-        visible = num_keys - num_rows + last
-        block = queries[first:last].permute(1, 2, 0, 3)  # [H, G, rows, D]
-        num_heads, group, rows, _ = block.shape
-        allowed = torch.ones(rows, visible, dtype=torch.bool).tril(visible - rows)
-        attended = scaled_dot_product_attention(
-            block.reshape(1, num_heads, group * rows, -1),
-            keys[None, :, :visible],
-            values[None, :, :visible],
-            attn_mask=allowed.repeat(group, 1),
-            scale=scale,
-        )
-        shape = (num_heads, group, rows, -1)
-        out[first:last] = attended[0].view(shape).permute(2, 0, 1, 3)
-    return out
+    num_heads, num_rows, head_dim = own_keys.shape
+    group = queries.shape[1] // num_rows
+    cached, cached_log = _flash(queries[None], keys[None], values[None], 0.0, False, scale=scale)
+    own, own_log = _flash(
+        queries.reshape(1, num_heads * group, num_rows, head_dim),
+        own_keys.repeat_interleave(group, dim=0)[None],
+        own_values.repeat_interleave(group, dim=0)[None],
+        0.0,
+        True,
+        scale=scale,
+    )
+    own_log = own_log.reshape(cached_log.shape)
+    log_normaliser = torch.logaddexp(cached_log, own_log)
+    share = (own_log - log_normaliser).exp()[..., None]
+    attended = torch.lerp(cached.float(), own.reshape(cached.shape).float(), share)
+    return attended[0].to(queries.dtype), log_normaliser[0]
