@@ -64,7 +64,7 @@ class KVzipConfig(BaseModel):
         description="what asks the model to repeat its context; default the profile's own, if any",
     )
     scoring_chunk_tokens: int = Field(
-        2048, ge=16, description="tokens the model repeats at once, of scorer kvzip"
+        512, ge=16, description="tokens the model repeats at once, of scorer kvzip"
     )
     seed: int = Field(0, description="seed of scorer random")
 

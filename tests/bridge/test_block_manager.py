@@ -74,6 +74,9 @@ class World:
         size = self.random.choice(documents)
         stem = [1 + self.random.randrange(2)] * size
         prompt = stem + [self.random.randrange(1000) for _ in range(self.random.randint(1, 90))]
+        if self.running and self.random.random() < 0.15:  # somebody goes on from an answer
+            prompt = [*self.random.choice(self.running).all_token_ids, 7, 8]
+        prompt = prompt[:300]
         context = self.random.choice([None, size, min(size, 64)])
         declared = None if context is None else {"kvzip_context_tokens": context}
         params = SamplingParams(max_tokens=self.random.randint(1, 160), extra_args=declared)
@@ -91,13 +94,15 @@ class World:
         if not self.running and self.random.random() < 0.2 and self.cache.reset_prefix_cache():
             self.manager.prefixes.clear()
             self.events["reset"] += 1
+        for request in self.running:
+            in_flight = self.last_scheduled.get(request.request_id, 0)
+            request.num_in_flight_tokens = in_flight if self.asynchronous else 0
+        self.cache.new_step_starts()
         scheduled, running, preempted = {}, [], []
         for request in list(self.running):
             if request not in self.running:
                 continue  # preempted by an earlier one of this step
             count = min(CHUNK, request.num_tokens - request.num_computed_tokens)
-            in_flight = self.last_scheduled.get(request.request_id, 0)
-            request.num_in_flight_tokens = in_flight if self.asynchronous else 0
             blocks = self.cache.allocate_slots(request, count)
             while blocks is None:
                 victim = self.running.pop()
@@ -248,7 +253,6 @@ class World:
             assert all(block == 0 for block in row[num_compressed : boundary // BLOCK])
             started_here = rid not in self.manager._raw_tokens
             allowed = ("over",) if started_here else ("raw", "over")
-            assert self.tracker.get(rid).folded
         else:
             allowed = ("raw",)
         for position in range(boundary, first + count):

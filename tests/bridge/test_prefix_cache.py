@@ -111,6 +111,22 @@ def test_the_last_token_is_always_computed(engine):
     assert engine.serve([*CONTEXT, 1], 128)[0] == ("compressed", 128)
 
 
+def test_rows_are_folded_before_anybody_asks_for_blocks(engine):
+    """vLLM serves running requests in order and preempts the last one when blocks run out."""
+    pool = engine.cache.block_pool
+    request = Request("x", CONTEXT, SamplingParams(max_tokens=9), None, block_hasher=engine.hasher)
+    engine.cache.allocate_slots(request, len(CONTEXT))
+    engine.manager.end_of_schedule({"x"})
+    request.num_computed_tokens = request.num_in_flight_tokens = len(CONTEXT)
+    before = pool.get_num_free_blocks()
+    engine.cache.new_step_starts()
+    assert pool.get_num_free_blocks() == before  # its step has not been processed yet
+    request.num_in_flight_tokens = 0
+    engine.cache.new_step_starts()
+    assert pool.get_num_free_blocks() == before + len(CONTEXT) // BLOCK
+    engine.cache.free(request)
+
+
 def test_adapters_and_salts_do_not_share(engine):
     engine.serve([*CONTEXT, *QUESTION], 128)
     lora = LoRARequest("adapter", 1, "/nowhere")

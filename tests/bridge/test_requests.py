@@ -58,6 +58,16 @@ def test_finished_requests_go_and_their_id_may_come_back():
     assert len(tracker) == 0
 
 
+def test_requests_that_are_left_alone_are_named_when_they_lose_their_blocks():
+    """One of them may have resumed on somebody else's compressed prefix."""
+    tracker = RequestTracker(RULE)
+    run(tracker, output(new=[new_request("a", 31, [1, 2])], scheduled={"a": 31}))
+    assert run(tracker, output(preempted=["a"])) == (["a"], [])
+    step = output(running=[("a", 16, [3, 4])], scheduled={"a": 20}, resumed=["a"])
+    assert run(tracker, step) == (["a"], [])
+    assert run(tracker, output(finished=["a"])) == (["a"], [])
+
+
 def test_equal_prefixes_have_equal_seeds():
     tracker = RequestTracker(RULE)
     run(tracker, output(new=[new_request(name, 64, [1]) for name in "ab"], scheduled={}))

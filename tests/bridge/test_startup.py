@@ -13,8 +13,11 @@ from pathlib import Path
 import pytest
 from engine_job import MODEL
 from retrieval_task import VOCABULARY
+from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.exceptions import VLLMValidationError
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_kvzip.errors import KVzipError
 from vllm_kvzip.profile import load_profile, profile_folders
@@ -139,6 +142,10 @@ def test_registering_twice_is_harmless():
         (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2 yet; set it to 1"),
         (["--block-size", "16"], "--block-size 16 on the CPU; use a multiple of 32"),
         (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype fp8"),
+        (
+            ["--kv-events-config", '{"enable_kv_cache_events": true, "publisher": "null"}'],
+            "KV cache events, which know nothing of compressed prefixes; remove --kv-events-config",
+        ),
         (["--scheduler-cls", "my.Scheduler"], "--scheduler-cls my.Scheduler; remove the flag"),
         (["--kv-compression-config.prefix_reuse", "never"], "prefix_reuse='never' is wrong"),
         (["--kv-compression-config.reuse_ttl_seconds", "0"], "reuse_ttl_seconds=0 is wrong"),
@@ -150,6 +157,16 @@ def test_registering_twice_is_harmless():
 )
 def test_wrong_flags_are_one_sentence(capsys, flags, message):
     assert message in refusal(capsys, *ON, *flags)
+
+
+def test_streaming_input_sessions_are_refused_where_they_enter():
+    """Their prompt grows while its compressed part is in use; the engine would stop."""
+    processor = InputProcessor(engine_config(*ON))
+    tokens = {"type": "token", "prompt_token_ids": [7] * 300}
+    request = processor.process_inputs("a", tokens, SamplingParams(), ("generate",))
+    assert len(request.prompt_token_ids) == 300
+    with pytest.raises(VLLMValidationError, match="Streaming-input sessions"):
+        processor.process_inputs("b", tokens, SamplingParams(), ("generate",), resumable=True)
 
 
 KVZIP = ("--kv-compression-config.scorer", "kvzip")

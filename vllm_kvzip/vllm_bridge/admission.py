@@ -42,6 +42,11 @@ def check_requests() -> None:
     ) -> EngineCoreRequest:
         """vLLM's, then a look at the request it made."""
         request = process_inputs(self, *args, **kwargs)
+        if KEY in (self.vllm_config.additional_config or {}) and request.resumable:
+            raise VLLMValidationError(
+                "Streaming-input sessions, whose prompt grows after decoding began, do not work "
+                "with KV compression yet; send the whole prompt in one request."
+            )
         embeds = request.prompt_embeds
         _check(self.vllm_config, request.sampling_params, request.prompt_token_ids, embeds)
         return request

@@ -43,6 +43,7 @@ class Reservation:
 
     start: int
     run: PrefixRun
+    request: Request | None
 
     @property
     def count(self) -> int:
@@ -81,6 +82,21 @@ class HeadPageManager(FullAttentionManager):
     def work_for(self, request: Request) -> None:
         """The next calls concern this request."""
         self._request = request
+
+    def new_step_starts(self) -> None:
+        """Fold every row that is ready, before anybody asks for blocks.
+
+        vLLM walks through the running requests in order and preempts the last one when blocks run
+        out, which is often the one that has just completed its prompt.
+        """
+        super().new_step_starts()
+        for request_id, reservation in list(self._reserved.items()):
+            request = reservation.request
+            if request is None:
+                continue
+            processed = request.num_computed_tokens - request.num_in_flight_tokens
+            if processed >= reservation.run.plan.ready_tokens:
+                self._fold(request_id, request.num_prompt_tokens)
 
     def find_longest_cache_hit(
         self, block_hashes: Any, max_length: int, **kwargs: Any
@@ -206,7 +222,8 @@ class HeadPageManager(FullAttentionManager):
         self._raw_hits.pop(request_id, None)
         self._raw_tokens.pop(request_id, None)
         self._hits.pop(request_id, None)
-        if self._reserved.pop(request_id, None) is not None:
+        reservation = self._reserved.pop(request_id, None)
+        if reservation and (reservation.request is None or reservation.request.is_finished()):
             self._recorder.skipped("ended_before_decode")
         if (run := self._runs.pop(request_id, None)) is not None:
             self._leave(run)
@@ -241,7 +258,8 @@ class HeadPageManager(FullAttentionManager):
         blocks: list[KVCacheBlock] = self.block_pool.get_new_blocks(count)
         row = self.req_to_blocks[request_id]
         run = PrefixRun(plan, blocks, self._prefix_hash(request_id, plan))
-        self._reserved[request_id] = Reservation(start=len(row), run=run)
+        at_hand = self._request if self._num_prompt_tokens(request_id) is not None else None
+        self._reserved[request_id] = Reservation(len(row), run, at_hand)
         self._crossing.append(request_id)
         row.extend(blocks)
         return blocks

@@ -97,6 +97,10 @@ def _engine_problems(vllm_config: VllmConfig) -> list[str]:
             "KV connectors; remove --kv-transfer-config and --kv-offloading-size",
         ),
         (
+            bool(getattr(vllm_config.kv_events_config, "enable_kv_cache_events", False)),
+            "KV cache events, which know nothing of compressed prefixes; remove --kv-events-config",
+        ),
+        (
             cache.cache_dtype not in ("auto", "float32", "float16", "bfloat16"),
             f"--kv-cache-dtype {cache.cache_dtype} yet; remove the flag",
         ),

@@ -79,19 +79,20 @@ class RequestTracker:
         """Forget what was kept for requests that ended or lost their blocks; returns their ids.
 
         A preempted request is still known afterwards: model runner V1 is not told its prompt again
-        when it resumes, only its new row.
+        when it resumes, only its new row. Requests that are not tracked are named as well: one that
+        would be left alone may have resumed on a compressed prefix.
         """
-        dropped = []
+        dropped = set(output.finished_req_ids)
         for rid in self.finished(output):
             if self._requests.pop(rid, None):
-                dropped.append(rid)
+                dropped.add(rid)
         for rid in self.suspended(output):
+            dropped.add(rid)
             if request := self._requests.get(rid):
                 request.crossed = request.folded = False
                 request.kept_as = None
                 request.block_ids = []
-                dropped.append(rid)
-        return dropped
+        return sorted(dropped)
 
     @staticmethod
     def finished(output: SchedulerOutput) -> set[str]:
