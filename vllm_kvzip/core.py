@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 
 @dataclass(frozen=True)
@@ -107,6 +106,15 @@ class CompressedPrefix:
 
     page_ids: torch.Tensor
     pages: torch.Tensor
+
+    @cached_property
+    def padded(self) -> torch.Tensor:
+        """Page ids as int32 ``[L, H, most pages of a head]``, zeros behind a head's last page."""
+        width = int(self.pages.max())
+        table = self.page_ids.new_zeros((*self.pages.shape, width), dtype=torch.int32)
+        filled = torch.arange(width, device=self.pages.device) < self.pages[:, :, None]
+        table[filled] = self.page_ids.to(torch.int32)
+        return table
 
 
 @dataclass(frozen=True)

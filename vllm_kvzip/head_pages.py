@@ -207,13 +207,11 @@ class HeadPageTable:
         """
         num_layers, num_heads = pool.num_layers, pool.num_kv_heads
         pages = torch.stack([prefix.pages for prefix in prefixes], dim=1)  # [L, R, H]
-        width = int(pages.max()) + spare_columns
+        width = max(prefix.padded.shape[2] for prefix in prefixes) + spare_columns
         shape = (num_layers, len(prefixes), num_heads, width)
         table = torch.zeros(shape, dtype=torch.int32)
-        column = torch.arange(width)
         for index, prefix in enumerate(prefixes):
-            filled = column < prefix.pages[:, :, None]
-            table[:, index][filled] = prefix.page_ids.to(torch.int32)
+            table[:, index, :, : prefix.padded.shape[2]] = prefix.padded
         return cls(
             table.view(num_layers, -1, width), pages.reshape(num_layers, -1).contiguous(), pool
         )

@@ -83,6 +83,7 @@ def _remember_flags(engine_args: type[EngineArgs]) -> None:
 
     @functools.wraps(original)
     def from_cli_args(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
+        """vLLM's, with the parsed namespace beside it."""
         result: EngineArgs = original(cls, args)
         result.kvzip_cli_args = args
         if getattr(args, "kv_compression", None) == METHOD:
