@@ -50,9 +50,9 @@ class RunningServer:
         lines = (line for line in self.get("/metrics").splitlines() if line and line[0] != "#")
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
-    def blocks_held(self) -> float:
-        """KV cache blocks in use, from vLLM's own metrics."""
-        samples = self.metrics()
+    def blocks_held(self, samples: dict[str, float] | None = None) -> float:
+        """KV cache blocks in use, from vLLM's own metrics, now or when ``samples`` were taken."""
+        samples = samples or self.metrics()
         usage = next(v for k, v in samples.items() if k.startswith("vllm:kv_cache_usage_perc"))
         info = next(k for k in samples if k.startswith("vllm:cache_config_info"))
         total = int(info.split('num_gpu_blocks="')[1].split('"')[0])
