@@ -33,8 +33,12 @@ def test_blocks_come_back_while_a_request_decodes_and_the_answer_is_right(server
 
     before, tokens_before = server.blocks_held(), generated(server.metrics())
     answer, held, saved = [], [], []
-    for piece in server.stream(prompt, 200):
+    stream = server.stream(prompt, 520)  # it must not end before the last look at the metrics
+    for piece in stream:
         answer.extend(piece.split())
+        if len(answer) == 200:
+            stream.close()
+            break
         if len(answer) in (50, 100, 150):
             samples = server.metrics()
             # The server may be ahead of what has been read here.
