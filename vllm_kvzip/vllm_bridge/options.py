@@ -91,7 +91,14 @@ def _resolve(vllm_config: VllmConfig, config: KVzipConfig) -> Settings:
     from vllm_kvzip.vllm_bridge.stats_export import open_metrics_directory
 
     path = _profile_path(vllm_config, config)
-    logger.info("Head profile: %s", path or "none")
+    if path is None and config.profile == "auto" and config.scorer is None:
+        logger.warning(
+            "No head profile matches this model, so scorer %s chooses; build one with "
+            "scripts/profile_heads.py for much better quality.",
+            DEFAULT_SCORER,
+        )
+    else:
+        logger.info("Head profile: %s", path or "none")
     scorer = config.scorer or ("profile" if path else DEFAULT_SCORER)
     try:
         repeats = scorer_class(scorer).needs_reconstruction

@@ -1,7 +1,8 @@
 """The entry point vLLM loads in every process (group ``vllm.general_plugins``).
 
-Only two things need more than vLLM's own extension points, and both concern start-up: the flags of
-``vllm serve``, and the moment the engine's configuration is complete. In a process that makes no
+Two things at start-up need more than vLLM's own extension points: the flags of ``vllm serve``, and
+the moment the engine's configuration is complete. Three methods of ``EngineArgs`` are wrapped for
+them, which pass everything through while compression is off. In a process that makes no
 configuration (engine core, workers) the plugin does nothing at all: what it needs there comes with
 the configuration, as the name of the worker class.
 """
