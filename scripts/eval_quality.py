@@ -4,12 +4,7 @@
 
 The context is compressed before any question is read (query-agnostic): each context is sent alone,
 then all questions about it start from its compressed prefix, and the run fails unless each of them
-did. Tasks are made of the words the tiny test model knows, see ``retrieval_task.py``:
-
-    needle      one fact in a long context of filler
-    multi-key   facts wherever one looks, and a question for one of them
-    copy        32 words of a passage, continued verbatim from four of its words
-
+did. Tasks are made of the words the tiny test models know, see ``quality_tasks.py``.
 Real vLLM, one engine per row and keep ratio. Prints accuracy with a 95 % Wilson interval.
 """
 
@@ -20,78 +15,21 @@ import json
 import os
 import platform
 import sys
-from dataclasses import dataclass
 from datetime import date
 from math import sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from local_server import CPU_ENVIRONMENT
 from prometheus_client import REGISTRY
-from retrieval_task import Context, copy_prompt, make_context, question_prompt
+from quality_tasks import TASKS, Document
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 ROWS = ("default", "kvzip", "kvzip+uniform", "keydiff", "window", "streaming", "random")
 KEEP_RATIOS = (0.5, 0.3, 0.2, 0.1)
-COPY_TOKENS = 32
 HITS = "vllm_kvzip_prefix_hits_total"
-
-
-@dataclass(frozen=True)
-class Question:
-    """What follows a context, and the tokens that must come next."""
-
-    tokens: list[int]
-    answer: list[int]
-
-
-@dataclass(frozen=True)
-class Document:
-    """A context and questions about it."""
-
-    tokens: list[int]
-    questions: list[Question]
-
-
-def fact_questions(rng: np.random.Generator, context: Context, count: int) -> list[Question]:
-    """``? key`` for some of the facts."""
-    keys = rng.permutation(list(context.facts))[:count].tolist()
-    asked = [question_prompt(context, key) for key in keys]
-    return [Question(prompt[len(context.tokens) :], [value]) for prompt, value in asked]
-
-
-def needle(rng: np.random.Generator, num_tokens: int, count: int) -> Document:
-    """One fact among filler; there is only one question to ask."""
-    context = make_context(rng, num_tokens, fact_density=0.0)
-    return Document(context.tokens.tolist(), fact_questions(rng, context, count))
-
-
-def multi_key(rng: np.random.Generator, num_tokens: int, count: int) -> Document:
-    """As many facts as there are keys."""
-    context = make_context(rng, num_tokens, fact_density=0.5)
-    return Document(context.tokens.tolist(), fact_questions(rng, context, count))
-
-
-def copy(rng: np.random.Generator, num_tokens: int, count: int) -> Document:
-    """Continue passages from anywhere in the context."""
-    context = make_context(rng, num_tokens)
-    questions = []
-    for offset in rng.integers(num_tokens - COPY_TOKENS - 4, size=count).tolist():
-        prompt, answer = copy_prompt(context, offset, num_answer_tokens=COPY_TOKENS)
-        questions.append(Question(prompt[num_tokens:], answer))
-    return Document(context.tokens.tolist(), questions)
-
-
-TASKS: dict[str, Callable[[np.random.Generator, int, int], Document]] = {
-    "needle": needle,
-    "multi-key": multi_key,
-    "copy": copy,
-}
 
 
 def settings_of(row: str, keep_ratio: float) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import transformers
 from reconstruction_probe import ReconstructionProbe
-from retrieval_task import VOCABULARY, make_context
+from retrieval_task import BASIC_VOCABULARY_SIZE, VOCABULARY, make_context
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
@@ -159,7 +159,7 @@ def build_profile(args: argparse.Namespace) -> HeadProfile:
     probe, tokenizer = load_probe(args.model)
     fingerprint = probe.fingerprint
     if args.task == "retrieval":
-        if len(VOCABULARY.words) != probe.config.vocab_size:
+        if probe.config.vocab_size not in (BASIC_VOCABULARY_SIZE, len(VOCABULARY.words)):
             raise ProfileError(
                 "--task retrieval is for models of scripts/train_tiny_model.py only."
             )

@@ -6,8 +6,8 @@ for what it holds::
     question   <context> ? key                      -> value .
     copy       <context> repeat a b c d             -> what follows ``a b c d`` in the context
 
-Every word is one token, so lengths are exact. A copy wraps around at the end of the context.
-Needs numpy only; imported by the training, profiling and evaluation scripts and by the tests.
+Every word is one token, so lengths are exact. A copy wraps around at the end of the context. More
+kinds of question, which need three more words, are in :mod:`quality_tasks`. Needs numpy only; imported by the training, profiling and evaluation scripts and by the tests.
 """
 
 from __future__ import annotations
@@ -19,21 +19,23 @@ from numpy.typing import NDArray
 
 SPECIAL_WORDS = ("<pad>", "<bos>", "<eos>", "<unk>")
 PERIOD, QUESTION, REPEAT = ".", "?", "repeat"
-NUM_KEYS, NUM_VALUES, VOCABULARY_SIZE = 200, 192, 512
+ALL, CHAIN, MOST = "all", "chain", "most"
+EXTRA_WORDS = (ALL, CHAIN, MOST)  # behind the others, so that models without them keep their ids
+NUM_KEYS, NUM_VALUES, BASIC_VOCABULARY_SIZE = 200, 192, 512
 
 Words = NDArray[np.int64]
 
 
 class Vocabulary:
-    """The 512 words and their ids; id ``i`` is ``words[i]``."""
+    """The words and their ids; id ``i`` is ``words[i]``."""
 
     def __init__(self) -> None:
         marks = [*SPECIAL_WORDS, PERIOD, QUESTION, REPEAT]
         keys = [f"k{index}" for index in range(NUM_KEYS)]
         values = [f"v{index}" for index in range(NUM_VALUES)]
-        num_filler = VOCABULARY_SIZE - len(marks) - len(keys) - len(values)
+        num_filler = BASIC_VOCABULARY_SIZE - len(marks) - len(keys) - len(values)
         filler = [f"w{index}" for index in range(num_filler)]
-        self.words = [*marks, *keys, *values, *filler]
+        self.words = [*marks, *keys, *values, *filler, *EXTRA_WORDS]
         self.ids = {word: index for index, word in enumerate(self.words)}
         self.keys = np.arange(len(marks), len(marks) + NUM_KEYS)
         self.values = self.keys[-1] + 1 + np.arange(NUM_VALUES)
@@ -78,18 +80,34 @@ def make_context(
     """
     density = rng.uniform(0.1, 0.95) if fact_density is None else fact_density
     num_facts = max(1, min(int(density * num_tokens / 3), NUM_KEYS, num_tokens // 3))
+    tokens, starts = filler_with_gaps(rng, num_tokens, num_facts)
+    keys = rng.choice(VOCABULARY.keys, num_facts, replace=False)
+    values = rng.choice(VOCABULARY.values, num_facts)
+    write_facts(tokens, starts, keys, values)
+    return Context(tokens, dict(zip(keys.tolist(), values.tolist(), strict=True)))
+
+
+def filler_with_gaps(
+    rng: np.random.Generator, num_tokens: int, num_facts: int
+) -> tuple[Words, Words]:
+    """Filler, and positions where a fact of three tokens fits; no two overlap.
+
+    Returns:
+        int64 ``[num_tokens]`` and, ascending, int64 ``[num_facts]``.
+    """
     num_units = num_facts + (num_tokens - 3 * num_facts)
     is_fact = np.zeros(num_units, dtype=bool)
     is_fact[rng.choice(num_units, num_facts, replace=False)] = True
     lengths = np.where(is_fact, 3, 1)
     starts = (np.cumsum(lengths) - lengths)[is_fact]
-    tokens = _filler_walk(rng, num_tokens)
-    keys = rng.choice(VOCABULARY.keys, num_facts, replace=False)
-    values = rng.choice(VOCABULARY.values, num_facts)
+    return _filler_walk(rng, num_tokens), starts
+
+
+def write_facts(tokens: Words, starts: Words, keys: Words, values: Words) -> None:
+    """Put ``key value .`` at each start, in place."""
     tokens[starts] = keys
     tokens[starts + 1] = values
     tokens[starts + 2] = VOCABULARY.ids[PERIOD]
-    return Context(tokens, dict(zip(keys.tolist(), values.tolist(), strict=True)))
 
 
 def _filler_walk(rng: np.random.Generator, num_tokens: int) -> Words:

@@ -1,10 +1,18 @@
-"""Train the tiny test model: a Llama of under 1 M parameters that retrieves and copies.
+"""Train a tiny test model: under 1 M parameters, and it retrieves and copies.
 
 A random model cannot tell a good eviction from a bad one, and no model can be downloaded in the
 tests. This one learns, on the CPU and in minutes, to answer questions about a context and to repeat
 it (:mod:`retrieval_task`), so it has real retrieval heads. Usage::
 
     python scripts/train_tiny_model.py --out tests/models/tiny-retriever
+
+``--architecture qwen2`` and the flags of its shape make a model of another kind, ``--tasks`` one that
+answers more kinds of questions (:mod:`quality_tasks`); begin with a model that retrieves::
+
+    python scripts/train_tiny_model.py --architecture qwen2 --heads 6 --kv-heads 2 --head-dim 64 \\
+        --layers 3 --out /tmp/base
+    python scripts/train_tiny_model.py --init /tmp/base --min-tokens 128 \\
+        --tasks multi-value chain most --out tests/models/tiny-tracker
 
 Sequences grow from 32 to 2,048 tokens; the next length begins once both accuracies pass 0.985.
 Retrieval appears suddenly, after a plateau at 0.35-0.45, and at a step that depends on the seed.
@@ -17,11 +25,13 @@ import json
 import time
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+from quality_tasks import EXTRA_TASKS, TASKS
 from retrieval_task import (
     PERIOD,
     QUESTION,
@@ -34,10 +44,18 @@ from retrieval_task import (
 )
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 IGNORE = -100
 TARGET_ACCURACY = 0.985
+ARCHITECTURES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
 
 
 @dataclass(frozen=True)
@@ -92,19 +110,38 @@ def copy_sequence(rng: np.random.Generator, num_tokens: int) -> tuple[np.ndarray
     return tokens, labels
 
 
+def task_sequence(
+    rng: np.random.Generator, num_tokens: int, task: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """A context and questions of another task: tokens and labels, each int64 ``[num_tokens]``."""
+    make = TASKS[task]
+    question = make(np.random.default_rng(0), 64, 1).questions[0]
+    room = len(question.tokens) + len(question.answer) + 1
+    count = 1 if task == "most" else max(1, min(num_tokens // (3 * room), 64))
+    document = make(rng, num_tokens - count * room, count)
+    tokens, labels = list(document.tokens), [IGNORE] * len(document.tokens)
+    for number in range(count):
+        question = document.questions[number % len(document.questions)]
+        answer = [*question.answer, VOCABULARY.ids[PERIOD]]
+        tokens += [*question.tokens, *answer]
+        labels += [*[IGNORE] * len(question.tokens), *answer]
+    return np.array(tokens), np.array(labels)
+
+
 def make_batch(
-    rng: np.random.Generator, stage: Stage, step: int
+    rng: np.random.Generator, stage: Stage, kind: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and labels of one step, int64 ``[batch_size, num_tokens]``; kinds alternate."""
-    make = question_sequence if step % 2 else copy_sequence
+    """Tokens and labels of one step, int64 ``[batch_size, num_tokens]``."""
+    makers = {"copy": copy_sequence, "answers": question_sequence}
+    make = makers.get(kind) or partial(task_sequence, task=kind)
     rows = [make(rng, stage.num_tokens) for _ in range(stage.batch_size)]
     tokens, labels = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
     return tokens, labels
 
 
-def build_model(args: argparse.Namespace) -> LlamaForCausalLM:
+def build_model(args: argparse.Namespace) -> PreTrainedModel:
     """A fresh model of the asked shape."""
-    config = LlamaConfig(
+    config = ARCHITECTURES[args.architecture](
         vocab_size=len(VOCABULARY.words),
         hidden_size=args.hidden,
         intermediate_size=2 * args.hidden,
@@ -121,15 +158,18 @@ def build_model(args: argparse.Namespace) -> LlamaForCausalLM:
         eos_token_id=2,
         attn_implementation="sdpa",
     )
-    return LlamaForCausalLM(config)
+    return AutoModelForCausalLM.from_config(config)
 
 
-def train(model: LlamaForCausalLM, rng: np.random.Generator, stages: tuple[Stage, ...]) -> int:
-    """Run the curriculum; returns the number of steps."""
+def train(
+    model: PreTrainedModel, rng: np.random.Generator, stages: list[Stage], tasks: list[str]
+) -> int:
+    """Run the curriculum, one kind of sequence after the other; returns the number of steps."""
+    kinds = ["copy", "answers", *tasks]
     optimizer = torch.optim.AdamW(model.parameters(), lr=stages[0].learning_rate, betas=(0.9, 0.98))
     step = 0
     for stage in stages:
-        accuracy = [0.0, 0.0]
+        accuracy = dict.fromkeys(kinds, 0.0)
         bar = tqdm(range(stage.max_steps), desc=f"{stage.num_tokens} tokens", mininterval=5)
         for stage_step in bar:
             rate = stage.learning_rate * min(1.0, (step + 1) / 100)
@@ -137,7 +177,8 @@ def train(model: LlamaForCausalLM, rng: np.random.Generator, stages: tuple[Stage
                 rate *= 1 - stage_step / stage.max_steps
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            tokens, labels = make_batch(rng, stage, step)
+            kind = kinds[step % len(kinds)]
+            tokens, labels = make_batch(rng, stage, kind)
             logits = model(tokens).logits[:, :-1]
             wanted = labels[:, 1:]
             mask = wanted != IGNORE
@@ -148,18 +189,17 @@ def train(model: LlamaForCausalLM, rng: np.random.Generator, stages: tuple[Stage
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             hits = (chosen.argmax(-1) == wanted)[wanted != VOCABULARY.ids[PERIOD]]
-            kind = step % 2
             accuracy[kind] += 0.1 * (hits.float().mean().item() - accuracy[kind])
             step += 1
-            bar.set_postfix(copy=f"{accuracy[0]:.3f}", answers=f"{accuracy[1]:.3f}", refresh=False)
-            if stage_step >= stage.min_steps and min(accuracy) > TARGET_ACCURACY:
+            bar.set_postfix({k: f"{value:.3f}" for k, value in accuracy.items()}, refresh=False)
+            if stage_step >= stage.min_steps and min(accuracy.values()) > TARGET_ACCURACY:
                 if stage is not stages[-1]:
                     break
     return step
 
 
 @torch.inference_mode()
-def answered_share(model: LlamaForCausalLM, num_tokens: int, num_contexts: int, seed: int) -> float:
+def answered_share(model: PreTrainedModel, num_tokens: int, num_contexts: int, seed: int) -> float:
     """Share of questions answered right (8 per context, asked one by one after the context)."""
     rng = np.random.default_rng(seed)
     right = total = 0
@@ -174,7 +214,7 @@ def answered_share(model: LlamaForCausalLM, num_tokens: int, num_contexts: int, 
 
 
 @torch.inference_mode()
-def copied_share(model: LlamaForCausalLM, num_tokens: int, num_prompts: int, seed: int) -> float:
+def copied_share(model: PreTrainedModel, num_tokens: int, num_prompts: int, seed: int) -> float:
     """Share of 128 greedy tokens that continue the context after ``repeat`` and four tokens."""
     rng = np.random.default_rng(seed)
     pairs = [
@@ -209,7 +249,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save(model: LlamaForCausalLM, report: dict[str, object], out: Path) -> None:
+def save(model: PreTrainedModel, report: dict[str, object], out: Path) -> None:
     """Write model, tokenizer and report as a folder that transformers and vLLM load."""
     model.save_pretrained(out)
     build_tokenizer().save_pretrained(out)
@@ -222,7 +262,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line of the script."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--init", type=Path, help="go on from this checkpoint, at 1,024 tokens")
+    parser.add_argument("--init", type=Path, help="go on from this checkpoint")
+    parser.add_argument("--min-tokens", type=int, default=32, help="begin with this length")
+    parser.add_argument("--tasks", nargs="+", choices=EXTRA_TASKS, default=[], help="besides")
+    parser.add_argument("--architecture", choices=list(ARCHITECTURES), default="llama")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, default=4)
@@ -238,10 +281,14 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    model = LlamaForCausalLM.from_pretrained(args.init) if args.init else build_model(args)
-    stages = STAGES[-2:] if args.init else STAGES
+    model = (
+        AutoModelForCausalLM.from_pretrained(args.init, dtype=torch.float32)
+        if args.init
+        else build_model(args)
+    )
+    stages = [stage for stage in STAGES if stage.num_tokens >= args.min_tokens]
     begin = time.perf_counter()
-    num_steps = train(model, np.random.default_rng(args.seed), stages)
+    num_steps = train(model, np.random.default_rng(args.seed), stages, args.tasks)
     seconds = time.perf_counter() - begin
     model.eval()
     report = {
