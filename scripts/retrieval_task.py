@@ -7,7 +7,8 @@ for what it holds::
     copy       <context> repeat a b c d             -> what follows ``a b c d`` in the context
 
 Every word is one token, so lengths are exact. A copy wraps around at the end of the context. More
-kinds of question, which need three more words, are in :mod:`quality_tasks`. Needs numpy only; imported by the training, profiling and evaluation scripts and by the tests.
+kinds of question, which need three more words, are in :mod:`quality_tasks`. Needs numpy only;
+imported by the training, profiling and evaluation scripts and by the tests.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ it (:mod:`retrieval_task`), so it has real retrieval heads. Usage::
 
     python scripts/train_tiny_model.py --out tests/models/tiny-retriever
 
-``--architecture qwen2`` and the flags of its shape make a model of another kind, ``--tasks`` one that
-answers more kinds of questions (:mod:`quality_tasks`); begin with a model that retrieves::
+``--architecture qwen2`` and the flags of its shape make a model of another kind, ``--tasks`` one
+that answers more kinds of questions (:mod:`quality_tasks`); begin with a model that retrieves::
 
     python scripts/train_tiny_model.py --architecture qwen2 --heads 6 --kv-heads 2 --head-dim 64 \\
         --layers 3 --out /tmp/base

@@ -7,7 +7,6 @@ no torch, and never reads the environment itself.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_kvzip.errors import ConfigError
+from vllm_kvzip.errors import ConfigError, suggest
 
 METHOD = "kvzip"
 ENABLED_VARIABLE = "LLM_KVZIP_ENABLED"
@@ -83,9 +82,7 @@ def is_enabled(
     known = [ENABLED_VARIABLE, *(VARIABLE_PREFIX + key.upper() for key in KVzipConfig.model_fields)]
     for name in environ:
         if name.startswith(VARIABLE_PREFIX) and name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "known are " + ", ".join(known) + "."
-            raise ConfigError(f"There is no variable {name}; {hint}")
+            raise ConfigError(f"There is no variable {name}; {suggest(name, known)}")
     variable = environ.get(ENABLED_VARIABLE, "").strip().lower()
     if variable not in _TRUE | _FALSE:
         raise ConfigError(f"{ENABLED_VARIABLE}={variable!r} must be 1 (on) or 0 (off).")
@@ -178,9 +175,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _refuse_unknown(merged: Mapping[str, Any], origin: Mapping[str, str]) -> None:
-    known = list(KVzipConfig.model_fields)
     for key in merged:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "known are " + ", ".join(known) + "."
+        if key not in KVzipConfig.model_fields:
+            hint = suggest(str(key), KVzipConfig.model_fields)
             raise ConfigError(f"{origin[key]}: there is no setting {key}; {hint}")

@@ -45,6 +45,11 @@ class PrefixPlan:
     num_compressed_blocks: int
     ready_tokens: int
 
+    @property
+    def num_freed_blocks(self) -> int:
+        """Blocks that compression gives back."""
+        return self.num_prefix_blocks - self.num_compressed_blocks
+
 
 @dataclass(frozen=True)
 class LayerInputs:

@@ -1,5 +1,8 @@
 """Errors a user can meet. Each message is one sentence that says what was wrong and what to do."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class KVzipError(ValueError):
     """Base of the errors below; a ``ValueError`` because each one is about a value given."""
@@ -19,3 +22,10 @@ class UnsupportedError(KVzipError):
 
 class RequestError(KVzipError):
     """A request asks for something that cannot be; the client gets the message."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or all of them."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]}?" if near else "known are " + ", ".join(names) + "."

@@ -174,7 +174,7 @@ def fold_row(row: Sequence[T], plan: PrefixPlan, reserve_start: int, null: T) ->
     """
     count = plan.num_compressed_blocks
     compressed = list(row[reserve_start : reserve_start + count])
-    nulls = [null] * (plan.num_prefix_blocks - count)
+    nulls = [null] * plan.num_freed_blocks
     tail = [*row[plan.num_prefix_blocks : reserve_start], *row[reserve_start + count :]]
     return compressed + nulls + tail
 

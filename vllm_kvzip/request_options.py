@@ -6,11 +6,10 @@ that a wrong value is an answer to its client; the scheduler and the workers onl
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvzip.errors import RequestError
+from vllm_kvzip.errors import RequestError, suggest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,9 +59,7 @@ def check_request(extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) 
     """
     for name in extra_args or ():
         if name.startswith(PREFIX) and name not in KNOWN:
-            near = difflib.get_close_matches(name, KNOWN, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(KNOWN)}."
-            raise RequestError(f"There is no option {name}; {hint}")
+            raise RequestError(f"There is no option {name}; {suggest(name, KNOWN)}")
     value = (extra_args or {}).get(CONTEXT_TOKENS)
     if value is None:
         return

@@ -10,20 +10,14 @@ import random
 from collections import Counter
 
 import pytest
-import torch
+from cache_manager import build_cache
 from scheduler_steps import new_request, output
 from vllm import SamplingParams
-from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_kvzip.head_pages import fold_row
-from vllm_kvzip.vllm_bridge.cache_spec import HeadPageSpec
 from vllm_kvzip.vllm_bridge.prefix_cache import ReuseRule
 from vllm_kvzip.vllm_bridge.requests import RequestTracker
-from vllm_kvzip.vllm_bridge.scheduler import introduce_requests
 from vllm_kvzip.vllm_bridge.step_message import attach, attached
 
 pytestmark = pytest.mark.vllm
@@ -37,29 +31,20 @@ class World:
     def __init__(self, seed, directory, asynchronous):
         self.random = random.Random(seed)
         self.asynchronous = asynchronous  # the next step is scheduled before the last is processed
-        init_none_hash(sha256)
-        self.spec = HeadPageSpec(
-            block_size=BLOCK, num_kv_heads=2, head_size=8, dtype=torch.float32,
-            keep_ratio=self.random.choice([0.2, 0.5, 1.0]), min_prompt_tokens=40, sink_tokens=2,
-            recent_tokens=8, num_layers=3, metrics_directory=str(directory),
-            reuse=ReuseRule(
-                fingerprint="00" * 16,
-                prefer_raw=self.random.random() < 0.2,
-                ttl_seconds=self.random.choice([None, TTL_STEPS]),
-            ),
-        )  # fmt: skip
-        config = KVCacheConfig(NUM_BLOCKS, [], [KVCacheGroupSpec(["layer"], self.spec)])
-        self.cache = KVCacheManager(
-            config, max_model_len=512, scheduler_block_size=BLOCK, hash_block_size=BLOCK,
-            enable_caching=True,
-        )  # fmt: skip
-        self.manager = introduce_requests(self.cache)
+        keep_ratio = self.random.choice([0.2, 0.5, 1.0])
+        reuse = ReuseRule(
+            fingerprint="00" * 16,
+            prefer_raw=self.random.random() < 0.2,
+            ttl_seconds=self.random.choice([None, TTL_STEPS]),
+        )
+        self.cache, self.manager, self.hasher = build_cache(
+            directory, BLOCK, NUM_BLOCKS, reuse, keep_ratio=keep_ratio, min_prompt_tokens=40
+        )
         self.now = 0
         self.manager.prefixes._clock = lambda: self.now
-        self.hasher = get_request_block_hasher(BLOCK, sha256)
         self.waiting, self.running = [], []
         self.requests = {}
-        self.tracker = RequestTracker(self.spec.rule)
+        self.tracker = RequestTracker(self.manager.kv_cache_spec.rule)
         self.pending, self.rows = [], {}  # the worker's
         self.slots = {}  # (block, offset) -> what was written there
         self.runs = {}  # serial -> (block ids, boundary)

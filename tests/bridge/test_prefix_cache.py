@@ -1,20 +1,14 @@
 """Compressed prefixes in vLLM's own block pool: who finds them, and who must not."""
 
 import pytest
-import torch
+from cache_manager import build_cache
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
-from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.request import Request
 
 from vllm_kvzip.config import KVzipConfig
 from vllm_kvzip.metrics import EVICTION_REASONS
-from vllm_kvzip.vllm_bridge.cache_spec import HeadPageSpec
 from vllm_kvzip.vllm_bridge.prefix_cache import CompressedPrefixCache, ReuseRule
-from vllm_kvzip.vllm_bridge.scheduler import introduce_requests
 from vllm_kvzip.vllm_bridge.settings import Settings
 
 pytestmark = pytest.mark.vllm
@@ -42,20 +36,10 @@ class Engine:
     """vLLM's cache manager with ours inside; every request is prefilled in one step."""
 
     def __init__(self, directory, **reuse):
-        init_none_hash(sha256)
-        self.hasher = get_request_block_hasher(BLOCK, sha256)
-        spec = HeadPageSpec(
-            block_size=BLOCK, num_kv_heads=2, head_size=8, dtype=torch.float32, keep_ratio=0.25,
-            min_prompt_tokens=64, sink_tokens=2, recent_tokens=8, num_layers=3,
-            metrics_directory=str(directory),
-            reuse=ReuseRule(**{"fingerprint": FINGERPRINTS[0], **reuse}),
-        )  # fmt: skip
-        config = KVCacheConfig(NUM_BLOCKS, [], [KVCacheGroupSpec(["layer"], spec)])
-        self.cache = KVCacheManager(
-            config, max_model_len=1024, scheduler_block_size=BLOCK, hash_block_size=BLOCK,
-            enable_caching=True,
-        )  # fmt: skip
-        self.manager = introduce_requests(self.cache)
+        rule = ReuseRule(**{"fingerprint": FINGERPRINTS[0], **reuse})
+        self.cache, self.manager, self.hasher = build_cache(
+            directory, BLOCK, NUM_BLOCKS, rule, keep_ratio=0.25, min_prompt_tokens=64
+        )
         self.number = 0
 
     def serve(self, tokens, context=None, **fields):

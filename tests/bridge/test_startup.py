@@ -135,7 +135,7 @@ def test_registering_twice_is_harmless():
         (["--kv-compression-config", '{"keep_ration": 1}'], "did you mean keep_ratio"),
         (
             ["--kv-compression-config.scorer", "keydif"],
-            "no scorer 'keydif'; did you mean 'keydiff'",
+            "no scorer keydif; did you mean keydiff",
         ),
         (["--kv-compression-config.profile", "/none.json"], "/none.json cannot be read"),
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2 yet; set it to 1"),

@@ -7,12 +7,13 @@ business (:mod:`vllm_kvzip.budgeting`).
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, ClassVar, TypeVar
+
+from vllm_kvzip.errors import suggest
 
 if TYPE_CHECKING:
     import torch
@@ -98,9 +99,7 @@ def scorer_class(name: str) -> type[Scorer]:
     """
     names = available_scorers()
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "choose one of " + ", ".join(names) + "."
-        raise ValueError(f"There is no scorer {name!r}; {hint}")
+        raise ValueError(f"There is no scorer {name}; {suggest(name, names)}")
     return _registry[name]
 
 

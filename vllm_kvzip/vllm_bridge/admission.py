@@ -42,7 +42,7 @@ def check_requests() -> None:
     ) -> EngineCoreRequest:
         """vLLM's, then a look at the request it made."""
         request = process_inputs(self, *args, **kwargs)
-        if KEY in (self.vllm_config.additional_config or {}) and request.resumable:
+        if _is_on(self.vllm_config) and request.resumable:
             raise VLLMValidationError(
                 "Streaming-input sessions, whose prompt grows after decoding began, do not work "
                 "with KV compression yet; send the whole prompt in one request."
@@ -65,8 +65,12 @@ def check_requests() -> None:
     AsyncLLM.generate = checked_generate
 
 
+def _is_on(vllm_config: VllmConfig) -> bool:
+    return KEY in (vllm_config.additional_config or {})
+
+
 def _check(vllm_config: VllmConfig, params: Any, token_ids: Any, embeds: Any) -> None:
-    if KEY not in (vllm_config.additional_config or {}):
+    if not _is_on(vllm_config):
         return
     extra_args = getattr(params, "extra_args", None)  # pooling parameters have none
     if not extra_args or (token_ids is None and embeds is None):

@@ -39,16 +39,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reservation:
-    """Reserved blocks inside a row that is not folded yet: ``row[start : start + count]``."""
+    """Reserved blocks of a row that is not folded yet; they begin at ``row[start]``."""
 
     start: int
     run: PrefixRun
     request: Request | None
-
-    @property
-    def count(self) -> int:
-        """Reserved blocks."""
-        return len(self.run.blocks)
 
 
 class HeadPageManager(FullAttentionManager):
@@ -109,14 +104,13 @@ class HeadPageManager(FullAttentionManager):
         raw, raw_tokens = super().find_longest_cache_hit(block_hashes, max_length, **kwargs)
         if not len(self.prefixes):
             return raw, raw_tokens
-        context = self._context_tokens()
+        context = _context_tokens(self._request)
         max_blocks = max_length // self.block_size
         run = self.prefixes.find(block_hashes, max_blocks, self._accepts)
         if run is None:
             return raw, raw_tokens
         tail = self.prefixes.cached_tail(run, block_hashes, max_blocks)
-        num_nulls = run.plan.num_prefix_blocks - len(run.blocks)
-        blocks = [*run.blocks, *[self._null_block] * num_nulls, *tail]
+        blocks = [*run.blocks, *[self._null_block] * run.plan.num_freed_blocks, *tail]
         num_tokens = len(blocks) * self.block_size
         gain = raw_tokens - num_tokens
         if context is not None:
@@ -153,7 +147,7 @@ class HeadPageManager(FullAttentionManager):
         if num_prompt_tokens is None or request_id in self._runs:
             return
         if request_id not in self._plans:
-            about = (num_prompt_tokens, self._context_tokens(request_id))
+            about = (num_prompt_tokens, _context_tokens(self._at_hand(request_id)))
             self._plans[request_id] = self._rule.plan(*about)
             if reason := self._rule.skip_reason(*about):
                 self._unreported[request_id] = reason
@@ -193,7 +187,7 @@ class HeadPageManager(FullAttentionManager):
         if reason := self._unreported.pop(request_id, None):
             self._recorder.skipped(reason)
         if reservation := self._reserved.get(request_id):
-            num_tokens += reservation.count * self.block_size
+            num_tokens += len(reservation.run.blocks) * self.block_size
         blocks = list(super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model))
         if reservation is None:
             count = self._extra_row_blocks(request_id, num_tokens_main_model)
@@ -258,8 +252,7 @@ class HeadPageManager(FullAttentionManager):
         blocks: list[KVCacheBlock] = self.block_pool.get_new_blocks(count)
         row = self.req_to_blocks[request_id]
         run = PrefixRun(plan, blocks, self._prefix_hash(request_id, plan))
-        at_hand = self._request if self._num_prompt_tokens(request_id) is not None else None
-        self._reserved[request_id] = Reservation(len(row), run, at_hand)
+        self._reserved[request_id] = Reservation(len(row), run, self._at_hand(request_id))
         self._crossing.append(request_id)
         row.extend(blocks)
         return blocks
@@ -288,7 +281,7 @@ class HeadPageManager(FullAttentionManager):
             self._recorder.saved(-self._bytes_saved(run))
 
     def _bytes_saved(self, run: PrefixRun) -> int:
-        return (run.plan.num_prefix_blocks - len(run.blocks)) * self._block_bytes
+        return run.plan.num_freed_blocks * self._block_bytes
 
     def _cache_dense_tail(self, request: Request, run: PrefixRun, num_tokens: int) -> None:
         """Publish full blocks that were computed over a compressed prefix from the first on."""
@@ -306,15 +299,14 @@ class HeadPageManager(FullAttentionManager):
         if request_id in self._runs:
             return 0
         if reservation := self._reserved.get(request_id):
-            return reservation.count
+            return len(reservation.run.blocks)
         if request_id in self._plans:
             plan = self._plans[request_id]
         else:
             # vLLM's admission check asks for the whole request before anything else.
-            plan = self._rule.plan(
-                self._num_prompt_tokens(request_id) or num_tokens_main_model,
-                self._context_tokens(request_id),
-            )
+            request = self._at_hand(request_id)
+            num_prompt = request.num_prompt_tokens if request else num_tokens_main_model
+            plan = self._rule.plan(num_prompt, _context_tokens(request))
         if plan is None or num_tokens_main_model < plan.ready_tokens:
             return 0
         return plan.num_compressed_blocks
@@ -328,7 +320,7 @@ class HeadPageManager(FullAttentionManager):
         request = self._request
         if request is None:
             return True
-        context = self._context_tokens()
+        context = _context_tokens(request)
         if context is not None:
             return bool(plan.num_prefix_blocks == context // self.block_size)
         rest = request.num_prompt_tokens - plan.boundary_tokens
@@ -336,27 +328,24 @@ class HeadPageManager(FullAttentionManager):
 
     def _prefix_hash(self, request_id: str, plan: PrefixPlan) -> bytes | None:
         """vLLM's hash of the tokens before the boundary; None when the prefix is not reusable."""
-        request = self._request
-        if not self.enable_caching or request is None or request.request_id != request_id:
+        request = self._at_hand(request_id)
+        if not self.enable_caching or request is None:
             return None
         if window := self._reuse.observation_tokens:
             # The scorer must have seen the last queries of the context, and nothing behind it.
             seen_from = self._raw_hits.get(request_id, 0)
-            if self._context_tokens() is None or seen_from > plan.boundary_tokens - window:
+            if _context_tokens(request) is None or seen_from > plan.boundary_tokens - window:
                 return None
         hashes = request.block_hashes
         return hashes[plan.num_prefix_blocks - 1] if len(hashes) >= plan.num_prefix_blocks else None
 
-    def _context_tokens(self, request_id: str | None = None) -> int | None:
-        """The declared context of the request at hand, or None."""
+    def _at_hand(self, request_id: str) -> Request | None:
+        """The request vLLM asks for, if our scheduler introduced it."""
         request = self._request
-        if request is None or (request_id is not None and request.request_id != request_id):
-            return None
-        params = request.sampling_params
-        return RequestOptions.read(params.extra_args if params else None).context_tokens
+        return request if request is not None and request.request_id == request_id else None
 
-    def _num_prompt_tokens(self, request_id: str) -> int | None:
-        request = self._request
-        if request is None or request.request_id != request_id:
-            return None
-        return int(request.num_prompt_tokens)
+
+def _context_tokens(request: Request | None) -> int | None:
+    """The context a request declares, or None."""
+    params = request.sampling_params if request is not None else None
+    return RequestOptions.read(params.extra_args if params else None).context_tokens

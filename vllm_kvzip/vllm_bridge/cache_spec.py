@@ -13,11 +13,11 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from vllm_kvzip.head_pages import PrefixRule
 from vllm_kvzip.vllm_bridge.block_manager import HeadPageManager
 from vllm_kvzip.vllm_bridge.prefix_cache import ReuseRule
 
 if TYPE_CHECKING:
+    from vllm_kvzip.head_pages import PrefixRule
     from vllm_kvzip.vllm_bridge.settings import Settings
 
 
@@ -29,10 +29,7 @@ class HeadPageSpec(FullAttentionSpec):
     number of layers in the KV cache group, which the manager needs to count bytes.
     """
 
-    keep_ratio: float = 1.0
-    min_prompt_tokens: int = 0
-    sink_tokens: int = 0
-    recent_tokens: int = 0
+    rule: PrefixRule
     num_layers: int = 0
     metrics_directory: str | None = None
     reuse: ReuseRule = field(default_factory=ReuseRule)
@@ -46,10 +43,7 @@ class HeadPageSpec(FullAttentionSpec):
         return replace_as(
             spec,
             cls,
-            keep_ratio=config.keep_ratio,
-            min_prompt_tokens=config.min_prompt_tokens,
-            sink_tokens=config.sink_tokens,
-            recent_tokens=config.recent_tokens,
+            rule=settings.rule(spec.block_size),
             num_layers=num_layers,
             metrics_directory=settings.metrics_directory,
             reuse=ReuseRule(
@@ -58,17 +52,6 @@ class HeadPageSpec(FullAttentionSpec):
                 ttl_seconds=config.reuse_ttl_seconds,
                 observation_tokens=settings.observation_tokens,
             ),
-        )
-
-    @property
-    def rule(self) -> PrefixRule:
-        """What follows from a prompt's length alone; the workers use the same rule."""
-        return PrefixRule(
-            keep_ratio=self.keep_ratio,
-            min_prompt_tokens=self.min_prompt_tokens,
-            sink_tokens=self.sink_tokens,
-            recent_tokens=self.recent_tokens,
-            block_size=self.block_size,
         )
 
     @property
@@ -83,10 +66,7 @@ class HeadPageSpec(FullAttentionSpec):
         first = specs[0]
         return replace(
             merged,
-            keep_ratio=first.keep_ratio,
-            min_prompt_tokens=first.min_prompt_tokens,
-            sink_tokens=first.sink_tokens,
-            recent_tokens=first.recent_tokens,
+            rule=first.rule,
             num_layers=first.num_layers,
             metrics_directory=first.metrics_directory,
             reuse=first.reuse,

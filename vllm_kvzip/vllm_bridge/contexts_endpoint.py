@@ -29,7 +29,7 @@ from vllm.utils import random_uuid
 
 from vllm_kvzip.head_pages import PrefixRule
 from vllm_kvzip.request_options import CONTEXT_TOKENS
-from vllm_kvzip.vllm_bridge.requests import prefix_checksum
+from vllm_kvzip.vllm_bridge.requests import checksum, prefix_seed
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings
 
 PATH = "/v1/kvzip/contexts"
@@ -111,7 +111,7 @@ async def compress_context(body: ContextRequest, raw_request: Request) -> JSONRe
     """
     begin = time.perf_counter()
     engine, settings = _engine(raw_request)
-    rule = _rule(engine, settings)
+    rule = settings.rule(engine.vllm_config.cache_config.block_size)
     if not engine.vllm_config.cache_config.enable_prefix_caching:
         raise VLLMValidationError(
             "Prefix caching is off on this server, so no compressed context can be kept; start "
@@ -151,7 +151,7 @@ async def compress_context(body: ContextRequest, raw_request: Request) -> JSONRe
         cached_tokens = output.num_cached_tokens or 0
     return JSONResponse(
         {
-            "id": prefix_checksum(token_ids, plan.boundary_tokens),
+            "id": checksum(prefix_seed(token_ids, plan.boundary_tokens)),
             "tokens": len(token_ids),
             "compressed_tokens": plan.boundary_tokens,
             "cached_tokens": cached_tokens,
@@ -178,17 +178,6 @@ def _engine(raw_request: Request) -> tuple[EngineClient, Settings]:
     if engine is None or KEY not in (engine.vllm_config.additional_config or {}):
         raise VLLMNotFoundError("KV compression is off; start vLLM with --kv-compression kvzip.")
     return engine, Settings.from_vllm_config(engine.vllm_config)
-
-
-def _rule(engine: EngineClient, settings: Settings) -> PrefixRule:
-    config = settings.config
-    return PrefixRule(
-        keep_ratio=config.keep_ratio,
-        min_prompt_tokens=config.min_prompt_tokens,
-        sink_tokens=config.sink_tokens,
-        recent_tokens=config.recent_tokens,
-        block_size=engine.vllm_config.cache_config.block_size,
-    )
 
 
 async def _render(handler: Any, body: ContextRequest) -> list[dict[str, Any]]:

@@ -27,9 +27,8 @@ class TrackedRequest:
     """A request that has, or will have, a compressed prefix.
 
     Attributes:
-        num_prompt_tokens: prompt length in tokens.
-        plan: what follows from that length and from the declared context; None for a request that
-            would be left alone had it not started from a compressed prefix.
+        plan: what follows from the prompt's length and from the declared context; None for a
+            request that would be left alone had it not started from a compressed prefix.
         seed: depends on the tokens before the boundary only, so equal prefixes are compressed
             equally.
         block_ids: the block table row as the scheduler sent it.
@@ -41,7 +40,6 @@ class TrackedRequest:
     """
 
     request_id: str
-    num_prompt_tokens: int
     plan: PrefixPlan | None
     seed: int
     block_ids: list[int]
@@ -149,7 +147,6 @@ class RequestTracker:
         token_ids = new.prompt_token_ids or ()
         self._requests[new.req_id] = TrackedRequest(
             request_id=new.req_id,
-            num_prompt_tokens=new.prompt_len,
             plan=plan,
             seed=prefix_seed(token_ids, boundary),
             block_ids=list(new.block_ids[self._group_id]),
@@ -165,6 +162,6 @@ def prefix_seed(token_ids: Sequence[int], boundary_tokens: int) -> int:
     return zlib.crc32(array("q", token_ids[:boundary_tokens]).tobytes())
 
 
-def prefix_checksum(token_ids: Sequence[int], boundary_tokens: int) -> str:
-    """The same as eight hexadecimal digits, by which a client finds its context."""
-    return f"{prefix_seed(token_ids, boundary_tokens):08x}"
+def checksum(seed: int) -> str:
+    """A seed as eight hexadecimal digits, by which a client finds its context."""
+    return f"{seed:08x}"

@@ -20,6 +20,7 @@ import torch
 
 from vllm_kvzip.head_pages import HeadPageTable, PagePool, fold_row
 from vllm_kvzip.vllm_bridge.attention import PairBatch, QuerySpan
+from vllm_kvzip.vllm_bridge.requests import checksum
 from vllm_kvzip.vllm_bridge.step_message import attached
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ class HeadPageRuntime:
         """
         return [
             {
-                "id": f"{run.seed:08x}",
+                "id": checksum(run.seed),
                 "compressed_tokens": run.plan.boundary_tokens,
                 "blocks_held": run.plan.num_compressed_blocks,
                 "blocks_before": run.plan.num_prefix_blocks,

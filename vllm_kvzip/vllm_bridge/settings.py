@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_kvzip import __version__
 from vllm_kvzip.config import KVzipConfig
+from vllm_kvzip.head_pages import PrefixRule
 from vllm_kvzip.scoring import scorer_class
 
 if TYPE_CHECKING:
@@ -60,6 +61,16 @@ class Settings:
         """How many of the last queries the scorer looks at; 0 if it needs none."""
         needed = scorer_class(self.scorer).needs_observation_queries
         return self.config.observation_window_tokens if needed else 0
+
+    def rule(self, block_size: int) -> PrefixRule:
+        """What follows from a prompt's length alone; scheduler and workers use the same rule."""
+        return PrefixRule(
+            keep_ratio=self.config.keep_ratio,
+            min_prompt_tokens=self.config.min_prompt_tokens,
+            sink_tokens=self.config.sink_tokens,
+            recent_tokens=self.config.recent_tokens,
+            block_size=block_size,
+        )
 
     def fingerprint(self, block_size: int) -> str:
         """Hexadecimal digest of everything that shapes a compressed prefix.

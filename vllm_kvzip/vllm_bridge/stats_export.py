@@ -63,10 +63,9 @@ class SchedulerRecorder:
 
     def compressed(self, plan: PrefixPlan, num_prompt_tokens: int, block_size: int) -> None:
         """A prompt's blocks went back to the pool."""
-        freed = plan.num_prefix_blocks - plan.num_compressed_blocks
-        evicted_tokens = freed * block_size
+        evicted_tokens = plan.num_freed_blocks * block_size
         self._writer.add(metrics.REQUESTS_COMPRESSED, 1)
-        self._writer.add(metrics.BLOCKS_FREED, freed)
+        self._writer.add(metrics.BLOCKS_FREED, plan.num_freed_blocks)
         self._writer.add(metrics.TOKENS_EVICTED, evicted_tokens)
         self._writer.observe(metrics.KEEP_RATIO, 1 - evicted_tokens / num_prompt_tokens)
 
