@@ -5,7 +5,9 @@
 Each calibration context is read once and then repeated, chunk by chunk, under KVzip's
 reconstruction scoring. The mean score of a head's KV pairs is its importance, from which the
 budgets follow: the most important heads keep everything, the others sinks and recent tokens. A
-heat map (layers x KV heads) is drawn beside the JSON when matplotlib is installed.
+heat map (layers x KV heads) is drawn beside the JSON when matplotlib is installed. With
+``--surrogate`` small networks are trained to predict the scores of single KV pairs (scorer
+``surrogate``) and written beside the JSON as safetensors.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 import transformers
 from reconstruction_probe import ReconstructionProbe
 from retrieval_task import BASIC_VOCABULARY_SIZE, VOCABULARY, make_context
+from surrogate_training import SurrogateTrainer, agreement, rotary_of
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
@@ -32,9 +35,11 @@ from vllm_kvzip.config import KVzipConfig
 from vllm_kvzip.errors import ProfileError
 from vllm_kvzip.profile import HeadProfile, Provenance, save_profile
 from vllm_kvzip.reconstruction import LATER_REPEAT_PROMPT, pair_fractions, retrieval_fractions
+from vllm_kvzip.surrogate import LayerSurrogate, save_surrogate
 
 KEEP_RATIOS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 CALIBRATION_TEXT = Path(__file__).with_name("calibration.txt")
+SURROGATE_TOKENS = 2048  # of each context; the features of 16 contexts of an 8B model take 4 GiB
 DEFAULT_REPEAT_PROMPT = KVzipConfig.model_fields["repeat_prompt"].default
 
 
@@ -150,8 +155,10 @@ def check_output(path: Path) -> None:
         raise ProfileError(f"--out {path} cannot be written ({error.strerror}).") from error
 
 
-def build_profile(args: argparse.Namespace) -> HeadProfile:
-    """Score all contexts and average.
+def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurrogate] | None]:
+    """Score all contexts and average; train the networks of scorer surrogate if they are wanted.
+
+    Those learn from all contexts but the last, on which they are tried.
 
     Raises:
         ProfileError: if model or text cannot be used.
@@ -178,11 +185,22 @@ def build_profile(args: argparse.Namespace) -> HeadProfile:
         tokenizer(p, add_special_tokens=False)["input_ids"] for p in (args.repeat_prompt, later)
     )
     passes = len(contexts) * (1 + -(-args.context_tokens // args.chunk_tokens))
+    trainer = layers = None
+    if args.surrogate:
+        passes += fingerprint.num_layers
+        rotary = rotary_of(probe.model, args.context_tokens)
+        trainer = SurrogateTrainer(
+            fingerprint.num_layers, SURROGATE_TOKENS, args.surrogate_width, args.seed
+        )
     importance = torch.zeros(fingerprint.num_layers, fingerprint.num_kv_heads, dtype=torch.float64)
     budgets = {ratio: torch.zeros_like(importance) for ratio in KEEP_RATIOS}
     with tqdm(total=passes, desc="forward passes") as bar:
-        for context in contexts:
-            scores = probe.score(context, args.chunk_tokens, first_ids, later_ids, bar.update)
+        for number, context in enumerate(contexts):
+            cache = probe.read(context)
+            bar.update()
+            scores = probe.score(
+                context, args.chunk_tokens, first_ids, later_ids, bar.update, cache=cache
+            )
             if not bool((scores.flatten(1).amax(dim=1) > 0).all()):  # never asked, or NaN
                 raise ProfileError(
                     f"--model {args.model} cannot be profiled: some layers show no attention, or "
@@ -191,9 +209,15 @@ def build_profile(args: argparse.Namespace) -> HeadProfile:
             importance += scores.mean(dim=-1) / len(contexts)
             for ratio in KEEP_RATIOS if args.budgets == "pairs" else ():
                 budgets[ratio] += pair_fractions(scores, ratio) / len(contexts)
+            if trainer is not None and number < len(contexts) - 1:
+                trainer.add(cache, scores, rotary)
+        if trainer is not None:
+            layers = trainer.fit(bar.update)
+            share = agreement(layers, cache, scores, rotary, keep_ratio=0.3)
+            print(f"surrogate: {share:.1%} of the pairs that KVzip would keep at 0.3, on a context")
     if args.budgets == "heads":
         budgets = {ratio: retrieval_fractions(importance, ratio) for ratio in KEEP_RATIOS}
-    return HeadProfile(
+    profile = HeadProfile(
         schema_version=1,
         model=fingerprint,
         provenance=Provenance(
@@ -213,6 +237,7 @@ def build_profile(args: argparse.Namespace) -> HeadProfile:
         importance=importance.clamp(0, 1).tolist(),
         budgets={str(ratio): grid.clamp(0, 1).tolist() for ratio, grid in budgets.items()},
     )
+    return profile, layers
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -232,12 +257,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="heads: the best heads keep everything (default); pairs: each head keeps its share of "
         "the best KV pairs, for scorers that rank a head's pairs well",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of --task")
+    parser.add_argument(
+        "--surrogate", action="store_true", help="also train the networks of scorer surrogate"
+    )
+    parser.add_argument("--surrogate-width", type=int, default=32, help="hidden units per layer")
+    parser.add_argument("--seed", type=int, default=0, help="of --task and --surrogate")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)
-    for name in ("context_tokens", "num_contexts", "chunk_tokens", "threads"):
+    for name in ("context_tokens", "num_contexts", "chunk_tokens", "surrogate_width", "threads"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.surrogate and args.num_contexts < 2:
+        parser.error("--surrogate needs --num-contexts 2 or more: one of them is kept for the test")
     return args
 
 
@@ -248,11 +279,17 @@ def main(argv: list[str] | None = None) -> int:
     out = args.out or Path("profiles") / f"{Path(os.path.abspath(args.model)).name}.json"
     try:
         check_output(out)
-        profile = build_profile(args)
+        profile, surrogate = build_profile(args)
     except ProfileError as error:
         print(f"profile_heads: error: {error}", file=sys.stderr)
         return 2
     save_profile(profile, out)
+    if surrogate is not None:
+        notes = {
+            "texts": ", ".join(profile.provenance.texts),
+            "created": profile.provenance.created,
+        }
+        save_surrogate(out.with_suffix(".safetensors"), surrogate, profile.model, notes)
     for layer, row in enumerate(profile.importance):
         print(f"layer {layer:3d}  " + "  ".join(f"{value:.3f}" for value in row))
     drawn = draw_heat_map(profile, out.with_suffix(".png"))

@@ -64,6 +64,11 @@ class ReconstructionProbe:
         )
 
     @torch.inference_mode()
+    def read(self, context_ids: Sequence[int]) -> DynamicCache:
+        """The cache after the prefill of a context."""
+        return self.model(torch.tensor([context_ids]), use_cache=True).past_key_values
+
+    @torch.inference_mode()
     def score(
         self,
         context_ids: Sequence[int],
@@ -72,6 +77,7 @@ class ReconstructionProbe:
         later_prompt_ids: Sequence[int],
         progress: Callable[[], Any] = lambda: None,
         local: bool = False,
+        cache: DynamicCache | None = None,
     ) -> torch.Tensor:
         """Scores of every KV pair of a context.
 
@@ -82,6 +88,7 @@ class ReconstructionProbe:
             progress: called after each forward pass.
             local: whether a chunk is repeated looking at sinks and chunk only, as the engine does,
                 and not at the whole context.
+            cache: of this context, if it has been read; left as it is.
 
         Returns:
             float32 ``[L, H, T]``.
@@ -89,8 +96,9 @@ class ReconstructionProbe:
         shape = self.fingerprint
         self._context_tokens = len(context_ids)
         self._scores = torch.zeros(shape.num_layers, shape.num_kv_heads, len(context_ids))
-        cache = self.model(torch.tensor([context_ids]), use_cache=True).past_key_values
-        progress()
+        if cache is None:
+            cache = self.read(context_ids)
+            progress()
         for chunk in iter_chunks(context_ids, chunk_tokens, first_prompt_ids, later_prompt_ids):
             self._chunk = chunk
             num_sinks = min(self._num_sinks, chunk.start)

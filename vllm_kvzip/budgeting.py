@@ -42,7 +42,8 @@ def allocate_adaptive(
         total_pages: pages to hand out.
         block_size: tokens per page.
         min_pages: floor of every head.
-        per_layer: rank inside each layer, for comparison; needs ``total_pages`` divisible by L.
+        per_layer: rank inside each layer, so that every layer gets the same; for comparison. Needs
+            ``total_pages`` divisible by L.
 
     Raises:
         ValueError: if the floors exceed the total, or the total exceeds the pages there are.

@@ -22,6 +22,8 @@ VARIABLE_PREFIX = "LLM_KVZIP_"
 FLAG = "--kv-compression"
 CONFIG_FLAG = "--kv-compression-config"
 
+Budget = Literal["uniform", "profile", "retrieval", "adaptive", "adaptive-per-layer"]
+
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"", "0", "false", "no", "off"}
 
 
@@ -39,7 +41,7 @@ class KVzipConfig(BaseModel):
     scorer: str | None = Field(
         None, description="what makes a KV pair important; default profile or keydiff"
     )
-    budget: Literal["uniform", "profile", "adaptive"] | None = Field(
+    budget: Budget | None = Field(
         None, description="how pages are shared between heads; default profile or adaptive"
     )
     profile: str | None = Field(

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from vllm_kvzip.rotary import RotaryTables
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class LayerInputs:
             the window from its prefix cache.
         reconstruction: float32 ``[H, T]``, the most attention each pair got while the model
             repeated the prefix (:mod:`vllm_kvzip.reconstruction`); None unless the scorer asks.
+        rotary: the model's rotary angles; None unless the scorer asks for them, or when the model
+            has none.
         num_context_tokens: tokens a scorer may look at: the whole prompt, or T when the request
             declares a context that other questions shall reuse.
         scale: softmax scale.
@@ -78,6 +84,7 @@ class LayerInputs:
     values: torch.Tensor | None
     observation_queries: torch.Tensor | None
     reconstruction: torch.Tensor | None
+    rotary: RotaryTables | None
     num_context_tokens: int
     scale: float
     sink_tokens: int

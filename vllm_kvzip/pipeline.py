@@ -19,11 +19,14 @@ from vllm_kvzip.core import (
     PrefixPlan,
 )
 from vllm_kvzip.head_pages import PagePool, PrefixRule, deal_pages
-from vllm_kvzip.scoring import ScorerSettings, create_scorer
 from vllm_kvzip.selection import protect, select
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from vllm_kvzip.config import Budget
+    from vllm_kvzip.rotary import RotaryTables
+    from vllm_kvzip.scoring import Scorer
 
 
 class Compressor:
@@ -34,14 +37,14 @@ class Compressor:
         pool: where head pages lie.
         codec: element order inside a page.
         rule: what follows from a prompt's length.
-        scorer: name of the scorer.
-        budget: ``uniform``, ``adaptive`` or ``profile``.
-        head_fractions, head_importance: ``[L][H]``, needed for budget ``profile``.
-        observation_window_tokens: setting of the scorer.
+        scorer: makes the scores.
+        budget: one of :data:`~vllm_kvzip.config.Budget`.
+        head_fractions, head_importance: ``[L][H]``, for budgets ``profile`` and ``retrieval``.
+        rotary: of each layer, for scorers that want it.
         seed: mixed into each prompt's seed.
 
     Raises:
-        ValueError: for an unknown scorer or budget, or fractions of another shape.
+        ValueError: for fractions that are missing or of another shape.
     """
 
     def __init__(
@@ -51,16 +54,15 @@ class Compressor:
         pool: PagePool,
         codec: PageCodec,
         rule: PrefixRule,
-        scorer: str,
-        budget: str,
+        scorer: Scorer,
+        budget: Budget,
         head_fractions: Sequence[Sequence[float]] | None = None,
         head_importance: Sequence[Sequence[float]] | None = None,
-        observation_window_tokens: int = 32,
+        rotary: Sequence[RotaryTables | None] | None = None,
         seed: int = 0,
     ) -> None:
-        if budget not in ("uniform", "adaptive", "profile"):
-            raise ValueError(f"There is no budget {budget!r}; choose uniform, adaptive or profile.")
-        self.scorer = create_scorer(scorer, ScorerSettings(observation_window_tokens))
+        self._scorer = scorer
+        self._rotary = rotary or [None] * geometry.num_layers
         self._geometry = geometry
         self._pool = pool
         self._codec = codec
@@ -68,7 +70,7 @@ class Compressor:
         self._budget = budget
         self._seed = seed
         self._profile = None
-        if budget == "profile":
+        if budget in ("profile", "retrieval"):
             grids = (head_fractions, head_importance)
             self._profile = torch.tensor(grids, dtype=torch.float64)  # [2, L, H]
             wanted = (geometry.num_layers, geometry.num_kv_heads)
@@ -112,17 +114,18 @@ class Compressor:
                     num_layers=geometry.num_layers,
                     keys=store.read_keys(sources[layer]).float(),
                     values=store.read_values(sources[layer]).float()
-                    if self.scorer.needs_values
+                    if self._scorer.needs_values
                     else None,
                     observation_queries=observation_queries[layer] if observation_queries else None,
                     reconstruction=None if reconstruction is None else reconstruction[layer],
+                    rotary=self._rotary[layer],
                     num_context_tokens=plan.ready_tokens,
                     scale=scale,
                     sink_tokens=self._rule.sink_tokens,
                     recent_tokens=self._rule.recent_tokens,
                     seed=seed + self._seed,
                 )
-                scores[layer] = self.scorer.score_layer(inputs)
+                scores[layer] = self._scorer.score_layer(inputs)
         with _timed(seconds, "select"):
             budgets = self._allocate(protect(scores, num_sinks, num_recent), plan)
             keep = select(scores, budgets, geometry.block_size, num_sinks, num_recent)
@@ -137,8 +140,14 @@ class Compressor:
         geometry = self._geometry
         total = plan.num_compressed_blocks * geometry.pages_per_block
         min_pages = self._rule.min_pages_per_head(plan.boundary_tokens)
-        if self._budget == "adaptive":
-            return budgeting.allocate_adaptive(scores, total, geometry.block_size, min_pages)
+        if self._budget in ("adaptive", "adaptive-per-layer"):
+            return budgeting.allocate_adaptive(
+                scores,
+                total,
+                geometry.block_size,
+                min_pages,
+                per_layer=self._budget == "adaptive-per-layer",
+            )
         if self._profile is not None:
             fractions, importance = self._profile
             return budgeting.allocate_from_fractions(

@@ -194,10 +194,39 @@ def test_settings_without_the_flag_are_refused(capsys):
     assert "has no effect without --kv-compression kvzip" in message
 
 
-@pytest.mark.parametrize("setting", ["budget", "scorer"])
-def test_profile_without_a_profile_is_refused(capsys, setting):
-    flags = ("--kv-compression-config", f'{{"profile": "none", "{setting}": "profile"}}')
-    assert f"{setting} profile needs a head profile" in refusal(capsys, *ON, *flags)
+@pytest.mark.parametrize(
+    "setting", ["budget profile", "scorer profile", "budget retrieval", "scorer surrogate"]
+)
+def test_what_needs_a_profile_is_refused_without_one(capsys, setting):
+    name, value = setting.split()
+    flags = ("--kv-compression-config", f'{{"profile": "none", "{name}": "{value}"}}')
+    assert f"{setting} needs a head profile" in refusal(capsys, *ON, *flags)
+
+
+def test_scorer_surrogate_takes_the_networks_beside_the_profile(tmp_path, capsys):
+    flags = (*ON, "--kv-compression-config.scorer", "surrogate")
+    settings = Settings.from_vllm_config(engine_config(*flags))
+    assert Path(settings.surrogate).name == "tiny-retriever.safetensors"
+    assert len(settings.surrogate_digest) == 64
+    assert settings.budget == "adaptive"
+    alone = tmp_path / "alone.json"
+    alone.write_bytes(Path(settings.surrogate).with_suffix(".json").read_bytes())
+    message = refusal(capsys, *flags, "--kv-compression-config.profile", str(alone))
+    assert f"Scorer surrogate needs {tmp_path}/alone.safetensors; build it with" in message
+
+
+def test_budget_retrieval_leaves_whole_heads_whatever_the_profile_says(tmp_path):
+    """Like DuoAttention: from the importance alone."""
+    profile = json.loads(Path("profiles/tiny-retriever.json").read_text())
+    profile["budgets"] = {"0.5": [[0.5] * 4] * 4}
+    even = tmp_path / "even.json"
+    even.write_text(json.dumps(profile))
+    flags = [f"--kv-compression-config.{s}" for s in ("profile", "keep_ratio", "budget")]
+    given = (*ON, flags[0], str(even), flags[1], "0.25", flags[2])
+    by_profile = Settings.from_vllm_config(engine_config(*given, "profile")).head_fractions
+    by_head = Settings.from_vllm_config(engine_config(*given, "retrieval")).head_fractions
+    assert by_profile == [[0.25] * 4] * 4
+    assert by_head == [[0.0] * 4, [0.0] * 4, [1.0] * 4, [0.0] * 4]
 
 
 def test_broken_and_foreign_profiles_are_refused(capsys, tmp_path):

@@ -1,40 +1,17 @@
 """Scorer kvzip inside the engine: right scores, no trace, and what it is good for."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from engine_job import MODEL, Request, run_job
+from engine_job import MODEL, Request, engine_scores, run_job
 from reconstruction_probe import ReconstructionProbe
 from retrieval_task import VOCABULARY, make_context, question_prompt
 
+from vllm_kvzip.vllm_bridge.requests import prefix_seed
+
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-SCORING_JOB = Path(__file__).parent.parent / "support" / "scoring_job.py"
 REPEAT = [VOCABULARY.ids["repeat"]]  # the wording of the tiny model's profile
-
-
-def engine_scores(tmp_path, prompts, settings, **engine):
-    """Scores by prefix as the engine computes them, and the segments of each pass."""
-    arguments = {
-        "model": str(MODEL), "dtype": "float32", "enforce_eager": True, "block_size": 32,
-        "gpu_memory_utilization": 0.3, "additional_config": {"kvzip": settings}, **engine,
-    }  # fmt: skip
-    job, answer = tmp_path / "job.json", tmp_path / "answer.pt"
-    job.write_text(json.dumps({"engine": arguments, "prompts": prompts}))
-    done = subprocess.run(
-        [sys.executable, SCORING_JOB, job, answer],
-        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TMPDIR": str(tmp_path)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = torch.load(answer)
-    return found["scores"], found["passes"]
 
 
 @pytest.mark.parametrize(("chunk_tokens", "compiled"), [(2048, False), (200, False), (2048, True)])
@@ -50,8 +27,10 @@ def test_scores_equal_those_of_plain_transformers(tmp_path, chunk_tokens, compil
         assert passes == [3]  # all prompts in one pass
     probe = ReconstructionProbe(str(MODEL))
     link = 1 + 8  # repeat prompt and the end of the previous chunk count as well
-    for prefix, got in scores.items():
-        wanted = probe.score(list(prefix), chunk_tokens - link, REPEAT, REPEAT, local=True)
+    for prompt in prompts:
+        prefix = prompt[: len(prompt) // 32 * 32]
+        got = scores[prefix_seed(prefix, len(prefix))]
+        wanted = probe.score(prefix, chunk_tokens - link, REPEAT, REPEAT, local=True)
         torch.testing.assert_close(got, wanted, atol=2e-4, rtol=1e-3)
 
 

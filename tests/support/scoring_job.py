@@ -1,14 +1,15 @@
-"""Let a real engine score contexts by repeating them, and write down what it found.
+"""Let a real engine compress contexts, and write down the scores that its scorer gave.
 
     python scoring_job.py JOB ANSWER
 
-JOB is JSON: engine arguments and prompts; ANSWER a file of `torch.save` with the scores by prompt,
-as many as were scored, and how many forward passes it took.
+JOB is JSON: engine arguments and prompts; ANSWER a file of `torch.save` with the scores by the seed
+of the prefix, as many as were scored, and how many segments each repeating pass had.
 """
 
 import json
 import os
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 
@@ -20,25 +21,28 @@ def main():
     llm = LLM(**job["engine"])
     core = llm.llm_engine.engine_core.engine_core
     runtime = core.model_executor.driver_worker.worker._kvzip
-    found, passes = {}, []
-    original_run = runtime._reconstruction.run
-    original_forward = runtime._reconstruction._forward
+    found, passes = defaultdict(list), []
+    scorer = runtime._compressor._scorer
+    original_score = scorer.score_layer
 
-    def run(prefixes):
-        scored = original_run(prefixes)
-        for (token_ids, _), (scores, _seconds) in zip(prefixes, scored, strict=True):
-            found[tuple(token_ids)] = scores.clone()
-        return scored
+    def score_layer(inputs):
+        scores = original_score(inputs)
+        found[inputs.seed].append(scores.clone())
+        return scores
 
-    def forward(segments):
-        passes.append(len(segments))
-        return original_forward(segments)
+    scorer.score_layer = score_layer
+    if runtime._reconstruction is not None:
+        original_forward = runtime._reconstruction._forward
 
-    runtime._reconstruction.run = run
-    runtime._reconstruction._forward = forward
+        def forward(segments):
+            passes.append(len(segments))
+            return original_forward(segments)
+
+        runtime._reconstruction._forward = forward
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False)
     llm.generate([{"prompt_token_ids": p} for p in job["prompts"]], params, use_tqdm=False)
-    torch.save({"scores": found, "passes": passes}, sys.argv[2])
+    scores = {seed: torch.stack(layers) for seed, layers in found.items()}
+    torch.save({"scores": scores, "passes": passes}, sys.argv[2])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from transformers import DeepseekV3Config, MistralConfig, Qwen3Config
 
 from vllm_kvzip.profile import load_profile
 from vllm_kvzip.reconstruction import iter_chunks
+from vllm_kvzip.surrogate import load_surrogate
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,24 @@ def test_profile_is_written_with_its_picture(random_model, tmp_path, capsys):
         assert np.mean(grid) == pytest.approx(float(ratio), abs=0.01)
     assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["profile"] == str(out)
+
+
+def test_networks_are_written_beside_the_profile(random_model, tmp_path, capsys):
+    out = tmp_path / "random-llama.json"
+    code = profile_heads.main(
+        ["--model", str(random_model), "--out", str(out), "--task", "retrieval", "--num-contexts",
+         "2", "--context-tokens", "96", "--repeat-prompt", "repeat", "--surrogate",
+         "--surrogate-width", "5"]
+    )  # fmt: skip
+    assert code == 0
+    layers = load_surrogate(out.with_suffix(".safetensors"), load_profile(out).model)
+    assert [tuple(layer.mix.shape) for layer in layers] == [(128, 5)] * 2
+    assert "of the pairs that KVzip would keep" in capsys.readouterr().out
+
+
+def test_networks_need_a_context_to_be_tried_on(random_model):
+    with pytest.raises(SystemExit):
+        profile_heads.main(["--model", str(random_model), "--surrogate", "--num-contexts", "1"])
 
 
 def test_scores_equal_attention_of_the_whole_model(random_model):
@@ -116,7 +135,7 @@ def test_models_are_named_after_the_folder_as_given(
 
 
 def test_layers_that_show_no_attention_are_refused(random_model, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(ReconstructionProbe, "score", lambda *_: torch.zeros(2, 2, 32))
+    monkeypatch.setattr(ReconstructionProbe, "score", lambda *_, **__: torch.zeros(2, 2, 32))
     arguments = ["--model", str(random_model), "--out", str(tmp_path / "x.json")]
     task = ["--task", "retrieval", "--num-contexts", "1", "--context-tokens", "32"]
     assert profile_heads.main([*arguments, *task]) == 2

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from vllm_kvzip.core import LayerInputs
+from vllm_kvzip.profile import ModelFingerprint
+from vllm_kvzip.rotary import RotaryTables
 from vllm_kvzip.scoring import (
     Scorer,
     ScorerSettings,
@@ -14,6 +16,7 @@ from vllm_kvzip.scoring import (
     register_scorer,
 )
 from vllm_kvzip.scoring import base as scoring_base
+from vllm_kvzip.surrogate import LayerSurrogate, save_surrogate
 
 HEADS, TOKENS, DIM, GROUP = 2, 12, 8, 3
 
@@ -31,6 +34,7 @@ def layer_inputs(num_queries=0, num_context_tokens=14, **changes):
         "observation_queries": queries,
         "num_context_tokens": num_context_tokens,
         "reconstruction": torch.rand(HEADS, TOKENS),
+        "rotary": None,
         "scale": DIM**-0.5,
         "sink_tokens": 2,
         "recent_tokens": 2,
@@ -39,11 +43,26 @@ def layer_inputs(num_queries=0, num_context_tokens=14, **changes):
     return LayerInputs(**{**values, **changes})
 
 
+@pytest.fixture
+def settings(tmp_path):
+    """Settings with random networks for the model of :func:`layer_inputs`."""
+    model = ModelFingerprint(
+        architecture="A", num_layers=3, num_query_heads=6, num_kv_heads=HEADS, head_dim=DIM
+    )
+    layers = [
+        LayerSurrogate(torch.randn(32, 4), torch.randn(4), torch.randn(4, HEADS), torch.zeros(2))
+        for _ in range(3)
+    ]
+    save_surrogate(tmp_path / "a.safetensors", layers, model, {})
+    return ScorerSettings(surrogate=str(tmp_path / "a.safetensors"))
+
+
+@pytest.mark.parametrize("rotary", [None, RotaryTables(torch.rand(20, 4), torch.rand(20, 4))])
 @pytest.mark.parametrize("name", available_scorers())
-def test_every_scorer_returns_finite_scores_and_leaves_its_inputs_alone(name):
-    inputs = layer_inputs(num_queries=5)
+def test_every_scorer_returns_finite_scores_and_leaves_its_inputs_alone(name, settings, rotary):
+    inputs = layer_inputs(num_queries=5, rotary=rotary)
     before = inputs.keys.clone(), inputs.values.clone(), inputs.observation_queries.clone()
-    scores = create_scorer(name).score_layer(inputs)
+    scores = create_scorer(name, settings).score_layer(inputs)
     assert scores.shape == (HEADS, TOKENS)
     assert scores.dtype == torch.float32
     assert scores.isfinite().all()
@@ -107,9 +126,46 @@ def test_window_is_causal_attention_of_the_last_queries():
     torch.testing.assert_close(create_scorer("window").score_layer(inputs), wanted)
 
 
-def test_window_says_what_it_misses():
-    with pytest.raises(ValueError, match="needs the queries"):
-        create_scorer("window").score_layer(layer_inputs())
+def test_expected_attention_is_that_of_many_drawn_queries():
+    """Draw queries like the last ones, rotate them to later positions, attend: the mean of that."""
+    torch.manual_seed(0)
+    angles = torch.arange(600.0)[:, None] * torch.tensor([0.3, 0.1, 0.02, 0.0])
+    rotary = RotaryTables(angles.cos(), angles.sin())
+    inputs = layer_inputs(num_queries=9, num_context_tokens=14, rotary=rotary)
+    scores = create_scorer("expected-attention").score_layer(inputs)
+    for head in range(HEADS):
+        attention = torch.zeros(TOKENS)
+        for member in range(GROUP):
+            queries = inputs.observation_queries[:, head, member]
+            plain = rotary.unrotate(queries, torch.arange(5, 14))
+            covariance = torch.cov(plain.T, correction=0)
+            drawn = torch.distributions.MultivariateNormal(
+                plain.mean(0), covariance + 1e-6 * torch.eye(DIM)
+            ).sample((200_000,))
+            later = rotary.rotate_to_mean(drawn, 14, 512)
+            weights = (later @ inputs.keys[head].T * inputs.scale).exp().mean(0)
+            attention += weights / weights.sum() / GROUP
+        wanted = attention * inputs.values[head].norm(dim=-1)
+        torch.testing.assert_close(scores[head], wanted, rtol=0.03, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("window", {}, "needs the queries"),
+        ("expected-attention", {}, "needs values and the last queries"),
+        ("surrogate", {"values": None}, "needs values"),
+        ("kvzip", {"reconstruction": None}, "needs the attention of a repeated context"),
+    ],
+)
+def test_a_scorer_says_what_it_misses(name, changes, message, settings):
+    with pytest.raises(ValueError, match=message):
+        create_scorer(name, settings).score_layer(layer_inputs(**changes))
+
+
+def test_the_surrogate_needs_its_file():
+    with pytest.raises(ValueError, match="needs the file"):
+        create_scorer("surrogate")
 
 
 def test_unknown_scorer_names_the_nearest():

@@ -1,6 +1,16 @@
 """How important is each KV pair? One scorer a file; ``base.py`` has the contract."""
 
-from vllm_kvzip.scoring import keydiff, knorm, kvzip, profile, random, streaming, window
+from vllm_kvzip.scoring import (
+    expected_attention,
+    keydiff,
+    knorm,
+    kvzip,
+    profile,
+    random,
+    streaming,
+    surrogate,
+    window,
+)
 from vllm_kvzip.scoring.base import (
     Scorer,
     ScorerSettings,
@@ -15,6 +25,7 @@ __all__ = [
     "ScorerSettings",
     "available_scorers",
     "create_scorer",
+    "expected_attention",
     "keydiff",
     "knorm",
     "kvzip",
@@ -23,5 +34,6 @@ __all__ = [
     "register_scorer",
     "scorer_class",
     "streaming",
+    "surrogate",
     "window",
 ]

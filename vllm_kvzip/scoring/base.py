@@ -31,9 +31,11 @@ class ScorerSettings:
 
     Attributes:
         observation_window_tokens: how many of the last prompt queries ``window`` looks at.
+        surrogate: file of the trained networks, for scorers that want it.
     """
 
     observation_window_tokens: int = 32
+    surrogate: str | None = None
 
 
 class Scorer(ABC):
@@ -46,12 +48,18 @@ class Scorer(ABC):
             over the context a second time.
         needs_observation_queries: whether ``LayerInputs.observation_queries`` is wanted. Keeping
             queries costs memory during prefill, so scorers that do not need them say so.
+        min_observation_tokens: how many of those queries are kept whatever the setting says.
+        needs_rotary: whether ``LayerInputs.rotary`` is wanted.
+        needs_surrogate: whether ``ScorerSettings.surrogate`` is wanted.
     """
 
     name: ClassVar[str]
     needs_values: ClassVar[bool] = False
     needs_observation_queries: ClassVar[bool] = False
     needs_reconstruction: ClassVar[bool] = False
+    min_observation_tokens: ClassVar[int] = 0
+    needs_rotary: ClassVar[bool] = False
+    needs_surrogate: ClassVar[bool] = False
 
     def __init__(self, settings: ScorerSettings) -> None:
         self.settings = settings

@@ -13,23 +13,26 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from vllm_kvzip.head_pages import PrefixRule
 from vllm_kvzip.vllm_bridge.block_manager import HeadPageManager
 from vllm_kvzip.vllm_bridge.prefix_cache import ReuseRule
 
 if TYPE_CHECKING:
-    from vllm_kvzip.head_pages import PrefixRule
     from vllm_kvzip.vllm_bridge.settings import Settings
+
+# vLLM's merge makes a spec of the fields it knows; ours are put in afterwards.
+_NO_RULE = PrefixRule(1.0, min_prompt_tokens=0, sink_tokens=0, recent_tokens=0, block_size=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadPageSpec(FullAttentionSpec):
     """Full attention whose prompt prefix is compressed into head pages after prefill.
 
-    ``max_compressed_blocks`` sizes the extra room of the crossing step; ``num_layers`` is the
-    number of layers in the KV cache group, which the manager needs to count bytes.
+    ``rule`` also sizes the extra room of the crossing step; ``num_layers`` is the number of layers
+    in the KV cache group, which the manager needs to count bytes.
     """
 
-    rule: PrefixRule
+    rule: PrefixRule = _NO_RULE
     num_layers: int = 0
     metrics_directory: str | None = None
     reuse: ReuseRule = field(default_factory=ReuseRule)

@@ -6,6 +6,7 @@ changes nothing unless compression was asked for.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from vllm_kvzip.config import CONFIG_FLAG, METHOD, KVzipConfig, is_enabled, load_config
+from vllm_kvzip.config import CONFIG_FLAG, METHOD, Budget, KVzipConfig, is_enabled, load_config
 from vllm_kvzip.errors import ConfigError
 from vllm_kvzip.profile import check_matches, find_profile, load_profile, profile_folders
 from vllm_kvzip.vllm_bridge.checks import (
@@ -38,7 +39,9 @@ SCHEDULERS = {
     True: "vllm_kvzip.vllm_bridge.scheduler.HeadPageAsyncScheduler",
 }
 CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 32, 16
-DEFAULT_SCORER, DEFAULT_BUDGET = "keydiff", "adaptive"
+SURROGATE_SUFFIX = ".safetensors"  # beside the profile, of the same name
+DEFAULT_SCORER = "keydiff"
+DEFAULT_BUDGET: Budget = "adaptive"
 
 
 def requested_config(engine_args: EngineArgs) -> KVzipConfig | None:
@@ -88,6 +91,7 @@ def configure(vllm_config: VllmConfig, config: KVzipConfig) -> None:
 def _resolve(vllm_config: VllmConfig, config: KVzipConfig) -> Settings:
     """Fill in what the user left open: profile, scorer, budget, metrics folder."""
     from vllm_kvzip.scoring import scorer_class
+    from vllm_kvzip.surrogate import load_surrogate
     from vllm_kvzip.vllm_bridge.stats_export import open_metrics_directory
 
     path = _profile_path(vllm_config, config)
@@ -101,22 +105,29 @@ def _resolve(vllm_config: VllmConfig, config: KVzipConfig) -> Settings:
         logger.info("Head profile: %s", path or "none")
     scorer = config.scorer or ("profile" if path else DEFAULT_SCORER)
     try:
-        repeats = scorer_class(scorer).needs_reconstruction
+        scorer_type = scorer_class(scorer)
     except ValueError as error:
         raise ConfigError(f"scorer: {error}") from error
-    budget = config.budget or ("profile" if path and not repeats else DEFAULT_BUDGET)
+    repeats = scorer_type.needs_reconstruction
+    ranks = repeats or scorer_type.needs_surrogate  # its scores are worth a ranking of all heads
+    budget = config.budget or ("profile" if path and not ranks else DEFAULT_BUDGET)
     if repeats:
         check_scoring_passes(vllm_config, scorer)
-    if path is None and "profile" in (scorer, budget):
-        setting = "budget" if budget == "profile" else "scorer"
-        raise ConfigError(
-            f"{setting} profile needs a head profile, and none matches this model; build one with "
-            f"scripts/profile_heads.py or choose another {setting}."
-        )
-    fractions = importance = None
-    if path is not None and budget == "profile":
-        profile = load_profile(path)
-        fractions, importance = profile.fractions(config.keep_ratio), profile.importance
+    needs_profile = [
+        f"budget {budget}" if budget in ("profile", "retrieval") else None,
+        f"scorer {scorer}" if scorer == "profile" or scorer_type.needs_surrogate else None,
+    ]
+    for what in filter(None, needs_profile):
+        if path is None:
+            raise ConfigError(
+                f"{what} needs a head profile, and none matches this model; build one with "
+                f"scripts/profile_heads.py or choose another {what.split()[0]}."
+            )
+    surrogate = None
+    if path is not None and scorer_type.needs_surrogate:
+        surrogate = path.with_suffix(SURROGATE_SUFFIX).absolute()
+        load_surrogate(surrogate, model_fingerprint(vllm_config))
+    fractions, importance = _head_budgets(path, budget, config.keep_ratio)
     return Settings(
         config=config,
         scorer=scorer,
@@ -124,8 +135,27 @@ def _resolve(vllm_config: VllmConfig, config: KVzipConfig) -> Settings:
         head_fractions=fractions,
         head_importance=importance,
         repeat_ids=_repeat_ids(vllm_config, config, path) if repeats else None,
+        surrogate=str(surrogate) if surrogate else None,
+        surrogate_digest=hashlib.sha256(surrogate.read_bytes()).hexdigest() if surrogate else None,
         metrics_directory=open_metrics_directory(),
     )
+
+
+def _head_budgets(
+    path: Path | None, budget: Budget, keep_ratio: float
+) -> tuple[list[list[float]] | None, list[list[float]] | None]:
+    """Share of its KV pairs each head keeps, and importance, for budgets by head."""
+    if path is None or budget not in ("profile", "retrieval"):
+        return None, None
+    profile = load_profile(path)
+    if budget == "profile":
+        return profile.fractions(keep_ratio), profile.importance
+    import torch
+
+    from vllm_kvzip.reconstruction import retrieval_fractions
+
+    fractions = retrieval_fractions(torch.tensor(profile.importance), keep_ratio)
+    return fractions.tolist(), profile.importance
 
 
 def _repeat_ids(vllm_config: VllmConfig, config: KVzipConfig, path: Path | None) -> list[list[int]]:

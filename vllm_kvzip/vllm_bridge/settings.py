@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvzip import __version__
-from vllm_kvzip.config import KVzipConfig
+from vllm_kvzip.config import Budget, KVzipConfig
 from vllm_kvzip.head_pages import PrefixRule
 from vllm_kvzip.scoring import scorer_class
 
@@ -40,27 +40,33 @@ class Settings:
         config: what the user asked for.
         scorer, budget: what is used, where the user left it open.
         head_fractions: ``[layers][KV heads]``, share of its KV pairs each head keeps at
-            ``config.keep_ratio`` (budget ``profile``); None for the other budgets.
+            ``config.keep_ratio`` (``profile``, ``retrieval``); None for the other budgets.
         head_importance: ``[layers][KV heads]``, which heads come first; likewise.
         repeat_ids: token ids that ask for the context, of its first chunk and of the later ones,
             for a scorer that lets the model repeat it.
+        surrogate, surrogate_digest: file of the trained networks and its SHA-256, for a scorer that
+            wants it. Every worker reads the file.
         metrics_directory: folder of the metric files, or None when ``PROMETHEUS_MULTIPROC_DIR``
             of the environment serves.
     """
 
     config: KVzipConfig
     scorer: str
-    budget: str
+    budget: Budget
     head_fractions: list[list[float]] | None = None
     head_importance: list[list[float]] | None = None
     repeat_ids: list[list[int]] | None = None
+    surrogate: str | None = None
+    surrogate_digest: str | None = None
     metrics_directory: str | None = None
 
     @property
     def observation_tokens(self) -> int:
         """How many of the last queries the scorer looks at; 0 if it needs none."""
-        needed = scorer_class(self.scorer).needs_observation_queries
-        return self.config.observation_window_tokens if needed else 0
+        scorer = scorer_class(self.scorer)
+        if not scorer.needs_observation_queries:
+            return 0
+        return max(self.config.observation_window_tokens, scorer.min_observation_tokens)
 
     def rule(self, block_size: int) -> PrefixRule:
         """What follows from a prompt's length alone; scheduler and workers use the same rule."""
@@ -87,6 +93,7 @@ class Settings:
             "head_fractions": self.head_fractions,
             "head_importance": self.head_importance,
             "repeat_ids": self.repeat_ids,
+            "surrogate": self.surrogate_digest,
             **{name: getattr(self.config, name) for name in SHAPING_SETTINGS},
         }
         return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:32]
@@ -100,6 +107,8 @@ class Settings:
             "head_fractions": self.head_fractions,
             "head_importance": self.head_importance,
             "repeat_ids": self.repeat_ids,
+            "surrogate": self.surrogate,
+            "surrogate_digest": self.surrogate_digest,
             "metrics_directory": self.metrics_directory,
         }
 

@@ -20,10 +20,12 @@ from vllm_kvzip.compaction import PageStore
 from vllm_kvzip.core import CacheGeometry
 from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.pipeline import Compressor
+from vllm_kvzip.scoring import ScorerSettings, create_scorer
 from vllm_kvzip.vllm_bridge.attention import HeadPageCPUBackend, HeadPageCPUBuilder
 from vllm_kvzip.vllm_bridge.cache_spec import HeadPageSpec, as_head_page_specs
 from vllm_kvzip.vllm_bridge.cpu_pages import discover_codec, map_head_pages
 from vllm_kvzip.vllm_bridge.requests import RequestTracker
+from vllm_kvzip.vllm_bridge.rotary import find_rotary
 from vllm_kvzip.vllm_bridge.runners import RunnerV1
 from vllm_kvzip.vllm_bridge.runtime import HeadPageRuntime
 from vllm_kvzip.vllm_bridge.scoring_pass import ReconstructionPass, RepeatPrompt
@@ -114,16 +116,23 @@ class HeadPageCPUWorker(CPUWorker):
                 "KV compression is on, but vLLM chose another attention backend than CPU_ATTN."
             )
         codec = discover_codec(spec.block_size, spec.head_size, spec.dtype, builders[0].isa)
+        scorer = create_scorer(
+            settings.scorer,
+            ScorerSettings(config.observation_window_tokens, settings.surrogate),
+        )
+        rotary = None
+        if scorer.needs_rotary:
+            rotary = find_rotary(self.model_runner.get_model(), layer_names)
         compressor = Compressor(
             geometry=geometry,
             pool=pool,
             codec=codec,
             rule=spec.rule,
-            scorer=settings.scorer,
+            scorer=scorer,
             budget=settings.budget,
             head_fractions=settings.head_fractions,
             head_importance=settings.head_importance,
-            observation_window_tokens=config.observation_window_tokens,
+            rotary=rotary,
             seed=config.seed,
         )
         reconstruction = None

@@ -1,0 +1,100 @@
+"""The surrogate's file: what comes back, what is refused, and what the shipped one is worth."""
+
+import numpy as np
+import pytest
+import torch
+from engine_job import MODEL
+from reconstruction_probe import ReconstructionProbe
+from retrieval_task import VOCABULARY, make_context
+from safetensors.torch import save_file
+from surrogate_training import SurrogateTrainer, agreement, rotary_of
+
+from vllm_kvzip.errors import ProfileError
+from vllm_kvzip.profile import ModelFingerprint, find_profile, profile_folders
+from vllm_kvzip.surrogate import (
+    LayerSurrogate,
+    load_surrogate,
+    save_surrogate,
+    token_features,
+)
+
+SHAPE = ModelFingerprint(
+    architecture="A", num_layers=2, num_query_heads=4, num_kv_heads=2, head_dim=4
+)
+
+
+def networks(width=3):
+    torch.manual_seed(0)
+    return [
+        LayerSurrogate(
+            torch.randn(16, width), torch.randn(width), torch.randn(width, 2), torch.randn(2)
+        )
+        for _ in range(2)
+    ]
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    path = tmp_path / "new" / "a.safetensors"
+    save_surrogate(path, networks(), SHAPE, {"texts": "a book"})
+    for got, wanted in zip(load_surrogate(path, SHAPE), networks(), strict=True):
+        for part in ("mix", "mix_bias", "out", "out_bias"):
+            assert torch.equal(getattr(got, part), getattr(wanted, part))
+
+
+def test_features_hold_every_heads_keys_and_values_token_by_token():
+    keys, values = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
+    features = token_features(keys, values, None)
+    for token in range(5):
+        wanted = torch.cat([keys[0, token], keys[1, token], values[0, token], values[1, token]])
+        assert torch.equal(features[token], wanted)
+
+
+def test_wrong_files_are_one_sentence(tmp_path):
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(ProfileError, match="build it with scripts/profile_heads"):
+        load_surrogate(path)
+    path.write_bytes(b"no tensors")
+    with pytest.raises(ProfileError, match="no surrogate that can be read"):
+        load_surrogate(path)
+    save_file({"a": torch.zeros(1)}, path, {"schema_version": "7"})
+    with pytest.raises(ProfileError, match="its schema_version is '7'"):
+        load_surrogate(path)
+    save_surrogate(path, networks()[:1], SHAPE, {})
+    with pytest.raises(ProfileError, match=r"layers\.1\.mix"):
+        load_surrogate(path)
+    save_surrogate(path, networks(), SHAPE, {})
+    other = SHAPE.model_copy(update={"head_dim": 8})
+    with pytest.raises(ProfileError, match="its head_dim is 4, the running model's is 8"):
+        load_surrogate(path, other)
+    save_surrogate(path, networks(), other, {})
+    with pytest.raises(ProfileError, match="do not read 32 numbers per token"):
+        load_surrogate(path)
+
+
+def test_training_finds_scores_that_the_features_tell():
+    """Scores that are a function of keys and values: the fit must find it."""
+
+    class Cache:
+        class Layer:
+            keys, values = torch.randn(1, 2, 900, 4), torch.randn(1, 2, 900, 4)
+
+        layers = (Layer,)
+
+    layer = Cache.layers[0]
+    scores = torch.sigmoid(2 * layer.keys[0, :, :, 0] + layer.values[0, [1, 0], :, 2])[None]
+    trainer = SurrogateTrainer(1, 800, width=8, seed=0)
+    trainer.add(Cache, scores, None)
+    assert agreement(trainer.fit(), Cache, scores, None, keep_ratio=0.3) > 0.93
+
+
+def test_the_shipped_networks_choose_what_kvzip_chooses():
+    probe = ReconstructionProbe(str(MODEL))
+    path = find_profile(probe.fingerprint, profile_folders())
+    layers = load_surrogate(path.with_suffix(".safetensors"), probe.fingerprint)
+    context = make_context(np.random.default_rng(77), 1024).tokens.tolist()
+    repeat = [VOCABULARY.ids["repeat"]]
+    cache = probe.read(context)
+    scores = probe.score(context, 512, repeat, repeat, cache=cache)
+    rotary = rotary_of(probe.model, len(context))
+    shares = [agreement(layers, cache, scores, rotary, ratio) for ratio in (0.2, 0.3)]
+    assert min(shares) > 0.85  # by chance 0.2 and 0.3

@@ -1,0 +1,61 @@
+"""Rotary position embedding (RoFormer, arXiv 2104.09864), as scorers need it: taking it off again.
+
+Keys lie in the cache after rotation. What a key says of its token shows better before it, and what
+later queries will ask shows better at their own positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class RotaryTables:
+    """Angles by position, of one model.
+
+    Attributes:
+        cos, sin: float32 ``[positions, R / 2]``, R the rotated dimensions of a head, scaled as the
+            model scales them.
+        interleaved: whether dimensions ``2i, 2i + 1`` are rotated together (GPT-J style), and not
+            ``i, i + R / 2``.
+    """
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    interleaved: bool = False
+
+    def unrotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Take the rotation off.
+
+        Args:
+            x: float32 ``[..., T, D]``, rotated keys or queries.
+            positions: int64 ``[T]``.
+        """
+        cos, sin = self.cos[positions], self.sin[positions]
+        square = cos * cos + sin * sin  # 1, unless the model scales its angles' cosines
+        return self._turn(x, cos / square, -sin / square)
+
+    def rotate_to_mean(self, x: torch.Tensor, first: int, count: int) -> torch.Tensor:
+        """Rotate to each of some positions and take the mean.
+
+        Args:
+            x: float32 ``[..., D]``, not rotated.
+            first, count: positions ``first`` to ``first + count - 1``; those that the model does
+                not have are left out.
+        """
+        last = min(first + count, len(self.cos))
+        rows = slice(min(first, last - 1), last)
+        return self._turn(x, self.cos[rows].mean(0), self.sin[rows].mean(0))
+
+    def _turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        half = cos.shape[-1]
+        rotated = x[..., : 2 * half]
+        if self.interleaved:
+            left, right = rotated[..., 0::2], rotated[..., 1::2]
+        else:
+            left, right = rotated[..., :half], rotated[..., half:]
+        turned = left * cos - right * sin, right * cos + left * sin
+        joined = torch.stack(turned, dim=-1) if self.interleaved else torch.stack(turned, dim=-2)
+        return torch.cat([joined.flatten(-2), x[..., 2 * half :]], dim=-1)

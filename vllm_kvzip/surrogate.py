@@ -1,0 +1,141 @@
+"""A learned stand-in for KVzip's scores, a few thousand weights per layer.
+
+After KVzap (arXiv 2601.07891), which predicts the log of a KV pair's score from the hidden state
+of its token. An attention layer does not see that state, but it sees the keys and values of all its
+KV heads, which are linear maps of it. One small network per layer reads them, with the rotation
+taken off the keys, and predicts the log score of each KV head's pair.
+
+The file is safetensors, beside the model's head profile; ``scripts/profile_heads.py --surrogate``
+makes it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.nn.functional import gelu
+
+from vllm_kvzip.errors import ProfileError
+from vllm_kvzip.profile import ModelFingerprint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vllm_kvzip.rotary import RotaryTables
+
+SCHEMA_VERSION = "1"
+MIN_LOG_SCORE = -12.0  # an attention of 6e-6; what lies below differs by nothing that matters
+_PARTS = ("mix", "mix_bias", "out", "out_bias")
+
+
+@dataclass(frozen=True)
+class LayerSurrogate:
+    """The network of one layer; M is its width.
+
+    Attributes:
+        mix: float32 ``[2 * H * D, M]``.
+        mix_bias: float32 ``[M]``.
+        out: float32 ``[M, H]``.
+        out_bias: float32 ``[H]``.
+    """
+
+    mix: torch.Tensor
+    mix_bias: torch.Tensor
+    out: torch.Tensor
+    out_bias: torch.Tensor
+
+    def log_scores(self, features: torch.Tensor) -> torch.Tensor:
+        """Predicted log scores, float32 ``[T, H]``.
+
+        Args:
+            features: float32 ``[T, 2 * H * D]``, from :func:`token_features`.
+        """
+        hidden = gelu(torch.addmm(self.mix_bias, features, self.mix), approximate="tanh")
+        return torch.addmm(self.out_bias, hidden, self.out)
+
+
+def token_features(
+    keys: torch.Tensor, values: torch.Tensor, rotary: RotaryTables | None
+) -> torch.Tensor:
+    """What the network reads of each token: keys without their rotation, and values.
+
+    Args:
+        keys, values: float32 ``[H, T, D]``, of the first T tokens.
+        rotary: of the model; None when it has none.
+
+    Returns:
+        float32 ``[T, 2 * H * D]``.
+    """
+    if rotary is not None:
+        keys = rotary.unrotate(keys, torch.arange(keys.shape[1]))
+    return torch.cat([keys, values]).transpose(0, 1).flatten(1)
+
+
+def save_surrogate(
+    path: Path, layers: list[LayerSurrogate], model: ModelFingerprint, notes: dict[str, str]
+) -> None:
+    """Write the networks with what they were made for.
+
+    Args:
+        path: of the file.
+        layers: in layer order.
+        model: what they must match.
+        notes: how they were made, for people.
+    """
+    tensors = {
+        f"layers.{index}.{part}": getattr(layer, part).contiguous()
+        for index, layer in enumerate(layers)
+        for part in _PARTS
+    }
+    metadata = {"schema_version": SCHEMA_VERSION, "model": model.model_dump_json(), **notes}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata)
+    path.chmod(0o644)
+
+
+def load_surrogate(path: Path, running: ModelFingerprint | None = None) -> list[LayerSurrogate]:
+    """Read the networks of all layers.
+
+    Args:
+        path: of the file.
+        running: the model they are wanted for; None to skip the comparison.
+
+    Raises:
+        ProfileError: if the file is missing, broken, or made for another model.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if metadata.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(f"its schema_version is {metadata.get('schema_version')!r}")
+        model = ModelFingerprint.model_validate(json.loads(metadata["model"]))
+        layers = [
+            LayerSurrogate(*(tensors[f"layers.{index}.{part}"].float() for part in _PARTS))
+            for index in range(model.num_layers)
+        ]
+        width = 2 * model.num_kv_heads * model.head_dim
+        if any(layer.mix.shape[0] != width for layer in layers):
+            raise ValueError(f"its networks do not read {width} numbers per token")
+    except FileNotFoundError as error:
+        raise ProfileError(
+            f"Scorer surrogate needs {path}; build it with scripts/profile_heads.py --surrogate."
+        ) from error
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ProfileError(
+            f"{path} is no surrogate that can be read ({reason}); build it again with "
+            f"scripts/profile_heads.py --surrogate."
+        ) from error
+    if running is not None and (difference := model.mismatch(running)):
+        field, theirs, mine = difference
+        raise ProfileError(
+            f"Surrogate {path} was made for another model: its {field} is {theirs}, the running "
+            f"model's is {mine}; build one with scripts/profile_heads.py --surrogate."
+        )
+    return layers

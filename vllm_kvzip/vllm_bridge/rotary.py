@@ -1,0 +1,51 @@
+"""Worker side: the rotary angles that the running model uses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
+
+from vllm_kvzip.errors import UnsupportedError
+from vllm_kvzip.rotary import RotaryTables
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+
+def find_rotary(model: nn.Module, layer_names: Sequence[str]) -> list[RotaryTables | None]:
+    """Angles of each attention layer; None for a layer without rotary embedding.
+
+    vLLM's models keep an attention layer and its rotary embedding in the same module.
+
+    Args:
+        model: as vLLM built it.
+        layer_names: vLLM's layer names in layer order.
+
+    Raises:
+        UnsupportedError: if the model has rotary embeddings but one layer's is not found.
+    """
+    found: dict[str, RotaryEmbeddingBase] = {}
+    has_rotary = False
+    for module in model.modules():
+        children = list(module.children())
+        rotary = [child for child in children if isinstance(child, RotaryEmbeddingBase)]
+        has_rotary = has_rotary or bool(rotary)
+        for child in children:
+            if isinstance(child, Attention) and len(rotary) == 1:
+                found[child.layer_name] = rotary[0]
+    tables: dict[int, RotaryTables] = {}
+    for rotary_layer in found.values():
+        if id(rotary_layer) not in tables:
+            cos, sin = rotary_layer.cos_sin_cache.float().chunk(2, dim=-1)
+            tables[id(rotary_layer)] = RotaryTables(cos, sin, not rotary_layer.is_neox_style)
+    missing = [name for name in layer_names if name not in found]
+    if has_rotary and missing:
+        raise UnsupportedError(
+            f"This scorer needs the rotary embedding of layer {missing[0]}, which was not found; "
+            f"choose another scorer."
+        )
+    return [tables[id(found[name])] if name in found else None for name in layer_names]
