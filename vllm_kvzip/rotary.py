@@ -50,12 +50,16 @@ class RotaryTables:
         return self._turn(x, self.cos[rows].mean(0), self.sin[rows].mean(0))
 
     def _turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        half = cos.shape[-1]
-        rotated = x[..., : 2 * half]
+        turned = torch.empty_like(x)
+        left, right = self._halves(x, cos.shape[-1])
+        new_left, new_right = self._halves(turned, cos.shape[-1])
+        torch.mul(left, cos, out=new_left).addcmul_(right, sin, value=-1)
+        torch.mul(right, cos, out=new_right).addcmul_(left, sin)
+        turned[..., 2 * cos.shape[-1] :] = x[..., 2 * cos.shape[-1] :]
+        return turned
+
+    def _halves(self, x: torch.Tensor, half: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of the dimensions that are rotated into each other."""
         if self.interleaved:
-            left, right = rotated[..., 0::2], rotated[..., 1::2]
-        else:
-            left, right = rotated[..., :half], rotated[..., half:]
-        turned = left * cos - right * sin, right * cos + left * sin
-        joined = torch.stack(turned, dim=-1) if self.interleaved else torch.stack(turned, dim=-2)
-        return torch.cat([joined.flatten(-2), x[..., 2 * half :]], dim=-1)
+            return x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
+        return x[..., :half], x[..., half : 2 * half]

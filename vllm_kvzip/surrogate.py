@@ -55,8 +55,26 @@ class LayerSurrogate:
         Args:
             features: float32 ``[T, 2 * H * D]``, from :func:`token_features`.
         """
-        hidden = gelu(torch.addmm(self.mix_bias, features, self.mix), approximate="tanh")
-        return torch.addmm(self.out_bias, hidden, self.out)
+        return self._log_scores(torch.addmm(self.mix_bias, features, self.mix))
+
+    def log_scores_of(
+        self, keys: torch.Tensor, values: torch.Tensor, rotary: RotaryTables | None
+    ) -> torch.Tensor:
+        """The same, head by head, so that the features need not be copied together.
+
+        Args:
+            keys, values: float32 ``[H, T, D]``, of the first T tokens.
+            rotary: of the model; None when it has none.
+        """
+        head_dim = keys.shape[2]
+        keys = _unrotated(keys, rotary)
+        mixed = self.mix_bias.repeat(keys.shape[1], 1)
+        for part, weights in zip((*keys, *values), torch.split(self.mix, head_dim), strict=True):
+            mixed.addmm_(part, weights)
+        return self._log_scores(mixed)
+
+    def _log_scores(self, mixed: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.out_bias, gelu(mixed, approximate="tanh"), self.out)
 
 
 def token_features(
@@ -71,9 +89,11 @@ def token_features(
     Returns:
         float32 ``[T, 2 * H * D]``.
     """
-    if rotary is not None:
-        keys = rotary.unrotate(keys, torch.arange(keys.shape[1]))
-    return torch.cat([keys, values]).transpose(0, 1).flatten(1)
+    return torch.cat([_unrotated(keys, rotary), values]).transpose(0, 1).flatten(1)
+
+
+def _unrotated(keys: torch.Tensor, rotary: RotaryTables | None) -> torch.Tensor:
+    return keys if rotary is None else rotary.unrotate(keys, torch.arange(keys.shape[1]))
 
 
 def save_surrogate(

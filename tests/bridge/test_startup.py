@@ -139,7 +139,7 @@ def test_registering_twice_is_harmless():
         ),
         (["--kv-compression-config.profile", "/none.json"], "/none.json cannot be read"),
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2 yet; set it to 1"),
-        (["--tensor-parallel-size", "2"], "--tensor-parallel-size 2 yet; set it to 1"),
+        (["--tensor-parallel-size", "8"], "--tensor-parallel-size 8 for 4 KV heads"),
         (["--block-size", "16"], "--block-size 16 on the CPU; use a multiple of 32"),
         (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype fp8"),
         (
@@ -213,6 +213,11 @@ def test_scorer_surrogate_takes_the_networks_beside_the_profile(tmp_path, capsys
     alone.write_bytes(Path(settings.surrogate).with_suffix(".json").read_bytes())
     message = refusal(capsys, *flags, "--kv-compression-config.profile", str(alone))
     assert f"Scorer surrogate needs {tmp_path}/alone.safetensors; build it with" in message
+
+
+def test_scorer_surrogate_needs_all_heads_on_one_rank(capsys):
+    flags = ("--kv-compression-config.scorer", "surrogate", "--tensor-parallel-size", "2")
+    assert "--tensor-parallel-size 2 spreads them" in refusal(capsys, *ON, *flags)
 
 
 def test_budget_retrieval_leaves_whole_heads_whatever_the_profile_says(tmp_path):

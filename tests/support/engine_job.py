@@ -218,8 +218,14 @@ def execute(job: dict[str, Any]) -> Report:
     for _ in range(3):
         engine.step()
     free.append(cache.block_pool.get_num_free_blocks())
-    worker = core.model_executor.driver_worker.worker
-    runner = worker.model_runner
+    classes = {
+        "spec": type(manager.kv_cache_spec).__name__,
+        "manager": type(manager).__name__,
+        "scheduler": type(core.scheduler).__name__,
+    }
+    if driver := getattr(core.model_executor, "driver_worker", None):  # else in other processes
+        classes["worker"] = type(driver.worker).__name__
+        classes["backend"] = driver.worker.model_runner.attn_groups[0][0].backend.__name__
     samples = {}
     for metric in REGISTRY.collect():
         for sample in metric.samples:
@@ -228,15 +234,7 @@ def execute(job: dict[str, Any]) -> Report:
                 if "le" not in sample.labels:
                     samples[sample.name + (f"/{label}" if label else "")] = sample.value
     return Report(
-        outputs, free, held, samples, entries, preemptions,
-        {
-            "backend": runner.attn_groups[0][0].backend.__name__,
-            "spec": type(manager.kv_cache_spec).__name__,
-            "manager": type(manager).__name__,
-            "scheduler": type(core.scheduler).__name__,
-            "worker": type(worker).__name__,
-        },
-        cached_tokens, logprobs,
+        outputs, free, held, samples, entries, preemptions, classes, cached_tokens, logprobs,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from vllm_kvzip.errors import suggest
 if TYPE_CHECKING:
     import torch
 
+    from vllm_kvzip.config import Budget
     from vllm_kvzip.core import LayerInputs
 
 ENTRY_POINT_GROUP = "vllm_kvzip.scorers"
@@ -48,6 +49,8 @@ class Scorer(ABC):
             over the context a second time.
         needs_observation_queries: whether ``LayerInputs.observation_queries`` is wanted. Keeping
             queries costs memory during prefill, so scorers that do not need them say so.
+        default_budget: the budget that suits its scores, whether or not the model has a profile;
+            None leaves it to the engine: ``profile`` where there is one, else ``adaptive``.
         min_observation_tokens: how many of those queries are kept whatever the setting says.
         needs_rotary: whether ``LayerInputs.rotary`` is wanted.
         needs_surrogate: whether ``ScorerSettings.surrogate`` is wanted.
@@ -60,6 +63,7 @@ class Scorer(ABC):
     min_observation_tokens: ClassVar[int] = 0
     needs_rotary: ClassVar[bool] = False
     needs_surrogate: ClassVar[bool] = False
+    default_budget: ClassVar[Budget | None] = None
 
     def __init__(self, settings: ScorerSettings) -> None:
         self.settings = settings

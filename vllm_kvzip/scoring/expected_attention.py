@@ -14,6 +14,7 @@ import torch
 from vllm_kvzip.scoring.base import Scorer, register_scorer
 
 if TYPE_CHECKING:
+    from vllm_kvzip.config import Budget
     from vllm_kvzip.core import LayerInputs
 
 FUTURE_TOKENS = 512
@@ -24,10 +25,12 @@ class ExpectedAttentionScorer(Scorer):
     """Expected attention times the norm of the value, mean over the query group.
 
     The paper estimates the queries' distribution from the whole context; here it comes from the
-    context's last tokens, whose queries are kept during prefill. Softmax runs over the prefix.
+    context's last tokens, whose queries are kept during prefill. Softmax runs over the prefix, so
+    what a score means differs from head to head: every head gets the same budget.
     """
 
     name: ClassVar[str] = "expected-attention"
+    default_budget: ClassVar[Budget | None] = "uniform"
     needs_values: ClassVar[bool] = True
     min_observation_tokens: ClassVar[int] = 128
     needs_observation_queries: ClassVar[bool] = True

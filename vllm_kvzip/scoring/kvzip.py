@@ -9,6 +9,7 @@ from vllm_kvzip.scoring.base import Scorer, register_scorer
 if TYPE_CHECKING:
     import torch
 
+    from vllm_kvzip.config import Budget
     from vllm_kvzip.core import LayerInputs
 
 
@@ -21,6 +22,7 @@ class KVzipScorer(Scorer):
     """
 
     name: ClassVar[str] = "kvzip"
+    default_budget: ClassVar[Budget | None] = "adaptive"
     needs_reconstruction: ClassVar[bool] = True
 
     def score_layer(self, inputs: LayerInputs) -> torch.Tensor:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from vllm_kvzip.scoring.base import Scorer, ScorerSettings, register_scorer
-from vllm_kvzip.surrogate import MIN_LOG_SCORE, load_surrogate, token_features
+from vllm_kvzip.surrogate import MIN_LOG_SCORE, load_surrogate
 
 if TYPE_CHECKING:
     import torch
 
+    from vllm_kvzip.config import Budget
     from vllm_kvzip.core import LayerInputs
 
 
@@ -23,6 +24,7 @@ class SurrogateScorer(Scorer):
     """
 
     name: ClassVar[str] = "surrogate"
+    default_budget: ClassVar[Budget | None] = "adaptive"
     needs_values: ClassVar[bool] = True
     needs_rotary: ClassVar[bool] = True
     needs_surrogate: ClassVar[bool] = True
@@ -37,6 +39,6 @@ class SurrogateScorer(Scorer):
         """Float32 ``[H, T]``, in (0, 1]; ValueError when the values were not collected."""
         if inputs.values is None:
             raise ValueError("Scorer 'surrogate' needs values.")
-        features = token_features(inputs.keys, inputs.values, inputs.rotary)
-        predicted = self._layers[inputs.layer].log_scores(features)
+        network = self._layers[inputs.layer]
+        predicted = network.log_scores_of(inputs.keys, inputs.values, inputs.rotary)
         return predicted.clamp_(MIN_LOG_SCORE, 0.0).exp_().t().contiguous()

@@ -28,18 +28,20 @@ _NO_RULE = PrefixRule(1.0, min_prompt_tokens=0, sink_tokens=0, recent_tokens=0, 
 class HeadPageSpec(FullAttentionSpec):
     """Full attention whose prompt prefix is compressed into head pages after prefill.
 
-    ``rule`` also sizes the extra room of the crossing step; ``num_layers`` is the number of layers
-    in the KV cache group, which the manager needs to count bytes.
+    ``rule`` also sizes the extra room of the crossing step. The manager counts bytes by
+    ``num_layers``, the layers of the KV cache group, and ``num_ranks``, the tensor-parallel
+    workers, each of which holds a part of every block.
     """
 
     rule: PrefixRule = _NO_RULE
     num_layers: int = 0
+    num_ranks: int = 1
     metrics_directory: str | None = None
     reuse: ReuseRule = field(default_factory=ReuseRule)
 
     @classmethod
     def from_full_attention(
-        cls, spec: FullAttentionSpec, settings: Settings, num_layers: int
+        cls, spec: FullAttentionSpec, settings: Settings, num_layers: int, num_ranks: int
     ) -> HeadPageSpec:
         """The same layer cache as ``spec``, with the compression rule of ``settings``."""
         config = settings.config
@@ -48,6 +50,7 @@ class HeadPageSpec(FullAttentionSpec):
             cls,
             rule=settings.rule(spec.block_size),
             num_layers=num_layers,
+            num_ranks=num_ranks,
             metrics_directory=settings.metrics_directory,
             reuse=ReuseRule(
                 fingerprint=settings.fingerprint(spec.block_size),
@@ -59,8 +62,8 @@ class HeadPageSpec(FullAttentionSpec):
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block over all layers of the group."""
-        return int(self.page_size_bytes) * self.num_layers
+        """Bytes of one block over all layers of the group and all ranks."""
+        return int(self.page_size_bytes) * self.num_layers * self.num_ranks
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
@@ -71,6 +74,7 @@ class HeadPageSpec(FullAttentionSpec):
             merged,
             rule=first.rule,
             num_layers=first.num_layers,
+            num_ranks=first.num_ranks,
             metrics_directory=first.metrics_directory,
             reuse=first.reuse,
         )
@@ -99,12 +103,15 @@ def register_spec() -> None:
     )
 
 
-def as_head_page_specs(specs: dict[str, KVCacheSpec], settings: Settings) -> dict[str, KVCacheSpec]:
+def as_head_page_specs(
+    specs: dict[str, KVCacheSpec], settings: Settings, num_ranks: int
+) -> dict[str, KVCacheSpec]:
     """Every layer's spec as :class:`HeadPageSpec`.
 
     Args:
         specs: vLLM's spec by layer name; all must be plain full attention.
         settings: resolved settings of this engine.
+        num_ranks: tensor-parallel workers.
 
     Raises:
         TypeError: when a layer is not plain full attention; start-up checks refuse such models
@@ -117,7 +124,7 @@ def as_head_page_specs(specs: dict[str, KVCacheSpec], settings: Settings) -> dic
                 f"{type(spec).__name__}; run this model without --kv-compression."
             )
     return {
-        name: HeadPageSpec.from_full_attention(spec, settings, len(specs))
+        name: HeadPageSpec.from_full_attention(spec, settings, len(specs), num_ranks)
         for name, spec in specs.items()
     }
 

@@ -44,14 +44,13 @@ def check_scoring_passes(vllm_config: VllmConfig, scorer: str) -> None:
 
 
 def model_fingerprint(vllm_config: VllmConfig) -> ModelFingerprint:
-    """What a head profile must match."""
+    """What a head profile must match: the whole model, on however many ranks it runs."""
     model = vllm_config.model_config
-    parallel = vllm_config.parallel_config
     return ModelFingerprint(
         architecture=model.architecture,
-        num_layers=model.get_num_layers(parallel),
-        num_query_heads=model.get_num_attention_heads(parallel),
-        num_kv_heads=model.get_num_kv_heads(parallel),
+        num_layers=model.get_total_num_hidden_layers(),
+        num_query_heads=model.model_arch_config.total_num_attention_heads,
+        num_kv_heads=model.get_total_num_kv_heads(),
         head_dim=model.get_head_size(),
         name=str(model.model).rstrip("/").split("/")[-1],
     )
@@ -86,12 +85,17 @@ def _engine_problems(vllm_config: VllmConfig) -> list[str]:
     speculative = vllm_config.speculative_config
     sizes = {
         "--pipeline-parallel-size": parallel.pipeline_parallel_size,
-        "--tensor-parallel-size": parallel.tensor_parallel_size,
         "--decode-context-parallel-size": parallel.decode_context_parallel_size,
         "--prefill-context-parallel-size": parallel.prefill_context_parallel_size,
     }
     problems = [(size > 1, f"{flag} {size} yet; set it to 1") for flag, size in sizes.items()]
+    num_kv_heads = vllm_config.model_config.get_total_num_kv_heads()
     problems += [
+        (
+            num_kv_heads % parallel.tensor_parallel_size != 0,
+            f"--tensor-parallel-size {parallel.tensor_parallel_size} for {num_kv_heads} KV heads, "
+            f"which must divide evenly; choose another size",
+        ),
         (
             vllm_config.kv_transfer_config is not None,
             "KV connectors; remove --kv-transfer-config and --kv-offloading-size",

@@ -109,8 +109,8 @@ def _resolve(vllm_config: VllmConfig, config: KVzipConfig) -> Settings:
     except ValueError as error:
         raise ConfigError(f"scorer: {error}") from error
     repeats = scorer_type.needs_reconstruction
-    ranks = repeats or scorer_type.needs_surrogate  # its scores are worth a ranking of all heads
-    budget = config.budget or ("profile" if path and not ranks else DEFAULT_BUDGET)
+    fallback: Budget = "profile" if path else DEFAULT_BUDGET
+    budget = config.budget or scorer_type.default_budget or fallback
     if repeats:
         check_scoring_passes(vllm_config, scorer)
     needs_profile = [
@@ -124,6 +124,12 @@ def _resolve(vllm_config: VllmConfig, config: KVzipConfig) -> Settings:
                 f"scripts/profile_heads.py or choose another {what.split()[0]}."
             )
     surrogate = None
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    if scorer_type.needs_surrogate and ranks > 1:
+        raise ConfigError(
+            f"Scorer {scorer} reads all KV heads of a layer, and --tensor-parallel-size {ranks} "
+            f"spreads them; choose another scorer."
+        )
     if path is not None and scorer_type.needs_surrogate:
         surrogate = path.with_suffix(SURROGATE_SUFFIX).absolute()
         load_surrogate(surrogate, model_fingerprint(vllm_config))

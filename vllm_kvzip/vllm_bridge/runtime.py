@@ -86,7 +86,7 @@ class HeadPageRuntime:
         compressor: score, budget, select, compact.
         tracker: requests to compress.
         rows: adapter of vLLM's model runner.
-        recorder: metrics of this worker.
+        recorder: metrics of this worker; None where another rank records the same.
         observation_window_tokens: how many of the last prompt queries the scorer wants (0: none).
         scale: softmax scale of the attention layers.
         isa: vLLM's name of the CPU kernel variant.
@@ -103,7 +103,7 @@ class HeadPageRuntime:
         compressor: Compressor,
         tracker: RequestTracker,
         rows: RunnerV1,
-        recorder: WorkerRecorder,
+        recorder: WorkerRecorder | None,
         observation_window_tokens: int,
         scale: float,
         isa: str,
@@ -320,7 +320,8 @@ class HeadPageRuntime:
         self._states[request.request_id] = PrefixState(prefix, plan)
         if request.kept_as is not None:
             self._runs[request.kept_as] = KeptRun(prefix, plan, request.seed)
-        self._recorder.compressed(report)
+        if self._recorder is not None:
+            self._recorder.compressed(report)
 
     def _observation_queries(
         self, observed: dict[int, list[torch.Tensor]] | None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_layers_from_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -53,7 +54,9 @@ class HeadPageCPUWorker(CPUWorker):
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """vLLM's specs, each as :class:`HeadPageSpec`."""
-        return as_head_page_specs(super().get_kv_cache_spec(), self._kvzip_settings)
+        specs = super().get_kv_cache_spec()
+        num_ranks = self.parallel_config.tensor_parallel_size
+        return as_head_page_specs(specs, self._kvzip_settings, num_ranks)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Let vLLM allocate the cache, then put the head-page runtime over it."""
@@ -130,8 +133,8 @@ class HeadPageCPUWorker(CPUWorker):
             rule=spec.rule,
             scorer=scorer,
             budget=settings.budget,
-            head_fractions=settings.head_fractions,
-            head_importance=settings.head_importance,
+            head_fractions=_own_heads(settings.head_fractions, spec.num_kv_heads),
+            head_importance=_own_heads(settings.head_importance, spec.num_kv_heads),
             rotary=rotary,
             seed=config.seed,
         )
@@ -163,7 +166,9 @@ class HeadPageCPUWorker(CPUWorker):
             compressor=compressor,
             tracker=RequestTracker(spec.rule, keep_tokens=reconstruction is not None),
             rows=RunnerV1(self.model_runner),
-            recorder=WorkerRecorder(settings.metrics_directory),
+            recorder=WorkerRecorder(settings.metrics_directory)
+            if get_tensor_model_parallel_rank() == 0
+            else None,
             observation_window_tokens=settings.observation_tokens,
             scale=first.impl.scale,
             isa=builders[0].isa,
@@ -179,3 +184,9 @@ class HeadPageCPUWorker(CPUWorker):
             config.min_prompt_tokens,
         )
         return runtime
+
+
+def _own_heads(grid: list[list[float]] | None, num_kv_heads: int) -> list[list[float]] | None:
+    """The columns of this rank's KV heads; tensor parallelism deals them out in order."""
+    first = get_tensor_model_parallel_rank() * num_kv_heads
+    return None if grid is None else [row[first : first + num_kv_heads] for row in grid]

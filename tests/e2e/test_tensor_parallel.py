@@ -1,0 +1,59 @@
+"""Two ranks, each with half of the KV heads, keep what one process keeps."""
+
+import numpy as np
+import pytest
+from engine_job import Request, run_job
+from retrieval_task import copy_prompt, make_context, question_prompt
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+TWO = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+
+
+def copy_requests():
+    rng = np.random.default_rng(6)
+    contexts = [make_context(rng, n) for n in (400, 70, 700, 512)]
+    return [
+        Request(copy_prompt(context, 20)[0], 24, arrives=2 * i)
+        for i, context in enumerate(contexts)
+    ]
+
+
+def test_keep_one_equals_stock():
+    stock = run_job(copy_requests())
+    two = run_job(copy_requests(), kvzip={"keep_ratio": 1.0}, **TWO)
+    assert two.outputs == stock.outputs
+    assert two.free_blocks[-1] == two.free_blocks[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"scorer": "keydiff", "budget": "uniform"},  # rank by rank what one process keeps
+        {},  # the profile: two of the four heads to keep whole are on each rank
+    ],
+)
+def test_fixed_budgets_keep_what_one_process_keeps(settings):
+    settings = {"keep_ratio": 0.4, **settings}
+    one = run_job(copy_requests(), kvzip=settings)
+    two = run_job(copy_requests(), kvzip=settings, **TWO)
+    assert two.outputs == one.outputs
+    assert two.held_blocks == one.held_blocks
+    for name, value in one.metrics.items():
+        if "seconds_sum" not in name:
+            assert two.metrics[name] == value, name
+
+
+def test_ranks_repeat_the_context_together():
+    """Scorer kvzip: the model's collectives run in the scoring passes too."""
+    context = make_context(np.random.default_rng(3), 1024, fact_density=0.3)
+    keys = list(context.facts)[::4]
+    declared = {"extra_args": {"kvzip_context_tokens": 1024}}
+    requests = [Request(context.tokens.tolist(), 2, options=declared)]
+    asked = [question_prompt(context, key) for key in keys]
+    requests += [Request(prompt, 1, arrives=6, options=declared) for prompt, _ in asked]
+    report = run_job(requests, kvzip={"keep_ratio": 0.25, "scorer": "kvzip"}, **TWO)
+    answers = [output[0] for output in report.outputs[1:]]
+    assert np.mean([a == value for a, (_, value) in zip(answers, asked, strict=True)]) >= 0.95
+    assert report.metrics["vllm_kvzip_prefix_hits_total"] == len(asked)
+    assert report.metrics["vllm_kvzip_compress_seconds_count/score"] == 1
