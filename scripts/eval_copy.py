@@ -13,14 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from evaluation import counter, start_engine, versions
 from local_server import CPU_ENVIRONMENT
-from prometheus_client import REGISTRY
 from retrieval_task import copy_prompt, make_context
 from rich.console import Console
 from rich.table import Table
@@ -60,35 +58,21 @@ def settings_of(scorer: str, keep_ratio: float) -> dict[str, Any]:
     return {"keep_ratio": keep_ratio, "scorer": scorer, "profile": "none"}
 
 
-def num_compressed() -> float:
-    """How many prompts this process's engines have compressed."""
-    value = REGISTRY.get_sample_value("vllm_kvzip_requests_compressed_total")
-    return value or 0.0
-
-
 def measure(model: str, pairs: Pairs, settings: dict[str, Any] | None) -> float:
     """Right share of one configuration, in an engine of its own.
 
     Raises:
         RuntimeError: if compression was asked for and did not run on every prompt.
     """
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
-    before = num_compressed()
-    llm = LLM(
-        model=model,
-        dtype="float32",
-        enforce_eager=True,
-        gpu_memory_utilization=0.3,
-        disable_log_stats=True,
-        additional_config={} if settings is None else {"kvzip": settings},
-        **({"block_size": 32} if settings is None else {}),
-    )
+    before = counter("requests_compressed_total")
+    llm = start_engine(model, settings)
     sampling = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, ignore_eos=True)
     prompts = [{"prompt_token_ids": prompt} for prompt, _ in pairs]
     results = llm.generate(prompts, sampling, use_tqdm=False)
     llm.llm_engine.engine_core.shutdown()
-    if settings is not None and num_compressed() - before != len(pairs):
+    if settings is not None and counter("requests_compressed_total") - before != len(pairs):
         raise RuntimeError(f"compression did not run on every prompt with {settings}")
     return right_share([list(result.outputs[0].token_ids) for result in results], pairs)
 
@@ -104,9 +88,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the shares here as well")
     args = parser.parse_args()
     os.environ.update({**CPU_ENVIRONMENT, "VLLM_LOGGING_LEVEL": "ERROR", **os.environ})
-
-    import vllm
-
     console = Console(width=100)
     pairs = make_pairs(args.num_prompts, args.context_tokens, args.seed)
     full = measure(args.model, pairs, None)
@@ -123,10 +104,7 @@ def main() -> None:
                 row[f"{ratio:g}"] = measure(args.model, pairs, settings_of(scorer, ratio))
             table.add_row(scorer, *(f"{share:.3f}" for share in row.values()))
     console.print(table)
-    console.print(
-        f"vLLM {vllm.__version__}, {platform.machine()} {os.cpu_count()} cores, "
-        f"Python {platform.python_version()}, {date.today().isoformat()}"
-    )
+    console.print(versions())
     if args.json:
         args.json.write_text(json.dumps({"no compression": full, **shares}, indent=2) + "\n")
 

@@ -3,7 +3,7 @@
 Made of the words the tiny test models know (:mod:`retrieval_task`), so lengths are exact and an
 answer is right or wrong:
 
-    needle       one fact in a long context of filler
+    needle       a few facts in a long context of filler, one of which is asked for
     multi-key    facts wherever one looks, and a question for one of them
     multi-value  keys with three values each, far apart; ``all key`` wants them in order
     chain        variable tracking: ``k1 k2 .``, ``k2 k3 .``, ``k3 value .`` far apart and in any
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 COPY_TOKENS = 32
 VALUES_PER_KEY = 3
 HOPS = 3
+NEEDLE_DENSITY = 0.1  # share of the tokens that belong to facts
 FACT_DENSITY = 0.5
 MOST_SHARE = 0.15  # of all tokens; any other filler word has about 0.01
 
@@ -62,8 +63,8 @@ class Document:
 
 
 def needle(rng: np.random.Generator, num_tokens: int, count: int) -> Document:
-    """One fact among filler; there is only one question to ask."""
-    context = make_context(rng, num_tokens, fact_density=0.0)
+    """As few facts as the models have seen in training; a single one they seldom find."""
+    context = make_context(rng, num_tokens, NEEDLE_DENSITY)
     return Document(context.tokens.tolist(), _fact_questions(rng, context, count))
 
 

@@ -124,7 +124,7 @@ def agreement(
     """
     predicted = torch.stack(
         [
-            network.log_scores(token_features(part.keys[0], part.values[0], rotary)).t()
+            network.log_scores_of(part.keys[0], part.values[0], rotary).t()
             for network, part in zip(layers, cache.layers, strict=True)
         ]
     )

@@ -11,6 +11,7 @@ from surrogate_training import SurrogateTrainer, agreement, rotary_of
 
 from vllm_kvzip.errors import ProfileError
 from vllm_kvzip.profile import ModelFingerprint, find_profile, profile_folders
+from vllm_kvzip.rotary import RotaryTables
 from vllm_kvzip.surrogate import (
     LayerSurrogate,
     load_surrogate,
@@ -47,6 +48,14 @@ def test_features_hold_every_heads_keys_and_values_token_by_token():
     for token in range(5):
         wanted = torch.cat([keys[0, token], keys[1, token], values[0, token], values[1, token]])
         assert torch.equal(features[token], wanted)
+
+
+def test_both_ways_to_compute_are_one():
+    keys, values = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
+    angles = torch.arange(5.0)[:, None] * torch.tensor([1.0, 0.2])
+    for rotary in (None, RotaryTables(angles.cos(), angles.sin())):
+        wanted = networks()[0].log_scores(token_features(keys, values, rotary))
+        torch.testing.assert_close(networks()[0].log_scores_of(keys, values, rotary), wanted)
 
 
 def test_wrong_files_are_one_sentence(tmp_path):

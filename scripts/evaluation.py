@@ -1,0 +1,118 @@
+"""What the evaluation scripts share: an engine, intervals, the table, the plot, the versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from datetime import date
+from math import sqrt
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import REGISTRY
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vllm import LLM
+
+BLOCK_SIZE = 32  # what the plugin chooses on the CPU
+
+Counts = Sequence[tuple[int, int]]  # right and all answer tokens of each context
+
+
+def start_engine(model: str, settings: dict[str, Any] | None) -> LLM:
+    """A small engine, with the plugin's settings or, when they are None, without compression."""
+    from vllm import LLM
+
+    return LLM(
+        model=model,
+        dtype="float32",
+        enforce_eager=True,
+        gpu_memory_utilization=0.3,
+        disable_log_stats=True,
+        block_size=BLOCK_SIZE,
+        additional_config={} if settings is None else {"kvzip": settings},
+    )
+
+
+def counter(name: str, **labels: str) -> float:
+    """A metric of this process's engines, over all of them."""
+    return REGISTRY.get_sample_value(f"vllm_kvzip_{name}", labels) or 0.0
+
+
+def share(counts: Counts) -> float:
+    """Right answer tokens / all of them."""
+    return sum(right for right, _ in counts) / sum(total for _, total in counts)
+
+
+def interval(counts: Counts) -> tuple[float, float]:
+    """95 % interval of a share whose answers come in clusters, one per context.
+
+    Wilson's interval (1927) for as many independent answers as have the same variance: answers
+    about one context stand or fall together (design effect, Kish 1965).
+    """
+    total = sum(n for _, n in counts)
+    mean = share(counts)
+    effective = float(total)
+    if 0 < mean < 1 and len(counts) > 1:
+        spread = sum((right - mean * n) ** 2 for right, n in counts) / total**2
+        variance = spread * len(counts) / (len(counts) - 1)
+        effective = min(effective, mean * (1 - mean) / max(variance, 1e-12))
+    z = 1.96
+    middle = mean + z * z / (2 * effective)
+    half = z * sqrt(mean * (1 - mean) / effective + z * z / (4 * effective**2))
+    scale = 1 + z * z / effective
+    return (middle - half) / scale, (middle + half) / scale
+
+
+def cell(counts: Counts) -> dict[str, Any]:
+    """Accuracy and interval, for the table and for JSON."""
+    return {"accuracy": share(counts), "interval": list(interval(counts))}
+
+
+def accuracy_table(title: str, ratios: Sequence[float], rows: dict[str, dict[str, Any]]) -> Table:
+    """One row per name, one column per keep ratio.
+
+    Args:
+        title: of the table.
+        ratios: keep ratios.
+        rows: name -> keep ratio as text -> :func:`cell`.
+    """
+    table = Table(title=title)
+    for column in ("scorer", *(f"keep {ratio:g}" for ratio in ratios)):
+        table.add_column(column)
+    for name, cells in rows.items():
+        shown = []
+        for ratio in ratios:
+            found = cells[f"{ratio:g}"]
+            low, high = found["interval"]
+            shown.append(f"{found['accuracy']:.3f} [{low:.2f} {high:.2f}]")
+        table.add_row(name, *shown)
+    return table
+
+
+def draw(path: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """Accuracy against keep ratio, one line per row, into a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for name, cells in rows.items():
+        ratios = [float(ratio) for ratio in cells]
+        accuracy = [found["accuracy"] for found in cells.values()]
+        axes.plot(ratios, accuracy, marker="o", markersize=3, label=name)
+    axes.set(xlabel="keep ratio", ylabel="accuracy", ylim=(0, 1.02))
+    axes.legend(fontsize="x-small")
+    figure.savefig(path, dpi=120)
+
+
+def versions() -> str:
+    """Machine, versions and date, the last line of every table."""
+    import vllm
+
+    return (
+        f"vLLM {vllm.__version__}, {platform.machine()} {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}, {date.today().isoformat()}"
+    )
