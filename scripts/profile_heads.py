@@ -39,6 +39,7 @@ from vllm_kvzip.surrogate import LayerSurrogate, save_surrogate
 
 KEEP_RATIOS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 CALIBRATION_TEXT = Path(__file__).with_name("calibration.txt")
+MIN_REPEATED_SHARE = 0.5
 SURROGATE_TOKENS = 2048  # of each context; the features of 16 contexts of an 8B model take 4 GiB
 DEFAULT_REPEAT_PROMPT = KVzipConfig.model_fields["repeat_prompt"].default
 
@@ -215,6 +216,13 @@ def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurr
             layers = trainer.fit(bar.update)
             share = agreement(layers, cache, scores, rotary, keep_ratio=0.3)
             print(f"surrogate: {share:.1%} of the pairs that KVzip would keep at 0.3, on a context")
+    print(f"the model repeats {probe.repeated_share:.1%} of the tokens right")
+    if probe.repeated_share < MIN_REPEATED_SHARE:
+        print(
+            "profile_heads: warning: the model hardly repeats the contexts, so this profile may be "
+            "worse than none; try another --repeat-prompt, or --text of a kind that it knows.",
+            file=sys.stderr,
+        )
     if args.budgets == "heads":
         budgets = {ratio: retrieval_fractions(importance, ratio) for ratio in KEEP_RATIOS}
     profile = HeadProfile(
@@ -226,6 +234,7 @@ def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurr
             scoring_chunk_tokens=args.chunk_tokens,
             num_contexts=len(contexts),
             context_tokens=args.context_tokens,
+            repeated_share=round(probe.repeated_share, 3),
             texts=texts,
             versions={
                 "torch": torch.__version__,

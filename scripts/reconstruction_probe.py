@@ -16,6 +16,8 @@ from vllm_kvzip.reconstruction import Chunk, iter_chunks, reconstruction_scores
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+CHECKED_TOKENS = 256  # of each chunk; logits of a large vocabulary are large
+
 _probe_numbers = itertools.count()
 
 
@@ -48,6 +50,16 @@ class ReconstructionProbe:
         self._context_tokens = 0
         self._place = _Place(0, 0, 0)
         self._scores: torch.Tensor | None = None
+        self._repeated: list[float] = []
+
+    @property
+    def repeated_share(self) -> float:
+        """How much of its contexts the model has repeated right, token by token, in [0, 1].
+
+        A model that does not understand the repeat prompt, or the text, looks at the wrong places
+        while it is made to repeat; what it looks at then says nothing.
+        """
+        return sum(self._repeated) / len(self._repeated)
 
     @property
     def fingerprint(self) -> ModelFingerprint:
@@ -108,12 +120,16 @@ class ReconstructionProbe:
                 self._place = _Place(num_sinks, num_sinks, num_sinks + chunk.end - chunk.start)
                 seen = _part_of(cache, [*range(num_sinks), *range(chunk.start, chunk.end)])
             first = self._context_tokens
-            self.model(
+            num_checked = min(CHECKED_TOKENS, chunk.end - chunk.start)
+            logits = self.model(
                 torch.tensor([chunk.input_ids]),
                 past_key_values=seen,
                 position_ids=torch.arange(first, first + len(chunk.input_ids))[None],
-                logits_to_keep=1,
-            )
+                logits_to_keep=num_checked + 1,
+            ).logits
+            predicted = logits[0, :-1].argmax(-1)
+            right = predicted == torch.tensor(chunk.input_ids[-num_checked:])
+            self._repeated.append(float(right.float().mean()))
             self._chunk = None
             if not local:
                 cache.crop(self._context_tokens)

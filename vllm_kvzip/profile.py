@@ -48,13 +48,17 @@ class ModelFingerprint(_Strict):
 
 
 class Provenance(_Strict):
-    """How a profile was made; an imported one does not say how its scores came about."""
+    """How a profile was made; an imported one does not say how its scores came about.
+
+    ``repeated_share`` is the share of tokens that the model repeated right while it was watched.
+    """
 
     method: str
     repeat_prompt: str | None = None
     scoring_chunk_tokens: int | None = Field(None, gt=0)
     num_contexts: int | None = Field(None, gt=0)
     context_tokens: int | None = Field(None, gt=0)
+    repeated_share: Share | None = None
     texts: list[str]
     versions: dict[str, str]
     created: str

@@ -7,6 +7,7 @@ import profile_heads
 import pytest
 import torch
 import train_tiny_model
+from engine_job import MODEL
 from reconstruction_probe import ReconstructionProbe
 from transformers import DeepseekV3Config, MistralConfig, Qwen3Config
 
@@ -36,10 +37,24 @@ def test_profile_is_written_with_its_picture(random_model, tmp_path, capsys):
     profile = load_profile(out)
     assert profile.model.num_kv_heads == 2
     assert profile.provenance.repeat_prompt == "repeat"
+    assert profile.provenance.repeated_share < 0.1  # it was never trained
+    assert "warning: the model hardly repeats the contexts" in capsys.readouterr().err
     for ratio, grid in profile.budgets.items():
         assert np.mean(grid) == pytest.approx(float(ratio), abs=0.01)
     assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["profile"] == str(out)
+
+
+def test_a_model_that_repeats_is_not_warned_about(tmp_path, capsys):
+    out = tmp_path / "a.json"
+    code = profile_heads.main(
+        ["--model", str(MODEL), "--out", str(out), "--task", "retrieval", "--num-contexts", "1",
+         "--context-tokens", "512", "--repeat-prompt", "repeat"]
+    )  # fmt: skip
+    assert code == 0
+    shown = capsys.readouterr()
+    assert load_profile(out).provenance.repeated_share > 0.9
+    assert "warning" not in shown.err
+    assert json.loads(shown.out.splitlines()[-1])["profile"] == str(out)
 
 
 def test_networks_are_written_beside_the_profile(random_model, tmp_path, capsys):
