@@ -42,7 +42,7 @@ def counter(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(f"vllm_kvzip_{name}", labels) or 0.0
 
 
-def share(counts: Counts) -> float:
+def accuracy(counts: Counts) -> float:
     """Right answer tokens / all of them."""
     return sum(right for right, _ in counts) / sum(total for _, total in counts)
 
@@ -54,7 +54,7 @@ def interval(counts: Counts) -> tuple[float, float]:
     about one context stand or fall together (design effect, Kish 1965).
     """
     total = sum(n for _, n in counts)
-    mean = share(counts)
+    mean = accuracy(counts)
     effective = float(total)
     if 0 < mean < 1 and len(counts) > 1:
         spread = sum((right - mean * n) ** 2 for right, n in counts) / total**2
@@ -69,7 +69,7 @@ def interval(counts: Counts) -> tuple[float, float]:
 
 def cell(counts: Counts) -> dict[str, Any]:
     """Accuracy and interval, for the table and for JSON."""
-    return {"accuracy": share(counts), "interval": list(interval(counts))}
+    return {"accuracy": accuracy(counts), "interval": list(interval(counts))}
 
 
 def accuracy_table(title: str, ratios: Sequence[float], rows: dict[str, dict[str, Any]]) -> Table:
@@ -101,8 +101,8 @@ def draw(path: Path, rows: dict[str, dict[str, Any]]) -> None:
     axes = figure.subplots()
     for name, cells in rows.items():
         ratios = [float(ratio) for ratio in cells]
-        accuracy = [found["accuracy"] for found in cells.values()]
-        axes.plot(ratios, accuracy, marker="o", markersize=3, label=name)
+        shares = [found["accuracy"] for found in cells.values()]
+        axes.plot(ratios, shares, marker="o", markersize=3, label=name)
     axes.set(xlabel="keep ratio", ylabel="accuracy", ylim=(0, 1.02))
     axes.legend(fontsize="x-small")
     figure.savefig(path, dpi=120)

@@ -22,39 +22,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig
+from model_files import fingerprint_of
 
 from vllm_kvzip.errors import ProfileError
-from vllm_kvzip.profile import HeadProfile, ModelFingerprint, Provenance, save_profile
+from vllm_kvzip.profile import HeadProfile, Provenance, save_profile
 from vllm_kvzip.reconstruction import retrieval_fractions
 
 KEEP_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 METHODS = {".pt": "KVzip head scores", ".tsv": "DuoAttention pattern", ".npy": "LU-KV budgets"}
-
-
-def fingerprint_of(model: str) -> ModelFingerprint:
-    """What the model's configuration says of its attention.
-
-    Raises:
-        ProfileError: if it cannot be read or says nothing of heads.
-    """
-    try:
-        config = AutoConfig.from_pretrained(model)
-        text = config.get_text_config()
-        num_heads = text.num_attention_heads
-        return ModelFingerprint(
-            architecture=config.architectures[0],
-            num_layers=text.num_hidden_layers,
-            num_query_heads=num_heads,
-            num_kv_heads=getattr(text, "num_key_value_heads", None) or num_heads,
-            head_dim=getattr(text, "head_dim", None) or text.hidden_size // num_heads,
-            name=Path(os.path.abspath(model)).name,
-        )
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ProfileError(
-            f"--model {model} has no configuration to compare with: {reason}."
-        ) from error
 
 
 def read_scores(path: Path) -> torch.Tensor:

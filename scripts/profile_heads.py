@@ -25,23 +25,22 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from model_files import DEFAULT_REPEAT_PROMPT, repeat_prompts
 from reconstruction_probe import ReconstructionProbe
 from retrieval_task import BASIC_VOCABULARY_SIZE, VOCABULARY, make_context
 from surrogate_training import SurrogateTrainer, agreement, rotary_of
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-from vllm_kvzip.config import KVzipConfig
 from vllm_kvzip.errors import ProfileError
 from vllm_kvzip.profile import HeadProfile, Provenance, save_profile
-from vllm_kvzip.reconstruction import LATER_REPEAT_PROMPT, pair_fractions, retrieval_fractions
+from vllm_kvzip.reconstruction import pair_fractions, retrieval_fractions
 from vllm_kvzip.surrogate import LayerSurrogate, save_surrogate
 
 KEEP_RATIOS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 CALIBRATION_TEXT = Path(__file__).with_name("calibration.txt")
 MIN_REPEATED_SHARE = 0.5
 SURROGATE_TOKENS = 2048  # of each context; the features of 16 contexts of an 8B model take 4 GiB
-DEFAULT_REPEAT_PROMPT = KVzipConfig.model_fields["repeat_prompt"].default
 
 
 def text_contexts(
@@ -179,11 +178,9 @@ def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurr
         texts = [
             f"{f.name} sha256:{hashlib.sha256(f.read_bytes()).hexdigest()[:16]}" for f in files
         ]
-    later = (
-        LATER_REPEAT_PROMPT if args.repeat_prompt == DEFAULT_REPEAT_PROMPT else args.repeat_prompt
-    )
     first_ids, later_ids = (
-        tokenizer(p, add_special_tokens=False)["input_ids"] for p in (args.repeat_prompt, later)
+        tokenizer(p, add_special_tokens=False)["input_ids"]
+        for p in repeat_prompts(args.repeat_prompt)
     )
     passes = len(contexts) * (1 + -(-args.context_tokens // args.chunk_tokens))
     trainer = layers = None

@@ -6,15 +6,17 @@ import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from model_files import fingerprint_from_config
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-from vllm_kvzip.profile import ModelFingerprint
 from vllm_kvzip.reconstruction import Chunk, iter_chunks, reconstruction_scores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from vllm_kvzip.profile import ModelFingerprint
 
 CHECKED_TOKENS = 256  # of each chunk; logits of a large vocabulary are large
 
@@ -64,21 +66,14 @@ class ReconstructionProbe:
     @property
     def fingerprint(self) -> ModelFingerprint:
         """What the profile will have to match."""
-        config = self.config
-        num_heads = config.num_attention_heads
-        return ModelFingerprint(
-            architecture=self.model.config.architectures[0],
-            num_layers=config.num_hidden_layers,
-            num_query_heads=num_heads,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
-            name=str(self.model.name_or_path).rstrip("/").split("/")[-1],
-        )
+        name = str(self.model.name_or_path).rstrip("/").split("/")[-1]
+        return fingerprint_from_config(self.model.config, name)
 
     @torch.inference_mode()
     def read(self, context_ids: Sequence[int]) -> DynamicCache:
         """The cache after the prefill of a context."""
-        return self.model(torch.tensor([context_ids]), use_cache=True).past_key_values
+        ids = torch.tensor([context_ids])
+        return self.model(ids, use_cache=True, logits_to_keep=1).past_key_values
 
     @torch.inference_mode()
     def score(

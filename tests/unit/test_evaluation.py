@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from evaluation import interval, share
+from evaluation import accuracy, interval
 from quality_tasks import HOPS, TASKS, VALUES_PER_KEY, known_tasks
 from retrieval_task import VOCABULARY
 
 
 def test_the_interval_of_single_answers_is_wilsons():
     counts = [(1, 1)] * 8 + [(0, 1)] * 2
-    assert share(counts) == 0.8
+    assert accuracy(counts) == 0.8
     low, high = interval(counts)
     assert (low, high) == (pytest.approx(0.490, abs=0.05), pytest.approx(0.943, abs=0.05))
 

@@ -1,0 +1,76 @@
+"""What scripts read from a model's folder: the shape of its attention, how to make it repeat."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer
+
+from vllm_kvzip.config import KVzipConfig
+from vllm_kvzip.errors import ProfileError
+from vllm_kvzip.profile import ModelFingerprint, find_profile, load_profile, profile_folders
+from vllm_kvzip.reconstruction import LATER_REPEAT_PROMPT
+
+DEFAULT_REPEAT_PROMPT: str = KVzipConfig.model_fields["repeat_prompt"].default
+
+
+def fingerprint_from_config(config: Any, name: str) -> ModelFingerprint:
+    """What a head profile must match.
+
+    Args:
+        config: of the model, in transformers' format.
+        name: of the model, for people.
+
+    Raises:
+        AttributeError, TypeError, ValueError: if the configuration says nothing of heads.
+    """
+    text = config.get_text_config()
+    num_heads = text.num_attention_heads
+    return ModelFingerprint(
+        architecture=config.architectures[0],
+        num_layers=text.num_hidden_layers,
+        num_query_heads=num_heads,
+        num_kv_heads=getattr(text, "num_key_value_heads", None) or num_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // num_heads,
+        name=name,
+    )
+
+
+def fingerprint_of(model: str) -> ModelFingerprint:
+    """What the configuration in a model's folder says of its attention.
+
+    Raises:
+        ProfileError: if it cannot be read or says nothing of heads.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model)
+        return fingerprint_from_config(config, Path(os.path.abspath(model)).name)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ProfileError(
+            f"--model {model} has no configuration to compare with: {reason}."
+        ) from error
+
+
+def repeat_prompts(wording: str) -> tuple[str, str]:
+    """What asks for the first chunk of a context and for the later ones."""
+    return wording, LATER_REPEAT_PROMPT if wording == DEFAULT_REPEAT_PROMPT else wording
+
+
+def repeat_ids(model: str, fingerprint: ModelFingerprint, wording: str | None) -> list[list[int]]:
+    """Token ids that ask for a context, first chunk and later ones, as the plugin asks.
+
+    Args:
+        model: folder.
+        fingerprint: decides which head profile belongs to the model.
+        wording: of the user; else that of the profile, else KVzip's own.
+    """
+    if wording is None and (path := find_profile(fingerprint, profile_folders())):
+        wording = load_profile(path).provenance.repeat_prompt
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return [
+        tokenizer.encode(text, add_special_tokens=False)
+        for text in repeat_prompts(wording or DEFAULT_REPEAT_PROMPT)
+    ]
