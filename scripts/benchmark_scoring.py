@@ -45,7 +45,7 @@ def write_model(folder: Path) -> None:
     import torch
 
     from vllm_kvzip.profile import HeadProfile, ModelFingerprint, Provenance, save_profile
-    from vllm_kvzip.surrogate import LayerSurrogate, save_surrogate
+    from vllm_kvzip.surrogate import RECENCY_TOKENS, LayerSurrogate, save_surrogate
 
     (folder / "config.json").write_text(json.dumps(SHAPE))
     layers, heads = SHAPE["num_hidden_layers"], SHAPE["num_key_value_heads"]
@@ -62,7 +62,7 @@ def write_model(folder: Path) -> None:
         schema_version=1, model=model, provenance=made, importance=grid, budgets={"0.5": grid}
     )
     save_profile(profile, folder / "profile.json")
-    inputs = 2 * heads * model.head_dim
+    inputs = 2 * heads * model.head_dim + len(RECENCY_TOKENS)
     shapes = ((inputs, WIDTH), (WIDTH,), (WIDTH, heads), (heads,))
     networks = [LayerSurrogate(*(torch.randn(s) * 0.01 for s in shapes)) for _ in range(layers)]
     save_surrogate(folder / "profile.safetensors", networks, model, {})

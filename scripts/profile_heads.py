@@ -182,6 +182,11 @@ def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurr
         tokenizer(p, add_special_tokens=False)["input_ids"]
         for p in repeat_prompts(args.repeat_prompt)
     )
+    if not first_ids:
+        raise ProfileError(
+            f"--repeat-prompt {args.repeat_prompt!r} has no token in this model's vocabulary; "
+            f"choose another wording."
+        )
     passes = len(contexts) * (1 + -(-args.context_tokens // args.chunk_tokens))
     trainer = layers = None
     if args.surrogate:

@@ -3,7 +3,8 @@
 After KVzap (arXiv 2601.07891), which predicts the log of a KV pair's score from the hidden state
 of its token. An attention layer does not see that state, but it sees the keys and values of all its
 KV heads, which are linear maps of it. One small network per layer reads them, with the rotation
-taken off the keys, and predicts the log score of each KV head's pair.
+taken off the keys, and how near the token is to the end of the context (some heads look for the
+last token of a kind), and predicts the log score of each KV head's pair.
 
 The file is safetensors, beside the model's head profile; ``scripts/profile_heads.py --surrogate``
 makes it.
@@ -29,16 +30,17 @@ if TYPE_CHECKING:
     from vllm_kvzip.rotary import RotaryTables
 
 SCHEMA_VERSION = "1"
-MIN_LOG_SCORE = -12.0  # an attention of 6e-6; what lies below differs by nothing that matters
+MIN_LOG_SCORE = -6.0  # an attention of 0.0025; differences below it decide nothing
+RECENCY_TOKENS = (16.0, 64.0, 256.0)  # lengths by which nearness to the end decays
 _PARTS = ("mix", "mix_bias", "out", "out_bias")
 
 
 @dataclass(frozen=True)
 class LayerSurrogate:
-    """The network of one layer; M is its width.
+    """The network of one layer; M is its width, F the length of :func:`token_features`.
 
     Attributes:
-        mix: float32 ``[2 * H * D, M]``.
+        mix: float32 ``[F, M]``.
         mix_bias: float32 ``[M]``.
         out: float32 ``[M, H]``.
         out_bias: float32 ``[H]``.
@@ -53,7 +55,7 @@ class LayerSurrogate:
         """Predicted log scores, float32 ``[T, H]``.
 
         Args:
-            features: float32 ``[T, 2 * H * D]``, from :func:`token_features`.
+            features: float32 ``[T, F]``, from :func:`token_features`.
         """
         return self._log_scores(torch.addmm(self.mix_bias, features, self.mix))
 
@@ -68,8 +70,9 @@ class LayerSurrogate:
         """
         head_dim = keys.shape[2]
         keys = _unrotated(keys, rotary)
-        mixed = self.mix_bias.repeat(keys.shape[1], 1)
-        for part, weights in zip((*keys, *values), torch.split(self.mix, head_dim), strict=True):
+        recency = _recency(keys.shape[1])
+        mixed = torch.addmm(self.mix_bias, recency, self.mix[-len(RECENCY_TOKENS) :])
+        for part, weights in zip((*keys, *values), torch.split(self.mix, head_dim), strict=False):
             mixed.addmm_(part, weights)
         return self._log_scores(mixed)
 
@@ -80,16 +83,23 @@ class LayerSurrogate:
 def token_features(
     keys: torch.Tensor, values: torch.Tensor, rotary: RotaryTables | None
 ) -> torch.Tensor:
-    """What the network reads of each token: keys without their rotation, and values.
+    """What the network reads of each token: keys without their rotation, values, recency.
 
     Args:
         keys, values: float32 ``[H, T, D]``, of the first T tokens.
         rotary: of the model; None when it has none.
 
     Returns:
-        float32 ``[T, 2 * H * D]``.
+        float32 ``[T, 2 * H * D + 3]``.
     """
-    return torch.cat([_unrotated(keys, rotary), values]).transpose(0, 1).flatten(1)
+    pairs = torch.cat([_unrotated(keys, rotary), values]).transpose(0, 1).flatten(1)
+    return torch.cat([pairs, _recency(len(pairs))], dim=1)
+
+
+def _recency(num_tokens: int) -> torch.Tensor:
+    """How near each token is to the end, float32 ``[T, 3]``, in (0, 1]."""
+    distance = torch.arange(num_tokens - 1, -1, -1, dtype=torch.float32)
+    return torch.exp(-distance[:, None] / torch.tensor(RECENCY_TOKENS))
 
 
 def _unrotated(keys: torch.Tensor, rotary: RotaryTables | None) -> torch.Tensor:
@@ -139,7 +149,7 @@ def load_surrogate(path: Path, running: ModelFingerprint | None = None) -> list[
             LayerSurrogate(*(tensors[f"layers.{index}.{part}"].float() for part in _PARTS))
             for index in range(model.num_layers)
         ]
-        width = 2 * model.num_kv_heads * model.head_dim
+        width = 2 * model.num_kv_heads * model.head_dim + len(RECENCY_TOKENS)
         if any(layer.mix.shape[0] != width for layer in layers):
             raise ValueError(f"its networks do not read {width} numbers per token")
     except FileNotFoundError as error:

@@ -183,6 +183,11 @@ def test_scorer_kvzip_takes_the_wording_of_the_profile_and_ranks_globally():
     assert Settings.from_vllm_config(engine_config(*ON)).repeat_ids is None
 
 
+def test_a_wording_without_a_token_is_refused(capsys):
+    message = refusal(capsys, *ON, *KVZIP, "--kv-compression-config.repeat_prompt", " ")
+    assert "repeat_prompt ' ' has no token in this model's vocabulary" in message
+
+
 @pytest.mark.parametrize("flag", ["--enable-lora", "--skip-tokenizer-init"])
 def test_what_scorer_kvzip_cannot_work_with_is_refused(capsys, flag):
     message = refusal(capsys, *ON, *KVZIP, flag)

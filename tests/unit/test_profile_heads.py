@@ -66,7 +66,7 @@ def test_networks_are_written_beside_the_profile(random_model, tmp_path, capsys)
     )  # fmt: skip
     assert code == 0
     layers = load_surrogate(out.with_suffix(".safetensors"), load_profile(out).model)
-    assert [tuple(layer.mix.shape) for layer in layers] == [(128, 5)] * 2
+    assert [tuple(layer.mix.shape) for layer in layers] == [(131, 5)] * 2
     assert "of the pairs that KVzip would keep" in capsys.readouterr().out
 
 
@@ -104,6 +104,7 @@ def test_scores_equal_attention_of_the_whole_model(random_model):
         (["--model", "/no/such/model"], "cannot be profiled: there is no such folder"),
         (["--out", "/"], "--out / cannot be written (it is a folder; name a file)"),
         (["--context-tokens", "100000"], "fewer than --context-tokens 100000"),
+        (["--repeat-prompt", " ", "--task", "retrieval"], "--repeat-prompt ' ' has no token"),
         (["--text", "/no/such/text"], "--text /no/such/text cannot be read"),
     ],
 )

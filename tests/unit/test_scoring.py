@@ -50,7 +50,7 @@ def settings(tmp_path):
         architecture="A", num_layers=3, num_query_heads=6, num_kv_heads=HEADS, head_dim=DIM
     )
     layers = [
-        LayerSurrogate(torch.randn(32, 4), torch.randn(4), torch.randn(4, HEADS), torch.zeros(2))
+        LayerSurrogate(torch.randn(35, 4), torch.randn(4), torch.randn(4, HEADS), torch.zeros(2))
         for _ in range(3)
     ]
     save_surrogate(tmp_path / "a.safetensors", layers, model, {})

@@ -1,5 +1,7 @@
 """The surrogate's file: what comes back, what is refused, and what the shipped one is worth."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -28,7 +30,7 @@ def networks(width=3):
     torch.manual_seed(0)
     return [
         LayerSurrogate(
-            torch.randn(16, width), torch.randn(width), torch.randn(width, 2), torch.randn(2)
+            torch.randn(19, width), torch.randn(width), torch.randn(width, 2), torch.randn(2)
         )
         for _ in range(2)
     ]
@@ -47,7 +49,9 @@ def test_features_hold_every_heads_keys_and_values_token_by_token():
     features = token_features(keys, values, None)
     for token in range(5):
         wanted = torch.cat([keys[0, token], keys[1, token], values[0, token], values[1, token]])
-        assert torch.equal(features[token], wanted)
+        assert torch.equal(features[token, :16], wanted)
+        recency = [math.exp(-(4 - token) / length) for length in (16, 64, 256)]
+        assert features[token, 16:].tolist() == pytest.approx(recency)
 
 
 def test_both_ways_to_compute_are_one():
@@ -76,7 +80,7 @@ def test_wrong_files_are_one_sentence(tmp_path):
     with pytest.raises(ProfileError, match="its head_dim is 4, the running model's is 8"):
         load_surrogate(path, other)
     save_surrogate(path, networks(), other, {})
-    with pytest.raises(ProfileError, match="do not read 32 numbers per token"):
+    with pytest.raises(ProfileError, match="do not read 35 numbers per token"):
         load_surrogate(path)
 
 

@@ -175,7 +175,13 @@ def _repeat_ids(vllm_config: VllmConfig, config: KVzipConfig, path: Path | None)
         wording = load_profile(path).provenance.repeat_prompt or default
     later = LATER_REPEAT_PROMPT if wording == default else wording
     tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
-    return [tokenizer.encode(text, add_special_tokens=False) for text in (wording, later)]
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in (wording, later)]
+    if not all(ids):
+        raise ConfigError(
+            f"repeat_prompt {wording!r} has no token in this model's vocabulary; choose another "
+            f"wording."
+        )
+    return ids
 
 
 def _profile_path(vllm_config: VllmConfig, config: KVzipConfig) -> Path | None:
