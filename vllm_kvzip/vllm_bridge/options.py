@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
+    from vllm_kvzip.scoring import Scorer
+
 logger = init_logger("vllm." + __name__)
 
 WORKER = "vllm_kvzip.vllm_bridge.worker.HeadPageCPUWorker"
@@ -91,7 +93,6 @@ def configure(vllm_config: VllmConfig, config: KVzipConfig) -> None:
 def _resolve(vllm_config: VllmConfig, config: KVzipConfig) -> Settings:
     """Fill in what the user left open: profile, scorer, budget, metrics folder."""
     from vllm_kvzip.scoring import scorer_class
-    from vllm_kvzip.surrogate import load_surrogate
     from vllm_kvzip.vllm_bridge.stats_export import open_metrics_directory
 
     path = _profile_path(vllm_config, config)
@@ -108,31 +109,15 @@ def _resolve(vllm_config: VllmConfig, config: KVzipConfig) -> Settings:
         scorer_type = scorer_class(scorer)
     except ValueError as error:
         raise ConfigError(f"scorer: {error}") from error
-    repeats = scorer_type.needs_reconstruction
     fallback: Budget = "profile" if path else DEFAULT_BUDGET
     budget = config.budget or scorer_type.default_budget or fallback
-    if repeats:
+    if path is None:
+        _refuse_what_needs_a_profile(scorer, scorer_type, budget)
+    if repeats := scorer_type.needs_reconstruction:
         check_scoring_passes(vllm_config, scorer)
-    needs_profile = [
-        f"budget {budget}" if budget in ("profile", "retrieval") else None,
-        f"scorer {scorer}" if scorer == "profile" or scorer_type.needs_surrogate else None,
-    ]
-    for what in filter(None, needs_profile):
-        if path is None:
-            raise ConfigError(
-                f"{what} needs a head profile, and none matches this model; build one with "
-                f"scripts/profile_heads.py or choose another {what.split()[0]}."
-            )
     surrogate = None
-    ranks = vllm_config.parallel_config.tensor_parallel_size
-    if scorer_type.needs_surrogate and ranks > 1:
-        raise ConfigError(
-            f"Scorer {scorer} reads all KV heads of a layer, and --tensor-parallel-size {ranks} "
-            f"spreads them; choose another scorer."
-        )
     if path is not None and scorer_type.needs_surrogate:
-        surrogate = path.with_suffix(SURROGATE_SUFFIX).absolute()
-        load_surrogate(surrogate, model_fingerprint(vllm_config))
+        surrogate = _surrogate_file(vllm_config, scorer, path)
     fractions, importance = _head_budgets(path, budget, config.keep_ratio)
     return Settings(
         config=config,
@@ -145,6 +130,33 @@ def _resolve(vllm_config: VllmConfig, config: KVzipConfig) -> Settings:
         surrogate_digest=hashlib.sha256(surrogate.read_bytes()).hexdigest() if surrogate else None,
         metrics_directory=open_metrics_directory(),
     )
+
+
+def _refuse_what_needs_a_profile(scorer: str, scorer_type: type[Scorer], budget: Budget) -> None:
+    """Called when there is no head profile."""
+    needing = ["budget"] if budget in ("profile", "retrieval") else []
+    needing += ["scorer"] if scorer == "profile" or scorer_type.needs_surrogate else []
+    for setting in needing:
+        value = budget if setting == "budget" else scorer
+        raise ConfigError(
+            f"{setting} {value} needs a head profile, and none matches this model; build one with "
+            f"scripts/profile_heads.py or choose another {setting}."
+        )
+
+
+def _surrogate_file(vllm_config: VllmConfig, scorer: str, profile: Path) -> Path:
+    """The trained networks beside a head profile, once they are known to fit."""
+    from vllm_kvzip.surrogate import load_surrogate
+
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    if ranks > 1:
+        raise ConfigError(
+            f"Scorer {scorer} reads all KV heads of a layer, and --tensor-parallel-size {ranks} "
+            f"spreads them; choose another scorer."
+        )
+    path = profile.with_suffix(SURROGATE_SUFFIX).absolute()
+    load_surrogate(path, model_fingerprint(vllm_config))
+    return path
 
 
 def _head_budgets(
