@@ -5,6 +5,7 @@ import json
 import numpy as np
 import profile_heads
 import pytest
+import surrogate_training
 import torch
 import train_tiny_model
 from engine_job import MODEL
@@ -57,7 +58,8 @@ def test_a_model_that_repeats_is_not_warned_about(tmp_path, capsys):
     assert json.loads(shown.out.splitlines()[-1])["profile"] == str(out)
 
 
-def test_networks_are_written_beside_the_profile(random_model, tmp_path, capsys):
+def test_networks_are_written_beside_the_profile(random_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(surrogate_training, "STEPS", 20)
     out = tmp_path / "random-llama.json"
     code = profile_heads.main(
         ["--model", str(random_model), "--out", str(out), "--task", "retrieval", "--num-contexts",
