@@ -316,8 +316,10 @@ def main(argv: list[str] | None = None) -> int:
         values = {"no compression": result(None), **results}
         args.json.write_text(json.dumps(values, indent=2) + "\n")
     if args.heat_map:
-        accuracy = {budget: accuracy(counts[cell]) for budget, cell in drawn.items()}
-        panels = {f"{b}: {accuracy[b]:.3f} right": shares[cell] for b, cell in drawn.items()}
+        panels = {
+            f"{budget}: {accuracy(counts[cell]):.3f} right": shares[cell]
+            for budget, cell in drawn.items()
+        }
         draw(args.heat_map, panels)
     return 0
 

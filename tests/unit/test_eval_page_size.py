@@ -1,5 +1,7 @@
 """The page-size experiment keeps what the engine's plan says, and masks the rest."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,18 @@ def test_as_many_pairs_are_kept_as_the_plan_says(budget, page_size):
 
 def test_what_the_engine_leaves_alone_is_left_alone():
     assert Cell("adaptive", 128, 0.99).kept_pairs(torch.rand(4, 4, 150)) is None
+
+
+def test_it_prints_writes_and_draws(tmp_path, capsys):
+    files = ["--json", str(tmp_path / "a.json"), "--heat-map", str(tmp_path / "a.png")]
+    few = ["--num-contexts", "1", "--questions", "2", "--context-tokens", "160"]
+    grid = ["--page-sizes", "1", "32", "--keep-ratios", "0.5", "--budgets", "adaptive"]
+    assert main(["--model", str(MODEL), *files, *few, *grid]) == 0
+    assert "budget adaptive" in capsys.readouterr().out
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["no compression"]["accuracy"] == 1.0
+    assert found["adaptive"]["32"]["0.5"]["held"] == pytest.approx(0.6)  # 3 blocks of 5
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize(
