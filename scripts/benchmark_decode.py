@@ -11,18 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-from local_server import CPU_ENVIRONMENT
+from engine_turns import add_arguments, answer_job, take_turns
+from evaluation import counter, versions
 
 MODEL_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -47,7 +43,6 @@ TOKENIZER = Path(__file__).parent.parent / "tests" / "models" / "tiny-retriever"
 def run_once(job: dict[str, Any]) -> dict[str, float]:
     """One engine: seconds of prefill, of compression, and median seconds of a decode step."""
     import numpy as np
-    from prometheus_client import REGISTRY
     from vllm import LLM, SamplingParams
 
     additional = {}
@@ -84,10 +79,8 @@ def run_once(job: dict[str, Any]) -> dict[str, float]:
     ]
     if len(decode) < 20:
         raise RuntimeError("too few steps in which every request decoded; ask for more tokens")
-    compress = 0.0
-    for stage in ("score", "select", "compact"):
-        name = "vllm_kvzip_compress_seconds_sum"
-        compress += REGISTRY.get_sample_value(name, {"stage": stage}) or 0.0
+    stages = ("score", "select", "compact")
+    compress = sum(counter("compress_seconds_sum", stage=stage) for stage in stages)
     if additional and not compress:
         raise RuntimeError("compression did not run")
     prefill = sum(seconds[:first]) - compress
@@ -101,34 +94,23 @@ def main() -> None:
     parser.add_argument("--output-tokens", type=int, default=60)
     parser.add_argument("--keep-ratios", type=float, nargs="+", default=[1.0, 0.5, 0.25])
     parser.add_argument("--scorer", default="keydiff")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--job", help=argparse.SUPPRESS)
+    add_arguments(parser)
     args = parser.parse_args()
     if args.job:
-        Path(json.loads(args.job)["answer"]).write_text(json.dumps(run_once(json.loads(args.job))))
-        sys.stdout.flush()
-        os._exit(0)
-
-    import vllm
-
-    environment = {
-        **CPU_ENVIRONMENT,
-        **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "4",  # GiB: all requests fit uncompressed, nobody waits
-    }
+        answer_job(args.job, run_once)
     variants = [None, *args.keep_ratios]
-    results: dict[float | None, list[dict[str, float]]] = {variant: [] for variant in variants}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODEL_CONFIG))
-        answer = Path(folder) / "answer.json"
-        for round_number in range(args.rounds):
-            for variant in variants:
-                print(f"round {round_number + 1}, keep ratio {variant}", file=sys.stderr)
-                job = {**vars(args), "model": folder, "answer": str(answer), "keep_ratio": variant}
-                command = [sys.executable, __file__, "--job", json.dumps(job)]
-                subprocess.run(command, check=True, env=environment, capture_output=True)
-                results[variant].append(json.loads(answer.read_text()))
+        results = take_turns(
+            __file__,
+            {
+                variant: {**vars(args), "model": folder, "keep_ratio": variant}
+                for variant in variants
+            },
+            args.rounds,
+            Path(folder),
+            VLLM_CPU_KVCACHE_SPACE="4",  # GiB: all requests fit uncompressed, nobody waits
+        )
     stock = statistics.median(run["step"] for run in results[None])
     print(
         f"{args.requests} requests of {args.prompt_tokens} tokens, scorer {args.scorer}, bfloat16, "
@@ -140,10 +122,7 @@ def main() -> None:
         share = statistics.median(run["compress"] / run["prefill"] for run in results[variant])
         name = "stock" if variant is None else f"{variant:g}"
         print(f"{name:>10} | {step / stock:19.2f} | {share:.1%}")
-    print(
-        f"\nstock step {stock * 1e3:.0f} ms; vLLM {vllm.__version__}, {platform.machine()} "
-        f"{os.cpu_count()} cores, {date.today().isoformat()}"
-    )
+    print(f"\nstock step {stock * 1e3:.0f} ms; {versions()}")
 
 
 if __name__ == "__main__":

@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from benchmark_decode import MODEL_CONFIG, TOKENIZER
+from engine_turns import add_arguments, answer_job, take_turns
 from evaluation import counter, versions
-from local_server import CPU_ENVIRONMENT
 
 SHAPE = {
     **MODEL_CONFIG,
@@ -126,31 +123,24 @@ def main() -> None:
         "--chunk-tokens", type=int, nargs="+", default=[512], help="of scorer kvzip"
     )
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--job", help=argparse.SUPPRESS)
+    add_arguments(parser)
     args = parser.parse_args()
     if args.job:
-        Path(json.loads(args.job)["answer"]).write_text(json.dumps(run_once(json.loads(args.job))))
-        sys.stdout.flush()
-        os._exit(0)
-    environment = {**CPU_ENVIRONMENT, **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        answer_job(args.job, run_once)
     variants = [
         (scorer, chunk)
         for scorer in args.scorers
         for chunk in (args.chunk_tokens if scorer == "kvzip" else args.chunk_tokens[:1])
     ]
-    results: dict[tuple[str, int], list[dict[str, float]]] = {variant: [] for variant in variants}
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
-        answer = Path(folder) / "answer.json"
-        for round_number in range(args.rounds):
-            for variant in variants:
-                print(f"round {round_number + 1}, {variant[0]}", file=sys.stderr)
-                job = {**vars(args), "model": folder, "answer": str(answer)}
-                job |= {"scorer": variant[0], "chunk_tokens": variant[1]}
-                command = [sys.executable, __file__, "--job", json.dumps(job)]
-                subprocess.run(command, check=True, env=environment, capture_output=True)
-                results[variant].append(json.loads(answer.read_text()))
+        jobs = {
+            (scorer, chunk): {
+                **vars(args), "model": folder, "scorer": scorer, "chunk_tokens": chunk,
+            }
+            for scorer, chunk in variants
+        }  # fmt: skip
+        results = take_turns(__file__, jobs, args.rounds, Path(folder))
     print(
         f"prompts of {args.prompt_tokens} tokens, one at a time, {args.dtype}, keep ratio 0.3; "
         f"shares of the prefill's time, medians of {args.rounds} rounds\n\n"

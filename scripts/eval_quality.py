@@ -98,17 +98,22 @@ def measure(
             extra_args={"kvzip_context_tokens": context},
         )  # fmt: skip
 
+    def prompt(number: int, tokens: list[int]) -> dict[str, Any]:
+        # Contexts that differ in their last words only would share raw blocks, and a scorer that
+        # watches the last queries would not see them.
+        return {"prompt_token_ids": tokens, "cache_salt": str(number)}
+
     llm = start_engine(model, settings)
     lengths = [len(document.tokens) for document in documents]
     before = counter("prefix_hits_total")
     if settings is not None:
-        contexts = [{"prompt_token_ids": document.tokens} for document in documents]
+        contexts = [prompt(number, document.tokens) for number, document in enumerate(documents)]
         llm.generate(contexts, [sampling(2, n) for n in lengths], use_tqdm=False)
     prompts, limits, answers = [], [], []
-    for document, length in zip(documents, lengths, strict=True):
+    for number, document in enumerate(documents):
         for question in document.questions:
-            prompts.append({"prompt_token_ids": [*document.tokens, *question.tokens]})
-            limits.append(sampling(len(question.answer), length))
+            prompts.append(prompt(number, [*document.tokens, *question.tokens]))
+            limits.append(sampling(len(question.answer), lengths[number]))
             answers.append(question.answer)
     results = iter(llm.generate(prompts, limits, use_tqdm=False))
     llm.llm_engine.engine_core.shutdown()
