@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 from engine_job import MODEL, Request, run_job
+from local_server import LocalServer
 from quality_tasks import TASKS
-from retrieval_task import copy_prompt, make_context
+from retrieval_task import VOCABULARY, copy_prompt, make_context
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -67,3 +68,16 @@ def test_answers_survive_compression(answered, name, least):
 
 def test_random_eviction_destroys_them(answered):
     assert answered["random"] < 0.7 * answered["kvzip"]
+
+
+def test_it_is_served():
+    document = TASKS["chain"](np.random.default_rng(5), 768, 4)
+    flags = ["--kv-compression", "kvzip", "--kv-compression-config.scorer", "kvzip"]
+    flags += ["--kv-compression-config.keep_ratio", "0.3"]
+    with LocalServer(str(TRACKER), *flags) as server:
+        for question in document.questions:
+            prompt = VOCABULARY.text([*document.tokens, *question.tokens])
+            options = {"vllm_xargs": {"kvzip_context_tokens": 768}}
+            answer = "".join(server.stream(prompt, len(question.answer), **options))
+            assert answer.split() == VOCABULARY.text(question.answer).split()
+        assert server.metrics()["vllm_kvzip_prefix_hits_total"] == 3
