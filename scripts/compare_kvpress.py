@@ -43,6 +43,7 @@ from transformers import AutoConfig
 from vllm_kvzip.config import load_config
 from vllm_kvzip.errors import ConfigError, KVzipError, suggest
 from vllm_kvzip.head_pages import PrefixRule
+from vllm_kvzip.request_options import RequestOptions
 from vllm_kvzip.scoring import available_scorers
 
 OURS = ("kvzip", "surrogate", "default", "keydiff", "expected-attention", "window", "random")
@@ -64,7 +65,7 @@ def held_share(settings: dict[str, Any], context_tokens: int) -> float:
         config.keep_ratio, config.min_prompt_tokens, config.sink_tokens, config.recent_tokens,
         BLOCK_SIZE,
     )  # fmt: skip
-    plan = rule.plan(context_tokens, context_tokens)
+    plan = rule.plan(context_tokens, RequestOptions(context_tokens))
     if plan is None:
         raise ConfigError(
             f"--keep-ratios {config.keep_ratio:g} frees no block of {BLOCK_SIZE} tokens in "

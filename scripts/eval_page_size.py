@@ -41,6 +41,7 @@ from vllm_kvzip.budgeting import allocate_adaptive, allocate_uniform
 from vllm_kvzip.config import KVzipConfig
 from vllm_kvzip.errors import ConfigError, KVzipError
 from vllm_kvzip.head_pages import PrefixRule
+from vllm_kvzip.request_options import RequestOptions
 from vllm_kvzip.selection import protect, select
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Cell:
             recent_tokens=DEFAULTS.recent_tokens,
             block_size=self.page_size,
         )
-        return rule, rule.plan(num_tokens, context_tokens=num_tokens)
+        return rule, rule.plan(num_tokens, RequestOptions(num_tokens))
 
     def kept_pairs(self, scores: torch.Tensor) -> torch.Tensor | None:
         """Which KV pairs each head keeps.

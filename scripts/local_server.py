@@ -60,25 +60,36 @@ class RunningServer:
 
     def stream(self, prompt: list[int] | str, max_tokens: int, **options: Any) -> Iterator[str]:
         """Pieces of a greedy completion as they arrive."""
-        body = {
-            "model": self.model,
-            "prompt": prompt,
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "stream": True,
-            "ignore_eos": True,
-            **options,
-        }
-        request = urllib.request.Request(
-            self.url + "/v1/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
+        request = self._request(prompt, max_tokens, stream=True, **options)
         with urllib.request.urlopen(request, timeout=120) as response:
             for raw in response:
                 line = raw.decode().strip()
                 if line.startswith("data: ") and line != "data: [DONE]":
                     yield json.loads(line[6:])["choices"][0]["text"]
+
+    def complete(self, prompt: list[int] | str, max_tokens: int, **options: Any) -> dict[str, Any]:
+        """The whole answer of a greedy completion."""
+        request = self._request(prompt, max_tokens, **options)
+        with urllib.request.urlopen(request, timeout=120) as response:
+            answer: dict[str, Any] = json.loads(response.read())
+            return answer
+
+    def _request(
+        self, prompt: list[int] | str, max_tokens: int, **options: Any
+    ) -> urllib.request.Request:
+        body = {
+            "model": self.model,
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            **options,
+        }
+        return urllib.request.Request(
+            self.url + "/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
 
 
 class LocalServer(RunningServer):

@@ -48,6 +48,9 @@ class KVzipConfig(BaseModel):
         "auto", description="head-budget profile: a path, auto (match the model) or none"
     )
     min_prompt_tokens: int = Field(256, ge=0, description="prompts of fewer tokens are left alone")
+    min_output_tokens: int = Field(
+        0, ge=0, description="requests that may generate fewer tokens are left alone"
+    )
     sink_tokens: int = Field(4, ge=0, description="first tokens, kept by every head")
     recent_tokens: int = Field(16, ge=0, description="last prefix tokens, kept by every head")
     observation_window_tokens: int = Field(

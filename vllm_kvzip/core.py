@@ -33,7 +33,7 @@ class CacheGeometry:
 
 @dataclass(frozen=True)
 class PrefixPlan:
-    """What follows from a prompt's length and its declared context; scheduler and workers agree.
+    """What follows from a prompt's length and the request's options; scheduler and workers agree.
 
     Attributes:
         boundary_tokens: tokens before it are compressed, tokens from it on stay dense; a multiple
@@ -42,12 +42,14 @@ class PrefixPlan:
         num_compressed_blocks: blocks that hold what is kept.
         ready_tokens: how many tokens must be computed before the prefix is compressed: the whole
             prompt, or the tokens before the boundary when the request declares its context.
+        keep_ratio: asked for, by the request or by the server's settings.
     """
 
     boundary_tokens: int
     num_prefix_blocks: int
     num_compressed_blocks: int
     ready_tokens: int
+    keep_ratio: float
 
     @property
     def num_freed_blocks(self) -> int:

@@ -23,7 +23,14 @@ DIRECTORY_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _writer_numbers = itertools.count()
 
 STAGES = ("score", "select", "compact")
-SKIP_REASONS = ("below_min_prompt_tokens", "nothing_to_free", "ended_before_decode")
+SKIP_REASONS = (
+    "below_min_prompt_tokens",
+    "below_min_output_tokens",
+    "nothing_to_free",
+    "off_by_request",
+    "no_room",
+    "ended_before_decode",
+)
 EVICTION_REASONS = ("lru", "ttl", "reset")
 
 

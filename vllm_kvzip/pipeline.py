@@ -22,7 +22,7 @@ from vllm_kvzip.head_pages import PagePool, PrefixRule, deal_pages
 from vllm_kvzip.selection import protect, select
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from vllm_kvzip.config import Budget
     from vllm_kvzip.rotary import RotaryTables
@@ -39,7 +39,9 @@ class Compressor:
         rule: what follows from a prompt's length.
         scorer: makes the scores.
         budget: one of :data:`~vllm_kvzip.config.Budget`.
-        head_fractions, head_importance: ``[L][H]``, for budgets ``profile`` and ``retrieval``.
+        head_fractions: keep ratio -> ``[L][H]``, share of its KV pairs each head keeps, for
+            budgets ``profile`` and ``retrieval``.
+        head_importance: ``[L][H]``, which heads come first; likewise.
         rotary: of each layer, for scorers that want it.
         seed: mixed into each prompt's seed.
 
@@ -56,7 +58,7 @@ class Compressor:
         rule: PrefixRule,
         scorer: Scorer,
         budget: Budget,
-        head_fractions: Sequence[Sequence[float]] | None = None,
+        head_fractions: Callable[[float], Sequence[Sequence[float]]] | None = None,
         head_importance: Sequence[Sequence[float]] | None = None,
         rotary: Sequence[RotaryTables | None] | None = None,
         seed: int = 0,
@@ -69,13 +71,15 @@ class Compressor:
         self._rule = rule
         self._budget = budget
         self._seed = seed
-        self._profile = None
+        self._head_fractions = None
         if budget in ("profile", "retrieval"):
-            grids = (head_fractions, head_importance)
-            self._profile = torch.tensor(grids, dtype=torch.float64)  # [2, L, H]
+            assert head_fractions is not None
+            self._head_fractions = head_fractions
+            self._head_importance = torch.tensor(head_importance, dtype=torch.float64)
             wanted = (geometry.num_layers, geometry.num_kv_heads)
-            if self._profile.shape[1:] != wanted:
-                raise ValueError(f"profile of {tuple(self._profile.shape[1:])} heads, not {wanted}")
+            if self._head_importance.shape != wanted:
+                found = tuple(self._head_importance.shape)
+                raise ValueError(f"profile of {found} heads, not {wanted}")
 
     def compress(
         self,
@@ -148,10 +152,10 @@ class Compressor:
                 min_pages,
                 per_layer=self._budget == "adaptive-per-layer",
             )
-        if self._profile is not None:
-            fractions, importance = self._profile
+        if self._head_fractions is not None:
+            fractions = torch.tensor(self._head_fractions(plan.keep_ratio), dtype=torch.float64)
             return budgeting.allocate_from_fractions(
-                fractions, importance, total, min_pages, plan.num_prefix_blocks
+                fractions, self._head_importance, total, min_pages, plan.num_prefix_blocks
             )
         return budgeting.allocate_uniform(total, geometry.num_layers, geometry.num_kv_heads)
 

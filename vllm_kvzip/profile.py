@@ -12,11 +12,14 @@ import json
 import logging
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_kvzip.errors import ProfileError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 logger = logging.getLogger(__name__)
 
@@ -102,18 +105,27 @@ class HeadProfile(_Strict):
     def fractions(self, keep_ratio: float) -> list[list[float]]:
         """Share of its KV pairs each head keeps, ``[layers][KV heads]``.
 
-        Linear between the ratios of the grid, with nothing kept at 0 and all at 1.
+        See :func:`interpolate`.
         """
-        zero = [[0.0] * self.model.num_kv_heads for _ in range(self.model.num_layers)]
-        one = [[1.0] * self.model.num_kv_heads for _ in range(self.model.num_layers)]
-        points = {0.0: zero, 1.0: one, **{float(key): grid for key, grid in self.budgets.items()}}
-        below = max(ratio for ratio in points if ratio <= keep_ratio)
-        above = min(ratio for ratio in points if ratio >= keep_ratio)
-        weight = 0.0 if above == below else (keep_ratio - below) / (above - below)
-        return [
-            [low + weight * (high - low) for low, high in zip(lows, highs, strict=True)]
-            for lows, highs in zip(points[below], points[above], strict=True)
-        ]
+        return interpolate(self.budgets, keep_ratio)
+
+
+def interpolate(budgets: Mapping[str, Grid], keep_ratio: float) -> Grid:
+    """Share of its KV pairs each head keeps, ``[layers][KV heads]``, at any keep ratio.
+
+    Linear between the ratios of ``budgets``, with nothing kept at 0 and all at 1.
+    """
+    grids = {float(key): grid for key, grid in budgets.items()}
+    rows = next(iter(grids.values()))
+    points = {0.0: [[0.0] * len(row) for row in rows], 1.0: [[1.0] * len(row) for row in rows]}
+    points.update(grids)
+    below = max(ratio for ratio in points if ratio <= keep_ratio)
+    above = min(ratio for ratio in points if ratio >= keep_ratio)
+    weight = 0.0 if above == below else (keep_ratio - below) / (above - below)
+    return [
+        [low + weight * (high - low) for low, high in zip(lows, highs, strict=True)]
+        for lows, highs in zip(points[below], points[above], strict=True)
+    ]
 
 
 def load_profile(path: Path) -> HeadProfile:

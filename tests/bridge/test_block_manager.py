@@ -38,17 +38,23 @@ class World:
             ttl_seconds=self.random.choice([None, TTL_STEPS]),
         )
         self.cache, self.manager, self.hasher = build_cache(
-            directory, BLOCK, NUM_BLOCKS, reuse, keep_ratio=keep_ratio, min_prompt_tokens=40
+            directory,
+            BLOCK,
+            NUM_BLOCKS,
+            reuse,
+            keep_ratio=keep_ratio,
+            min_prompt_tokens=40,
+            min_output_tokens=self.random.choice([0, 0, 20]),
         )
         self.now = 0
         self.manager.prefixes._clock = lambda: self.now
         self.waiting, self.running = [], []
         self.requests = {}
-        self.tracker = RequestTracker(self.manager.kv_cache_spec.rule)
+        self.tracker = RequestTracker(self.manager._rule)
         self.pending, self.rows = [], {}  # the worker's
         self.slots = {}  # (block, offset) -> what was written there
-        self.runs = {}  # serial -> (block ids, boundary)
-        self.on_run = {}  # request on a compressed prefix -> (its blocks, boundary)
+        self.runs = {}  # serial -> (block ids, boundary, keep ratio)
+        self.on_run = {}  # request on a compressed prefix -> (its blocks, boundary, keep ratio)
         self.last_scheduled = {}
         self.done = []  # finished in the last step
         self.events = Counter()
@@ -63,8 +69,12 @@ class World:
             prompt = [*self.random.choice(self.running).all_token_ids, 7, 8]
         prompt = prompt[:300]
         context = self.random.choice([None, size, min(size, 64)])
-        declared = None if context is None else {"kvzip_context_tokens": context}
-        params = SamplingParams(max_tokens=self.random.randint(1, 160), extra_args=declared)
+        options = {} if context is None else {"kvzip_context_tokens": context}
+        if self.random.random() < 0.3:
+            options["kvzip_keep_ratio"] = self.random.choice([0.3, 0.7, 0.9, 1.0])
+        if self.random.random() < 0.1:
+            options["kvzip"] = "off"
+        params = SamplingParams(max_tokens=self.random.randint(1, 160), extra_args=options)
         request = Request(
             str(self.number), prompt, params, None, block_hasher=self.hasher,
             cache_salt=self.random.choice([None, None, None, "salt"]),
@@ -183,9 +193,12 @@ class World:
                 self.rows[rid] = []
             self.rows[rid].extend(ids[0] if ids else [])
         for rid, serial in hits.items():
-            blocks, boundary = self.runs[serial]
+            blocks, boundary, keep_ratio = self.runs[serial]
             assert self.rows[rid][: len(blocks)] == blocks
-            self.on_run[rid] = (len(blocks), boundary)
+            options = self.requests[rid].sampling_params.extra_args
+            assert keep_ratio == options.get("kvzip_keep_ratio", self.manager._rule.keep_ratio)
+            assert "kvzip" not in options
+            self.on_run[rid] = (len(blocks), boundary, keep_ratio)
             self.events["compressed hit"] += 1
         self.pending = []
         for request in self.tracker.crossing(step):
@@ -214,18 +227,18 @@ class World:
         targets = request.block_ids[: plan.num_compressed_blocks]
         for index, block in enumerate(targets):
             for offset in range(BLOCK):
-                self.slots[block, offset] = ("run", tokens[-1], index)
+                self.slots[block, offset] = ("run", plan.keep_ratio, tokens[-1], index)
         self.rows[rid] = list(request.block_ids)
-        self.on_run[rid] = (len(targets), plan.boundary_tokens)
+        self.on_run[rid] = (len(targets), plan.boundary_tokens, plan.keep_ratio)
         self.events["compression"] += 1
         if request.kept_as is not None:
-            self.runs[request.kept_as] = (targets, plan.boundary_tokens)
+            self.runs[request.kept_as] = (targets, plan.boundary_tokens, plan.keep_ratio)
 
     def _compute(self, rid, count):
         """Write the step's tokens, then read everything the request attends over."""
         request, row = self.requests[rid], self.rows[rid]
         tokens = self._chain(request)
-        num_compressed, boundary = self.on_run.get(rid, (0, 0))
+        num_compressed, boundary, keep_ratio = self.on_run.get(rid, (0, 0, 1.0))
         how = "over" if boundary else "raw"
         first = request.num_computed_tokens
         assert first >= boundary
@@ -234,7 +247,8 @@ class World:
         if boundary:
             for index, block in enumerate(row[:num_compressed]):
                 for offset in range(BLOCK):
-                    assert self.slots[block, offset] == ("run", tokens[boundary - 1], index)
+                    kept = ("run", keep_ratio, tokens[boundary - 1], index)
+                    assert self.slots[block, offset] == kept
             assert all(block == 0 for block in row[num_compressed : boundary // BLOCK])
             started_here = rid not in self.manager._raw_tokens
             allowed = ("over",) if started_here else ("raw", "over")

@@ -42,9 +42,11 @@ class Engine:
         )
         self.number = 0
 
-    def serve(self, tokens, context=None, **fields):
+    def serve(self, tokens, context=None, options=None, **fields):
         """Prefill a prompt, and end it; what it hit, and whether it left a compressed prefix."""
-        extra = None if context is None else {"kvzip_context_tokens": context}
+        extra = dict(options or {})
+        if context is not None:
+            extra["kvzip_context_tokens"] = context
         params = SamplingParams(max_tokens=2, extra_args=extra)
         request = Request(
             str(self.number), list(tokens), params, None, block_hasher=self.hasher, **fields
@@ -87,6 +89,23 @@ def test_a_whole_prompt_is_the_context_unless_declared(engine):
     long = [*CONTEXT, *range(600, 900)]
     assert engine.serve(long) == (("raw", 96), True)  # most of it would have stayed dense
     assert engine.serve([*long, 5]) == (("compressed", 416), False)
+
+
+def test_a_request_shares_prefixes_of_its_own_keep_ratio_only(engine):
+    much, little = {"kvzip_keep_ratio": 0.75}, {"kvzip_keep_ratio": 0.25}
+    assert engine.serve([*CONTEXT, *QUESTION], 128) == (("raw", 0), True)
+    assert engine.serve([*CONTEXT, 7], 128, much) == (("raw", 128), True)
+    assert engine.serve([*CONTEXT, 8], 128, much) == (("compressed", 128), False)
+    assert engine.serve([*CONTEXT, 9], 128, little) == (("compressed", 128), False)  # the server's
+    assert [len(run.blocks) for run in engine.manager.prefixes._runs.values()] == [6, 2]
+
+
+def test_a_request_that_is_off_takes_and_leaves_no_compressed_prefix(engine):
+    off = {"kvzip": "off"}
+    assert engine.serve([*CONTEXT, *QUESTION], options=off) == (("raw", 0), False)
+    engine.serve([*CONTEXT, *QUESTION], 128)
+    assert engine.serve([*CONTEXT, 7], options=off) == (("raw", 128), False)
+    assert engine.serve([*CONTEXT, 7])[0] == ("compressed", 128)
 
 
 def test_the_last_token_is_always_computed(engine):
@@ -135,7 +154,7 @@ def test_another_fingerprint_finds_nothing(engine, tmp_path):
     engine.serve([*CONTEXT, *QUESTION], 128)
     hashes = Request("x", CONTEXT, SamplingParams(), None, block_hasher=engine.hasher).block_hashes
     pool, found = engine.cache.block_pool, {}
-    run = engine.manager.prefixes.find(hashes, 8, lambda _: True)
+    run = engine.manager.prefixes.find(hashes, 8, 0.25, lambda _: True)
     for fingerprint in FINGERPRINTS:
         cache = CompressedPrefixCache(pool, 0, ReuseRule(fingerprint), Recorder())
         keys = cache._keys(run)
@@ -147,7 +166,7 @@ def test_another_fingerprint_finds_nothing(engine, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"keep_ratio": 0.4}, {"scorer": "knorm"}, {"budget": "uniform"}, {"sink_tokens": 1},
+        {"scorer": "knorm"}, {"budget": "uniform"}, {"sink_tokens": 1},
         {"recent_tokens": 1}, {"seed": 1}, {"observation_window_tokens": 8}, {"fractions": 0.7},
         {"importance": 0.7}, {"block_size": 64},
         {"repeat": [[1], [2]]}, {"scoring_chunk_tokens": 64},
@@ -165,7 +184,7 @@ def test_everything_that_shapes_a_prefix_is_in_the_fingerprint(change):
         **config,
     ):
         settings = Settings(
-            KVzipConfig(**config), scorer, budget, [[fractions]], [[importance]], repeat
+            KVzipConfig(**config), scorer, budget, {"0.5": [[fractions]]}, [[importance]], repeat
         )
         return settings.fingerprint(block_size)
 

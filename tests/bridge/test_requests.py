@@ -24,7 +24,7 @@ def test_chunked_prefill_crosses_once_when_the_prompt_is_complete():
     step = output(running=[("a", 64, [5, 8, 9])], scheduled={"a": 6})
     assert run(tracker, step) == ([], ["a"])
     request = tracker.get("a")
-    assert request.plan == PrefixPlan(64, 4, 2, 70)
+    assert request.plan == PrefixPlan(64, 4, 2, 70, 0.5)
     assert request.block_ids[request.reserve_start :] == [8, 9]
     step = output(running=[("a", 70, None)], scheduled={"a": 1})
     assert run(tracker, step) == ([], [])
@@ -83,7 +83,7 @@ def test_equal_prefixes_have_equal_seeds():
 
 
 def test_a_folded_row_puts_every_dense_block_back_at_its_logical_index():
-    plan = PrefixPlan(64, num_prefix_blocks=4, num_compressed_blocks=2, ready_tokens=70)
+    plan = PrefixPlan(64, 4, num_compressed_blocks=2, ready_tokens=70, keep_ratio=0.5)
     row = ["p0", "p1", "p2", "p3", "tail", "c0", "c1", "new"]
     folded = fold_row(row, plan, 5, "null")
     assert folded == ["c0", "c1", "null", "null", "tail", "new"]

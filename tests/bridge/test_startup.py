@@ -54,7 +54,7 @@ def test_flag_sets_worker_block_size_and_settings():
     assert config.cache_config.block_size == 32
     assert settings.config.keep_ratio == 0.3
     assert (settings.scorer, settings.budget) == ("profile", "profile")
-    assert len(settings.head_fractions) == 4
+    assert len(settings.head_fractions(0.3)) == 4
     json.dumps(config.additional_config)  # travels as JSON
 
 
@@ -233,8 +233,8 @@ def test_budget_retrieval_leaves_whole_heads_whatever_the_profile_says(tmp_path)
     even.write_text(json.dumps(profile))
     flags = [f"--kv-compression-config.{s}" for s in ("profile", "keep_ratio", "budget")]
     given = (*ON, flags[0], str(even), flags[1], "0.25", flags[2])
-    by_profile = Settings.from_vllm_config(engine_config(*given, "profile")).head_fractions
-    by_head = Settings.from_vllm_config(engine_config(*given, "retrieval")).head_fractions
+    by_profile = Settings.from_vllm_config(engine_config(*given, "profile")).head_fractions(0.25)
+    by_head = Settings.from_vllm_config(engine_config(*given, "retrieval")).head_fractions(0.25)
     assert by_profile == [[0.25] * 4] * 4
     assert by_head == [[0.0] * 4, [0.0] * 4, [1.0] * 4, [0.0] * 4]
 

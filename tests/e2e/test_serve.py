@@ -100,6 +100,9 @@ def test_text_prompts_and_chat_go_through_the_same_door(server):
         ({"kvzip_context_tokens": -1}, "must lie between 0 and"),
         ({"kvzip_context_tokens": "many"}, "must be a whole number of tokens"),
         ({"kvzip_contxt_tokens": 5}, "did you mean kvzip_context_tokens"),
+        ({"kvzip_keep_ratio": 1.5}, "kvzip_keep_ratio=1.5 must be a number above 0 and up to 1"),
+        ({"kvzip_keep_ratio": "half"}, "kvzip_keep_ratio='half' must be a number"),
+        ({"kvzip": "no"}, 'must be "on" or "off"'),
     ],
 )
 def test_wrong_request_options_are_http_400_and_the_server_goes_on(server, options, sentence):
@@ -109,6 +112,41 @@ def test_wrong_request_options_are_http_400_and_the_server_goes_on(server, optio
     assert refused.value.code == 400
     assert sentence in json.loads(refused.value.read())["error"]["message"]
     assert list(server.stream(prompt, 4, vllm_xargs={"kvzip_context_tokens": 600}))
+
+
+def test_a_request_chooses_its_ratio_or_none_and_is_told_what_became_of_it(server):
+    rng = np.random.default_rng(14)
+    before = server.metrics()
+
+    def told(length, max_tokens=8, **options):
+        prompt = make_context(rng, length).tokens.tolist()
+        answer = server.complete(prompt, max_tokens, vllm_xargs=options)
+        return (answer["kv_transfer_params"] or {}).get("kvzip")
+
+    assert told(1024, kvzip_keep_ratio=0.5) == {
+        "compressed_tokens": 1024, "blocks_before": 32, "blocks_held": 16, "keep_ratio": 0.5,
+    }  # fmt: skip
+    assert told(1024, kvzip="on")["blocks_held"] == 8  # the server's ratio
+    assert told(1024, kvzip="off") == {"left_alone": "off_by_request"}
+    assert told(1024, kvzip_keep_ratio=1.0) == {"left_alone": "nothing_to_free"}
+    assert told(100, kvzip_keep_ratio=0.5) == {"left_alone": "below_min_prompt_tokens"}
+    assert told(1024, 1, kvzip_keep_ratio=0.5) == {"left_alone": "ended_before_decode"}
+    assert told(1024) is None  # asks for nothing, and gets what stock vLLM answers
+    after = server.metrics()
+    freed = kvzip(after, "blocks_freed_total") - kvzip(before, "blocks_freed_total")
+    assert freed == 16 + 24 + 24
+    for reason in ("off_by_request", "nothing_to_free", "below_min_prompt_tokens"):
+        name = f'requests_skipped_total{{reason="{reason}"}}'
+        assert kvzip(after, name) - kvzip(before, name) == 1
+
+
+def test_an_answer_without_compression_is_stock_vllms(server):
+    prompt = make_context(np.random.default_rng(15), 1024).tokens.tolist()
+    asked = {"max_tokens": 40, "logprobs": 0}
+    with LocalServer(str(MODEL), "--block-size", "32") as stock:
+        expected = stock.complete(prompt, **asked)["choices"]
+    off = server.complete(prompt, **asked, vllm_xargs={"kvzip": "off"})["choices"]
+    assert off[0]["text"] == expected[0]["text"]
 
 
 def test_a_declared_context_is_prefilled_once_over_http(server):

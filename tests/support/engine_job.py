@@ -27,11 +27,13 @@ class Request:
 
     Attributes:
         prompt: token ids.
-        max_tokens: output length; the end-of-sequence token is ignored.
+        max_tokens: output length; the end-of-sequence token is ignored unless ``options`` differ.
         arrives: step before which it is added.
         aborts: step before which it is aborted, or None.
-        options: more fields of ``SamplingParams``.
+        aborts_during: step while whose forward pass the abort arrives, or None.
+        options: more fields of ``SamplingParams``; ``structured_outputs`` as a dict.
         cache_salt: keeps its cache entries apart, or None.
+        lora: folder of a LoRA adapter, or None.
     """
 
     prompt: list[int]
@@ -40,6 +42,8 @@ class Request:
     aborts: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
     cache_salt: str | None = None
+    aborts_during: int | None = None
+    lora: str | None = None
 
 
 @dataclass
@@ -56,6 +60,15 @@ class Report:
         classes: names of the classes vLLM used: backend, spec, manager, scheduler, worker.
         cached_tokens: prompt tokens found in the prefix cache, by request.
         logprobs: sampled token's log-probability by request, when asked for.
+        samples: token ids by request and sample.
+        finish_reasons: by request, of its first sample.
+        texts: by request, of its first sample.
+        prompt_logprobs: of the prompt's tokens from the second on, by request, when asked for.
+        computed_tokens: tokens computed after each step of each unfinished request, by number.
+        preemptions_seen: requests that were seen preempted, by number, and how often.
+        written_hashed_blocks: blocks of the prefix cache that somebody wrote to; when watched.
+        compared_hashed_blocks: how many comparisons that rests on, raw and compressed.
+        scribbled_blocks: blocks that the action ``scribble`` wrote to.
     """
 
     outputs: list[list[int]]
@@ -67,6 +80,15 @@ class Report:
     classes: dict[str, str]
     cached_tokens: list[int]
     logprobs: list[list[float]]
+    samples: list[list[list[int]]]
+    finish_reasons: list[str | None]
+    texts: list[str]
+    prompt_logprobs: list[list[float]]
+    computed_tokens: list[dict[str, int]]
+    preemptions_seen: dict[str, int]
+    written_hashed_blocks: list[int]
+    compared_hashed_blocks: dict[str, int]
+    scribbled_blocks: list[int]
 
 
 def run_job(
@@ -75,6 +97,8 @@ def run_job(
     environment: dict[str, str] | None = None,
     model: Path = MODEL,
     actions: dict[int, str] | None = None,
+    watch_hashed_blocks: bool = False,
+    asynchronous: bool = False,
     **engine: Any,
 ) -> Report:
     """Run requests through a fresh engine.
@@ -84,8 +108,10 @@ def run_job(
         kvzip: settings of the plugin; None leaves compression off.
         environment: more environment variables.
         model: folder of the model.
-        actions: step before which something is done: ``reset`` the prefix cache, or ``sleep`` for
-            half a second.
+        actions: step before which something is done: ``reset`` the prefix cache, ``sleep`` for
+            half a second, or ``scribble`` over a block that is being watched.
+        watch_hashed_blocks: see :class:`hashed_blocks.HashedBlockWatch`.
+        asynchronous: see :mod:`forced_async`.
         engine: more arguments of ``LLM``.
     """
     arguments: dict[str, Any] = {
@@ -106,6 +132,8 @@ def run_job(
                     "engine": arguments,
                     "requests": [asdict(request) for request in requests],
                     "actions": actions or {},
+                    "watch_hashed_blocks": watch_hashed_blocks,
+                    "asynchronous": asynchronous,
                 }
             )
         )
@@ -156,16 +184,26 @@ def engine_scores(
 
 def execute(job: dict[str, Any]) -> Report:
     """The other side: run the job in this process."""
+    from forced_async import force_async_scheduling
+    from hashed_blocks import HashedBlockWatch
     from prometheus_client import REGISTRY
-    from vllm import LLM, SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm import LLM
 
+    if job["asynchronous"]:
+        force_async_scheduling()
     llm = LLM(**job["engine"])
     engine = llm.llm_engine
     core = engine.engine_core.engine_core
     cache = core.scheduler.kv_cache_manager
     requests = [Request(**values) for values in job["requests"]]
-    outputs: list[list[int]] = [[] for _ in requests]
+    samples: list[dict[int, list[int]]] = [{} for _ in requests]
+    finish_reasons: list[str | None] = [None] * len(requests)
+    texts = [""] * len(requests)
+    prompt_logprobs: list[list[float]] = [[] for _ in requests]
+    watch = HashedBlockWatch(core) if job["watch_hashed_blocks"] else None
+    scribbled = []
+    computed: list[dict[str, int]] = []
+    preempted: dict[str, int] = {}
     logprobs: list[list[float]] = [[] for _ in requests]
     free, held = [cache.block_pool.get_num_free_blocks()], []
     cached_tokens = [0] * len(requests)
@@ -178,42 +216,48 @@ def execute(job: dict[str, Any]) -> Report:
             assert llm.reset_prefix_cache()
         elif action == "sleep":
             time.sleep(0.5)
+        elif action == "scribble":
+            scribbled.append(watch.scribble())
         for number, request in enumerate(requests):
             if request.arrives == step:
-                params = SamplingParams(
-                    temperature=0, max_tokens=request.max_tokens, ignore_eos=True,
-                    output_kind=RequestOutputKind.CUMULATIVE, **request.options,
-                )  # fmt: skip
                 prompt = {"prompt_token_ids": request.prompt}
                 if request.cache_salt:
                     prompt["cache_salt"] = request.cache_salt
-                engine.add_request(str(number), prompt, params)
+                lora = adapter(request.lora, requests) if request.lora else None
+                engine.add_request(str(number), prompt, sampling(request), lora_request=lora)
             if request.aborts == step:
                 engine.abort_request([str(number)])
+                open_requests.discard(number)
+            if request.aborts_during == step:
+                ended = engine.output_processor.abort_requests([str(number)], internal=False)
+                core.aborts_queue.put(ended)
                 open_requests.discard(number)
         for output in engine.step():
             number = int(output.request_id)
             cached_tokens[number] = output.num_cached_tokens or 0
-            outputs[number] = list(output.outputs[0].token_ids)
-            if output.outputs[0].logprobs:
-                logprobs[number] = [
-                    position[token].logprob
-                    for position, token in zip(
-                        output.outputs[0].logprobs, outputs[number], strict=True
-                    )
-                ]
+            for sample in output.outputs:
+                samples[number][sample.index] = list(sample.token_ids)
+                if sample.index == 0:
+                    texts[number], finish_reasons[number] = sample.text, sample.finish_reason
+                    if sample.logprobs:
+                        logprobs[number] = of_tokens(sample.logprobs, sample.token_ids)
+            if output.prompt_logprobs:
+                prompt_logprobs[number] = of_tokens(
+                    output.prompt_logprobs[1:], requests[number].prompt[1:]
+                )
             if output.finished:
                 open_requests.discard(number)
+        if watch:
+            watch.after_step()
         free.append(cache.block_pool.get_num_free_blocks())
         manager = cache.coordinator.single_type_managers[0]
         rows = manager.req_to_blocks
         entries.append(len(getattr(manager, "prefixes", ())))
-        held.append(
-            {rid.split("-")[0]: sum(not b.is_null for b in row) for rid, row in rows.items()}
-        )
-        preemptions = max(
-            preemptions, sum(r.num_preemptions for r in core.scheduler.requests.values())
-        )
+        held.append({name(rid): sum(not b.is_null for b in row) for rid, row in rows.items()})
+        running = core.scheduler.requests.values()
+        computed.append({name(r.request_id): r.num_computed_tokens for r in running})
+        preemptions = max(preemptions, sum(r.num_preemptions for r in running))
+        preempted |= {name(r.request_id): r.num_preemptions for r in running if r.num_preemptions}
         step += 1
     for _ in range(3):
         engine.step()
@@ -226,16 +270,68 @@ def execute(job: dict[str, Any]) -> Report:
     if driver := getattr(core.model_executor, "driver_worker", None):  # else in other processes
         classes["worker"] = type(driver.worker).__name__
         classes["backend"] = driver.worker.model_runner.attn_groups[0][0].backend.__name__
-    samples = {}
+    metrics = {}
     for metric in REGISTRY.collect():
         for sample in metric.samples:
             if sample.name.startswith("vllm_kvzip"):
                 label = next((v for k, v in sample.labels.items() if k != "le"), None)
                 if "le" not in sample.labels:
-                    samples[sample.name + (f"/{label}" if label else "")] = sample.value
+                    metrics[sample.name + (f"/{label}" if label else "")] = sample.value
     return Report(
-        outputs, free, held, samples, entries, preemptions, classes, cached_tokens, logprobs,
-    )  # fmt: skip
+        outputs=[found.get(0, []) for found in samples],
+        free_blocks=free,
+        held_blocks=held,
+        metrics=metrics,
+        prefix_entries=entries,
+        num_preemptions=preemptions,
+        classes=classes,
+        cached_tokens=cached_tokens,
+        logprobs=logprobs,
+        samples=[[found[index] for index in sorted(found)] for found in samples],
+        finish_reasons=finish_reasons,
+        texts=texts,
+        prompt_logprobs=prompt_logprobs,
+        computed_tokens=computed,
+        preemptions_seen=preempted,
+        written_hashed_blocks=watch.written if watch else [],
+        compared_hashed_blocks=watch.compared if watch else {},
+        scribbled_blocks=scribbled,
+    )
+
+
+def sampling(request: Request) -> Any:
+    """vLLM's parameters of a request."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    fields = {
+        "temperature": 0,
+        "max_tokens": request.max_tokens,
+        "ignore_eos": True,
+        "output_kind": RequestOutputKind.CUMULATIVE,
+        **request.options,
+    }
+    if constraint := fields.get("structured_outputs"):
+        fields["structured_outputs"] = StructuredOutputsParams(**constraint)
+    return SamplingParams(**fields)
+
+
+def adapter(folder: str, requests: list[Request]) -> Any:
+    """vLLM's request for an adapter; adapters are numbered in the order of their folders."""
+    from vllm.lora.request import LoRARequest
+
+    folders = sorted({request.lora for request in requests if request.lora})
+    return LoRARequest(Path(folder).name, folders.index(folder) + 1, folder)
+
+
+def name(internal_id: str) -> str:
+    """The number a request was sent under; samples of one request are told apart by ``0_``."""
+    return internal_id.split("-")[0]
+
+
+def of_tokens(positions: Any, tokens: Any) -> list[float]:
+    """The log-probability of each token in what vLLM says of its position."""
+    return [position[token].logprob for position, token in zip(positions, tokens, strict=True)]
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ from vllm_kvzip.vllm_bridge.stats_export import SchedulerRecorder, WorkerRecorde
 
 def scheduler_process(directory):
     recorder = SchedulerRecorder(directory)
-    recorder.compressed(PrefixPlan(1024, 32, 8, 1030), 1030, 32)
+    recorder.compressed(PrefixPlan(1024, 32, 8, 1030, 0.25), 1030, 32)
     recorder.saved(24_000)
-    recorder.compressed(PrefixPlan(512, 16, 4, 512), 512, 32)
+    recorder.compressed(PrefixPlan(512, 16, 4, 512, 0.25), 512, 32)
     recorder.saved(12_000)
     recorder.saved(-12_000)
     recorder.skipped("below_min_prompt_tokens")

@@ -1,5 +1,6 @@
 """The arithmetic of head pages."""
 
+from dataclasses import replace
 from math import ceil
 
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 
 from vllm_kvzip.core import CompressedPrefix
 from vllm_kvzip.head_pages import HeadPageTable, PagePool, PrefixRule, deal_pages
+from vllm_kvzip.metrics import SKIP_REASONS
+from vllm_kvzip.request_options import RequestOptions
 
 RULES = st.builds(
     PrefixRule,
@@ -17,6 +20,15 @@ RULES = st.builds(
     sink_tokens=st.integers(0, 40),
     recent_tokens=st.integers(0, 80),
     block_size=st.sampled_from([1, 5, 16, 32, 128]),
+)
+
+
+OPTIONS = st.builds(
+    RequestOptions,
+    context_tokens=st.none() | st.integers(0, 5000),
+    keep_ratio=st.none() | st.floats(0.01, 1.0),
+    is_off=st.booleans(),
+    max_output_tokens=st.none() | st.integers(1, 300),
 )
 
 
@@ -79,6 +91,56 @@ def test_skip_reasons():
     assert rule(keep_ratio=1.0).skip_reason(96) is None
 
 
+def test_what_a_request_asks_for_decides():
+    ask = RequestOptions
+    assert rule().plan(1024, ask(keep_ratio=0.5)).num_compressed_blocks == 16
+    assert rule().plan(1024, ask(keep_ratio=0.5)).keep_ratio == 0.5
+    assert rule().plan(1024).keep_ratio == 0.25
+    assert rule().skip_reason(1024, ask(is_off=True)) == "off_by_request"
+    assert rule().skip_reason(1024, ask(keep_ratio=1.0)) == "nothing_to_free"
+    whole = rule(keep_ratio=1.0)
+    assert whole.skip_reason(1024, ask(keep_ratio=1.0)) is None
+    assert whole.plan(1024, ask(keep_ratio=0.5)).num_compressed_blocks == 16
+
+
+def test_short_answers_are_left_alone_unless_others_reuse_the_context():
+    picky = rule(min_output_tokens=64)
+    assert picky.skip_reason(1024, RequestOptions(max_output_tokens=63)) == (
+        "below_min_output_tokens"
+    )
+    assert picky.skip_reason(1024, RequestOptions(max_output_tokens=64)) is None
+    assert picky.skip_reason(1024, RequestOptions(1024, max_output_tokens=1)) is None
+    assert picky.skip_reason(1024) is None  # nobody knows
+
+
+def test_a_prompt_that_fits_only_without_its_compressed_prefix_is_left_alone():
+    """32 blocks and 16 for what is kept, vLLM's null block, and one for what follows."""
+    half = rule(keep_ratio=0.5)
+    assert replace(half, pool_blocks=50).skip_reason(1024) is None
+    assert replace(half, pool_blocks=49).skip_reason(1024) == "no_room"
+    assert replace(half, pool_blocks=50).skip_reason(1025) == "no_room"
+    much = RequestOptions(keep_ratio=0.9)
+    assert replace(half, pool_blocks=50).skip_reason(1024, much) == "no_room"
+
+
+@given(RULES, OPTIONS, st.integers(1, 5000), st.integers(2, 400))
+def test_a_plan_fits_the_pool_and_every_refusal_has_a_name(
+    prefix_rule, options, num_tokens, pool_blocks
+):
+    limited = replace(prefix_rule, pool_blocks=pool_blocks)
+    plan, reason = limited.plan(num_tokens, options), limited.skip_reason(num_tokens, options)
+    assert (plan is None) == (reason is not None)
+    if plan is None:
+        assert reason in SKIP_REASONS
+        return
+    assert not options.is_off
+    assert ceil(num_tokens / prefix_rule.block_size) + plan.num_compressed_blocks < pool_blocks - 1
+    wanted = prefix_rule.keep_ratio if options.keep_ratio is None else options.keep_ratio
+    assert plan.keep_ratio == wanted
+    floor = prefix_rule.min_pages_per_head(plan.boundary_tokens)
+    assert plan.num_compressed_blocks <= max(floor, ceil(wanted * plan.num_prefix_blocks))
+
+
 def test_protected_tokens_never_exceed_the_prefix():
     assert rule().protected_in_prefix(1024) == (4, 16)
     assert rule(recent_tokens=64).protected_in_prefix(32) == (4, 28)
@@ -90,7 +152,7 @@ def test_a_declared_context_is_compressed_alike_whatever_follows_it(
     prefix_rule, context, question, other_question
 ):
     plans = [
-        prefix_rule.plan(context + rest, context_tokens=context)
+        prefix_rule.plan(context + rest, RequestOptions(context))
         for rest in (question, other_question)
     ]
     assert plans[0] == plans[1]

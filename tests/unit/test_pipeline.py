@@ -92,7 +92,7 @@ def test_kept_pairs_lie_in_the_dealt_pages(budget, keep_ratio):
     torch.manual_seed(3)
     fractions = [[1.0, 0.1], [0.2, 0.3], [0.9, 0.5]] if budget in BY_HEAD else None
     press, rule = compressor(
-        budget, keep_ratio, head_fractions=fractions, head_importance=fractions
+        budget, keep_ratio, head_fractions=lambda _: fractions, head_importance=fractions
     )
     pages, codec = empty_pages(), shuffled_codec()
     source = [9, 4, 17, 30, 2, 8, 41, 22]
@@ -131,7 +131,7 @@ def test_skewed_profile_keeps_one_layer_whole_in_the_blocks_of_the_ratio():
     fractions = [[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]
     importance = [[0.5, 0.4], [1.0, 1.0], [0.3, 0.2]]
     press, rule = compressor(
-        "profile", keep_ratio=0.41, head_fractions=fractions, head_importance=importance
+        "profile", keep_ratio=0.41, head_fractions=lambda _: fractions, head_importance=importance
     )
     pages = empty_pages()
     fill_prompt(pages, shuffled_codec(), list(range(8)))
@@ -147,4 +147,4 @@ def test_skewed_profile_keeps_one_layer_whole_in_the_blocks_of_the_ratio():
 
 def test_a_profile_of_another_shape_is_refused():
     with pytest.raises(ValueError, match="profile of"):
-        compressor("profile", head_fractions=[[0.5]], head_importance=[[0.5]])
+        compressor("profile", head_fractions=lambda _: [[0.5]], head_importance=[[0.5]])

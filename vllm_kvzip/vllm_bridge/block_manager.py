@@ -16,14 +16,14 @@ A request that starts from a cached compressed prefix has a folded row from its 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from vllm_kvzip.head_pages import fold_row
-from vllm_kvzip.request_options import RequestOptions
 from vllm_kvzip.vllm_bridge.prefix_cache import CompressedPrefixCache, PrefixRun
+from vllm_kvzip.vllm_bridge.requests import options_of
 from vllm_kvzip.vllm_bridge.stats_export import SchedulerRecorder
 from vllm_kvzip.vllm_bridge.step_message import StepPrefixes
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from vllm_kvzip.core import PrefixPlan
+    from vllm_kvzip.request_options import RequestOptions
     from vllm_kvzip.vllm_bridge.cache_spec import HeadPageSpec
 
 
@@ -49,7 +50,7 @@ class Reservation:
 class HeadPageManager(FullAttentionManager):
     """Block manager of one group of compressed layers.
 
-    What is compressed follows from the prompt's length and the context the request declares
+    What is compressed follows from the prompt's length and the request's options
     (:class:`~vllm_kvzip.head_pages.PrefixRule`), so scheduler and workers agree on it without a
     message. vLLM tells a manager little of the request it works for; our scheduler calls
     :meth:`work_for` first.
@@ -57,7 +58,7 @@ class HeadPageManager(FullAttentionManager):
 
     def __init__(self, kv_cache_spec: HeadPageSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        self._rule = kv_cache_spec.rule
+        self._rule = replace(kv_cache_spec.rule, pool_blocks=self.block_pool.num_gpu_blocks)
         self._reuse = kv_cache_spec.reuse
         self._block_bytes = kv_cache_spec.block_bytes
         self._recorder = SchedulerRecorder(kv_cache_spec.metrics_directory)
@@ -102,11 +103,13 @@ class HeadPageManager(FullAttentionManager):
         returned as the start of a folded row: ``[n' compressed][null ...][dense tail ...]``.
         """
         raw, raw_tokens = super().find_longest_cache_hit(block_hashes, max_length, **kwargs)
-        if not len(self.prefixes):
+        options = _options(self._request)
+        if not len(self.prefixes) or options.is_off:
             return raw, raw_tokens
-        context = _context_tokens(self._request)
+        context = options.context_tokens
         max_blocks = max_length // self.block_size
-        run = self.prefixes.find(block_hashes, max_blocks, self._accepts)
+        keep_ratio = self._rule.wanted_ratio(options)
+        run = self.prefixes.find(block_hashes, max_blocks, keep_ratio, self._accepts)
         if run is None:
             return raw, raw_tokens
         tail = self.prefixes.cached_tail(run, block_hashes, max_blocks)
@@ -147,7 +150,7 @@ class HeadPageManager(FullAttentionManager):
         if num_prompt_tokens is None or request_id in self._runs:
             return
         if request_id not in self._plans:
-            about = (num_prompt_tokens, _context_tokens(self._at_hand(request_id)))
+            about = (num_prompt_tokens, _options(self._at_hand(request_id)))
             self._plans[request_id] = self._rule.plan(*about)
             if reason := self._rule.skip_reason(*about):
                 self._unreported[request_id] = reason
@@ -222,6 +225,22 @@ class HeadPageManager(FullAttentionManager):
         if (run := self._runs.pop(request_id, None)) is not None:
             self._leave(run)
         return list(super().pop_blocks_for_free(request_id))
+
+    def outcome(self, request: Request) -> dict[str, Any]:
+        """What became of a request's prompt, as plain values for its client; it still has its row.
+
+        Either ``compressed_tokens``, ``blocks_before``, ``blocks_held`` and ``keep_ratio``, the
+        ratio of the two, or ``left_alone`` with one of ``metrics.SKIP_REASONS``.
+        """
+        if run := self._runs.get(request.request_id):
+            return {
+                "compressed_tokens": run.plan.boundary_tokens,
+                "blocks_before": run.plan.num_prefix_blocks,
+                "blocks_held": run.plan.num_compressed_blocks,
+                "keep_ratio": run.plan.num_compressed_blocks / run.plan.num_prefix_blocks,
+            }
+        reason = self._rule.skip_reason(request.num_prompt_tokens, _options(request))
+        return {"left_alone": reason or "ended_before_decode"}
 
     def end_of_schedule(self, scheduled: Container[str]) -> StepPrefixes | None:
         """Publish the prefixes that the scheduled step completes; tell the workers of it.
@@ -306,7 +325,7 @@ class HeadPageManager(FullAttentionManager):
             # vLLM's admission check asks for the whole request before anything else.
             request = self._at_hand(request_id)
             num_prompt = request.num_prompt_tokens if request else num_tokens_main_model
-            plan = self._rule.plan(num_prompt, _context_tokens(request))
+            plan = self._rule.plan(num_prompt, _options(request))
         if plan is None or num_tokens_main_model < plan.ready_tokens:
             return 0
         return plan.num_compressed_blocks
@@ -320,7 +339,7 @@ class HeadPageManager(FullAttentionManager):
         request = self._request
         if request is None:
             return True
-        context = _context_tokens(request)
+        context = _options(request).context_tokens
         if context is not None:
             return bool(plan.num_prefix_blocks == context // self.block_size)
         rest = request.num_prompt_tokens - plan.boundary_tokens
@@ -334,7 +353,10 @@ class HeadPageManager(FullAttentionManager):
         if window := self._reuse.observation_tokens:
             # The scorer must have seen the last queries of the context, and nothing behind it.
             seen_from = self._raw_hits.get(request_id, 0)
-            if _context_tokens(request) is None or seen_from > plan.boundary_tokens - window:
+            if (
+                _options(request).context_tokens is None
+                or seen_from > plan.boundary_tokens - window
+            ):
                 return None
         hashes = request.block_hashes
         return hashes[plan.num_prefix_blocks - 1] if len(hashes) >= plan.num_prefix_blocks else None
@@ -345,7 +367,6 @@ class HeadPageManager(FullAttentionManager):
         return request if request is not None and request.request_id == request_id else None
 
 
-def _context_tokens(request: Request | None) -> int | None:
-    """The context a request declares, or None."""
-    params = request.sampling_params if request is not None else None
-    return RequestOptions.read(params.extra_args if params else None).context_tokens
+def _options(request: Request | None) -> RequestOptions:
+    """What a request asks for."""
+    return options_of(request.sampling_params if request is not None else None)

@@ -28,7 +28,8 @@ _NO_RULE = PrefixRule(1.0, min_prompt_tokens=0, sink_tokens=0, recent_tokens=0, 
 class HeadPageSpec(FullAttentionSpec):
     """Full attention whose prompt prefix is compressed into head pages after prefill.
 
-    ``rule`` also sizes the extra room of the crossing step. The manager counts bytes by
+    ``rule`` also sizes the extra room of the crossing step; a request that asks for a higher keep
+    ratio than the server's may need up to twice its prompt's blocks. The manager counts bytes by
     ``num_layers``, the layers of the KV cache group, and ``num_ranks``, the tensor-parallel
     workers, each of which holds a part of every block.
     """
@@ -82,7 +83,7 @@ class HeadPageSpec(FullAttentionSpec):
     def max_num_blocks_per_req(self, vllm_config: Any, max_len: int) -> int:
         """Width of a block table row in blocks: the crossing step holds prompt and reserve."""
         width: int = super().max_num_blocks_per_req(vllm_config, max_len)
-        return width + self.rule.max_compressed_blocks(max_len)
+        return 2 * width
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Bytes one layer needs for the longest request at its peak, the crossing step."""

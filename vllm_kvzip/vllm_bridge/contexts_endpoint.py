@@ -28,7 +28,7 @@ from vllm.renderers import TokenizeParams
 from vllm.utils import random_uuid
 
 from vllm_kvzip.head_pages import PrefixRule
-from vllm_kvzip.request_options import CONTEXT_TOKENS
+from vllm_kvzip.request_options import CONTEXT_TOKENS, KEEP_RATIO, RequestOptions
 from vllm_kvzip.vllm_bridge.requests import checksum, prefix_seed
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings
 
@@ -46,6 +46,8 @@ class ContextRequest(BaseModel):
         prompt: text or token ids, as in ``/v1/completions``.
         messages: as in ``/v1/chat/completions``.
         add_generation_prompt: end ``messages`` with the marker that starts an answer.
+        keep_ratio: kept / all KV pairs, in (0, 1]; the server's unless given. Only requests with
+            the same ``kvzip_keep_ratio`` share the prefix.
         cache_salt: as in vLLM; only requests with the same salt share the prefix.
     """
 
@@ -55,6 +57,7 @@ class ContextRequest(BaseModel):
     prompt: str | list[int] | None = Field(None, min_length=1)
     messages: list[dict[str, Any]] | None = Field(None, min_length=1)
     add_generation_prompt: bool = False
+    keep_ratio: float | None = Field(None, gt=0, le=1)
     cache_salt: str | None = None
 
 
@@ -111,8 +114,9 @@ async def compress_context(body: ContextRequest, raw_request: Request) -> JSONRe
     """
     begin = time.perf_counter()
     engine, settings = _engine(raw_request)
-    rule = settings.rule(engine.vllm_config.cache_config.block_size)
-    if not engine.vllm_config.cache_config.enable_prefix_caching:
+    cache = engine.vllm_config.cache_config
+    rule = dataclasses.replace(settings.rule(cache.block_size), pool_blocks=cache.num_gpu_blocks)
+    if not cache.enable_prefix_caching:
         raise VLLMValidationError(
             "Prefix caching is off on this server, so no compressed context can be kept; start "
             "vLLM without --no-enable-prefix-caching."
@@ -130,16 +134,16 @@ async def compress_context(body: ContextRequest, raw_request: Request) -> JSONRe
             f"The context has {len(token_ids)} tokens, more than the {longest} that leave room "
             f"for {OUTPUT_TOKENS} more in max_model_len {longest + OUTPUT_TOKENS}."
         )
-    plan = rule.plan(len(token_ids), len(token_ids))
+    options = RequestOptions(context_tokens=len(token_ids), keep_ratio=body.keep_ratio)
+    plan = rule.plan(len(token_ids), options)
     if plan is None:
-        reason = rule.skip_reason(len(token_ids), len(token_ids))
-        raise VLLMValidationError(_left_alone(rule, len(token_ids), reason))
+        raise VLLMValidationError(_left_alone(rule, len(token_ids), options))
     params = SamplingParams(
         max_tokens=OUTPUT_TOKENS,
         temperature=0,
         ignore_eos=True,
         detokenize=False,
-        extra_args={CONTEXT_TOKENS: len(token_ids)},
+        extra_args={CONTEXT_TOKENS: len(token_ids), KEEP_RATIO: body.keep_ratio},
         # A scorer that looks at queries must see those of the context computed.
         skip_reading_prefix_cache=True if settings.observation_tokens else None,
     )
@@ -205,13 +209,19 @@ async def _render(handler: Any, body: ContextRequest) -> list[dict[str, Any]]:
     return inputs
 
 
-def _left_alone(rule: PrefixRule, num_tokens: int, reason: str | None) -> str:
+def _left_alone(rule: PrefixRule, num_tokens: int, options: RequestOptions) -> str:
+    reason = rule.skip_reason(num_tokens, options)
+    if reason == "no_room":
+        return (
+            f"The context has {num_tokens} tokens, which fit into the KV cache of "
+            f"{rule.pool_blocks} blocks, but not together with their compressed form."
+        )
     if reason == "below_min_prompt_tokens":
         return (
             f"The context has {num_tokens} tokens and is left alone: min_prompt_tokens is "
             f"{rule.min_prompt_tokens}, and a block holds {rule.block_size} tokens."
         )
     return (
-        f"Nothing would be freed: keep_ratio {rule.keep_ratio} of the context's {num_tokens} "
-        f"tokens needs as many blocks as they have."
+        f"Nothing would be freed: keep_ratio {rule.wanted_ratio(options)} of the context's "
+        f"{num_tokens} tokens needs as many blocks as they have."
     )

@@ -118,12 +118,12 @@ def _resolve(vllm_config: VllmConfig, config: KVzipConfig) -> Settings:
     surrogate = None
     if path is not None and scorer_type.needs_surrogate:
         surrogate = _surrogate_file(vllm_config, scorer, path)
-    fractions, importance = _head_budgets(path, budget, config.keep_ratio)
+    head_budgets, importance = _head_budgets(path, budget)
     return Settings(
         config=config,
         scorer=scorer,
         budget=budget,
-        head_fractions=fractions,
+        head_budgets=head_budgets,
         head_importance=importance,
         repeat_ids=_repeat_ids(vllm_config, config, path) if repeats else None,
         surrogate=str(surrogate) if surrogate else None,
@@ -160,20 +160,13 @@ def _surrogate_file(vllm_config: VllmConfig, scorer: str, profile: Path) -> Path
 
 
 def _head_budgets(
-    path: Path | None, budget: Budget, keep_ratio: float
-) -> tuple[list[list[float]] | None, list[list[float]] | None]:
-    """Share of its KV pairs each head keeps, and importance, for budgets by head."""
+    path: Path | None, budget: Budget
+) -> tuple[dict[str, list[list[float]]] | None, list[list[float]] | None]:
+    """A profile's budgets and importance, as far as the budget looks at them."""
     if path is None or budget not in ("profile", "retrieval"):
         return None, None
     profile = load_profile(path)
-    if budget == "profile":
-        return profile.fractions(keep_ratio), profile.importance
-    import torch
-
-    from vllm_kvzip.reconstruction import retrieval_fractions
-
-    fractions = retrieval_fractions(torch.tensor(profile.importance), keep_ratio)
-    return fractions.tolist(), profile.importance
+    return profile.budgets if budget == "profile" else None, profile.importance
 
 
 def _repeat_ids(vllm_config: VllmConfig, config: KVzipConfig, path: Path | None) -> list[list[int]]:

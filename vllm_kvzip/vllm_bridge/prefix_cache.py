@@ -2,7 +2,8 @@
 
 A compressed prefix is a run of blocks. Its blocks are published in vLLM's block pool like any
 cached block, under keys made of the hash of the prefix's tokens (LoRA adapter, cache salt and
-multimodal inputs are part of it) and a fingerprint of everything that shaped the compression. So
+multimodal inputs are part of it), its keep ratio, and a fingerprint of everything else that shaped
+the compression. So
 reference counts, LRU eviction, the reset of the cache and the pool's accounting are vLLM's own.
 A hit needs the whole run, and nobody ever writes to it.
 """
@@ -10,6 +11,7 @@ A hit needs the whole run, and nobody ever writes to it.
 from __future__ import annotations
 
 import itertools
+import struct
 import time
 from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
@@ -34,7 +36,8 @@ class ReuseRule:
     """How compressed prefixes are reused.
 
     Attributes:
-        fingerprint: hexadecimal digest of everything that shapes a compressed prefix.
+        fingerprint: hexadecimal digest of everything that shapes a compressed prefix but its keep
+            ratio.
         prefer_raw: start from the raw prefix when both are cached.
         ttl_seconds: forget a prefix that nobody used for so long; None keeps it until the pool
             needs its blocks.
@@ -70,6 +73,12 @@ class PrefixRun:
     users: int = 0
     last_used: float = 0.0
 
+    @property
+    def key(self) -> tuple[bytes, float]:
+        """What a request must share with it to start from it."""
+        assert self.prefix_hash is not None
+        return self.prefix_hash, self.plan.keep_ratio
+
 
 class CompressedPrefixCache:
     """Which compressed prefixes are cached, and where.
@@ -97,7 +106,7 @@ class CompressedPrefixCache:
         self._recorder = recorder
         self._clock = clock
         self._runs: OrderedDict[int, PrefixRun] = OrderedDict()  # by serial, oldest use first
-        self._by_hash: dict[bytes, PrefixRun] = {}
+        self._by_key: dict[tuple[bytes, float], PrefixRun] = {}
         self._by_block: dict[int, PrefixRun] = {}
         self._boundaries: Counter[int] = Counter()
         self._dropped: list[int] = []
@@ -111,17 +120,16 @@ class CompressedPrefixCache:
         Two runs of one prefix may differ in a near tie between tokens, so their blocks must never
         be mixed.
         """
-        assert run.prefix_hash is not None
-        if run.prefix_hash in self._by_hash:
-            if self._is_whole(self._by_hash[run.prefix_hash]):
+        if run.key in self._by_key:
+            if self._is_whole(self._by_key[run.key]):
                 return False
-            self.drop(self._by_hash[run.prefix_hash], "lru")
+            self.drop(self._by_key[run.key], "lru")
         num_tokens = run.plan.boundary_tokens
         for key, block in zip(self._keys(run), run.blocks, strict=True):
             self._pool._insert_block_hash(key, block, num_tokens=num_tokens)
             self._by_block[block.block_id] = run
         self._runs[run.serial] = run
-        self._by_hash[run.prefix_hash] = run
+        self._by_key[run.key] = run
         self._boundaries[run.plan.num_prefix_blocks] += 1
         self.used(run)
         self._recorder.prefix_cached()
@@ -131,6 +139,7 @@ class CompressedPrefixCache:
         self,
         block_hashes: Sequence[Any],
         max_blocks: int,
+        keep_ratio: float,
         accepts: Callable[[PrefixPlan], bool],
     ) -> PrefixRun | None:
         """The longest cached prefix of a request.
@@ -138,6 +147,7 @@ class CompressedPrefixCache:
         Args:
             block_hashes: vLLM's hashes of the request's blocks.
             max_blocks: a prefix must not be longer.
+            keep_ratio: it must have been compressed to.
             accepts: whether the request wants a prefix with that plan.
         """
         self._expire()
@@ -146,7 +156,7 @@ class CompressedPrefixCache:
         if len(self._boundaries) < limit:
             lengths = sorted((n for n in self._boundaries if n <= limit), reverse=True)
         for num_blocks in lengths:
-            run = self._by_hash.get(block_hashes[num_blocks - 1])
+            run = self._by_key.get((block_hashes[num_blocks - 1], keep_ratio))
             if run is None or not accepts(run.plan):
                 continue
             if self._is_whole(run):
@@ -200,8 +210,7 @@ class CompressedPrefixCache:
     def drop(self, run: PrefixRun, reason: str) -> None:
         """Take a run out of the cache; requests that use it keep its blocks."""
         del self._runs[run.serial]
-        assert run.prefix_hash is not None
-        del self._by_hash[run.prefix_hash]
+        del self._by_key[run.key]
         self._boundaries[run.plan.num_prefix_blocks] -= 1
         if not self._boundaries[run.plan.num_prefix_blocks]:
             del self._boundaries[run.plan.num_prefix_blocks]
@@ -236,8 +245,8 @@ class CompressedPrefixCache:
         return all(block.block_hash == key for key, block in pairs)
 
     def _keys(self, run: PrefixRun) -> list[BlockHashWithGroupId]:
-        assert run.prefix_hash is not None
-        stem = run.prefix_hash + self._fingerprint
+        prefix_hash, keep_ratio = run.key
+        stem = prefix_hash + struct.pack(">d", keep_ratio) + self._fingerprint
         return [
             make_block_hash_with_group_id(
                 BlockHash(stem + index.to_bytes(4, "big")), self._group_id

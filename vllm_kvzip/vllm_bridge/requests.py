@@ -11,11 +11,13 @@ from array import array
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from vllm_kvzip import request_options
 from vllm_kvzip.request_options import RequestOptions
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
+    from vllm import SamplingParams
     from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
     from vllm_kvzip.core import PrefixPlan
@@ -138,9 +140,7 @@ class RequestTracker:
                 yield request
 
     def _add(self, new: NewRequestData, is_hit: bool) -> None:
-        params = new.sampling_params
-        options = RequestOptions.read(params.extra_args if params else None)
-        plan = self._rule.plan(new.prompt_len, options.context_tokens)
+        plan = self._rule.plan(new.prompt_len, options_of(new.sampling_params))
         if plan is None and not is_hit:
             return
         boundary = plan.boundary_tokens if plan else 0
@@ -155,6 +155,13 @@ class RequestTracker:
             folded=is_hit,
             token_ids=token_ids[:boundary] if self._keep_tokens else (),
         )
+
+
+def options_of(params: SamplingParams | None) -> RequestOptions:
+    """What a request asks for; scheduler and workers see the same parameters."""
+    if params is None:
+        return request_options.DEFAULT
+    return RequestOptions.read(params.extra_args, params.max_tokens)
 
 
 def prefix_seed(token_ids: Sequence[int], boundary_tokens: int) -> int:

@@ -1,8 +1,9 @@
 """vLLM's scheduler, which tells the block manager and the workers what only it knows.
 
 ``scheduler_config.scheduler_cls`` is vLLM's own way to name a scheduler. Scheduling itself is left
-alone; three things are added: the block manager learns which request it works for, the workers
-learn which requests start from a compressed prefix, and a reset of the prefix cache reaches us.
+alone; four things are added: the block manager learns which request it works for, the workers
+learn which requests start from a compressed prefix, a reset of the prefix cache reaches us, and
+clients that ask for something of ours are told what became of it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from vllm_kvzip.request_options import has_options
 from vllm_kvzip.vllm_bridge.block_manager import HeadPageManager
+from vllm_kvzip.vllm_bridge.settings import KEY
 from vllm_kvzip.vllm_bridge.step_message import attach
 
 if TYPE_CHECKING:
@@ -61,6 +64,19 @@ class _HeadPageScheduling:
         output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
         attach(output, self._kvzip_manager.end_of_schedule(output.num_scheduled_tokens))
         return output
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's; a client that asked for anything of ours is told what became of it.
+
+        ``kv_transfer_params`` is the only field of an answer that a scheduler can fill. Without a
+        KV connector, which compression refuses, nobody else does.
+        """
+        told = None
+        params = request.sampling_params
+        if params is not None and has_options(params.extra_args):
+            told = {KEY: self._kvzip_manager.outcome(request)}
+        ours, encoder_params = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+        return (told if ours is None else ours), encoder_params
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         """vLLM's reset; compressed prefixes go with everything else."""

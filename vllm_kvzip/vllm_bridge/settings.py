@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 from vllm_kvzip import __version__
 from vllm_kvzip.config import Budget, KVzipConfig
 from vllm_kvzip.head_pages import PrefixRule
+from vllm_kvzip.profile import interpolate
 from vllm_kvzip.scoring import scorer_class
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KEY = "kvzip"
-PREFIX_FORMAT = 1  # how a compressed prefix lies in its blocks
+PREFIX_FORMAT = 2  # how a compressed prefix lies in its blocks
 SHAPING_SETTINGS = (
-    "keep_ratio",
     "sink_tokens",
     "recent_tokens",
     "observation_window_tokens",
@@ -39,9 +39,10 @@ class Settings:
     Attributes:
         config: what the user asked for.
         scorer, budget: what is used, where the user left it open.
-        head_fractions: ``[layers][KV heads]``, share of its KV pairs each head keeps at
-            ``config.keep_ratio`` (``profile``, ``retrieval``); None for the other budgets.
-        head_importance: ``[layers][KV heads]``, which heads come first; likewise.
+        head_budgets: keep ratio -> ``[layers][KV heads]``, share of its KV pairs each head keeps
+            (budget ``profile``); None for the other budgets.
+        head_importance: ``[layers][KV heads]``, which heads come first (``profile`` and
+            ``retrieval``); None for the other budgets.
         repeat_ids: token ids that ask for the context, of its first chunk and of the later ones,
             for a scorer that lets the model repeat it.
         surrogate, surrogate_digest: file of the trained networks and its SHA-256, for a scorer that
@@ -53,7 +54,7 @@ class Settings:
     config: KVzipConfig
     scorer: str
     budget: Budget
-    head_fractions: list[list[float]] | None = None
+    head_budgets: dict[str, list[list[float]]] | None = None
     head_importance: list[list[float]] | None = None
     repeat_ids: list[list[int]] | None = None
     surrogate: str | None = None
@@ -69,17 +70,34 @@ class Settings:
         return max(self.config.observation_window_tokens, scorer.min_observation_tokens)
 
     def rule(self, block_size: int) -> PrefixRule:
-        """What follows from a prompt's length alone; scheduler and workers use the same rule."""
+        """What follows from a prompt's length and options; scheduler and workers use the same."""
         return PrefixRule(
             keep_ratio=self.config.keep_ratio,
             min_prompt_tokens=self.config.min_prompt_tokens,
             sink_tokens=self.config.sink_tokens,
             recent_tokens=self.config.recent_tokens,
             block_size=block_size,
+            min_output_tokens=self.config.min_output_tokens,
         )
 
+    def head_fractions(self, keep_ratio: float) -> list[list[float]]:
+        """Share of its KV pairs each head keeps, for budgets ``profile`` and ``retrieval``.
+
+        Returns:
+            ``[layers][KV heads]``, all ranks' heads.
+        """
+        if self.head_budgets is not None:
+            return interpolate(self.head_budgets, keep_ratio)
+        import torch
+
+        from vllm_kvzip.reconstruction import retrieval_fractions
+
+        importance = torch.tensor(self.head_importance)
+        fractions: list[list[float]] = retrieval_fractions(importance, keep_ratio).tolist()
+        return fractions
+
     def fingerprint(self, block_size: int) -> str:
-        """Hexadecimal digest of everything that shapes a compressed prefix.
+        """Hexadecimal digest of everything that shapes a compressed prefix but its keep ratio.
 
         Args:
             block_size: tokens per block.
@@ -90,7 +108,7 @@ class Settings:
             "block_size": block_size,
             "scorer": self.scorer,
             "budget": self.budget,
-            "head_fractions": self.head_fractions,
+            "head_budgets": self.head_budgets,
             "head_importance": self.head_importance,
             "repeat_ids": self.repeat_ids,
             "surrogate": self.surrogate_digest,
@@ -104,7 +122,7 @@ class Settings:
             "config": self.config.model_dump(mode="json"),
             "scorer": self.scorer,
             "budget": self.budget,
-            "head_fractions": self.head_fractions,
+            "head_budgets": self.head_budgets,
             "head_importance": self.head_importance,
             "repeat_ids": self.repeat_ids,
             "surrogate": self.surrogate,

@@ -6,6 +6,8 @@ worker process: a process without compression never imports this file.
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +36,8 @@ from vllm_kvzip.vllm_bridge.settings import Settings
 from vllm_kvzip.vllm_bridge.stats_export import WorkerRecorder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
@@ -126,14 +130,15 @@ class HeadPageCPUWorker(CPUWorker):
         rotary = None
         if scorer.needs_rotary:
             rotary = find_rotary(self.model_runner.get_model(), layer_names)
+        rule = replace(spec.rule, pool_blocks=kv_cache_config.num_blocks)
         compressor = Compressor(
             geometry=geometry,
             pool=pool,
             codec=codec,
-            rule=spec.rule,
+            rule=rule,
             scorer=scorer,
             budget=settings.budget,
-            head_fractions=_own_heads(settings.head_fractions, spec.num_kv_heads),
+            head_fractions=_own_fractions(settings, spec.num_kv_heads),
             head_importance=_own_heads(settings.head_importance, spec.num_kv_heads),
             rotary=rotary,
             seed=config.seed,
@@ -164,7 +169,7 @@ class HeadPageCPUWorker(CPUWorker):
             pages=pages,
             layer_names=layer_names,
             compressor=compressor,
-            tracker=RequestTracker(spec.rule, keep_tokens=reconstruction is not None),
+            tracker=RequestTracker(rule, keep_tokens=reconstruction is not None),
             rows=RunnerV1(self.model_runner),
             recorder=WorkerRecorder(settings.metrics_directory)
             if get_tensor_model_parallel_rank() == 0
@@ -184,6 +189,22 @@ class HeadPageCPUWorker(CPUWorker):
             config.min_prompt_tokens,
         )
         return runtime
+
+
+def _own_fractions(
+    settings: Settings, num_kv_heads: int
+) -> Callable[[float], list[list[float]]] | None:
+    """Keep ratio -> share of its KV pairs each of this rank's heads keeps, for budgets by head."""
+    if settings.head_importance is None:
+        return None
+
+    @functools.lru_cache(maxsize=64)
+    def at(keep_ratio: float) -> list[list[float]]:
+        own = _own_heads(settings.head_fractions(keep_ratio), num_kv_heads)
+        assert own is not None
+        return own
+
+    return at
 
 
 def _own_heads(grid: list[list[float]] | None, num_kv_heads: int) -> list[list[float]] | None:
