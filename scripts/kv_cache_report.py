@@ -1,0 +1,255 @@
+"""From the raw figures of the engines to medians, the tables, and the plots.
+
+A variant's *run* is what :func:`kv_cache_run.run_variant` returns, one per round; its *row* has the
+medians over the rounds. Ratios to stock vLLM are taken within a round, where both met the same
+machine.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from step_profile import PARTS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+Run = dict[str, Any]
+Row = dict[str, Any]
+
+STOCK = "stock"
+MIB = 2**20
+HEADINGS = (
+    "variant",
+    "tokens/s",
+    "/ stock",
+    "total (s)",
+    "first token (s): median",
+    "p99",
+    "per token (ms): median",
+    "p99",
+    "running: peak",
+    "mean",
+    "mean / stock",
+    "preempted",
+    "KV held (MiB): peak",
+    "mean",
+    "compression / prefill",
+    "blocks freed",
+)
+
+
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Interpolated percentile, so that ``percent`` 50 is the median.
+
+    Args:
+        values: at least one.
+        percent: in [0, 100].
+    """
+    return float(np.percentile(values, percent))
+
+
+def figures(run: Run) -> dict[str, float]:
+    """The figures of one run that the table shows, seconds and bytes as they are.
+
+    ``compression_share`` is the time one prompt's compression takes, as a share of the time that
+    its prefill takes when it has the engine to itself.
+    """
+    plugin = run["plugin"]
+    share = 0.0
+    if plugin["compressions"]:
+        each = plugin["compress_seconds"] / plugin["compressions"]
+        share = each / run["prefill_seconds_alone"]
+    return {
+        "tokens_per_second": run["output_tokens"] / run["total_seconds"],
+        "total_seconds": run["total_seconds"],
+        "ttft_median_seconds": percentile(run["ttft_seconds"], 50),
+        "ttft_p99_seconds": percentile(run["ttft_seconds"], 99),
+        "tpot_median_seconds": percentile(run["tpot_seconds"], 50),
+        "tpot_p99_seconds": percentile(run["tpot_seconds"], 99),
+        "running_peak": run["running_peak"],
+        "running_mean": run["running_mean"],
+        "preemptions": run["preemptions"],
+        "kv_peak_bytes": run["blocks_peak"] * run["block_bytes"],
+        "kv_mean_bytes": run["blocks_mean"] * run["block_bytes"],
+        "prefill_seconds_alone": run["prefill_seconds_alone"],
+        "compression_share": share,
+        "requests_compressed": plugin["requests_compressed"],
+        "blocks_freed": plugin["blocks_freed"],
+        "steps": run["steps"],
+        "prefill_steps": run["prefill_steps"],
+    }
+
+
+def summarise(results: dict[str, list[Run]]) -> dict[str, Row]:
+    """Medians over the rounds, by variant; ratios are medians of the rounds' ratios.
+
+    Args:
+        results: by variant, a run per round; ``stock`` among them. A refused variant has no figures
+            and keeps vLLM's reason.
+    """
+    stock = [figures(run) for run in results[STOCK]]
+    rows: dict[str, Row] = {}
+    for name, runs in results.items():
+        if "refused" in runs[0]:
+            rows[name] = {"refused": runs[0]["refused"]}
+            continue
+        found = [figures(run) for run in runs]
+        row: Row = {key: statistics.median(one[key] for one in found) for key in found[0]}
+        for key in ("tokens_per_second", "running_mean", "running_peak"):
+            ratios = [one[key] / base[key] for one, base in zip(found, stock, strict=True)]
+            row[f"{key}_to_stock"] = statistics.median(ratios)
+        rows[name] = row
+    return rows
+
+
+def nothing_compressed(
+    settings: dict[str, dict[str, Any] | None], results: dict[str, list[Run]]
+) -> str:
+    """One sentence when a variant did not do what its name says, else an empty string.
+
+    Args:
+        settings: the plugin's settings by variant; None where it is off. ``idle`` must compress
+            nothing; a keep ratio of 1 compresses and frees nothing.
+        results: every round counts.
+    """
+    for name, chosen in settings.items():
+        if chosen is None:
+            continue
+        for run in results[name]:
+            compressed = run["plugin"]["requests_compressed"]
+            if name == "idle":
+                if compressed:
+                    return f"Variant idle compressed {compressed:.0f} prompts: it was not idle."
+            elif not compressed:
+                return f"Variant {name} compressed no prompt: its figures would be stock vLLM's."
+            elif chosen["keep_ratio"] < 1 and run["plugin"]["blocks_freed"] <= 0:
+                return f"Variant {name} compressed {compressed:.0f} prompts and freed no block."
+    return ""
+
+
+def table(rows: dict[str, Row]) -> str:
+    """The rows as a Markdown table, columns aligned."""
+    lines: list[Sequence[str]] = [HEADINGS]
+    for name, row in rows.items():
+        if "refused" in row:
+            lines.append([name, f"refused: {row['refused']}", *[""] * (len(HEADINGS) - 2)])
+            continue
+        compresses = row["requests_compressed"] > 0
+        lines.append(
+            [
+                name,
+                f"{row['tokens_per_second']:.1f}",
+                f"{row['tokens_per_second_to_stock']:.2f}",
+                f"{row['total_seconds']:.1f}",
+                f"{row['ttft_median_seconds']:.2f}",
+                f"{row['ttft_p99_seconds']:.2f}",
+                f"{row['tpot_median_seconds'] * 1e3:.1f}",
+                f"{row['tpot_p99_seconds'] * 1e3:.1f}",
+                f"{row['running_peak']:.0f}",
+                f"{row['running_mean']:.1f}",
+                f"{row['running_mean_to_stock']:.2f}",
+                f"{row['preemptions']:.0f}",
+                f"{row['kv_peak_bytes'] / MIB:.1f}",
+                f"{row['kv_mean_bytes'] / MIB:.1f}",
+                f"{row['compression_share']:.1%}" if compresses else "",
+                f"{row['blocks_freed']:.0f}" if compresses else "",
+            ]
+        )
+    return aligned(lines)
+
+
+def profile_table(results: dict[str, list[Run]]) -> str:
+    """Steps of each variant, and the share of their time that each part took, as Markdown.
+
+    "Of them prefill": steps that read several tokens of a prompt.
+    """
+    lines: list[Sequence[str]] = [
+        ("variant", "steps", "of them prefill", "mean step (ms)", *PARTS),
+    ]
+    for name, runs in results.items():
+        if "refused" in runs[0]:
+            continue
+        totals = [sum(run["profile"].values()) for run in runs]
+        middle = [statistics.median(run[key] for run in runs) for key in ("steps", "prefill_steps")]
+        shares = [
+            statistics.median(
+                run["profile"].get(part, 0.0) / total
+                for run, total in zip(runs, totals, strict=True)
+            )
+            for part in PARTS
+        ]
+        step = statistics.median(t / run["steps"] for t, run in zip(totals, runs, strict=True))
+        shown = [f"{middle[0]:.0f}", f"{middle[1]:.0f}", f"{step * 1e3:.1f}"]
+        lines.append([name, *shown, *(f"{share:.1%}" for share in shares)])
+    return aligned(lines)
+
+
+def prefill_limit(rows: dict[str, Row], num_requests: int) -> tuple[float, float]:
+    """What prefill leaves to gain for anybody who compresses after it.
+
+    Returns:
+        the share of stock vLLM's time that its prompts take when each has the engine to itself, and
+        the throughput, as a ratio to stock, if everything else were free.
+    """
+    stock = rows[STOCK]
+    share = min(1.0, num_requests * stock["prefill_seconds_alone"] / stock["total_seconds"])
+    return share, 1 / share
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Markdown table of a heading and rows; the first column to the left, others to the right."""
+    # A refusal is longer than any figure and may stick out.
+    widths = [
+        max(len(line[i]) for line in lines if not line[i].startswith("refused"))
+        for i in range(len(lines[0]))
+    ]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+
+    def row(cells: Sequence[str]) -> str:
+        shown = [cells[0].ljust(widths[0])]
+        shown += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        return "| " + " | ".join(shown) + " |"
+
+    return "\n".join([row(lines[0]), row(rule), *(row(line) for line in lines[1:])])
+
+
+def draw(
+    path: Path, results: dict[str, list[Run]], rows: dict[str, Row], ratios: dict[str, float]
+) -> None:
+    """KV bytes held over time, and throughput against keep ratio, into a PNG.
+
+    Args:
+        path: of the file.
+        results: the last round's series is drawn.
+        rows: medians.
+        ratios: keep ratio of the variants that have one.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    over_time, against_ratio = figure.subplots(1, 2, width_ratios=(3, 2))
+    for name, runs in results.items():
+        run = runs[-1]
+        if "refused" in run:
+            continue
+        held = [blocks * run["block_bytes"] / MIB for blocks in run["series"]["blocks"]]
+        moments = run["series"]["seconds"]
+        over_time.plot(moments, held, drawstyle="steps-post", linewidth=0.9, label=name)
+    over_time.set(xlabel="seconds", ylabel="KV cache held (MiB)", ylim=(0, None))
+    over_time.legend(fontsize="x-small")
+    points = sorted((ratio, rows[name]["tokens_per_second"]) for name, ratio in ratios.items())
+    keep = [ratio for ratio, _ in points]
+    speeds = [speed for _, speed in points]
+    against_ratio.plot(keep, speeds, marker="o", markersize=4, label="compressed")
+    for name in rows:
+        if name not in ratios and "refused" not in rows[name]:
+            line = {STOCK: "-", "idle": ":"}.get(name, "--")
+            speed = rows[name]["tokens_per_second"]
+            against_ratio.axhline(speed, linestyle=line, linewidth=1, color="black", label=name)
+    against_ratio.set(xlabel="keep ratio", ylabel="output tokens / s", ylim=(0, None))
+    against_ratio.legend(fontsize="x-small")
+    figure.savefig(path, dpi=120)
