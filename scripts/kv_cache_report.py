@@ -165,10 +165,10 @@ def table(rows: dict[str, Row]) -> str:
 def profile_table(results: dict[str, list[Run]]) -> str:
     """Steps of each variant, and the share of their time that each part took, as Markdown.
 
-    "Of them prefill": steps that read several tokens of a prompt.
+    "Of them prefill": steps that read several tokens of a prompt, and their share of the time.
     """
     lines: list[Sequence[str]] = [
-        ("variant", "steps", "of them prefill", "mean step (ms)", *PARTS),
+        ("variant", "steps", "mean step (ms)", "of them prefill", "their time", *PARTS),
     ]
     for name, runs in results.items():
         if "refused" in runs[0]:
@@ -183,7 +183,10 @@ def profile_table(results: dict[str, list[Run]]) -> str:
             for part in PARTS
         ]
         step = statistics.median(t / run["steps"] for t, run in zip(totals, runs, strict=True))
-        shown = [f"{middle[0]:.0f}", f"{middle[1]:.0f}", f"{step * 1e3:.1f}"]
+        prefill = statistics.median(
+            run["prefill_steps_seconds"] / run["total_seconds"] for run in runs
+        )
+        shown = [f"{middle[0]:.0f}", f"{step * 1e3:.1f}", f"{middle[1]:.0f}", f"{prefill:.1%}"]
         lines.append([name, *shown, *(f"{share:.1%}" for share in shares)])
     return aligned(lines)
 
@@ -250,6 +253,8 @@ def draw(
             line = {STOCK: "-", "idle": ":"}.get(name, "--")
             speed = rows[name]["tokens_per_second"]
             against_ratio.axhline(speed, linestyle=line, linewidth=1, color="black", label=name)
-    against_ratio.set(xlabel="keep ratio", ylabel="output tokens / s", ylim=(0, None))
+    against_ratio.set(
+        xlabel="keep ratio", ylabel="output tokens / s", ylim=(0, None), xlim=(0, 1.05)
+    )
     against_ratio.legend(fontsize="x-small")
     figure.savefig(path, dpi=120)

@@ -103,6 +103,11 @@ class PoolWatch:
         lengths = np.diff([*self.seconds, end])
         return float(np.average(values, weights=lengths))
 
+    def prefill_seconds(self, end: float) -> float:
+        """Time of the steps that read prompts; what they decode besides is in it."""
+        lengths = np.diff([*self.seconds, end])
+        return float(lengths[np.array(self.prefill_tokens) > 0].sum())
+
 
 @dataclass
 class Timeline:
@@ -166,6 +171,7 @@ def run_variant(job: dict[str, Any]) -> dict[str, Any]:
         "plugin": {key: value - before[key] for key, value in plugin_counters().items()},
         "steps": len(watch.seconds),
         "prefill_steps": sum(count > 0 for count in watch.prefill_tokens),
+        "prefill_steps_seconds": watch.prefill_seconds(end),
         "profile": dict(clock.seconds) if job["profile"] else None,
         "series": {
             "seconds": [round(moment - begin, 4) for moment in watch.seconds],

@@ -40,7 +40,7 @@ def _llama(
 # What "attention" and "step" are made for is said in SHAPE_NOTES; the others are those of models.
 SHAPES: dict[str, dict[str, Any]] = {
     "attention": _llama(256, 512, 2, (4, 4), 256, 1024),
-    "step": _llama(128, 256, 2, (2, 2), 128, 65536),
+    "step": _llama(128, 256, 2, (2, 2), 64, 32768),
     "llama-3.2-1b": _llama(2048, 8192, 16, (32, 8), 64, 128256),
     "llama-3.1-8b": _llama(4096, 14336, 32, (32, 8), 128, 128256),
     "mistral-7b": _llama(4096, 14336, 32, (32, 8), 128, 32768),

@@ -46,6 +46,7 @@ def run(seconds=10.0, *, compressed=0, freed=0, running=4.0, **changes):
         },
         "steps": 100,
         "prefill_steps": 8,
+        "prefill_steps_seconds": 0.3 * seconds,
         "profile": {"scheduler": 1.0, "attention": 3.0, "rest of model": 4.0},
         "series": {"seconds": [0.0, 1.0], "running": [4, 2], "blocks": [40, 20]},
         **changes,
@@ -142,8 +143,8 @@ def test_a_profile_is_shares_of_the_steps():
     lines = profile_table({"stock": [run()], "fp8 cache": [{"refused": "no"}]}).splitlines()
     assert len(lines) == 3
     cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
-    assert cells[:4] == ["stock", "100", "8", "80.0"]
-    shares = dict(zip(PARTS, cells[4:], strict=True))
+    assert cells[:5] == ["stock", "100", "80.0", "8", "30.0%"]
+    shares = dict(zip(PARTS, cells[5:], strict=True))
     assert (shares["scheduler"], shares["attention"]) == ("12.5%", "37.5%")
     assert (shares["compression"], shares["rest of engine"]) == ("0.0%", "0.0%")
 
@@ -200,6 +201,7 @@ def test_the_pool_is_read_after_each_schedule(monkeypatch):
     assert watch.blocks == [7, 3] and watch.running == [2, 2]
     assert watch.prefill_tokens == [64, 0] and watch.preemptions == 1
     assert watch.mean(watch.blocks, end=5.0) == (7 * 1 + 3 * 3) / 4
+    assert watch.prefill_seconds(end=5.0) == 1
 
 
 def test_requests_are_the_same_for_every_variant():
