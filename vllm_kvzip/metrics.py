@@ -32,6 +32,8 @@ SKIP_REASONS = (
     "ended_before_decode",
 )
 EVICTION_REASONS = ("lru", "ttl", "reset")
+KV_KINDS = ("full", "compressed")
+PHASES = ("prefill", "decode")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Metric:
         label: the label's name, if it has one.
         label_values: every value the label takes; each is exported from the start, as zero.
         buckets: upper bounds of a histogram.
+        combine: how a gauge's values of several engines become one.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Metric:
     label: str | None = None
     label_values: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
+    combine: Literal["livesum", "livemax"] = "livesum"
 
 
 REQUESTS_COMPRESSED = Metric(
@@ -82,6 +86,20 @@ KV_BYTES_SAVED = Metric(
     "gauge",
     "Bytes of KV cache that compressed requests, now running, do without.",
 )
+KV_BYTES_HELD = Metric(
+    "vllm_kvzip_kv_bytes_held",
+    "gauge",
+    "Bytes of KV cache that running requests hold: compressed prefixes, and everything else.",
+    label="kind",
+    label_values=KV_KINDS,
+)
+EVICTION_RATIO = Metric(
+    "vllm_kvzip_eviction_ratio",
+    "gauge",
+    "Evicted / all KV pairs of the compressed prefixes in use, 0 when there is none; of several "
+    "engines the highest.",
+    combine="livemax",
+)
 KEEP_RATIO = Metric(
     "vllm_kvzip_keep_ratio",
     "histogram",
@@ -95,6 +113,15 @@ COMPRESS_SECONDS = Metric(
     label="stage",
     label_values=STAGES,
     buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
+)
+ATTENTION_SECONDS = Metric(
+    "vllm_kvzip_attention_seconds",
+    "histogram",
+    "Seconds of attention in one step of the model, all layers, of a sample of the steps; a step "
+    "with any prompt token is a prefill.",
+    label="phase",
+    label_values=PHASES,
+    buckets=(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0),
 )
 PREFIX_HITS = Metric(
     "vllm_kvzip_prefix_hits_total",
@@ -125,8 +152,11 @@ METRICS = (
     BLOCKS_FREED,
     TOKENS_EVICTED,
     KV_BYTES_SAVED,
+    KV_BYTES_HELD,
+    EVICTION_RATIO,
     KEEP_RATIO,
     COMPRESS_SECONDS,
+    ATTENTION_SECONDS,
     PREFIX_HITS,
     PREFIX_HIT_TOKENS,
     PREFIX_ENTRIES,
@@ -161,6 +191,13 @@ class MetricsWriter:
         assert isinstance(target, Counter | Gauge)
         target.inc(amount)
 
+    def set(self, metric: Metric, value: float, label: str | None = None) -> None:
+        """Set a gauge."""
+        instrument = self._metrics[metric.name]
+        target = instrument if label is None else instrument.labels(label)
+        assert isinstance(target, Gauge)
+        target.set(value)
+
     def observe(self, metric: Metric, amount: float, label: str | None = None) -> None:
         """Put one observation into a histogram."""
         instrument = self._metrics[metric.name]
@@ -175,7 +212,7 @@ def _create(metric: Metric, registry: CollectorRegistry) -> Counter | Gauge | Hi
         return Counter(metric.name, metric.help, labels, registry=registry)
     if metric.kind == "gauge":
         return Gauge(
-            metric.name, metric.help, labels, registry=registry, multiprocess_mode="livesum"
+            metric.name, metric.help, labels, registry=registry, multiprocess_mode=metric.combine
         )
     return Histogram(metric.name, metric.help, labels, registry=registry, buckets=metric.buckets)
 

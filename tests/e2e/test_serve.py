@@ -2,7 +2,9 @@
 
 import concurrent.futures
 import json
+import re
 import urllib.error
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +12,13 @@ from engine_job import MODEL
 from local_server import LocalServer
 from retrieval_task import VOCABULARY, copy_prompt, make_context, question_prompt
 
+from vllm_kvzip.metrics import METRICS
+
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 # Far more than the model was trained for: a request can outlive a reader who falls behind.
 MAX_MODEL_LEN = 32768
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +41,7 @@ def test_blocks_come_back_while_a_request_decodes_and_the_answer_is_right(server
         return next(v for k, v in samples.items() if k.startswith("vllm:generation_tokens_total"))
 
     before, tokens_before = server.blocks_held(), generated(server.metrics())
-    answer, held, saved = [], [], []
+    answer, held, saved, kept, dense, ratios = [], [], [], [], [], []
     # It must not end before the last look at the metrics, however slow this reader is.
     stream = server.stream(prompt, MAX_MODEL_LEN - len(prompt))
     for piece in stream:
@@ -49,6 +54,9 @@ def test_blocks_come_back_while_a_request_decodes_and_the_answer_is_right(server
             # The server may be ahead of what has been read here.
             held.append((server.blocks_held(samples) - before, generated(samples) - tokens_before))
             saved.append(kvzip(samples, "kv_bytes_saved"))
+            kept.append(kvzip(samples, 'kv_bytes_held{kind="compressed"}'))
+            dense.append(kvzip(samples, 'kv_bytes_held{kind="full"}'))
+            ratios.append(kvzip(samples, "eviction_ratio"))
     prompt_blocks = -(-len(prompt) // 32)
     assert len(held) == 3
     for blocks, num_generated in held:
@@ -57,6 +65,11 @@ def test_blocks_come_back_while_a_request_decodes_and_the_answer_is_right(server
     freed = len(prompt) // 32 - -(-len(prompt) // 32 // 4)
     block_bytes = 32 * 4 * 4 * 32 * 2 * 4  # tokens, layers, KV heads, head size, K and V, float32
     assert saved == [freed * block_bytes] * 3
+    assert kept == [(len(prompt) // 32 - freed) * block_bytes] * 3
+    assert 0 < dense[0] <= dense[1] <= dense[2]  # the prompt's tail, and what is generated
+    assert all(size % block_bytes == 0 for size in dense)
+    assert ratios == [pytest.approx(freed / (len(prompt) // 32))] * 3
+    assert kvzip(samples, 'attention_seconds_count{phase="decode"}') >= 4  # of 150 steps and more
     words = [VOCABULARY.words[index] for index in expected]
     assert np.mean([a == b for a, b in zip(answer, words, strict=True)]) > 0.9
 
@@ -83,7 +96,22 @@ def test_counters_add_up_under_concurrent_requests(server):
     assert grown("keep_ratio_count") == 4
     assert grown('compress_seconds_count{stage="compact"}') == 4
     assert kvzip(after, "kv_bytes_saved") == 0
+    assert kvzip(after, 'kv_bytes_held{kind="compressed"}') == 0
+    assert kvzip(after, 'kv_bytes_held{kind="full"}') == 0
+    assert kvzip(after, "eviction_ratio") == 0
     assert server.blocks_held() == 0
+
+
+def test_the_dashboard_asks_for_what_the_server_exports(server):
+    dashboard = json.loads((ROOT / "scripts" / "grafana_dashboard.json").read_text())
+    queries = " ".join(
+        target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())
+    )
+    asked = set(re.findall(r"vllm(?:_kvzip_|:)\w+", queries))
+    exported = {sample.split("{")[0] for sample in server.metrics()}
+    assert asked <= exported
+    for metric in METRICS:
+        assert any(name.startswith(metric.name) for name in asked), metric.name
 
 
 def test_text_prompts_and_chat_go_through_the_same_door(server):

@@ -12,9 +12,10 @@ def scheduler_process(directory):
     recorder.saved(12_000)
     recorder.saved(-12_000)
     recorder.skipped("below_min_prompt_tokens")
+    recorder.holds(compressed_bytes=2_000, full_bytes=500, before_bytes=8_000)
 
 
 def worker_process(directory):
-    WorkerRecorder(directory).compressed(
-        CompressionReport({"score": 0.5, "select": 0.25, "compact": 0.125}, 0.25)
-    )
+    recorder = WorkerRecorder(directory)
+    recorder.compressed(CompressionReport({"score": 0.5, "select": 0.25, "compact": 0.125}, 0.25))
+    recorder.attended("decode", 0.5)

@@ -39,6 +39,21 @@ def test_processes_add_up(tmp_path):
     assert value("vllm_kvzip_compress_seconds_count", {"stage": "compact"}) == 1
 
 
+def test_what_is_held_now_and_how_long_attention_took(tmp_path):
+    """Gauges vanish with their process, so this one is this process's own."""
+    scheduler_process(str(tmp_path))
+    worker_process(str(tmp_path))
+    value = collected(tmp_path)
+    assert value("vllm_kvzip_kv_bytes_held", {"kind": "compressed"}) == 2_000
+    assert value("vllm_kvzip_kv_bytes_held", {"kind": "full"}) == 500
+    assert value("vllm_kvzip_eviction_ratio") == 0.75
+    assert value("vllm_kvzip_attention_seconds_sum", {"phase": "decode"}) == 0.5
+    assert value("vllm_kvzip_attention_seconds_count", {"phase": "prefill"}) == 0
+    again = SchedulerRecorder(str(tmp_path))
+    again.holds(compressed_bytes=0, full_bytes=0, before_bytes=0)
+    assert collected(tmp_path)("vllm_kvzip_eviction_ratio") == 0.75  # the highest of two engines
+
+
 def test_two_writers_of_one_process_do_not_disturb_each_other(tmp_path):
     first, second = SchedulerRecorder(str(tmp_path)), SchedulerRecorder(str(tmp_path))
     for _ in range(3):

@@ -28,6 +28,7 @@ from vllm_kvzip.vllm_bridge.scoring_pass import ScoringMetadata
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
+    from vllm_kvzip.vllm_bridge.attention_timer import AttentionTimer
     from vllm_kvzip.vllm_bridge.runtime import HeadPageRuntime
 
 
@@ -202,7 +203,12 @@ class HeadPageCPUBuilder(CPUAttentionMetadataBuilder):
 
 
 class HeadPageCPUImpl(CPUAttentionBackendImpl):
-    """vLLM's CPU attention, which hands compressed requests to :class:`PairBatch`."""
+    """vLLM's CPU attention, which hands compressed requests to :class:`PairBatch`.
+
+    ``timer`` is set by the worker, on the rank that records metrics.
+    """
+
+    timer: AttentionTimer | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -228,6 +234,30 @@ class HeadPageCPUImpl(CPUAttentionBackendImpl):
         if isinstance(attn_metadata, ScoringMetadata):
             attn_metadata.attend(layer, self.scale, query, key, value, output)
             return output
+        everything = (
+            layer, query, key, value, kv_cache, attn_metadata, output,
+            output_scale, output_block_scale,
+        )  # fmt: skip
+        timer = self.timer
+        if timer is None or not timer.running:
+            return self._attend(*everything)
+        timer.layer_starts()
+        result = self._attend(*everything)
+        timer.layer_ends()
+        return result
+
+    def _attend(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: CPUAttentionMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None,
+        output_block_scale: torch.Tensor | None,
+    ) -> torch.Tensor:
         if not isinstance(attn_metadata, HeadPageMetadata):
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output,

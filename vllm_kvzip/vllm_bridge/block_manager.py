@@ -72,6 +72,7 @@ class HeadPageManager(FullAttentionManager):
         self._raw_hits: dict[str, int] = {}  # tokens found in the raw prefix cache
         self._raw_tokens: dict[str, int] = {}  # computed over the raw prefix, once that is known
         self._runs: dict[str, PrefixRun] = {}  # what a folded row begins with
+        self._compressed_blocks = self._blocks_before = 0  # of runs in use; and what they replace
         self._crossing: list[str] = []  # reserved in the step that is being scheduled
         self._hits: dict[str, int] = {}  # started on a run in that step
 
@@ -260,6 +261,7 @@ class HeadPageManager(FullAttentionManager):
             if reservation and reservation.run.prefix_hash and self.prefixes.add(reservation.run):
                 kept[request_id] = reservation.run.serial
         self._crossing.clear()
+        self._report_held_bytes()
         hits, self._hits = self._hits, {}
         dropped = self.prefixes.take_dropped()
         return StepPrefixes(kept, hits, dropped) if kept or hits or dropped else None
@@ -291,13 +293,24 @@ class HeadPageManager(FullAttentionManager):
         run.users += 1
         self.prefixes.used(run)
         if run.users == 1:
+            self._compressed_blocks += run.plan.num_compressed_blocks
+            self._blocks_before += run.plan.num_prefix_blocks
             self._recorder.saved(self._bytes_saved(run))
 
     def _leave(self, run: PrefixRun) -> None:
         run.users -= 1
         self.prefixes.used(run)
         if run.users == 0:
+            self._compressed_blocks -= run.plan.num_compressed_blocks
+            self._blocks_before -= run.plan.num_prefix_blocks
             self._recorder.saved(-self._bytes_saved(run))
+
+    def _report_held_bytes(self) -> None:
+        pool = self.block_pool
+        held = (pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()) * self._block_bytes
+        compressed = self._compressed_blocks * self._block_bytes
+        before = self._blocks_before * self._block_bytes
+        self._recorder.holds(compressed, held - compressed, before)
 
     def _bytes_saved(self, run: PrefixRun) -> int:
         return run.plan.num_freed_blocks * self._block_bytes

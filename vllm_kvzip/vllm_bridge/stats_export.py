@@ -52,6 +52,8 @@ class SchedulerRecorder:
                 metrics.BLOCKS_FREED,
                 metrics.TOKENS_EVICTED,
                 metrics.KV_BYTES_SAVED,
+                metrics.KV_BYTES_HELD,
+                metrics.EVICTION_RATIO,
                 metrics.KEEP_RATIO,
                 metrics.PREFIX_HITS,
                 metrics.PREFIX_HIT_TOKENS,
@@ -60,6 +62,24 @@ class SchedulerRecorder:
             ),
             directory,
         )
+        self._held = (0, 0, 0)
+
+    def holds(self, compressed_bytes: int, full_bytes: int, before_bytes: int) -> None:
+        """What running requests hold, after a step was scheduled.
+
+        Args:
+            compressed_bytes: in compressed prefixes.
+            full_bytes: in all other blocks.
+            before_bytes: what those prefixes would take uncompressed.
+        """
+        held = (compressed_bytes, full_bytes, before_bytes)
+        if held == self._held:
+            return
+        self._held = held
+        self._writer.set(metrics.KV_BYTES_HELD, compressed_bytes, "compressed")
+        self._writer.set(metrics.KV_BYTES_HELD, full_bytes, "full")
+        kept = compressed_bytes / before_bytes if before_bytes else 1.0
+        self._writer.set(metrics.EVICTION_RATIO, 1 - kept)
 
     def compressed(self, plan: PrefixPlan, num_prompt_tokens: int, block_size: int) -> None:
         """A prompt's blocks went back to the pool."""
@@ -96,7 +116,13 @@ class WorkerRecorder:
     """What a worker measures."""
 
     def __init__(self, directory: str | None) -> None:
-        self._writer = metrics.MetricsWriter((metrics.COMPRESS_SECONDS,), directory)
+        self._writer = metrics.MetricsWriter(
+            (metrics.COMPRESS_SECONDS, metrics.ATTENTION_SECONDS), directory
+        )
+
+    def attended(self, phase: str, seconds: float) -> None:
+        """Attention took so long in one step; ``phase`` is one of ``metrics.PHASES``."""
+        self._writer.observe(metrics.ATTENTION_SECONDS, seconds, phase)
 
     def compressed(self, report: CompressionReport) -> None:
         """One prompt was compressed."""
