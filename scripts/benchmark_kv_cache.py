@@ -47,7 +47,7 @@ FP8 = "fp8 cache"
 def pool_blocks(args: argparse.Namespace) -> int:
     """Blocks that hold ``--pool-prompts`` requests at their full length, output included."""
     tokens = args.prompt_tokens + args.output_tokens
-    return math.ceil(float(args.pool_prompts) * math.ceil(tokens / args.block_size))
+    return int(math.ceil(args.pool_prompts * math.ceil(tokens / args.block_size)))
 
 
 def plugin_settings(args: argparse.Namespace) -> dict[str, dict[str, Any] | None]:
@@ -125,7 +125,7 @@ def report(
 ) -> dict[str, Any]:
     """Print the tables; returns what the JSON file holds besides each run."""
     rows = summarise(results)
-    share, limit = prefill_limit(rows, args.requests)
+    share, limit = prefill_limit(rows)
     rate = "all at once" if args.request_rate is None else f"{args.request_rate:g} a second"
     pool = results[STOCK][0]
     heading = (
@@ -140,8 +140,8 @@ def report(
     if args.profile:
         print(f"{profile_table(results)}\n")
     print(
-        f"Prefill alone is {share:.0%} of stock vLLM's time: with everything else free, throughput "
-        f"would be {limit:.2f} times stock's.\n\n{versions()}"
+        f"Reading prompts is {share:.0%} of stock vLLM's time: with everything else free, "
+        f"throughput would be {limit:.2f} times stock's.\n\n{versions()}"
     )
     return {
         "about": heading,

@@ -52,17 +52,21 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return float(np.percentile(values, percent))
 
 
-def figures(run: Run) -> dict[str, float]:
-    """The figures of one run that the table shows, seconds and bytes as they are.
+def prefill_seconds(run: Run) -> float:
+    """What reading the prompts cost: the time by which steps that read some exceed a decode step.
 
-    ``compression_share`` is the time one prompt's compression takes, as a share of the time that
-    its prefill takes when it has the engine to itself.
+    Compression runs at the start of a step, and where prompts wait that step reads another one, so
+    its time is taken out.
     """
+    decoding = run["prefill_steps"] * run["decode_step_seconds"]
+    compressing = run["plugin"]["compress_seconds"]
+    return max(0.0, float(run["prefill_steps_seconds"] - decoding - compressing))
+
+
+def figures(run: Run) -> dict[str, float]:
+    """The figures of one run that the table shows, seconds and bytes as they are."""
     plugin = run["plugin"]
-    share = 0.0
-    if plugin["compressions"]:
-        each = plugin["compress_seconds"] / plugin["compressions"]
-        share = each / run["prefill_seconds_alone"]
+    prefill = prefill_seconds(run)
     return {
         "tokens_per_second": run["output_tokens"] / run["total_seconds"],
         "total_seconds": run["total_seconds"],
@@ -75,8 +79,8 @@ def figures(run: Run) -> dict[str, float]:
         "preemptions": run["preemptions"],
         "kv_peak_bytes": run["blocks_peak"] * run["block_bytes"],
         "kv_mean_bytes": run["blocks_mean"] * run["block_bytes"],
-        "prefill_seconds_alone": run["prefill_seconds_alone"],
-        "compression_share": share,
+        "prefill_seconds": prefill,
+        "compression_share": plugin["compress_seconds"] / prefill if prefill else 0.0,
         "requests_compressed": plugin["requests_compressed"],
         "blocks_freed": plugin["blocks_freed"],
         "steps": run["steps"],
@@ -191,16 +195,16 @@ def profile_table(results: dict[str, list[Run]]) -> str:
     return aligned(lines)
 
 
-def prefill_limit(rows: dict[str, Row], num_requests: int) -> tuple[float, float]:
+def prefill_limit(rows: dict[str, Row]) -> tuple[float, float]:
     """What prefill leaves to gain for anybody who compresses after it.
 
     Returns:
-        the share of stock vLLM's time that its prompts take when each has the engine to itself, and
-        the throughput, as a ratio to stock, if everything else were free.
+        the share of stock vLLM's time that went into reading prompts, and the throughput, as a
+        ratio to stock, if everything else were free; zeros when no step was without a prompt.
     """
     stock = rows[STOCK]
-    share = min(1.0, num_requests * stock["prefill_seconds_alone"] / stock["total_seconds"])
-    return share, 1 / share
+    share = stock["prefill_seconds"] / stock["total_seconds"]
+    return share, 1 / share if share else 0.0
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:

@@ -8,7 +8,6 @@ with it; the numbers of blocks would come from polling.
 
 from __future__ import annotations
 
-import statistics
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ from evaluation import counter
 from kv_cache_shapes import FIRST_TOKEN, LAST_TOKEN
 from step_profile import StepClock, profile_engine
 
-WARM_UP_PROMPTS = 3
+WARM_UP_PROMPTS = 2
 STAGES = ("score", "select", "compact")
 
 
@@ -103,10 +102,21 @@ class PoolWatch:
         lengths = np.diff([*self.seconds, end])
         return float(np.average(values, weights=lengths))
 
-    def prefill_seconds(self, end: float) -> float:
-        """Time of the steps that read prompts; what they decode besides is in it."""
-        lengths = np.diff([*self.seconds, end])
-        return float(lengths[np.array(self.prefill_tokens) > 0].sum())
+    def nobody(self) -> None:
+        """From now on nothing runs, until the next reading."""
+        self.seconds.append(time.perf_counter())
+        for values in (self.running, self.blocks, self.prefill_tokens):
+            values.append(0)
+
+    def steps(self, end: float) -> tuple[list[float], list[float]]:
+        """Seconds of the steps that read prompts, and of those that only decode."""
+        reading: list[float] = []
+        decoding: list[float] = []
+        lengths = np.diff([*self.seconds, end]).tolist()
+        for length, running, tokens in zip(lengths, self.running, self.prefill_tokens, strict=True):
+            if running:
+                (reading if tokens else decoding).append(length)
+        return reading, decoding
 
 
 @dataclass
@@ -143,13 +153,14 @@ def run_variant(job: dict[str, Any]) -> dict[str, Any]:
     watch.attach(core.scheduler)
     clock = profile_engine(engine) if job["profile"] else StepClock()
     prompts = load.prompts()
-    prefills = [prefill_alone(engine, prompt) for prompt in prompts[:WARM_UP_PROMPTS]]
+    warm_up(engine, prompts[:WARM_UP_PROMPTS])
     watch.clear()
     clock.clear()
     before = plugin_counters()
     begin = time.perf_counter()
-    timeline = serve(engine, load, prompts[WARM_UP_PROMPTS:], begin)
+    timeline = serve(engine, load, prompts[WARM_UP_PROMPTS:], begin, watch)
     end = time.perf_counter()
+    prefill_steps, decode_steps = watch.steps(end)
     group = core.scheduler.kv_cache_config.kv_cache_groups[0]
     block_bytes = group.kv_cache_spec.page_size_bytes * len(group.layer_names)
     return {
@@ -167,11 +178,11 @@ def run_variant(job: dict[str, Any]) -> dict[str, Any]:
         "pool_blocks": core.scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1,
         "blocks_peak": max(watch.blocks),
         "blocks_mean": watch.mean(watch.blocks, end),
-        "prefill_seconds_alone": statistics.median(prefills[1:]),
         "plugin": {key: value - before[key] for key, value in plugin_counters().items()},
-        "steps": len(watch.seconds),
-        "prefill_steps": sum(count > 0 for count in watch.prefill_tokens),
-        "prefill_steps_seconds": watch.prefill_seconds(end),
+        "steps": len(prefill_steps) + len(decode_steps),
+        "prefill_steps": len(prefill_steps),
+        "prefill_steps_seconds": sum(prefill_steps),
+        "decode_step_seconds": float(np.median(decode_steps)) if decode_steps else 0.0,
         "profile": dict(clock.seconds) if job["profile"] else None,
         "series": {
             "seconds": [round(moment - begin, 4) for moment in watch.seconds],
@@ -181,20 +192,20 @@ def run_variant(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def prefill_alone(engine: Any, prompt: list[int]) -> float:
-    """Seconds to the first token of a prompt that has the engine to itself."""
+def warm_up(engine: Any, prompts: list[list[int]]) -> None:
+    """Let the engine do everything once, compression and decoding of what is left included."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, detokenize=False)
-    begin, first = time.perf_counter(), 0.0
-    engine.add_request("warm-up", {"prompt_token_ids": prompt}, params)
-    while engine.has_unfinished_requests():
-        if engine.step():
-            first = first or time.perf_counter() - begin
-    return first
+    for prompt in prompts:
+        engine.add_request("warm-up", {"prompt_token_ids": prompt}, params)
+        while engine.has_unfinished_requests():
+            engine.step()
 
 
-def serve(engine: Any, load: Load, prompts: list[list[int]], begin: float) -> Timeline:
+def serve(
+    engine: Any, load: Load, prompts: list[list[int]], begin: float, watch: PoolWatch
+) -> Timeline:
     """Send every request at its time, step until all are answered."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -211,6 +222,7 @@ def serve(engine: Any, load: Load, prompts: list[list[int]], begin: float) -> Ti
             engine.add_request(key, {"prompt_token_ids": prompts[number]}, params.clone())
             timeline.arrived[key], timeline.tokens[key] = begin + arrives, 0
         if not engine.has_unfinished_requests():
+            watch.nobody()
             time.sleep(max(0.0, begin + coming[0][1] - time.perf_counter()))
             continue
         outputs = engine.step()

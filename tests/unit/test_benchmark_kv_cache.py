@@ -13,6 +13,7 @@ from kv_cache_report import (
     nothing_compressed,
     percentile,
     prefill_limit,
+    prefill_seconds,
     profile_table,
     summarise,
     table,
@@ -36,7 +37,6 @@ def run(seconds=10.0, *, compressed=0, freed=0, running=4.0, **changes):
         "pool_blocks": 40,
         "blocks_peak": 40,
         "blocks_mean": 30.5,
-        "prefill_seconds_alone": 0.5,
         "plugin": {
             "requests_compressed": compressed,
             "blocks_freed": freed,
@@ -46,7 +46,8 @@ def run(seconds=10.0, *, compressed=0, freed=0, running=4.0, **changes):
         },
         "steps": 100,
         "prefill_steps": 8,
-        "prefill_steps_seconds": 0.3 * seconds,
+        "prefill_steps_seconds": 0.48 * seconds,
+        "decode_step_seconds": 0.01 * seconds,
         "profile": {"scheduler": 1.0, "attention": 3.0, "rest of model": 4.0},
         "series": {"seconds": [0.0, 1.0], "running": [4, 2], "blocks": [40, 20]},
         **changes,
@@ -61,9 +62,15 @@ def test_percentiles_interpolate():
     assert percentile([7.0], 99) == 7
 
 
-def test_compression_is_a_share_of_the_prefill_of_one_prompt():
+def test_prefill_is_what_its_steps_take_beyond_a_decode_step():
+    assert prefill_seconds(run(10.0)) == pytest.approx(4.8 - 8 * 0.1)
+    assert prefill_seconds(run(10.0, compressed=8)) == pytest.approx(4.8 - 8 * 0.1 - 8 * 0.05)
+    assert prefill_seconds(run(10.0, prefill_steps=100)) == 0
+
+
+def test_figures_of_a_run():
     found = figures(run(compressed=8, freed=24))
-    assert found["compression_share"] == pytest.approx(0.05 / 0.5)
+    assert found["compression_share"] == pytest.approx(0.4 / 3.6)
     assert found["tokens_per_second"] == pytest.approx(12.8)
     assert found["tpot_p99_seconds"] > found["tpot_median_seconds"] == 0.01
     assert found["kv_mean_bytes"] == 30.5 * 2**20
@@ -98,7 +105,7 @@ def test_the_table_has_a_line_per_variant_and_says_what_was_refused():
     cells = [cell.strip() for cell in compressed.split("|")[1:-1]]
     named = dict(zip(HEADINGS, cells, strict=False))
     assert cells[:4] == ["keep 0.25", "25.6", "2.00", "5.0"]
-    assert named["compression / prefill"] == "10.0%" and named["blocks freed"] == "24"
+    assert named["compression / prefill"] == "25.0%" and named["blocks freed"] == "24"
     assert [cell.strip() for cell in stock.split("|")[-3:-1]] == ["", ""]
 
 
@@ -135,15 +142,15 @@ def test_a_cache_type_that_vllm_refuses_is_no_fault():
 
 
 def test_what_prefill_leaves_to_gain():
-    assert prefill_limit(summarise({"stock": [run(10.0)]}), 8) == (0.4, 2.5)
-    assert prefill_limit(summarise({"stock": [run(1.0)]}), 8) == (1, 1)
+    assert prefill_limit(summarise({"stock": [run()]})) == pytest.approx((0.4, 2.5))
+    assert prefill_limit(summarise({"stock": [run(prefill_steps_seconds=0.0)]})) == (0, 0)
 
 
 def test_a_profile_is_shares_of_the_steps():
     lines = profile_table({"stock": [run()], "fp8 cache": [{"refused": "no"}]}).splitlines()
     assert len(lines) == 3
     cells = [cell.strip() for cell in lines[2].split("|")[1:-1]]
-    assert cells[:5] == ["stock", "100", "80.0", "8", "30.0%"]
+    assert cells[:5] == ["stock", "100", "80.0", "8", "48.0%"]
     shares = dict(zip(PARTS, cells[5:], strict=True))
     assert (shares["scheduler"], shares["attention"]) == ("12.5%", "37.5%")
     assert (shares["compression"], shares["rest of engine"]) == ("0.0%", "0.0%")
@@ -201,7 +208,16 @@ def test_the_pool_is_read_after_each_schedule(monkeypatch):
     assert watch.blocks == [7, 3] and watch.running == [2, 2]
     assert watch.prefill_tokens == [64, 0] and watch.preemptions == 1
     assert watch.mean(watch.blocks, end=5.0) == (7 * 1 + 3 * 3) / 4
-    assert watch.prefill_seconds(end=5.0) == 1
+    assert watch.steps(end=5.0) == ([1], [3])
+
+
+def test_nothing_runs_until_the_next_request_arrives(monkeypatch):
+    moments = iter([3.0])
+    monkeypatch.setattr("kv_cache_run.time.perf_counter", lambda: next(moments))
+    watch = PoolWatch(seconds=[1.0], running=[2], blocks=[6], prefill_tokens=[64])
+    watch.nobody()
+    assert watch.steps(end=5.0) == ([2], [])
+    assert watch.mean(watch.blocks, end=5.0) == 3
 
 
 def test_requests_are_the_same_for_every_variant():
