@@ -47,7 +47,8 @@ FP8 = "fp8 cache"
 def pool_blocks(args: argparse.Namespace) -> int:
     """Blocks that hold ``--pool-prompts`` requests at their full length, output included."""
     tokens = args.prompt_tokens + args.output_tokens
-    return int(math.ceil(args.pool_prompts * math.ceil(tokens / args.block_size)))
+    blocks: float = args.pool_prompts * math.ceil(tokens / args.block_size)
+    return math.ceil(blocks)
 
 
 def plugin_settings(args: argparse.Namespace) -> dict[str, dict[str, Any] | None]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-FIRST_TOKEN, LAST_TOKEN = 7, 1000  # random prompts are made of these; every vocabulary has them
+FIRST_TOKEN, LAST_TOKEN = 7, 500  # random prompts are made of these; vocabularies have them
 BYTES_OF_DTYPE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
