@@ -22,6 +22,7 @@ Row = dict[str, Any]
 
 STOCK = "stock"
 MIB = 2**20
+TIME_SPANS = 50  # of the longest run, in the plot
 HEADINGS = (
     "variant",
     "tokens/s",
@@ -224,6 +225,22 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([row(lines[0]), row(rule), *(row(line) for line in lines[1:])])
 
 
+def binned(run: Run, width_seconds: float) -> tuple[list[float], list[float]]:
+    """KV bytes held as means over equal spans of time: compression makes the raw series a saw.
+
+    Returns:
+        middle of each span in seconds, and mean bytes held in it.
+    """
+    total = run["total_seconds"]
+    bounds = np.append(np.arange(0, total, width_seconds), total)
+    moments = np.append(run["series"]["seconds"], total)
+    # Block-seconds up to each reading grow linearly between readings.
+    grown = np.cumsum([0, *(np.diff(moments) * run["series"]["blocks"])])
+    means = np.diff(np.interp(bounds, moments, grown)) / np.maximum(np.diff(bounds), 1e-9)
+    middles = (bounds[1:] + bounds[:-1]) / 2
+    return middles.tolist(), (means * run["block_bytes"]).tolist()
+
+
 def draw(
     path: Path, results: dict[str, list[Run]], rows: dict[str, Row], ratios: dict[str, float]
 ) -> None:
@@ -239,14 +256,12 @@ def draw(
 
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     over_time, against_ratio = figure.subplots(1, 2, width_ratios=(3, 2))
-    for name, runs in results.items():
-        run = runs[-1]
-        if "refused" in run:
-            continue
-        held = [blocks * run["block_bytes"] / MIB for blocks in run["series"]["blocks"]]
-        moments = run["series"]["seconds"]
-        over_time.plot(moments, held, drawstyle="steps-post", linewidth=0.9, label=name)
-    over_time.set(xlabel="seconds", ylabel="KV cache held (MiB)", ylim=(0, None))
+    last = {name: runs[-1] for name, runs in results.items() if "refused" not in runs[-1]}
+    longest = max(run["total_seconds"] for run in last.values())
+    for name, run in last.items():
+        middles, held = binned(run, longest / TIME_SPANS)
+        over_time.plot(middles, [value / MIB for value in held], linewidth=1.2, label=name)
+    over_time.set(xlabel="seconds", ylabel="KV cache held (MiB, mean)", ylim=(0, None))
     over_time.legend(fontsize="x-small")
     points = sorted((ratio, rows[name]["tokens_per_second"]) for name, ratio in ratios.items())
     keep = [ratio for ratio, _ in points]

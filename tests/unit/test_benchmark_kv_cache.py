@@ -8,6 +8,7 @@ import benchmark_kv_cache
 import pytest
 from kv_cache_report import (
     HEADINGS,
+    binned,
     draw,
     figures,
     nothing_compressed,
@@ -301,6 +302,13 @@ def test_figures_and_plot_are_saved(monkeypatch, tmp_path, capsys):
     assert saved["rows"]["keep 0.25"]["tokens_per_second_to_stock"] == 2
     assert saved["runs"]["keep 0.25"][0]["series"]["blocks"] == [40, 20]
     assert (args.output_dir / "kv_cache.png").stat().st_size > 5000
+
+
+def test_memory_over_time_is_averaged_over_equal_spans():
+    series = {"seconds": [0.0, 1.0, 5.0], "running": [1] * 3, "blocks": [10, 30, 0]}
+    middles, held = binned(run(6.0, block_bytes=2, series=series), 2.0)
+    assert middles == [1, 3, 5]
+    assert held == pytest.approx([40, 60, 30])
 
 
 def test_a_plot_needs_no_compressed_variant(tmp_path):
