@@ -68,6 +68,7 @@ class Report:
         preemptions_seen: requests that were seen preempted, by number, and how often.
         written_hashed_blocks: blocks of the prefix cache that somebody wrote to; when watched.
         compared_hashed_blocks: how many comparisons that rests on, raw and compressed.
+        batches_in_flight: how many steps may be scheduled before the first has been processed.
         scribbled_blocks: blocks that the action ``scribble`` wrote to.
     """
 
@@ -89,6 +90,7 @@ class Report:
     written_hashed_blocks: list[int]
     compared_hashed_blocks: dict[str, int]
     scribbled_blocks: list[int]
+    batches_in_flight: int
 
 
 def run_job(
@@ -296,6 +298,7 @@ def execute(job: dict[str, Any]) -> Report:
         written_hashed_blocks=watch.written if watch else [],
         compared_hashed_blocks=watch.compared if watch else {},
         scribbled_blocks=scribbled,
+        batches_in_flight=core.batch_queue_size,
     )
 
 
