@@ -40,7 +40,7 @@ from transformers import AutoConfig
 from vllm_kvzip.budgeting import allocate_adaptive, allocate_uniform
 from vllm_kvzip.config import KVzipConfig
 from vllm_kvzip.errors import ConfigError, KVzipError
-from vllm_kvzip.head_pages import PrefixRule
+from vllm_kvzip.prefix_rule import PrefixRule
 from vllm_kvzip.request_options import RequestOptions
 from vllm_kvzip.selection import protect, select
 

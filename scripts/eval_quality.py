@@ -138,6 +138,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--budgets", nargs="+", default=[""], help="default: what suits the scorer")
     parser.add_argument("--keep-ratios", nargs="+", type=float, default=list(KEEP_RATIOS))
     parser.add_argument("--query-aware", action="store_true", help="the scorer sees the question")
+    parser.add_argument("--prefill-budget", type=int, help="tokens; compress while reading")
     parser.add_argument("--num-contexts", type=int, default=12, help="of each task")
     parser.add_argument(
         "--questions", type=int, default=24, help="per context, where it has so many"
@@ -173,6 +174,8 @@ def main() -> None:
     for row, ratio in bar:
         bar.set_postfix_str(f"{row}, keep ratio {ratio:g}")
         settings = None if row == "no compression" else settings_of(row, ratio)
+        if settings is not None and args.prefill_budget is not None:
+            settings["prefill_budget"] = args.prefill_budget
         counts = measure(args.model, documents, settings)
         for name, members in groups.items():
             chosen = [c for c, member in zip(counts, members, strict=True) if member]
@@ -180,6 +183,8 @@ def main() -> None:
                 results[name].setdefault(row, {})[f"{key:g}"] = cell(chosen)
     console = Console(width=118)
     about = "query-aware" if args.query_aware else "query-agnostic"
+    if args.prefill_budget is not None:
+        about += f", prefill budget {args.prefill_budget}"
     for name, members in groups.items():
         asked = [d for d, member in zip(documents, members, strict=True) if member]
         questions = sum(len(document.questions) for document in asked)

@@ -29,6 +29,7 @@ def allocate_adaptive(
     block_size: int,
     min_pages: int,
     *,
+    max_pages: torch.Tensor | None = None,
     per_layer: bool = False,
 ) -> torch.Tensor:
     """One ranking of head pages over all layers and heads (KVzip's non-uniform budgets).
@@ -38,10 +39,12 @@ def allocate_adaptive(
     of its own ranking.
 
     Args:
-        scores: float32 ``[L, H, T]``, finite, T a multiple of the block size.
+        scores: float32 ``[L, H, T]``, T a multiple of the block size; finite, or minus infinity
+            where a head has nothing.
         total_pages: pages to hand out.
         block_size: tokens per page.
         min_pages: floor of every head.
+        max_pages: int64 ``[L, H]``, pages each head has; None: all T tokens.
         per_layer: rank inside each layer, so that every layer gets the same; for comparison. Needs
             ``total_pages`` divisible by L.
 
@@ -50,7 +53,9 @@ def allocate_adaptive(
     """
     num_layers, num_heads, num_tokens = scores.shape
     num_pages = num_tokens // block_size
-    _check_total(total_pages, num_layers * num_heads, min_pages, num_pages)
+    if max_pages is None:
+        max_pages = torch.full((num_layers, num_heads), num_pages)
+    _check_total(total_pages, min_pages, max_pages)
     ranked = scores.sort(dim=-1, descending=True).values
     worth = ranked.view(num_layers, num_heads, num_pages, block_size).mean(dim=-1)
     contested = worth[:, :, min_pages:]
@@ -68,7 +73,8 @@ def allocate_from_fractions(
     importance: torch.Tensor,
     total_pages: int,
     min_pages: int,
-    max_pages: int,
+    num_pages: int,
+    max_pages: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Give each head the share a profile says; the least important heads pay for what is missing.
 
@@ -82,18 +88,23 @@ def allocate_from_fractions(
         importance: float ``[L, H]``, order in which heads give and take; ties by position.
         total_pages: pages to hand out.
         min_pages: floor of every head.
-        max_pages: what a head has at most.
+        num_pages: pages of a head before compression, of which it gets a share.
+        max_pages: int64 ``[L, H]``, what each head has; None: ``num_pages``.
 
     Raises:
         ValueError: if the floors exceed the total, or the total exceeds the pages there are.
     """
-    _check_total(total_pages, fractions.numel(), min_pages, max_pages)
-    wanted = fractions.to(torch.float64).flatten() * max_pages
-    pages = wanted.round().clamp(min_pages, max_pages).to(torch.int64)
+    most = (
+        torch.full_like(fractions, num_pages, dtype=torch.int64) if max_pages is None else max_pages
+    )
+    most = most.flatten()
+    _check_total(total_pages, min_pages, most)
+    wanted = fractions.to(torch.float64).flatten() * num_pages
+    pages = wanted.round().to(torch.int64).clamp_min(min_pages).minimum(most)
     missing = total_pages - int(pages.sum())
     order = importance.flatten().argsort(descending=missing > 0, stable=True)
     ranked = pages[order]
-    room = max_pages - ranked if missing > 0 else ranked - min_pages
+    room = most[order] - ranked if missing > 0 else ranked - min_pages
     change = (abs(missing) - (room.cumsum(0) - room)).clamp_min(0).minimum(room)
     pages[order] = ranked + change if missing > 0 else ranked - change
     return pages.view(fractions.shape)
@@ -107,7 +118,7 @@ def _best_counts(worth: torch.Tensor, count: int, shape: torch.Size) -> torch.Te
     return taken.view(shape).sum(dim=-1)
 
 
-def _check_total(total_pages: int, num_heads: int, min_pages: int, max_pages: int) -> None:
-    low, high = num_heads * min_pages, num_heads * max_pages
+def _check_total(total_pages: int, min_pages: int, max_pages: torch.Tensor) -> None:
+    low, high = max_pages.numel() * min_pages, int(max_pages.sum())
     if not low <= total_pages <= high:
         raise ValueError(f"{total_pages} pages asked for, but the heads hold {low} to {high}")

@@ -51,6 +51,9 @@ class KVzipConfig(BaseModel):
     min_output_tokens: int = Field(
         0, ge=0, description="requests that may generate fewer tokens are left alone"
     )
+    prefill_budget: int | None = Field(
+        None, gt=0, description="tokens whose KV pairs a prompt holds at most while it is read"
+    )
     sink_tokens: int = Field(4, ge=0, description="first tokens, kept by every head")
     recent_tokens: int = Field(16, ge=0, description="last prefix tokens, kept by every head")
     observation_window_tokens: int = Field(

@@ -43,6 +43,9 @@ class PrefixPlan:
         ready_tokens: how many tokens must be computed before the prefix is compressed: the whole
             prompt, or the tokens before the boundary when the request declares its context.
         keep_ratio: asked for, by the request or by the server's settings.
+        start_blocks: blocks of the prefix that an earlier compression covered; 0 for a raw prefix.
+        held_blocks: blocks that hold what it kept of them.
+        is_round: one compression among others while a long prompt is read, not the last.
     """
 
     boundary_tokens: int
@@ -50,11 +53,26 @@ class PrefixPlan:
     num_compressed_blocks: int
     ready_tokens: int
     keep_ratio: float
+    start_blocks: int = 0
+    held_blocks: int = 0
+    is_round: bool = False
 
     @property
     def num_freed_blocks(self) -> int:
-        """Blocks that compression gives back."""
+        """Blocks that this compression gives back."""
+        held = self.held_blocks + self.num_prefix_blocks - self.start_blocks
+        return held - self.num_compressed_blocks
+
+    @property
+    def num_saved_blocks(self) -> int:
+        """Blocks that the request does without from then on."""
         return self.num_prefix_blocks - self.num_compressed_blocks
+
+    @property
+    def share(self) -> float:
+        """Kept / all KV pairs, as asked for or as the prefill budget allows."""
+        fitting = self.num_compressed_blocks / self.num_prefix_blocks
+        return fitting if self.is_round else min(self.keep_ratio, fitting)
 
 
 @dataclass(frozen=True)
@@ -78,6 +96,8 @@ class LayerInputs:
         scale: softmax scale.
         sink_tokens, recent_tokens: how many tokens at either end of the prefix are always kept.
         seed: equal for equal prefixes.
+        first_position: position of the first key; not 0 when what lies before it was compressed
+            earlier. T counts from there.
     """
 
     layer: int
@@ -92,6 +112,7 @@ class LayerInputs:
     sink_tokens: int
     recent_tokens: int
     seed: int
+    first_position: int = 0
 
 
 @dataclass(frozen=True)
@@ -116,10 +137,13 @@ class CompressedPrefix:
     Attributes:
         page_ids: int64 ``[sum of pages]``, ordered (layer, KV head, position).
         pages: int64 ``[L, H]``, head pages of each head.
+        scores: float32 ``[sum of pages * N]`` in the same order, of the kept pairs; None unless
+            they will compete with later ones.
     """
 
     page_ids: torch.Tensor
     pages: torch.Tensor
+    scores: torch.Tensor | None = None
 
     @cached_property
     def padded(self) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The arithmetic of head pages: boundary, block counts, dealing pages to heads, page tables.
+"""The arithmetic of head pages: where they lie, dealing them to heads, page tables.
 
 A head page is the part of a block that belongs to one KV head of one layer. Once a block is ours,
 nothing forces the page of (layer, head) to serve that layer and head: a request's compressed blocks
@@ -9,127 +9,16 @@ are dealt out page by page, so budgets may differ over layers and heads while th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from vllm_kvzip import request_options
-from vllm_kvzip.core import CompressedPrefix, PrefixPlan
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vllm_kvzip.request_options import RequestOptions
+    from vllm_kvzip.core import CompressedPrefix, PrefixPlan
 
 T = TypeVar("T")
-
-_EPSILON = 1e-9  # 0.3 * 10 is 3.0000000000000004 in floating point, and must stay 3 blocks
-_SPARE_BLOCKS = 2  # vLLM's null block, and one for tokens behind the prompt
-
-
-@dataclass(frozen=True)
-class PrefixRule:
-    """How a prompt's length and a request's options decide what is compressed, in how many blocks.
-
-    What a compressed prefix looks like depends on nothing behind its boundary, so that every
-    prompt with the same first tokens and the same keep ratio can share it.
-
-    Attributes:
-        keep_ratio: kept / all KV pairs of the prefix, in (0, 1]; a request may name its own.
-        min_prompt_tokens: shorter prompts, or declared contexts, are left alone.
-        sink_tokens: first tokens of the prefix that every head keeps.
-        recent_tokens: last tokens of the prefix that every head keeps.
-        block_size: tokens per block.
-        min_output_tokens: requests that generate fewer are left alone, unless they declare a
-            context that others shall reuse.
-        pool_blocks: blocks of the whole pool; a prompt that would not fit into it together with
-            its compressed prefix is left alone. None: not known.
-    """
-
-    keep_ratio: float
-    min_prompt_tokens: int
-    sink_tokens: int
-    recent_tokens: int
-    block_size: int
-    min_output_tokens: int = 0
-    pool_blocks: int | None = None
-
-    def plan(
-        self, num_prompt_tokens: int, options: RequestOptions = request_options.DEFAULT
-    ) -> PrefixPlan | None:
-        """The plan for a prompt, or None when it is left alone.
-
-        Args:
-            num_prompt_tokens: length of the prompt.
-            options: what the request asks for.
-        """
-        if self.skip_reason(num_prompt_tokens, options) is not None:
-            return None
-        num_blocks = self._num_prefix_blocks(num_prompt_tokens, options)
-        boundary = num_blocks * self.block_size
-        return PrefixPlan(
-            boundary_tokens=boundary,
-            num_prefix_blocks=num_blocks,
-            num_compressed_blocks=self._num_compressed_blocks(num_blocks, options),
-            ready_tokens=num_prompt_tokens if options.context_tokens is None else boundary,
-            keep_ratio=self.wanted_ratio(options),
-        )
-
-    def skip_reason(
-        self, num_prompt_tokens: int, options: RequestOptions = request_options.DEFAULT
-    ) -> str | None:
-        """Why a prompt is left alone, one of ``metrics.SKIP_REASONS``; None when it is not.
-
-        At the server's keep ratio 1.0 nothing is freed either, but the prompt goes through the
-        whole machinery: its output must equal that of stock vLLM, which is how a deployment is
-        checked.
-        """
-        if options.is_off:
-            return "off_by_request"
-        num_blocks = self._num_prefix_blocks(num_prompt_tokens, options)
-        context = options.context_tokens
-        if num_blocks == 0 or self.min_prompt_tokens > (
-            num_prompt_tokens if context is None else context
-        ):
-            return "below_min_prompt_tokens"
-        num_output = options.max_output_tokens
-        if context is None and num_output is not None and num_output < self.min_output_tokens:
-            return "below_min_output_tokens"
-        num_compressed = self._num_compressed_blocks(num_blocks, options)
-        is_check = self.keep_ratio == self.wanted_ratio(options) == 1
-        if num_compressed >= num_blocks and not is_check:
-            return "nothing_to_free"
-        if self.pool_blocks is not None:
-            crossing = ceil(num_prompt_tokens / self.block_size) + num_compressed
-            if crossing > self.pool_blocks - _SPARE_BLOCKS:
-                return "no_room"
-        return None
-
-    def wanted_ratio(self, options: RequestOptions) -> float:
-        """The keep ratio of a request: its own, or the server's."""
-        return self.keep_ratio if options.keep_ratio is None else options.keep_ratio
-
-    def protected_in_prefix(self, boundary_tokens: int) -> tuple[int, int]:
-        """Protected tokens of a prefix of ``boundary_tokens`` tokens: (first ones, last ones)."""
-        num_sinks = min(self.sink_tokens, boundary_tokens)
-        return num_sinks, min(self.recent_tokens, boundary_tokens - num_sinks)
-
-    def min_pages_per_head(self, boundary_tokens: int) -> int:
-        """Head pages that every head needs for its protected tokens, at least one."""
-        return max(1, ceil(sum(self.protected_in_prefix(boundary_tokens)) / self.block_size))
-
-    def max_compressed_blocks(self, max_tokens: int) -> int:
-        """The most blocks any prompt of up to ``max_tokens`` tokens needs, unless it says more."""
-        return self._num_compressed_blocks(max_tokens // self.block_size, request_options.DEFAULT)
-
-    def _num_prefix_blocks(self, num_prompt_tokens: int, options: RequestOptions) -> int:
-        end = num_prompt_tokens if options.context_tokens is None else options.context_tokens
-        return min(end, num_prompt_tokens) // self.block_size
-
-    def _num_compressed_blocks(self, num_blocks: int, options: RequestOptions) -> int:
-        wanted = ceil(self.wanted_ratio(options) * num_blocks - _EPSILON)
-        return min(num_blocks, max(wanted, self.min_pages_per_head(num_blocks * self.block_size)))
 
 
 @dataclass(frozen=True)
@@ -202,12 +91,13 @@ def deal_pages(block_ids: Sequence[int], pages: torch.Tensor, pool: PagePool) ->
 def fold_row(row: Sequence[T], plan: PrefixPlan, reserve_start: int, null: T) -> list[T]:
     """The folded form of a crossing row: ``[compressed][null ...][dense tail ...]``.
 
-    ``row`` is ``[prompt][reserve][blocks allocated since]`` with the reserve at ``reserve_start``.
+    ``row`` is ``[prompt][reserve][blocks allocated since]`` with the reserve at ``reserve_start``;
+    the prompt may begin with what an earlier compression kept, and nulls.
     The result's length is the row's length without the reserve, that is vLLM's logical length.
     """
     count = plan.num_compressed_blocks
     compressed = list(row[reserve_start : reserve_start + count])
-    nulls = [null] * plan.num_freed_blocks
+    nulls = [null] * plan.num_saved_blocks
     tail = [*row[plan.num_prefix_blocks : reserve_start], *row[reserve_start + count :]]
     return compressed + nulls + tail
 

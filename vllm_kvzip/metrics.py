@@ -100,6 +100,11 @@ EVICTION_RATIO = Metric(
     "engines the highest.",
     combine="livemax",
 )
+PREFILL_ROUNDS = Metric(
+    "vllm_kvzip_prefill_rounds_total",
+    "counter",
+    "Times a request was compressed because it had filled its prefill budget.",
+)
 KEEP_RATIO = Metric(
     "vllm_kvzip_keep_ratio",
     "histogram",
@@ -153,6 +158,7 @@ METRICS = (
     TOKENS_EVICTED,
     KV_BYTES_SAVED,
     KV_BYTES_HELD,
+    PREFILL_ROUNDS,
     EVICTION_RATIO,
     KEEP_RATIO,
     COMPRESS_SECONDS,

@@ -28,8 +28,9 @@ BLOCK, NUM_BLOCKS, CHUNK, TTL_STEPS = 16, 56, 48, 60
 class World:
     """Scheduler, pool and worker of one random history."""
 
-    def __init__(self, seed, directory, asynchronous):
+    def __init__(self, seed, directory, asynchronous, prefill_blocks=None):
         self.random = random.Random(seed)
+        self.longest = 300 if prefill_blocks is None else 1500  # the pool holds 880 tokens
         self.asynchronous = asynchronous  # the next step is scheduled before the last is processed
         keep_ratio = self.random.choice([0.2, 0.5, 1.0])
         reuse = ReuseRule(
@@ -45,6 +46,7 @@ class World:
             keep_ratio=keep_ratio,
             min_prompt_tokens=40,
             min_output_tokens=self.random.choice([0, 0, 20]),
+            prefill_blocks=prefill_blocks,
         )
         self.now = 0
         self.manager.prefixes._clock = lambda: self.now
@@ -53,7 +55,7 @@ class World:
         self.tracker = RequestTracker(self.manager._rule)
         self.pending, self.rows = [], {}  # the worker's
         self.slots = {}  # (block, offset) -> what was written there
-        self.runs = {}  # serial -> (block ids, boundary, keep ratio)
+        self.runs = {}  # serial -> (block ids, boundary, keep ratio, plan)
         self.on_run = {}  # request on a compressed prefix -> (its blocks, boundary, keep ratio)
         self.last_scheduled = {}
         self.done = []  # finished in the last step
@@ -64,16 +66,18 @@ class World:
         documents = [0, 64, 100, 144]
         size = self.random.choice(documents)
         stem = [1 + self.random.randrange(2)] * size
-        prompt = stem + [self.random.randrange(1000) for _ in range(self.random.randint(1, 90))]
+        rest = self.random.randint(1, self.random.choice([90, self.longest - 210]))
+        prompt = stem + [self.random.randrange(1000) for _ in range(rest)]
         if self.running and self.random.random() < 0.15:  # somebody goes on from an answer
             prompt = [*self.random.choice(self.running).all_token_ids, 7, 8]
-        prompt = prompt[:300]
+        prompt = prompt[: self.longest]
         context = self.random.choice([None, size, min(size, 64)])
         options = {} if context is None else {"kvzip_context_tokens": context}
         if self.random.random() < 0.3:
             options["kvzip_keep_ratio"] = self.random.choice([0.3, 0.7, 0.9, 1.0])
         if self.random.random() < 0.1:
             options["kvzip"] = "off"
+            prompt = prompt[:300]
         params = SamplingParams(max_tokens=self.random.randint(1, 160), extra_args=options)
         request = Request(
             str(self.number), prompt, params, None, block_hasher=self.hasher,
@@ -98,6 +102,10 @@ class World:
             if request not in self.running:
                 continue  # preempted by an earlier one of this step
             count = min(CHUNK, request.num_tokens - request.num_computed_tokens)
+            count = self.manager.next_stop(request, request.num_computed_tokens, count)
+            if not count:
+                self.events["waited for a fold"] += 1
+                continue
             blocks = self.cache.allocate_slots(request, count)
             while blocks is None:
                 victim = self.running.pop()
@@ -119,6 +127,7 @@ class World:
             request = self.waiting[0]
             hit, num_hit, _ = self.cache.get_computed_blocks(request)
             count = min(CHUNK, request.num_tokens - num_hit)
+            count = self.manager.next_stop(request, num_hit, count)
             request.num_in_flight_tokens = 0
             granted = self.cache.allocate_slots(
                 request, count, num_new_computed_tokens=num_hit, new_computed_blocks=hit,
@@ -184,7 +193,7 @@ class World:
         for serial in message.dropped if message else ():
             self.runs.pop(serial, None)
         hits = message.hits if message else {}
-        self.tracker.advance(step, hits)
+        self.tracker.advance(step, {rid: self.runs[serial][3] for rid, serial in hits.items()})
         for new in step.scheduled_new_reqs:
             self.rows[new.req_id] = list(new.block_ids[0])
         cached = step.scheduled_cached_reqs
@@ -193,7 +202,7 @@ class World:
                 self.rows[rid] = []
             self.rows[rid].extend(ids[0] if ids else [])
         for rid, serial in hits.items():
-            blocks, boundary, keep_ratio = self.runs[serial]
+            blocks, boundary, keep_ratio, _ = self.runs[serial]
             assert self.rows[rid][: len(blocks)] == blocks
             options = self.requests[rid].sampling_params.extra_args
             assert keep_ratio == options.get("kvzip_keep_ratio", self.manager._rule.keep_ratio)
@@ -207,7 +216,7 @@ class World:
         for rid, count in step.num_scheduled_tokens.items():
             row = [block.block_id for block in self.manager.req_to_blocks[rid]]
             reservation = self.manager._reserved.get(rid)
-            if reservation and self.tracker.get(rid).folded:  # the scheduler folds a step later
+            if reservation and self.rows[rid] != row:  # the scheduler folds a step later
                 assert self.asynchronous
                 row = fold_row(row, reservation.run.plan, reservation.start, 0)
                 self.events["late fold"] += 1
@@ -215,15 +224,23 @@ class World:
             self._compute(rid, count)
 
     def _compact(self, request):
-        plan, start = request.plan, request.reserve_start
+        plan = request.plan
         rid = request.request_id
         sources = request.block_ids[: plan.num_prefix_blocks]
         tokens = self._chain(self.requests[rid])[: plan.boundary_tokens]
-        for position, token in enumerate(tokens):  # the raw prefix is still in its place
-            slot = (sources[position // BLOCK], position % BLOCK)
-            assert self.slots[slot] == ("raw", token)
-        request.block_ids = fold_row(request.block_ids, plan, start, 0)
-        request.folded = True
+        start = plan.start_blocks * BLOCK
+        for position in range(start, plan.boundary_tokens):  # all is still in its place
+            kind, token = self.slots[sources[position // BLOCK], position % BLOCK]
+            assert token == tokens[position]
+            assert kind == "raw" or start
+        if start:
+            _, boundary, keep_ratio = self.on_run[rid]
+            assert boundary == start
+            for index, block in enumerate(sources[: plan.held_blocks]):
+                assert self.slots[block, 0] == ("run", keep_ratio, tokens[start - 1], index)
+            self.events["round"] += plan.is_round
+        kept_as = request.kept_as
+        self.tracker.folded(request, fold_row(request.block_ids, plan, request.reserve_start, 0))
         targets = request.block_ids[: plan.num_compressed_blocks]
         for index, block in enumerate(targets):
             for offset in range(BLOCK):
@@ -231,8 +248,8 @@ class World:
         self.rows[rid] = list(request.block_ids)
         self.on_run[rid] = (len(targets), plan.boundary_tokens, plan.keep_ratio)
         self.events["compression"] += 1
-        if request.kept_as is not None:
-            self.runs[request.kept_as] = (targets, plan.boundary_tokens, plan.keep_ratio)
+        if kept_as is not None:
+            self.runs[kept_as] = (targets, plan.boundary_tokens, plan.keep_ratio, plan)
 
     def _compute(self, rid, count):
         """Write the step's tokens, then read everything the request attends over."""
@@ -281,13 +298,17 @@ class World:
             row = self.manager.req_to_blocks[rid]
             tail = len(row) - run.plan.num_prefix_blocks
             assert run.users == users[run.serial]
+            reserved = self.manager._reserved.get(rid)
             assert sum(not block.is_null for block in row) == len(run.blocks) + tail
+            peak = self.manager._rule.peak_blocks
+            assert peak is None or len(run.blocks) + tail <= peak, (run.plan, reserved)
 
 
+@pytest.mark.parametrize("prefill_blocks", [None, 7])
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("seed", range(12))
-def test_random_histories_keep_pool_and_rows_in_order(seed, asynchronous, tmp_path):
-    world = World(seed, tmp_path, asynchronous)
+def test_random_histories_keep_pool_and_rows_in_order(seed, asynchronous, prefill_blocks, tmp_path):
+    world = World(seed, tmp_path, asynchronous, prefill_blocks)
     for step in range(400):
         if world.random.random() < 0.25 and step < 330:
             world.add()
@@ -321,3 +342,4 @@ def test_the_histories_had_compressed_hits_and_resets():
     assert EVENTS["compressed hit"] > 100
     assert EVENTS["reset"] > 0
     assert EVENTS["late fold"] > 100
+    assert EVENTS["round"] > 1000

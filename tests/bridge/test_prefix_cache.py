@@ -169,7 +169,7 @@ def test_another_fingerprint_finds_nothing(engine, tmp_path):
         {"scorer": "knorm"}, {"budget": "uniform"}, {"sink_tokens": 1},
         {"recent_tokens": 1}, {"seed": 1}, {"observation_window_tokens": 8}, {"fractions": 0.7},
         {"importance": 0.7}, {"block_size": 64},
-        {"repeat": [[1], [2]]}, {"scoring_chunk_tokens": 64},
+        {"repeat": [[1], [2]]}, {"scoring_chunk_tokens": 64}, {"prefill_budget": 640},
     ],
     ids=lambda change: next(iter(change)),
 )  # fmt: skip

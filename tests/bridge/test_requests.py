@@ -3,7 +3,8 @@
 from scheduler_steps import new_request, output
 
 from vllm_kvzip.core import PrefixPlan
-from vllm_kvzip.head_pages import PrefixRule, fold_row
+from vllm_kvzip.head_pages import fold_row
+from vllm_kvzip.prefix_rule import PrefixRule
 from vllm_kvzip.vllm_bridge.requests import RequestTracker
 
 RULE = PrefixRule(0.5, min_prompt_tokens=32, sink_tokens=1, recent_tokens=1, block_size=16)

@@ -225,6 +225,31 @@ def test_scorer_surrogate_needs_all_heads_on_one_rank(capsys):
     assert "--tensor-parallel-size 2 spreads them" in refusal(capsys, *ON, *flags)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--kv-compression-config.prefill_budget", "63"), "prefill_budget=63 must be at least 64"),
+        (
+            ("--kv-compression-config.prefill_budget", "100", "--block-size", "64"),
+            "prefill_budget=100 must be at least 128: two blocks of 64 tokens",
+        ),
+        (
+            ("--kv-compression-config.prefill_budget", "640",
+             "--kv-compression-config.scorer", "kvzip"),
+            "Scorer kvzip does not work with prefill_budget",
+        ),
+        (
+            ("--kv-compression-config.prefill_budget", "640", "--speculative-config",
+             '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}'),
+            "prefill_budget does not work with speculative decoding yet",
+        ),
+        (("--kv-compression-config.prefill_budget", "0"), "prefill_budget=0 is wrong"),
+    ],
+)  # fmt: skip
+def test_prefill_budgets_that_cannot_work_are_refused(capsys, flags, message):
+    assert message in refusal(capsys, *ON, *flags)
+
+
 def test_budget_retrieval_leaves_whole_heads_whatever_the_profile_says(tmp_path):
     """Like DuoAttention: from the importance alone."""
     profile = json.loads(Path("profiles/tiny-retriever.json").read_text())

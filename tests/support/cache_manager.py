@@ -6,7 +6,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
-from vllm_kvzip.head_pages import PrefixRule
+from vllm_kvzip.prefix_rule import PrefixRule
 from vllm_kvzip.vllm_bridge.cache_spec import HeadPageSpec
 from vllm_kvzip.vllm_bridge.scheduler import introduce_requests
 
@@ -21,7 +21,7 @@ def build_cache(directory, block_size, num_blocks, reuse, **rule):
     )  # fmt: skip
     config = KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)])
     cache = KVCacheManager(
-        config, max_model_len=1024, scheduler_block_size=block_size, hash_block_size=block_size,
+        config, max_model_len=4096, scheduler_block_size=block_size, hash_block_size=block_size,
         enable_caching=True,
     )  # fmt: skip
     return cache, introduce_requests(cache), get_request_block_hasher(block_size, sha256)

@@ -186,6 +186,7 @@ def engine_scores(
 
 def execute(job: dict[str, Any]) -> Report:
     """The other side: run the job in this process."""
+    sys.path.append(str(Path(__file__).parent.parent.parent / "scripts"))
     from forced_async import force_async_scheduling
     from hashed_blocks import HashedBlockWatch
     from prometheus_client import REGISTRY

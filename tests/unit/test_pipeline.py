@@ -8,8 +8,9 @@ import torch
 from vllm_kvzip.compaction import PageCodec, PageStore, compact_layer
 from vllm_kvzip.config import Budget
 from vllm_kvzip.core import CacheGeometry
-from vllm_kvzip.head_pages import PagePool, PrefixRule
+from vllm_kvzip.head_pages import PagePool
 from vllm_kvzip.pipeline import Compressor
+from vllm_kvzip.prefix_rule import PrefixRule
 from vllm_kvzip.scoring import create_scorer
 
 BY_HEAD = ("profile", "retrieval")
@@ -83,7 +84,8 @@ def fill_prompt(pages, codec, blocks):
 def compressor(budget, keep_ratio=0.5, scorer="knorm", **changes):
     rule = PrefixRule(keep_ratio, 0, sink_tokens=2, recent_tokens=2, block_size=4)
     values = {"codec": shuffled_codec(), "scorer": create_scorer(scorer), "budget": budget}
-    return Compressor(geometry=GEOMETRY, pool=POOL, rule=rule, **{**values, **changes}), rule
+    values |= {"rule": rule, **changes}
+    return Compressor(geometry=GEOMETRY, pool=POOL, **values), rule
 
 
 @pytest.mark.parametrize("budget", get_args(Budget))
@@ -148,3 +150,56 @@ def test_skewed_profile_keeps_one_layer_whole_in_the_blocks_of_the_ratio():
 def test_a_profile_of_another_shape_is_refused():
     with pytest.raises(ValueError, match="profile of"):
         compressor("profile", head_fractions=lambda _: [[0.5]], head_importance=[[0.5]])
+
+
+@pytest.mark.parametrize("budget", get_args(Budget))
+def test_what_was_kept_competes_with_what_is_new(budget):
+    """Two rounds and a last compression, against a loop that ranks single pairs by head."""
+    torch.manual_seed(5)
+    fractions = [[1.0, 0.1], [0.2, 0.3], [0.9, 0.5]] if budget in BY_HEAD else None
+    rule = PrefixRule(0.25, 0, sink_tokens=2, recent_tokens=2, block_size=4, prefill_blocks=4)
+    press, _ = compressor(
+        budget, rule=rule, head_fractions=lambda _: fractions, head_importance=fractions
+    )
+    pages, codec = empty_pages(), shuffled_codec()
+    store = store_of(pages, codec)
+    keys, values = torch.randn(3, 2, 40, 8), torch.randn(3, 2, 40, 8)
+    norms = -keys.norm(dim=-1)  # scorer knorm
+    kept = {(layer, head): [] for layer in range(3) for head in range(2)}
+    free, prefix, done = list(range(64)), None, None
+    while (plan := rule.next_plan(40, done=done)) is not None and plan.ready_tokens <= 40:
+        dense = [free.pop(0) for _ in range(plan.num_prefix_blocks - plan.start_blocks)]
+        span = slice(plan.start_blocks * 4, plan.boundary_tokens)
+        for layer in range(3):
+            ids = POOL.page_ids(torch.tensor(dense))[layer].flatten()
+            store.write(
+                ids, keys[layer, :, span].reshape(-1, 8), values[layer, :, span].reshape(-1, 8)
+            )
+        target = [free.pop(0) for _ in range(plan.num_compressed_blocks)]
+        before = pages.clone()
+        prefix, _ = press.compress(
+            pages, source_blocks=dense, target_blocks=target, plan=plan,
+            observation_queries=None, scale=1.0, seed=0, earlier=prefix,
+        )  # fmt: skip
+        untouched = torch.ones(len(pages), dtype=torch.bool)
+        untouched[prefix.page_ids] = False
+        assert torch.equal(pages[untouched].nan_to_num(7.0), before[untouched].nan_to_num(7.0))
+        assert int(prefix.pages.sum()) == plan.num_compressed_blocks * 6
+        start = 0
+        for (layer, head), positions in kept.items():
+            candidates = positions + list(range(span.start, span.stop))
+            protected = {0, 1, span.stop - 2, span.stop - 1}
+            count = int(prefix.pages[layer, head]) * 4
+            ranked = sorted(
+                candidates, key=lambda t: (t not in protected, -norms[layer, head, t].item(), t)
+            )
+            positions[:] = sorted(ranked[:count])
+            ids = prefix.page_ids[start : start + count // 4]
+            scores = prefix.scores[start * 4 : start * 4 + count]
+            start += count // 4
+            assert torch.equal(store.read_keys(ids[None])[0], keys[layer, head, positions])
+            assert torch.equal(store.read_values(ids[None])[0], values[layer, head, positions])
+            assert torch.allclose(scores, norms[layer, head, positions])
+        done = plan
+    assert done.num_prefix_blocks == 10
+    assert done.start_blocks == 8

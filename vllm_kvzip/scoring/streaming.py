@@ -17,8 +17,9 @@ class StreamingScorer(Scorer):
     """The later a token, the higher; sinks are protected whatever the scorer says."""
 
     name: ClassVar[str] = "streaming"
+    scores_last: ClassVar[bool] = True
 
     def score_layer(self, inputs: LayerInputs) -> torch.Tensor:
         num_heads, num_tokens, _ = inputs.keys.shape
-        age = torch.linspace(0.0, 1.0, num_tokens, device=inputs.keys.device)
-        return age.expand(num_heads, num_tokens).contiguous()
+        positions = inputs.first_position + torch.arange(num_tokens, device=inputs.keys.device)
+        return positions.float().expand(num_heads, num_tokens).contiguous()

@@ -24,6 +24,7 @@ class SurrogateScorer(Scorer):
     """
 
     name: ClassVar[str] = "surrogate"
+    scores_last: ClassVar[bool] = True
     default_budget: ClassVar[Budget | None] = "adaptive"
     needs_values: ClassVar[bool] = True
     needs_rotary: ClassVar[bool] = True

@@ -11,8 +11,9 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_kvzip.errors import RequestError
-from vllm_kvzip.request_options import check_request
-from vllm_kvzip.vllm_bridge.settings import KEY
+from vllm_kvzip.request_options import SWITCH, check_request
+from vllm_kvzip.vllm_bridge.requests import options_of
+from vllm_kvzip.vllm_bridge.settings import KEY, Settings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -75,7 +76,29 @@ def _check(vllm_config: VllmConfig, params: Any, token_ids: Any, embeds: Any) ->
     extra_args = getattr(params, "extra_args", None)  # pooling parameters have none
     if not extra_args or (token_ids is None and embeds is None):
         return
+    num_prompt_tokens = length_from_prompt_token_ids_or_embeds(token_ids, embeds)
     try:
-        check_request(extra_args, length_from_prompt_token_ids_or_embeds(token_ids, embeds))
+        check_request(extra_args, num_prompt_tokens)
+        _check_room(vllm_config, params, num_prompt_tokens)
     except RequestError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
+
+
+def _check_room(vllm_config: VllmConfig, params: Any, num_prompt_tokens: int) -> None:
+    """Refuse a request that is off and would never fit, where a prefill budget lets others in.
+
+    Raises:
+        RequestError: in one sentence.
+    """
+    cache = vllm_config.cache_config
+    config = Settings.from_vllm_config(vllm_config).config
+    asked = options_of(params)
+    if config.prefill_budget is None or not asked.is_off or not cache.num_gpu_blocks:
+        return
+    most = (cache.num_gpu_blocks - 1) * cache.block_size
+    if num_prompt_tokens + (asked.max_output_tokens or 1) > most:
+        raise RequestError(
+            f'The KV cache holds {most} tokens, and {SWITCH}="off" keeps all of the '
+            f"{num_prompt_tokens} of the prompt and up to {asked.max_output_tokens} more; leave "
+            f"the option out, or lower max_tokens."
+        )

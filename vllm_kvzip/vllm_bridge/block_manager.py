@@ -11,7 +11,8 @@ vLLM's slot mapping, block accounting and prefix caching go on unchanged; the de
 the compressed blocks and the tail are the null block. The prompt's blocks are returned to the pool
 in the fold. They are never written to, so they stay valid in the prefix cache until reused.
 
-A request that starts from a cached compressed prefix has a folded row from its first step on.
+A request that starts from a cached compressed prefix has a folded row from its first step on. With
+a prefill budget a folded row crosses again, whenever its dense tail has grown by so much.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from vllm_kvzip.head_pages import fold_row
 from vllm_kvzip.vllm_bridge.prefix_cache import CompressedPrefixCache, PrefixRun
-from vllm_kvzip.vllm_bridge.requests import options_of
+from vllm_kvzip.vllm_bridge.prefix_lookup import PrefixLookup, options
 from vllm_kvzip.vllm_bridge.stats_export import SchedulerRecorder
 from vllm_kvzip.vllm_bridge.step_message import StepPrefixes
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from vllm_kvzip.core import PrefixPlan
-    from vllm_kvzip.request_options import RequestOptions
     from vllm_kvzip.vllm_bridge.cache_spec import HeadPageSpec
 
 
@@ -51,7 +51,7 @@ class HeadPageManager(FullAttentionManager):
     """Block manager of one group of compressed layers.
 
     What is compressed follows from the prompt's length and the request's options
-    (:class:`~vllm_kvzip.head_pages.PrefixRule`), so scheduler and workers agree on it without a
+    (:class:`~vllm_kvzip.prefix_rule.PrefixRule`), so scheduler and workers agree on it without a
     message. vLLM tells a manager little of the request it works for; our scheduler calls
     :meth:`work_for` first.
     """
@@ -65,8 +65,9 @@ class HeadPageManager(FullAttentionManager):
         self.prefixes = CompressedPrefixCache(
             self.block_pool, self.kv_cache_group_id, self._reuse, self._recorder
         )
+        self._lookup = PrefixLookup(self.prefixes, self._rule, self._reuse, self._null_block)
         self._request: Request | None = None
-        self._plans: dict[str, PrefixPlan | None] = {}  # not of requests that started on a run
+        self._plans: dict[str, PrefixPlan | None] = {}  # what is compressed next
         self._unreported: dict[str, str] = {}  # why a request is left alone
         self._reserved: dict[str, Reservation] = {}
         self._raw_hits: dict[str, int] = {}  # tokens found in the raw prefix cache
@@ -74,6 +75,7 @@ class HeadPageManager(FullAttentionManager):
         self._runs: dict[str, PrefixRun] = {}  # what a folded row begins with
         self._compressed_blocks = self._blocks_before = 0  # of runs in use; and what they replace
         self._crossing: list[str] = []  # reserved in the step that is being scheduled
+        self._found: PrefixRun | None = None  # by the last request that looked
         self._hits: dict[str, int] = {}  # started on a run in that step
 
     def work_for(self, request: Request) -> None:
@@ -103,28 +105,14 @@ class HeadPageManager(FullAttentionManager):
         vLLM calls this on the instance when there is one KV cache group. A compressed hit is
         returned as the start of a folded row: ``[n' compressed][null ...][dense tail ...]``.
         """
-        raw, raw_tokens = super().find_longest_cache_hit(block_hashes, max_length, **kwargs)
-        options = _options(self._request)
-        if not len(self.prefixes) or options.is_off:
+        self._found = None
+        most_raw = self._lookup.most_raw_tokens(self._request, max_length)
+        raw, raw_tokens = super().find_longest_cache_hit(block_hashes, most_raw, **kwargs)
+        found = self._lookup.find(self._request, block_hashes, max_length, raw_tokens)
+        if found is None:
             return raw, raw_tokens
-        context = options.context_tokens
-        max_blocks = max_length // self.block_size
-        keep_ratio = self._rule.wanted_ratio(options)
-        run = self.prefixes.find(block_hashes, max_blocks, keep_ratio, self._accepts)
-        if run is None:
-            return raw, raw_tokens
-        tail = self.prefixes.cached_tail(run, block_hashes, max_blocks)
-        blocks = [*run.blocks, *[self._null_block] * run.plan.num_freed_blocks, *tail]
-        num_tokens = len(blocks) * self.block_size
-        gain = raw_tokens - num_tokens
-        if context is not None:
-            # What lies behind the declared context is short, and raw blocks of it are a lucky
-            # find: they must not keep a request from sharing the compressed context.
-            end = context // self.block_size * self.block_size
-            gain = min(raw_tokens, end) - min(num_tokens, end)
-        if gain > 0 or (gain == 0 and self._reuse.prefer_raw):
-            return raw, raw_tokens
-        return (blocks,), num_tokens
+        self._found, blocks = found
+        return (blocks,), len(blocks) * self.block_size
 
     def add_local_computed_blocks(
         self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kw: Any
@@ -135,7 +123,7 @@ class HeadPageManager(FullAttentionManager):
         if run is None:
             self._raw_hits[request_id] = len(new_computed_blocks) * self.block_size
         else:
-            self._plans.pop(request_id, None)
+            self._plans[request_id] = self._next_plan(request_id, run.plan)
             self._unreported.pop(request_id, None)
             self._hits[request_id] = run.serial
             self._recorder.prefix_hit(run.plan.boundary_tokens)
@@ -148,11 +136,11 @@ class HeadPageManager(FullAttentionManager):
         num_prompt_tokens: int | None = None,
     ) -> None:
         """Learn the prompt length; once the prefix is processed, fold the row and free blocks."""
-        if num_prompt_tokens is None or request_id in self._runs:
+        if num_prompt_tokens is None:
             return
         if request_id not in self._plans:
-            about = (num_prompt_tokens, _options(self._at_hand(request_id)))
-            self._plans[request_id] = self._rule.plan(*about)
+            about = (num_prompt_tokens, options(self._at_hand(request_id)))
+            self._plans[request_id] = self._rule.next_plan(*about)
             if reason := self._rule.skip_reason(*about):
                 self._unreported[request_id] = reason
         reservation = self._reserved.get(request_id)
@@ -167,12 +155,12 @@ class HeadPageManager(FullAttentionManager):
         total_computed_tokens: int,
         num_local_computed_tokens: int,
         num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
         **kwargs: Any,
     ) -> int:
         """vLLM's count plus the blocks that are about to hold the compressed prefix."""
-        extra = 0
-        if self.prefixes.owner(new_computed_blocks) is None:
-            extra = self._extra_row_blocks(request_id, num_tokens_main_model)
+        found = self.prefixes.owner(new_computed_blocks)
+        extra = self._extra_row_blocks(request_id, num_tokens_main_model, found)
         count: int = super().get_num_blocks_to_allocate(
             request_id,
             num_tokens + extra * self.block_size,
@@ -180,8 +168,12 @@ class HeadPageManager(FullAttentionManager):
             total_computed_tokens,
             num_local_computed_tokens,
             num_tokens_main_model,
+            apply_admission_cap=apply_admission_cap,
             **kwargs,
         )
+        peak = self._rule.peak_blocks
+        if peak is not None and apply_admission_cap and not self._is_off(request_id):
+            count = min(count, peak)
         return count
 
     def allocate_new_blocks(
@@ -196,7 +188,8 @@ class HeadPageManager(FullAttentionManager):
         if reservation is None:
             count = self._extra_row_blocks(request_id, num_tokens_main_model)
             if count:
-                self._raw_tokens[request_id] = num_tokens_main_model
+                if request_id not in self._runs:
+                    self._raw_tokens[request_id] = num_tokens_main_model
                 blocks += self._reserve(request_id, count)
         self.prefixes.blocks_taken(blocks)
         return blocks
@@ -208,8 +201,8 @@ class HeadPageManager(FullAttentionManager):
         if run is not None and request_id not in self._raw_tokens:
             self._cache_dense_tail(request, run, num_tokens)
             return
-        if self._plans.get(request_id) is not None:
-            num_raw = self._raw_tokens.get(request_id, request.num_prompt_tokens)
+        if request_id in self._raw_tokens:
+            num_raw = self._raw_tokens[request_id]
             num_tokens = min(num_tokens, request.num_prompt_tokens, num_raw)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
@@ -240,7 +233,7 @@ class HeadPageManager(FullAttentionManager):
                 "blocks_held": run.plan.num_compressed_blocks,
                 "keep_ratio": run.plan.num_compressed_blocks / run.plan.num_prefix_blocks,
             }
-        reason = self._rule.skip_reason(request.num_prompt_tokens, _options(request))
+        reason = self._rule.skip_reason(request.num_prompt_tokens, options(request))
         return {"left_alone": reason or "ended_before_decode"}
 
     def end_of_schedule(self, scheduled: Container[str]) -> StepPrefixes | None:
@@ -282,11 +275,14 @@ class HeadPageManager(FullAttentionManager):
         reservation = self._reserved.pop(request_id)
         plan = reservation.run.plan
         row = self.req_to_blocks[request_id]
-        raw_prefix = row[: plan.num_prefix_blocks]
+        before = [block for block in row[: plan.num_prefix_blocks] if not block.is_null]
         row[:] = fold_row(row, plan, reservation.start, self._null_block)
-        self.block_pool.free_blocks(reversed(raw_prefix))
+        if (earlier := self._runs.pop(request_id, None)) is not None:
+            self._leave(earlier)
+        self.block_pool.free_blocks(reversed(before))
         self._recorder.compressed(plan, num_prompt_tokens, self._rule.block_size)
         self._join(request_id, reservation.run)
+        self._plans[request_id] = self._next_plan(request_id, plan, reservation.request)
 
     def _join(self, request_id: str, run: PrefixRun) -> None:
         self._runs[request_id] = run
@@ -313,7 +309,7 @@ class HeadPageManager(FullAttentionManager):
         self._recorder.holds(compressed, held - compressed, before)
 
     def _bytes_saved(self, run: PrefixRun) -> int:
-        return run.plan.num_freed_blocks * self._block_bytes
+        return run.plan.num_saved_blocks * self._block_bytes
 
     def _cache_dense_tail(self, request: Request, run: PrefixRun, num_tokens: int) -> None:
         """Publish full blocks that were computed over a compressed prefix from the first on."""
@@ -326,50 +322,81 @@ class HeadPageManager(FullAttentionManager):
             )
         self.num_cached_block[request.request_id] = max(first, end)
 
-    def _extra_row_blocks(self, request_id: str, num_tokens_main_model: int) -> int:
-        """Blocks in the row beyond vLLM's own count once ``num_tokens_main_model`` are computed."""
-        if request_id in self._runs:
-            return 0
+    def _extra_row_blocks(
+        self, request_id: str, num_tokens_main_model: int, found: PrefixRun | None = None
+    ) -> int:
+        """Blocks in the row beyond vLLM's own count once ``num_tokens_main_model`` are computed.
+
+        ``found`` is what the request is about to start from.
+        """
         if reservation := self._reserved.get(request_id):
             return len(reservation.run.blocks)
-        if request_id in self._plans:
+        if found is not None:
+            plan = self._next_plan(request_id, found.plan)
+        elif request_id in self._plans:
             plan = self._plans[request_id]
         else:
             # vLLM's admission check asks for the whole request before anything else.
             request = self._at_hand(request_id)
             num_prompt = request.num_prompt_tokens if request else num_tokens_main_model
-            plan = self._rule.plan(num_prompt, _options(request))
+            plan = self._rule.next_plan(num_prompt, options(request))
         if plan is None or num_tokens_main_model < plan.ready_tokens:
             return 0
         return plan.num_compressed_blocks
 
-    def _accepts(self, plan: PrefixPlan) -> bool:
-        """Whether the request at hand wants to start from a compressed prefix with that plan.
+    def next_stop(self, request: Request, first: int, num_tokens: int) -> int:
+        """How many tokens a request may compute in the step that is being scheduled.
 
-        One that declares its context wants exactly that one. Any other takes the longest, unless
-        more would stay dense behind it than it covers: then the prompt is compressed anew, whole.
+        With a prefill budget a step ends where something is compressed, so that equal prefixes are
+        compressed equally, and what is held stays within bounds.
+
+        Args:
+            request: the request.
+            first: position of the first of them.
+            num_tokens: what vLLM would compute.
         """
-        request = self._request
+        if self._rule.prefill_blocks is None:
+            return num_tokens
+        request_id = request.request_id
+        done: PrefixPlan | None
+        if reservation := self._reserved.get(request_id):  # its row has not been folded yet
+            done = reservation.run.plan
+        else:
+            # A request that waits has no row yet, but may have just found a run to start from.
+            waits = not self.req_to_blocks.get(request_id)
+            run = self._found if waits else self._runs.get(request_id)
+            done = run.plan if run is not None else None
+        about = (request.num_prompt_tokens, options(request))
+        plan = self._rule.next_plan(*about, done)
+        must_fold = reservation is not None
+        while plan is not None and plan.ready_tokens <= first:  # found raw; compressed in this step
+            plan, must_fold = self._rule.next_plan(*about, plan), True
+        if plan is None:
+            return num_tokens
+        # One compression must be done before the next begins.
+        return min(num_tokens, plan.ready_tokens - first - must_fold)
+
+    def _next_plan(
+        self, request_id: str, done: PrefixPlan, request: Request | None = None
+    ) -> PrefixPlan | None:
+        """What a request compresses after ``done``."""
+        request = request or self._at_hand(request_id)
         if request is None:
-            return True
-        context = _options(request).context_tokens
-        if context is not None:
-            return bool(plan.num_prefix_blocks == context // self.block_size)
-        rest = request.num_prompt_tokens - plan.boundary_tokens
-        return rest <= max(plan.boundary_tokens, self._rule.min_prompt_tokens)
+            return None
+        return self._rule.next_plan(request.num_prompt_tokens, options(request), done)
+
+    def _is_off(self, request_id: str) -> bool:
+        return options(self._at_hand(request_id)).is_off
 
     def _prefix_hash(self, request_id: str, plan: PrefixPlan) -> bytes | None:
         """vLLM's hash of the tokens before the boundary; None when the prefix is not reusable."""
         request = self._at_hand(request_id)
-        if not self.enable_caching or request is None:
+        if not self.enable_caching or request is None or plan.is_round:
             return None
         if window := self._reuse.observation_tokens:
             # The scorer must have seen the last queries of the context, and nothing behind it.
             seen_from = self._raw_hits.get(request_id, 0)
-            if (
-                _options(request).context_tokens is None
-                or seen_from > plan.boundary_tokens - window
-            ):
+            if options(request).context_tokens is None or seen_from > plan.boundary_tokens - window:
                 return None
         hashes = request.block_hashes
         return hashes[plan.num_prefix_blocks - 1] if len(hashes) >= plan.num_prefix_blocks else None
@@ -378,8 +405,3 @@ class HeadPageManager(FullAttentionManager):
         """The request vLLM asks for, if our scheduler introduced it."""
         request = self._request
         return request if request is not None and request.request_id == request_id else None
-
-
-def _options(request: Request | None) -> RequestOptions:
-    """What a request asks for."""
-    return options_of(request.sampling_params if request is not None else None)

@@ -13,7 +13,7 @@ from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from vllm_kvzip.head_pages import PrefixRule
+from vllm_kvzip.prefix_rule import PrefixRule
 from vllm_kvzip.vllm_bridge.block_manager import HeadPageManager
 from vllm_kvzip.vllm_bridge.prefix_cache import ReuseRule
 
@@ -89,6 +89,8 @@ class HeadPageSpec(FullAttentionSpec):
         """Bytes one layer needs for the longest request at its peak, the crossing step."""
         max_len = vllm_config.model_config.max_model_len
         num_blocks = cdiv(max_len, self.block_size) + self.rule.max_compressed_blocks(max_len)
+        if self.rule.peak_blocks is not None:
+            num_blocks = min(num_blocks, self.rule.peak_blocks)
         return int(num_blocks * self.page_size_bytes)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvzip.errors import UnsupportedError
+from vllm_kvzip.errors import ConfigError, UnsupportedError
 from vllm_kvzip.profile import ModelFingerprint
 
 if TYPE_CHECKING:
@@ -54,6 +54,29 @@ def model_fingerprint(vllm_config: VllmConfig) -> ModelFingerprint:
         head_dim=model.get_head_size(),
         name=str(model.model).rstrip("/").split("/")[-1],
     )
+
+
+def check_prefill_budget(vllm_config: VllmConfig, scorer: str, scores_last: bool) -> None:
+    """Refuse what cannot be combined with a prefill budget.
+
+    Args:
+        vllm_config: of the engine.
+        scorer: its name.
+        scores_last: see :class:`~vllm_kvzip.scoring.Scorer`.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if not scores_last:
+        raise ConfigError(
+            f"Scorer {scorer} does not work with prefill_budget: its scores of one part of a "
+            f"prompt cannot be compared with those of another; choose keydiff, surrogate or "
+            f"profile."
+        )
+    if vllm_config.speculative_config is not None:
+        raise ConfigError(
+            "prefill_budget does not work with speculative decoding yet; remove one of them."
+        )
 
 
 def _model_problems(vllm_config: VllmConfig) -> list[str]:

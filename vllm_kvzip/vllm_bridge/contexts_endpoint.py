@@ -27,7 +27,7 @@ from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
 from vllm.renderers import TokenizeParams
 from vllm.utils import random_uuid
 
-from vllm_kvzip.head_pages import PrefixRule
+from vllm_kvzip.prefix_rule import PrefixRule
 from vllm_kvzip.request_options import CONTEXT_TOKENS, KEEP_RATIO, RequestOptions
 from vllm_kvzip.vllm_bridge.requests import checksum, prefix_seed
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings

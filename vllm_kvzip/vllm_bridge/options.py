@@ -18,6 +18,7 @@ from vllm_kvzip.config import CONFIG_FLAG, METHOD, Budget, KVzipConfig, is_enabl
 from vllm_kvzip.errors import ConfigError
 from vllm_kvzip.profile import check_matches, find_profile, load_profile, profile_folders
 from vllm_kvzip.vllm_bridge.checks import (
+    check_prefill_budget,
     check_scoring_passes,
     check_supported,
     model_fingerprint,
@@ -80,6 +81,7 @@ def configure(vllm_config: VllmConfig, config: KVzipConfig) -> None:
     if warning := untested_warning():
         logger.warning(warning)
     settings = _resolve(vllm_config, config)
+    settings.prefill_blocks(vllm_config.cache_config.block_size)  # refuses one that is too small
     from vllm_kvzip.vllm_bridge.admission import check_requests
 
     check_requests()
@@ -113,6 +115,8 @@ def _resolve(vllm_config: VllmConfig, config: KVzipConfig) -> Settings:
     budget = config.budget or scorer_type.default_budget or fallback
     if path is None:
         _refuse_what_needs_a_profile(scorer, scorer_type, budget)
+    if config.prefill_budget is not None:
+        check_prefill_budget(vllm_config, scorer, scorer_type.scores_last)
     if repeats := scorer_type.needs_reconstruction:
         check_scoring_passes(vllm_config, scorer)
     surrogate = None

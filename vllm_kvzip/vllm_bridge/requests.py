@@ -15,13 +15,13 @@ from vllm_kvzip import request_options
 from vllm_kvzip.request_options import RequestOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from vllm import SamplingParams
     from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
     from vllm_kvzip.core import PrefixPlan
-    from vllm_kvzip.head_pages import PrefixRule
+    from vllm_kvzip.prefix_rule import PrefixRule
 
 
 @dataclass
@@ -29,20 +29,24 @@ class TrackedRequest:
     """A request that has, or will have, a compressed prefix.
 
     Attributes:
-        plan: what follows from the prompt's length and from the declared context; None for a
-            request that would be left alone had it not started from a compressed prefix.
+        plan: what is compressed next; None when nothing is any more.
+        first_plan: what is compressed first when it starts afresh.
+        num_prompt_tokens, options: what plans follow from.
         seed: depends on the tokens before the boundary only, so equal prefixes are compressed
             equally.
         block_ids: the block table row as the scheduler sent it.
         num_computed_tokens: tokens computed before the current step.
         crossed: the prefix is complete in the cache and the reserve is at the row's end.
-        folded: the prefix is compressed.
+        folded: the prefix is compressed, and nothing is compressed any more.
         token_ids: the tokens before the boundary, when the scorer lets the model repeat them.
         kept_as: serial of the run that later requests may start from, once it is compressed.
     """
 
     request_id: str
     plan: PrefixPlan | None
+    first_plan: PrefixPlan | None
+    num_prompt_tokens: int
+    options: RequestOptions
     seed: int
     block_ids: list[int]
     num_computed_tokens: int
@@ -90,6 +94,7 @@ class RequestTracker:
             dropped.add(rid)
             if request := self._requests.get(rid):
                 request.crossed = request.folded = False
+                request.plan = request.first_plan
                 request.kept_as = None
                 request.block_ids = []
         return sorted(dropped)
@@ -104,7 +109,9 @@ class RequestTracker:
         """Ids of requests that lost their blocks, and of those that got new ones."""
         return {*(output.preempted_req_ids or ()), *output.scheduled_cached_reqs.resumed_req_ids}
 
-    def advance(self, output: SchedulerOutput, hits: Collection[str] = ()) -> None:
+    def advance(
+        self, output: SchedulerOutput, hits: Mapping[str, PrefixPlan] | None = None
+    ) -> None:
         """Take in new requests and new blocks of the step that is about to run.
 
         Must follow the compaction of what the last step completed: the blocks named here belong
@@ -112,10 +119,11 @@ class RequestTracker:
 
         Args:
             output: the step.
-            hits: ids of requests that start from a compressed prefix in this step.
+            hits: requests that start from a compressed prefix in this step, and its plan.
         """
+        hits = hits or {}
         for new in output.scheduled_new_reqs:
-            self._add(new, new.req_id in hits)
+            self._add(new, hits.get(new.req_id))
         running = output.scheduled_cached_reqs
         for index, rid in enumerate(running.req_ids):
             request = self._requests.get(rid)
@@ -126,7 +134,18 @@ class RequestTracker:
             if new_block_ids is not None:
                 request.block_ids.extend(new_block_ids[self._group_id])
             if rid in hits:
-                request.crossed = request.folded = True
+                self._go_on(request, hits[rid])
+
+    def folded(self, request: TrackedRequest, row: list[int]) -> None:
+        """A request's prefix has been compressed, and its row folded to ``row``."""
+        assert request.plan is not None
+        request.block_ids = row
+        self._go_on(request, request.plan)
+
+    def _go_on(self, request: TrackedRequest, done: PrefixPlan) -> None:
+        """After a compression, or from a compressed prefix."""
+        request.plan = self._rule.next_plan(request.num_prompt_tokens, request.options, done)
+        request.folded = request.crossed = request.plan is None
 
     def crossing(self, output: SchedulerOutput) -> Iterator[TrackedRequest]:
         """Requests whose prefix is complete once the step of ``output`` has run; marks them."""
@@ -139,22 +158,27 @@ class RequestTracker:
                 request.reserve_start = len(request.block_ids) - request.plan.num_compressed_blocks
                 yield request
 
-    def _add(self, new: NewRequestData, is_hit: bool) -> None:
-        plan = self._rule.plan(new.prompt_len, options_of(new.sampling_params))
-        if plan is None and not is_hit:
+    def _add(self, new: NewRequestData, hit: PrefixPlan | None) -> None:
+        options = options_of(new.sampling_params)
+        plan = self._rule.next_plan(new.prompt_len, options)
+        if plan is None and hit is None:
             return
         boundary = plan.boundary_tokens if plan else 0
         token_ids = new.prompt_token_ids or ()
-        self._requests[new.req_id] = TrackedRequest(
+        request = TrackedRequest(
             request_id=new.req_id,
             plan=plan,
+            first_plan=plan,
+            num_prompt_tokens=new.prompt_len,
+            options=options,
             seed=prefix_seed(token_ids, boundary),
             block_ids=list(new.block_ids[self._group_id]),
             num_computed_tokens=new.num_computed_tokens,
-            crossed=is_hit,
-            folded=is_hit,
             token_ids=token_ids[:boundary] if self._keep_tokens else (),
         )
+        self._requests[new.req_id] = request
+        if hit is not None:
+            self._go_on(request, hit)
 
 
 def options_of(params: SamplingParams | None) -> RequestOptions:

@@ -170,9 +170,9 @@ class HeadPageRuntime:
         else:
             for serial in message.dropped:
                 self._runs.pop(serial, None)
-            self._tracker.advance(output, message.hits)
-            for request_id, serial in message.hits.items():
-                run = self._runs[serial]
+            runs = {rid: self._runs[serial] for rid, serial in message.hits.items()}
+            self._tracker.advance(output, {rid: run.plan for rid, run in runs.items()})
+            for request_id, run in runs.items():
                 self._states[request_id] = PrefixState(run.prefix, run.plan)
         self._spans_by_request = self._plan_observation(output) if self._window else {}
 
@@ -305,17 +305,17 @@ class HeadPageRuntime:
         observed = self._observed.pop(request.request_id, None)
         prefix, report = self._compressor.compress(
             self._pages,
-            source_blocks=row[: plan.num_prefix_blocks],
+            source_blocks=row[plan.start_blocks : plan.num_prefix_blocks],
             target_blocks=compressed_blocks,
             plan=plan,
             observation_queries=self._observation_queries(observed),
             reconstruction=reconstruction,
             scale=self._scale,
             seed=request.seed,
+            earlier=self._states[request.request_id].prefix if plan.start_blocks else None,
         )
         report.stage_seconds["score"] += seconds
-        request.block_ids = fold_row(row, plan, request.reserve_start, _NULL_BLOCK)
-        request.folded = True
+        self._tracker.folded(request, fold_row(row, plan, request.reserve_start, _NULL_BLOCK))
         self._rows.replace_row(request.request_id, request.block_ids)
         self._states[request.request_id] = PrefixState(prefix, plan)
         if request.kept_as is not None:

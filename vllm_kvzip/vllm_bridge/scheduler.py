@@ -58,12 +58,25 @@ class _HeadPageScheduling:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._kvzip_manager = introduce_requests(self.kv_cache_manager)
+        if self._kvzip_manager.kv_cache_spec.rule.prefill_blocks is not None:
+            self.need_mamba_block_aligned_split = True
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """vLLM's schedule, with our message attached."""
         output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
         attach(output, self._kvzip_manager.end_of_schedule(output.num_scheduled_tokens))
         return output
+
+    def _mamba_block_aligned_split(
+        self, request: Request, num_new_tokens: int, local: int = 0, external: int = 0
+    ) -> int:
+        """Where vLLM lets a step end at a position that matters; see :meth:`next_stop`.
+
+        vLLM asks for models with recurrent layers, which compression refuses; with a prefill
+        budget we make it ask.
+        """
+        first = request.num_computed_tokens + local + external
+        return self._kvzip_manager.next_stop(request, first, num_new_tokens)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """vLLM's; a client that asked for anything of ours is told what became of it.

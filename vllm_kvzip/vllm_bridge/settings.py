@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_kvzip import __version__
 from vllm_kvzip.config import Budget, KVzipConfig
-from vllm_kvzip.head_pages import PrefixRule
+from vllm_kvzip.errors import ConfigError
+from vllm_kvzip.prefix_rule import PrefixRule
 from vllm_kvzip.profile import interpolate
 from vllm_kvzip.scoring import scorer_class
 
@@ -29,6 +30,7 @@ SHAPING_SETTINGS = (
     "observation_window_tokens",
     "scoring_chunk_tokens",
     "seed",
+    "prefill_budget",
 )
 
 
@@ -78,7 +80,26 @@ class Settings:
             recent_tokens=self.config.recent_tokens,
             block_size=block_size,
             min_output_tokens=self.config.min_output_tokens,
+            prefill_blocks=self.prefill_blocks(block_size),
         )
+
+    def prefill_blocks(self, block_size: int) -> int | None:
+        """The prefill budget in blocks.
+
+        Raises:
+            ConfigError: if it is too small to work with.
+        """
+        tokens = self.config.prefill_budget
+        if tokens is None:
+            return None
+        protected = self.config.sink_tokens + self.config.recent_tokens
+        least = max(2, -(-protected // block_size)) * block_size
+        if tokens < least:
+            raise ConfigError(
+                f"prefill_budget={tokens} must be at least {least}: two blocks of {block_size} "
+                f"tokens, and room for the {protected} tokens that every head keeps."
+            )
+        return tokens // block_size
 
     def head_fractions(self, keep_ratio: float) -> list[list[float]]:
         """Share of its KV pairs each head keeps, for budgets ``profile`` and ``retrieval``.

@@ -53,6 +53,7 @@ class SchedulerRecorder:
                 metrics.TOKENS_EVICTED,
                 metrics.KV_BYTES_SAVED,
                 metrics.KV_BYTES_HELD,
+                metrics.PREFILL_ROUNDS,
                 metrics.EVICTION_RATIO,
                 metrics.KEEP_RATIO,
                 metrics.PREFIX_HITS,
@@ -83,11 +84,14 @@ class SchedulerRecorder:
 
     def compressed(self, plan: PrefixPlan, num_prompt_tokens: int, block_size: int) -> None:
         """A prompt's blocks went back to the pool."""
-        evicted_tokens = plan.num_freed_blocks * block_size
-        self._writer.add(metrics.REQUESTS_COMPRESSED, 1)
         self._writer.add(metrics.BLOCKS_FREED, plan.num_freed_blocks)
-        self._writer.add(metrics.TOKENS_EVICTED, evicted_tokens)
-        self._writer.observe(metrics.KEEP_RATIO, 1 - evicted_tokens / num_prompt_tokens)
+        self._writer.add(metrics.TOKENS_EVICTED, plan.num_freed_blocks * block_size)
+        if plan.is_round:
+            self._writer.add(metrics.PREFILL_ROUNDS, 1)
+            return
+        self._writer.add(metrics.REQUESTS_COMPRESSED, 1)
+        evicted = plan.num_saved_blocks * block_size / num_prompt_tokens
+        self._writer.observe(metrics.KEEP_RATIO, 1 - evicted)
 
     def saved(self, num_bytes: int) -> None:
         """Running requests do without that many bytes more (or fewer, when negative)."""
