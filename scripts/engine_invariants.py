@@ -139,7 +139,8 @@ class EngineInvariants:
             held == kept + logical - prefix + reserve and len(row) == logical + reserve,
             f"{rid} holds {held} blocks in a row of {len(row)}, not {kept} + {logical} - {prefix}",
         )
-        self.seen["round"] += run.plan.is_round
+        if run.plan.is_round:
+            self.seen["round"] += 1
         own = rid in self._manager._raw_tokens
         self.seen["compressed row" if own else "row on a shared prefix"] += 1
 

@@ -106,6 +106,32 @@ class PrefixRule:
             is_round=True,
         )
 
+    def next_stop(
+        self,
+        num_prompt_tokens: int,
+        options: RequestOptions,
+        done: PrefixPlan | None,
+        is_pending: bool,
+        first: int,
+        num_tokens: int,
+    ) -> int:
+        """How many tokens a step may compute, so that it ends where something is compressed.
+
+        Args:
+            num_prompt_tokens: length of the prompt.
+            options: what the request asks for.
+            done: the compression that its row begins with, or is about to.
+            is_pending: whether ``done`` is still to be carried out; the next one must wait for it.
+            first: position of the step's first token.
+            num_tokens: what could be computed.
+        """
+        plan = self.next_plan(num_prompt_tokens, options, done)
+        while plan is not None and plan.ready_tokens <= first:  # found raw; compressed in this step
+            plan, is_pending = self.next_plan(num_prompt_tokens, options, plan), True
+        if plan is None:
+            return num_tokens
+        return min(num_tokens, plan.ready_tokens - first - is_pending)
+
     @property
     def peak_blocks(self) -> int | None:
         """The most blocks a request holds with a prefill budget.

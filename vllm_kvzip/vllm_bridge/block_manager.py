@@ -25,7 +25,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 from vllm_kvzip.head_pages import fold_row
 from vllm_kvzip.vllm_bridge.prefix_cache import CompressedPrefixCache, PrefixRun
 from vllm_kvzip.vllm_bridge.prefix_lookup import PrefixLookup, options
-from vllm_kvzip.vllm_bridge.stats_export import SchedulerRecorder
+from vllm_kvzip.vllm_bridge.stats_export import HeldBytes, SchedulerRecorder
 from vllm_kvzip.vllm_bridge.step_message import StepPrefixes
 
 if TYPE_CHECKING:
@@ -52,35 +52,35 @@ class HeadPageManager(FullAttentionManager):
 
     What is compressed follows from the prompt's length and the request's options
     (:class:`~vllm_kvzip.prefix_rule.PrefixRule`), so scheduler and workers agree on it without a
-    message. vLLM tells a manager little of the request it works for; our scheduler calls
-    :meth:`work_for` first.
+    message.
+
+    Attributes:
+        request: the request that the next calls concern. vLLM tells a manager little of it; our
+            scheduler sets it.
+        prefixes: cached compressed prefixes.
     """
 
     def __init__(self, kv_cache_spec: HeadPageSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self._rule = replace(kv_cache_spec.rule, pool_blocks=self.block_pool.num_gpu_blocks)
         self._reuse = kv_cache_spec.reuse
-        self._block_bytes = kv_cache_spec.block_bytes
         self._recorder = SchedulerRecorder(kv_cache_spec.metrics_directory)
+        self._held = HeldBytes(self.block_pool, kv_cache_spec.block_bytes, self._recorder)
         self.prefixes = CompressedPrefixCache(
             self.block_pool, self.kv_cache_group_id, self._reuse, self._recorder
         )
         self._lookup = PrefixLookup(self.prefixes, self._rule, self._reuse, self._null_block)
-        self._request: Request | None = None
+        self.request: Request | None = None
         self._plans: dict[str, PrefixPlan | None] = {}  # what is compressed next
+        self._settled: set[str] = set()  # running, and nothing is compressed any more
         self._unreported: dict[str, str] = {}  # why a request is left alone
         self._reserved: dict[str, Reservation] = {}
         self._raw_hits: dict[str, int] = {}  # tokens found in the raw prefix cache
         self._raw_tokens: dict[str, int] = {}  # computed over the raw prefix, once that is known
         self._runs: dict[str, PrefixRun] = {}  # what a folded row begins with
-        self._compressed_blocks = self._blocks_before = 0  # of runs in use; and what they replace
         self._crossing: list[str] = []  # reserved in the step that is being scheduled
         self._found: PrefixRun | None = None  # by the last request that looked
         self._hits: dict[str, int] = {}  # started on a run in that step
-
-    def work_for(self, request: Request) -> None:
-        """The next calls concern this request."""
-        self._request = request
 
     def new_step_starts(self) -> None:
         """Fold every row that is ready, before anybody asks for blocks.
@@ -106,9 +106,9 @@ class HeadPageManager(FullAttentionManager):
         returned as the start of a folded row: ``[n' compressed][null ...][dense tail ...]``.
         """
         self._found = None
-        most_raw = self._lookup.most_raw_tokens(self._request, max_length)
+        most_raw = self._lookup.most_raw_tokens(self.request, max_length)
         raw, raw_tokens = super().find_longest_cache_hit(block_hashes, most_raw, **kwargs)
-        found = self._lookup.find(self._request, block_hashes, max_length, raw_tokens)
+        found = self._lookup.find(self.request, block_hashes, max_length, raw_tokens)
         if found is None:
             return raw, raw_tokens
         self._found, blocks = found
@@ -136,7 +136,7 @@ class HeadPageManager(FullAttentionManager):
         num_prompt_tokens: int | None = None,
     ) -> None:
         """Learn the prompt length; once the prefix is processed, fold the row and free blocks."""
-        if num_prompt_tokens is None:
+        if num_prompt_tokens is None or request_id in self._settled:
             return
         if request_id not in self._plans:
             about = (num_prompt_tokens, options(self._at_hand(request_id)))
@@ -159,6 +159,18 @@ class HeadPageManager(FullAttentionManager):
         **kwargs: Any,
     ) -> int:
         """vLLM's count plus the blocks that are about to hold the compressed prefix."""
+        if request_id in self._settled:
+            return int(
+                super().get_num_blocks_to_allocate(
+                    request_id,
+                    num_tokens,
+                    new_computed_blocks,
+                    total_computed_tokens,
+                    num_local_computed_tokens,
+                    num_tokens_main_model,
+                    **kwargs,
+                )
+            )
         found = self.prefixes.owner(new_computed_blocks)
         extra = self._extra_row_blocks(request_id, num_tokens_main_model, found)
         count: int = super().get_num_blocks_to_allocate(
@@ -180,6 +192,13 @@ class HeadPageManager(FullAttentionManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         """Blocks for the next tokens; in the crossing step the reserve follows them in the row."""
+        if request_id in self._settled:
+            blocks = list(
+                super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model)
+            )
+            if blocks:
+                self.prefixes.blocks_taken(blocks)
+            return blocks
         if reason := self._unreported.pop(request_id, None):
             self._recorder.skipped(reason)
         if reservation := self._reserved.get(request_id):
@@ -191,6 +210,8 @@ class HeadPageManager(FullAttentionManager):
                 if request_id not in self._runs:
                     self._raw_tokens[request_id] = num_tokens_main_model
                 blocks += self._reserve(request_id, count)
+            elif self._plans.get(request_id) is None:
+                self._settled.add(request_id)
         self.prefixes.blocks_taken(blocks)
         return blocks
 
@@ -209,6 +230,7 @@ class HeadPageManager(FullAttentionManager):
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget the request (end, abort or preemption) and hand over all of its blocks."""
         self._plans.pop(request_id, None)
+        self._settled.discard(request_id)
         self._unreported.pop(request_id, None)
         self._raw_hits.pop(request_id, None)
         self._raw_tokens.pop(request_id, None)
@@ -254,7 +276,7 @@ class HeadPageManager(FullAttentionManager):
             if reservation and reservation.run.prefix_hash and self.prefixes.add(reservation.run):
                 kept[request_id] = reservation.run.serial
         self._crossing.clear()
-        self._report_held_bytes()
+        self._held.report()
         hits, self._hits = self._hits, {}
         dropped = self.prefixes.take_dropped()
         return StepPrefixes(kept, hits, dropped) if kept or hits or dropped else None
@@ -289,27 +311,13 @@ class HeadPageManager(FullAttentionManager):
         run.users += 1
         self.prefixes.used(run)
         if run.users == 1:
-            self._compressed_blocks += run.plan.num_compressed_blocks
-            self._blocks_before += run.plan.num_prefix_blocks
-            self._recorder.saved(self._bytes_saved(run))
+            self._held.add(run.plan, 1)
 
     def _leave(self, run: PrefixRun) -> None:
         run.users -= 1
         self.prefixes.used(run)
         if run.users == 0:
-            self._compressed_blocks -= run.plan.num_compressed_blocks
-            self._blocks_before -= run.plan.num_prefix_blocks
-            self._recorder.saved(-self._bytes_saved(run))
-
-    def _report_held_bytes(self) -> None:
-        pool = self.block_pool
-        held = (pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()) * self._block_bytes
-        compressed = self._compressed_blocks * self._block_bytes
-        before = self._blocks_before * self._block_bytes
-        self._recorder.holds(compressed, held - compressed, before)
-
-    def _bytes_saved(self, run: PrefixRun) -> int:
-        return run.plan.num_saved_blocks * self._block_bytes
+            self._held.add(run.plan, -1)
 
     def _cache_dense_tail(self, request: Request, run: PrefixRun, num_tokens: int) -> None:
         """Publish full blocks that were computed over a compressed prefix from the first on."""
@@ -366,15 +374,14 @@ class HeadPageManager(FullAttentionManager):
             waits = not self.req_to_blocks.get(request_id)
             run = self._found if waits else self._runs.get(request_id)
             done = run.plan if run is not None else None
-        about = (request.num_prompt_tokens, options(request))
-        plan = self._rule.next_plan(*about, done)
-        must_fold = reservation is not None
-        while plan is not None and plan.ready_tokens <= first:  # found raw; compressed in this step
-            plan, must_fold = self._rule.next_plan(*about, plan), True
-        if plan is None:
-            return num_tokens
-        # One compression must be done before the next begins.
-        return min(num_tokens, plan.ready_tokens - first - must_fold)
+        return self._rule.next_stop(
+            request.num_prompt_tokens,
+            options(request),
+            done,
+            reservation is not None,
+            first,
+            num_tokens,
+        )
 
     def _next_plan(
         self, request_id: str, done: PrefixPlan, request: Request | None = None
@@ -403,5 +410,5 @@ class HeadPageManager(FullAttentionManager):
 
     def _at_hand(self, request_id: str) -> Request | None:
         """The request vLLM asks for, if our scheduler introduced it."""
-        request = self._request
+        request = self.request
         return request if request is not None and request.request_id == request_id else None

@@ -40,7 +40,7 @@ def introduce_requests(cache: KVCacheManager) -> HeadPageManager:
     def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def wrapped(request: Request, *args: Any, **kwargs: Any) -> Any:
-            manager.work_for(request)
+            manager.request = request
             return method(request, *args, **kwargs)
 
         return wrapped

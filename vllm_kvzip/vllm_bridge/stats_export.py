@@ -17,6 +17,8 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from vllm_kvzip import metrics
 
 if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool
+
     from vllm_kvzip.core import CompressionReport, PrefixPlan
 
 _directory: tempfile.TemporaryDirectory[str] | None = None
@@ -114,6 +116,37 @@ class SchedulerRecorder:
     def skipped(self, reason: str) -> None:
         """A prompt was left alone; ``reason`` is one of ``metrics.SKIP_REASONS``."""
         self._writer.add(metrics.REQUESTS_SKIPPED, 1, reason)
+
+
+class HeldBytes:
+    """What running requests hold, in and beyond compressed prefixes.
+
+    Args:
+        pool: vLLM's block pool.
+        block_bytes: of one block.
+        recorder: gets the figures.
+    """
+
+    def __init__(self, pool: BlockPool, block_bytes: int, recorder: SchedulerRecorder) -> None:
+        self._pool = pool
+        self._block_bytes = block_bytes
+        self._recorder = recorder
+        self._compressed_blocks = self._blocks_before = 0  # of prefixes in use
+
+    def add(self, plan: PrefixPlan, count: int) -> None:
+        """``count`` more prefixes of that plan are in use (or fewer, when negative)."""
+        self._compressed_blocks += count * plan.num_compressed_blocks
+        self._blocks_before += count * plan.num_prefix_blocks
+        self._recorder.saved(count * plan.num_saved_blocks * self._block_bytes)
+
+    def report(self) -> None:
+        """Record what is held now."""
+        held = self._pool.num_gpu_blocks - 1 - self._pool.get_num_free_blocks()
+        self._recorder.holds(
+            self._compressed_blocks * self._block_bytes,
+            (held - self._compressed_blocks) * self._block_bytes,
+            self._blocks_before * self._block_bytes,
+        )
 
 
 class WorkerRecorder:
