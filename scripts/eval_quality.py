@@ -83,7 +83,7 @@ def make_documents(args: argparse.Namespace) -> list[tuple[str, Document]]:
 
 
 def measure(
-    model: str, documents: list[Document], settings: dict[str, Any] | None
+    model: str, documents: list[Document], settings: dict[str, Any] | None, num_ranks: int = 1
 ) -> list[tuple[int, int]]:
     """Right tokens and all tokens of the answers about each document, in an engine of its own.
 
@@ -103,7 +103,7 @@ def measure(
         # watches the last queries would not see them.
         return {"prompt_token_ids": tokens, "cache_salt": str(number)}
 
-    llm = start_engine(model, settings)
+    llm = start_engine(model, settings, num_ranks)
     lengths = [len(document.tokens) for document in documents]
     before = counter("prefix_hits_total")
     if settings is not None:
@@ -139,6 +139,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--keep-ratios", nargs="+", type=float, default=list(KEEP_RATIOS))
     parser.add_argument("--query-aware", action="store_true", help="the scorer sees the question")
     parser.add_argument("--prefill-budget", type=int, help="tokens; compress while reading")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks share the heads")
     parser.add_argument("--num-contexts", type=int, default=12, help="of each task")
     parser.add_argument(
         "--questions", type=int, default=24, help="per context, where it has so many"
@@ -176,7 +177,7 @@ def main() -> None:
         settings = None if row == "no compression" else settings_of(row, ratio)
         if settings is not None and args.prefill_budget is not None:
             settings["prefill_budget"] = args.prefill_budget
-        counts = measure(args.model, documents, settings)
+        counts = measure(args.model, documents, settings, args.tensor_parallel_size)
         for name, members in groups.items():
             chosen = [c for c, member in zip(counts, members, strict=True) if member]
             for key in [ratio] if settings else args.keep_ratios:
@@ -185,6 +186,8 @@ def main() -> None:
     about = "query-aware" if args.query_aware else "query-agnostic"
     if args.prefill_budget is not None:
         about += f", prefill budget {args.prefill_budget}"
+    if args.tensor_parallel_size > 1:
+        about += f", {args.tensor_parallel_size} ranks"
     for name, members in groups.items():
         asked = [d for d, member in zip(documents, members, strict=True) if member]
         questions = sum(len(document.questions) for document in asked)

@@ -22,8 +22,14 @@ BLOCK_SIZE = 32  # what the plugin chooses on the CPU
 Counts = Sequence[tuple[int, int]]  # right and all answer tokens of each context
 
 
-def start_engine(model: str, settings: dict[str, Any] | None) -> LLM:
-    """A small engine, with the plugin's settings or, when they are None, without compression."""
+def start_engine(model: str, settings: dict[str, Any] | None, num_ranks: int = 1) -> LLM:
+    """A small engine, with the plugin's settings or, when they are None, without compression.
+
+    Args:
+        model: its folder.
+        settings: see above.
+        num_ranks: tensor-parallel processes.
+    """
     from vllm import LLM
 
     return LLM(
@@ -33,6 +39,7 @@ def start_engine(model: str, settings: dict[str, Any] | None) -> LLM:
         gpu_memory_utilization=0.3,
         disable_log_stats=True,
         block_size=BLOCK_SIZE,
+        tensor_parallel_size=num_ranks,
         additional_config={} if settings is None else {"kvzip": settings},
     )
 

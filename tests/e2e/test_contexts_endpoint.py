@@ -79,6 +79,28 @@ def test_a_context_is_compressed_before_anybody_asks(server):
     assert len(call(server)[1]["contexts"]) == 1
 
 
+def test_a_context_has_the_ratio_it_is_given_and_serves_requests_of_that_ratio(server):
+    context = make_context(np.random.default_rng(7), 1024, fact_density=0.3)
+    status, answer = call(server, body={"prompt": context.tokens.tolist(), "keep_ratio": 0.75})
+    assert status == 200
+    assert (answer["blocks_held"], answer["keep_ratio"]) == (24, 0.75)
+    prompt, _ = question_prompt(context, next(iter(context.facts)))
+    for options, cached in (({"kvzip_keep_ratio": 0.75}, 1), ({}, 0)):
+        before = server.metrics()
+        body = {
+            "model": server.model, "prompt": prompt, "max_tokens": 2,
+            "vllm_xargs": {"kvzip_context_tokens": 1024, **options},
+        }  # fmt: skip
+        assert call(server, "/v1/completions", body)[0] == 200
+        name = "vllm_kvzip_prefix_hits_total"
+        assert server.metrics()[name] - before[name] == cached
+    status, answer = call(server, body={"prompt": prompt, "keep_ratio": 1.5})
+    assert status == 400
+    status, answer = call(server, body={"prompt": prompt, "keep_ratio": 1.0})
+    assert status == 400
+    assert "Nothing would be freed: keep_ratio 1.0" in answer["error"]["message"]
+
+
 def test_text_and_chat_contexts_are_tokenized_by_the_server(server):
     context = make_context(np.random.default_rng(3), 600)
     by_text = call(server, body={"prompt": context.text, "model": server.model})[1]
