@@ -79,7 +79,7 @@ class HeadPageManager(FullAttentionManager):
         self._raw_tokens: dict[str, int] = {}  # computed over the raw prefix, once that is known
         self._runs: dict[str, PrefixRun] = {}  # what a folded row begins with
         self._crossing: list[str] = []  # reserved in the step that is being scheduled
-        self._found: PrefixRun | None = None  # by the last request that looked
+        self._found: tuple[Request | None, PrefixRun] | None = None  # who looked last, and found
         self._hits: dict[str, int] = {}  # started on a run in that step
 
     def new_step_starts(self) -> None:
@@ -111,7 +111,8 @@ class HeadPageManager(FullAttentionManager):
         found = self._lookup.find(self.request, block_hashes, max_length, raw_tokens)
         if found is None:
             return raw, raw_tokens
-        self._found, blocks = found
+        run, blocks = found
+        self._found = (self.request, run)
         return (blocks,), len(blocks) * self.block_size
 
     def add_local_computed_blocks(
@@ -371,8 +372,9 @@ class HeadPageManager(FullAttentionManager):
             done = reservation.run.plan
         else:
             # A request that waits has no row yet, but may have just found a run to start from.
-            waits = not self.req_to_blocks.get(request_id)
-            run = self._found if waits else self._runs.get(request_id)
+            run = self._runs.get(request_id)
+            if self._found and self._found[0] is request and not self.req_to_blocks.get(request_id):
+                run = self._found[1]
             done = run.plan if run is not None else None
         return self._rule.next_stop(
             request.num_prompt_tokens,
