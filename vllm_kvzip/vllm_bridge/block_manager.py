@@ -63,13 +63,14 @@ class HeadPageManager(FullAttentionManager):
     def __init__(self, kv_cache_spec: HeadPageSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
         self._rule = replace(kv_cache_spec.rule, pool_blocks=self.block_pool.num_gpu_blocks)
-        self._reuse = kv_cache_spec.reuse
         self._recorder = SchedulerRecorder(kv_cache_spec.metrics_directory)
         self._held = HeldBytes(self.block_pool, kv_cache_spec.block_bytes, self._recorder)
         self.prefixes = CompressedPrefixCache(
-            self.block_pool, self.kv_cache_group_id, self._reuse, self._recorder
+            self.block_pool, self.kv_cache_group_id, kv_cache_spec.reuse, self._recorder
         )
-        self._lookup = PrefixLookup(self.prefixes, self._rule, self._reuse, self._null_block)
+        self._lookup = PrefixLookup(
+            self.prefixes, self._rule, kv_cache_spec.reuse, self._null_block
+        )
         self.request: Request | None = None
         self._plans: dict[str, PrefixPlan | None] = {}  # what is compressed next
         self._settled: set[str] = set()  # running, and nothing is compressed any more
@@ -160,20 +161,10 @@ class HeadPageManager(FullAttentionManager):
         **kwargs: Any,
     ) -> int:
         """vLLM's count plus the blocks that are about to hold the compressed prefix."""
-        if request_id in self._settled:
-            return int(
-                super().get_num_blocks_to_allocate(
-                    request_id,
-                    num_tokens,
-                    new_computed_blocks,
-                    total_computed_tokens,
-                    num_local_computed_tokens,
-                    num_tokens_main_model,
-                    **kwargs,
-                )
-            )
-        found = self.prefixes.owner(new_computed_blocks)
-        extra = self._extra_row_blocks(request_id, num_tokens_main_model, found)
+        extra = 0
+        if request_id not in self._settled:
+            found = self.prefixes.owner(new_computed_blocks)
+            extra = self._extra_row_blocks(request_id, num_tokens_main_model, found)
         count: int = super().get_num_blocks_to_allocate(
             request_id,
             num_tokens + extra * self.block_size,
@@ -288,8 +279,11 @@ class HeadPageManager(FullAttentionManager):
         assert plan is not None
         blocks: list[KVCacheBlock] = self.block_pool.get_new_blocks(count)
         row = self.req_to_blocks[request_id]
-        run = PrefixRun(plan, blocks, self._prefix_hash(request_id, plan))
-        self._reserved[request_id] = Reservation(len(row), run, self._at_hand(request_id))
+        request, key = self._at_hand(request_id), None
+        if self.enable_caching and request is not None:
+            key = self._lookup.shared_hash(request, plan, self._raw_hits.get(request_id, 0))
+        run = PrefixRun(plan, blocks, key)
+        self._reserved[request_id] = Reservation(len(row), run, request)
         self._crossing.append(request_id)
         row.extend(blocks)
         return blocks
@@ -396,19 +390,6 @@ class HeadPageManager(FullAttentionManager):
 
     def _is_off(self, request_id: str) -> bool:
         return options(self._at_hand(request_id)).is_off
-
-    def _prefix_hash(self, request_id: str, plan: PrefixPlan) -> bytes | None:
-        """vLLM's hash of the tokens before the boundary; None when the prefix is not reusable."""
-        request = self._at_hand(request_id)
-        if not self.enable_caching or request is None or plan.is_round:
-            return None
-        if window := self._reuse.observation_tokens:
-            # The scorer must have seen the last queries of the context, and nothing behind it.
-            seen_from = self._raw_hits.get(request_id, 0)
-            if options(request).context_tokens is None or seen_from > plan.boundary_tokens - window:
-                return None
-        hashes = request.block_hashes
-        return hashes[plan.num_prefix_blocks - 1] if len(hashes) >= plan.num_prefix_blocks else None
 
     def _at_hand(self, request_id: str) -> Request | None:
         """The request vLLM asks for, if our scheduler introduced it."""

@@ -89,6 +89,24 @@ class PrefixLookup:
             return None
         return run, blocks
 
+    def shared_hash(self, request: Request, plan: PrefixPlan, raw_tokens: int) -> bytes | None:
+        """vLLM's hash of the tokens before the boundary; None when the prefix is not reusable.
+
+        Args:
+            request: who compresses it.
+            plan: how.
+            raw_tokens: tokens of its prompt that were found raw, and not computed.
+        """
+        if plan.is_round:
+            return None
+        if window := self._reuse.observation_tokens:
+            # The scorer must have seen the last queries of the context, and nothing behind it.
+            is_declared = options(request).context_tokens is not None
+            if not is_declared or raw_tokens > plan.boundary_tokens - window:
+                return None
+        hashes: list[bytes] = request.block_hashes
+        return hashes[plan.num_prefix_blocks - 1] if len(hashes) >= plan.num_prefix_blocks else None
+
     def _accepts(self, request: Request | None, plan: PrefixPlan) -> bool:
         """Whether a request wants to start from a compressed prefix with that plan.
 
