@@ -110,8 +110,8 @@ class PrefixRule:
         self,
         num_prompt_tokens: int,
         options: RequestOptions,
-        done: PrefixPlan | None,
-        is_pending: bool,
+        plan: PrefixPlan | None,
+        must_wait: bool,
         first: int,
         num_tokens: int,
     ) -> int:
@@ -120,17 +120,16 @@ class PrefixRule:
         Args:
             num_prompt_tokens: length of the prompt.
             options: what the request asks for.
-            done: the compression that its row begins with, or is about to.
-            is_pending: whether ``done`` is still to be carried out; the next one must wait for it.
+            plan: what is compressed next.
+            must_wait: whether another compression is still to be carried out before it.
             first: position of the step's first token.
             num_tokens: what could be computed.
         """
-        plan = self.next_plan(num_prompt_tokens, options, done)
         while plan is not None and plan.ready_tokens <= first:  # found raw; compressed in this step
-            plan, is_pending = self.next_plan(num_prompt_tokens, options, plan), True
+            plan, must_wait = self.next_plan(num_prompt_tokens, options, plan), True
         if plan is None:
             return num_tokens
-        return min(num_tokens, plan.ready_tokens - first - is_pending)
+        return min(num_tokens, plan.ready_tokens - first - must_wait)
 
     @property
     def peak_blocks(self) -> int | None:

@@ -91,9 +91,10 @@ def _check_room(vllm_config: VllmConfig, params: Any, num_prompt_tokens: int) ->
         RequestError: in one sentence.
     """
     cache = vllm_config.cache_config
-    config = Settings.from_vllm_config(vllm_config).config
     asked = options_of(params)
-    if config.prefill_budget is None or not asked.is_off or not cache.num_gpu_blocks:
+    if not asked.is_off or not cache.num_gpu_blocks:
+        return
+    if Settings.from_vllm_config(vllm_config).config.prefill_budget is None:
         return
     most = (cache.num_gpu_blocks - 1) * cache.block_size
     if num_prompt_tokens + (asked.max_output_tokens or 1) > most:

@@ -234,15 +234,12 @@ class HeadPageCPUImpl(CPUAttentionBackendImpl):
         if isinstance(attn_metadata, ScoringMetadata):
             attn_metadata.attend(layer, self.scale, query, key, value, output)
             return output
-        everything = (
-            layer, query, key, value, kv_cache, attn_metadata, output,
-            output_scale, output_block_scale,
-        )  # fmt: skip
+        scales = (output_scale, output_block_scale)
         timer = self.timer
         if timer is None or not timer.running:
-            return self._attend(*everything)
+            return self._attend(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
         timer.layer_starts()
-        result = self._attend(*everything)
+        result = self._attend(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
         timer.layer_ends()
         return result
 
@@ -255,23 +252,19 @@ class HeadPageCPUImpl(CPUAttentionBackendImpl):
         kv_cache: torch.Tensor,
         attn_metadata: CPUAttentionMetadata | None,
         output: torch.Tensor,
-        output_scale: torch.Tensor | None,
-        output_block_scale: torch.Tensor | None,
+        *scales: torch.Tensor | None,
     ) -> torch.Tensor:
-        if not isinstance(attn_metadata, HeadPageMetadata):
-            return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output,
-                output_scale, output_block_scale,
-            )  # fmt: skip
-        if attn_metadata.spans:
-            assert attn_metadata.runtime is not None
-            attn_metadata.runtime.observe(layer.layer_name, query, attn_metadata.spans)
-        pairs = attn_metadata.pairs
+        pairs = None
+        if isinstance(attn_metadata, HeadPageMetadata):
+            pairs = attn_metadata.pairs
+            if attn_metadata.spans:
+                assert attn_metadata.runtime is not None
+                attn_metadata.runtime.observe(layer.layer_name, query, attn_metadata.spans)
         if pairs is None:
             return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output,
-                output_scale, output_block_scale,
-            )  # fmt: skip
+                layer, query, key, value, kv_cache, attn_metadata, output, *scales
+            )
+        assert isinstance(attn_metadata, HeadPageMetadata)
         num_tokens = attn_metadata.num_actual_tokens
         pairs.attend(self, layer, query[:num_tokens], output[:num_tokens])
         if attn_metadata.dense is not None:

@@ -360,24 +360,16 @@ class HeadPageManager(FullAttentionManager):
         """
         if self._rule.prefill_blocks is None:
             return num_tokens
-        request_id = request.request_id
-        done: PrefixPlan | None
-        if reservation := self._reserved.get(request_id):  # its row has not been folded yet
-            done = reservation.run.plan
-        else:
-            # A request that waits has no row yet, but may have just found a run to start from.
-            run = self._runs.get(request_id)
-            if self._found and self._found[0] is request and not self.req_to_blocks.get(request_id):
-                run = self._found[1]
-            done = run.plan if run is not None else None
-        return self._rule.next_stop(
-            request.num_prompt_tokens,
-            options(request),
-            done,
-            reservation is not None,
-            first,
-            num_tokens,
-        )
+        about = (request.num_prompt_tokens, options(request))
+        reservation = self._reserved.get(request.request_id)
+        if reservation:  # its row has not been folded yet
+            plan = self._rule.next_plan(*about, reservation.run.plan)
+        elif self.req_to_blocks.get(request.request_id):
+            plan = self._plans[request.request_id]
+        else:  # it waits, and may have just found a run to start from
+            found = self._found[1] if self._found and self._found[0] is request else None
+            plan = self._rule.next_plan(*about, found.plan if found else None)
+        return self._rule.next_stop(*about, plan, reservation is not None, first, num_tokens)
 
     def _next_plan(
         self, request_id: str, done: PrefixPlan, request: Request | None = None

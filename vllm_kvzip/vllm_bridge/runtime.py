@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from vllm_kvzip.core import CacheGeometry, CompressedPrefix, PrefixPlan
     from vllm_kvzip.pipeline import Compressor
+    from vllm_kvzip.vllm_bridge.attention_timer import AttentionTimer
     from vllm_kvzip.vllm_bridge.requests import RequestTracker, TrackedRequest
     from vllm_kvzip.vllm_bridge.runners import RunnerV1
     from vllm_kvzip.vllm_bridge.scoring_pass import ReconstructionPass
@@ -87,6 +88,7 @@ class HeadPageRuntime:
         tracker: requests to compress.
         rows: adapter of vLLM's model runner.
         recorder: metrics of this worker; None where another rank records the same.
+        timer: of attention; likewise.
         observation_window_tokens: how many of the last prompt queries the scorer wants (0: none).
         scale: softmax scale of the attention layers.
         isa: vLLM's name of the CPU kernel variant.
@@ -104,6 +106,7 @@ class HeadPageRuntime:
         tracker: RequestTracker,
         rows: RunnerV1,
         recorder: WorkerRecorder | None,
+        timer: AttentionTimer | None,
         observation_window_tokens: int,
         scale: float,
         isa: str,
@@ -119,6 +122,7 @@ class HeadPageRuntime:
         self._tracker = tracker
         self._rows = rows
         self._recorder = recorder
+        self._timer = timer
         self._window = observation_window_tokens
         self._scale = scale
         self._isa = isa
@@ -175,9 +179,13 @@ class HeadPageRuntime:
             for request_id, run in runs.items():
                 self._states[request_id] = PrefixState(run.prefix, run.plan)
         self._spans_by_request = self._plan_observation(output) if self._window else {}
+        if self._timer is not None:
+            self._timer.step_starts(output)
 
     def after_step(self, output: SchedulerOutput) -> None:
         """Note whose prefix this step completed."""
+        if self._timer is not None:
+            self._timer.step_ends()
         message = attached(output)
         for request in self._tracker.crossing(output):
             request.kept_as = message.kept.get(request.request_id) if message else None

@@ -53,7 +53,6 @@ class HeadPageCPUWorker(CPUWorker):
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         self._kvzip_settings = Settings.from_vllm_config(vllm_config)
         self._kvzip: HeadPageRuntime | None = None
-        self._kvzip_timer: AttentionTimer | None = None
         register_backend(AttentionBackendEnum.CPU_ATTN, _BACKEND_PATH)
         _cached_get_attn_backend.cache_clear()  # an earlier engine of this process may have asked
         super().__init__(vllm_config, *args, **kwargs)
@@ -78,12 +77,7 @@ class HeadPageCPUWorker(CPUWorker):
         """vLLM's step between the runtime's two halves."""
         assert self._kvzip is not None
         self._kvzip.before_step(scheduler_output)
-        if self._kvzip_timer is None:
-            result = super().execute_model(scheduler_output)
-        else:
-            self._kvzip_timer.step_starts(scheduler_output)
-            result = super().execute_model(scheduler_output)
-            self._kvzip_timer.step_ends()
+        result = super().execute_model(scheduler_output)
         self._kvzip.after_step(scheduler_output)
         return result
 
@@ -170,12 +164,12 @@ class HeadPageCPUWorker(CPUWorker):
                 max_tokens=self.vllm_config.scheduler_config.max_num_batched_tokens,
                 max_positions=self.model_config.max_model_len,
             )
-        recorder = None
+        recorder = timer = None
         if get_tensor_model_parallel_rank() == 0:  # the others would record the same
             recorder = WorkerRecorder(settings.metrics_directory)
-            self._kvzip_timer = AttentionTimer(recorder)
+            timer = AttentionTimer(recorder)
             for layer in layers.values():
-                layer.impl.timer = self._kvzip_timer
+                layer.impl.timer = timer
         runtime = HeadPageRuntime(
             geometry=geometry,
             pool=pool,
@@ -185,6 +179,7 @@ class HeadPageCPUWorker(CPUWorker):
             tracker=RequestTracker(rule, keep_tokens=reconstruction is not None),
             rows=RunnerV1(self.model_runner),
             recorder=recorder,
+            timer=timer,
             observation_window_tokens=settings.observation_tokens,
             scale=first.impl.scale,
             isa=builders[0].isa,
