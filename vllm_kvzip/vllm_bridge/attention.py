@@ -175,12 +175,13 @@ class HeadPageCPUBuilder(CPUAttentionMetadataBuilder):
         step = runtime.describe_step(common_attn_metadata)
         if step is None:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
-        if step.pairs is None:
+        batch = step.batch
+        if batch is None:
             stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
             return _extend(stock, spans=step.spans, runtime=runtime)
         dense = None
-        if step.dense_rows is not None:
-            subset = _subset(common_attn_metadata, step.dense_rows)
+        if batch.dense_rows is not None:
+            subset = _subset(common_attn_metadata, batch.dense_rows)
             dense = super().build(common_prefix_len, subset, fast_build)
         base = CPUAttentionMetadata(
             num_actual_tokens=common_attn_metadata.num_actual_tokens,
@@ -194,9 +195,9 @@ class HeadPageCPUBuilder(CPUAttentionMetadataBuilder):
         )
         return _extend(
             base,
-            pairs=step.pairs,
+            pairs=batch.pairs,
             dense=dense,
-            dense_tokens=step.dense_tokens,
+            dense_tokens=batch.dense_tokens,
             spans=step.spans,
             runtime=runtime,
         )

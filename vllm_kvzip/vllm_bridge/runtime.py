@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_kvzip.head_pages import HeadPageTable, PagePool, fold_row
-from vllm_kvzip.vllm_bridge.attention import PairBatch, QuerySpan
+from vllm_kvzip.head_pages import PagePool, fold_row
+from vllm_kvzip.vllm_bridge.attention import QuerySpan
+from vllm_kvzip.vllm_bridge.pair_batches import PairBatcher, PrefixState, SplitBatch
 from vllm_kvzip.vllm_bridge.requests import checksum
 from vllm_kvzip.vllm_bridge.step_message import attached
 
@@ -38,18 +39,6 @@ if TYPE_CHECKING:
 _NULL_BLOCK = 0
 
 
-@dataclass(frozen=True, eq=False)
-class PrefixState:
-    """The compressed prefix of one request, as attention needs it.
-
-    Compared by identity: requests that share a prefix have a state each, because a page table also
-    holds their dense tails.
-    """
-
-    prefix: CompressedPrefix
-    plan: PrefixPlan
-
-
 @dataclass(frozen=True)
 class KeptRun:
     """A compressed prefix that later requests may start from."""
@@ -64,15 +53,11 @@ class Step:
     """What the attention builder must do in one step.
 
     Attributes:
-        pairs: the compressed requests, or None.
-        dense_rows: int64 rows of the other requests when some are compressed; None if all are.
-        dense_tokens: int64 rows of their tokens.
+        batch: compressed and other requests; None when nobody is compressed.
         spans: queries to hand to the scorer.
     """
 
-    pairs: PairBatch | None
-    dense_rows: torch.Tensor | None
-    dense_tokens: torch.Tensor | None
+    batch: SplitBatch | None
     spans: tuple[QuerySpan, ...]
 
 
@@ -113,11 +98,9 @@ class HeadPageRuntime:
         reconstruction: ReconstructionPass | None = None,
     ) -> None:
         self._geometry = geometry
-        self._pool = pool
         self._pages = pages
-        halves = pages.view(-1, 1, 2 * geometry.block_size, geometry.head_dim).chunk(2, dim=2)
-        self._key_pages, self._value_pages = halves
         self._layer_index = {name: index for index, name in enumerate(layer_names)}
+        self._batcher = PairBatcher(geometry, pool, pages, self._layer_index, isa)
         self._compressor = compressor
         self._tracker = tracker
         self._rows = rows
@@ -125,15 +108,12 @@ class HeadPageRuntime:
         self._timer = timer
         self._window = observation_window_tokens
         self._scale = scale
-        self._isa = isa
         self._reconstruction = reconstruction
         self._states: dict[str, PrefixState] = {}
         self._runs: dict[int, KeptRun] = {}
         self._pending: list[TrackedRequest] = []
         self._observed: dict[str, dict[int, list[torch.Tensor]]] = {}
         self._spans_by_request: dict[str, tuple[int, int]] = {}
-        self._table: HeadPageTable | None = None
-        self._table_states: tuple[PrefixState, ...] = ()
 
     @property
     def has_work(self) -> bool:
@@ -213,80 +193,8 @@ class HeadPageRuntime:
         request_ids = self._rows.request_ids()[: common.num_reqs]
         starts = common.query_start_loc
         spans = tuple(self._spans(request_ids, starts))
-        rows = [row for row, rid in enumerate(request_ids) if rid in self._states]
-        if not rows:
-            return Step(None, None, None, spans) if spans else None
-        states = tuple(self._states[request_ids[row]] for row in rows)
-        row_index = torch.tensor(rows)
-        all_compressed = len(rows) == len(request_ids)
-        single_tokens = common.max_query_len == 1
-        tokens = None
-        if not (all_compressed and single_tokens):
-            tokens = _token_rows(starts, row_index)
-        dense_rows = dense_tokens = None
-        if not all_compressed:
-            keep = torch.ones(len(request_ids), dtype=torch.bool)
-            keep[row_index] = False
-            dense_rows = keep.nonzero().flatten()
-            dense_tokens = torch.cat(_token_rows(starts, dense_rows))
-        pairs = self._pair_batch(common, row_index, states, tokens)
-        return Step(pairs, dense_rows, dense_tokens, spans)
-
-    def _pair_batch(
-        self,
-        common: CommonAttentionMetadata,
-        rows: torch.Tensor,
-        states: tuple[PrefixState, ...],
-        tokens: list[torch.Tensor] | None,
-    ) -> PairBatch:
-        geometry = self._geometry
-        num_heads = geometry.num_kv_heads
-        table = self._page_table(common, rows, states)
-        boundaries = torch.tensor([state.plan.boundary_tokens for state in states])
-        tail_tokens = common.seq_lens[rows] - boundaries
-        seq_lens = table.compressed_pages * geometry.block_size
-        seq_lens = seq_lens + tail_tokens.repeat_interleave(num_heads)
-        lengths = common.query_start_loc.diff()[rows]
-        starts = torch.zeros(len(rows) * num_heads + 1, dtype=torch.int32)
-        torch.cumsum(lengths.repeat_interleave(num_heads), 0, out=starts[1:])
-        pair_rows = None
-        if tokens is not None:
-            heads = torch.arange(num_heads)[:, None]
-            pair_rows = torch.cat([(rows_ * num_heads + heads).flatten() for rows_ in tokens])
-        return PairBatch(
-            pages=(self._key_pages, self._value_pages),
-            tables=table.table,
-            seq_lens=seq_lens.to(torch.int32),
-            query_start_loc=starts,
-            pair_rows=pair_rows,
-            num_kv_heads=num_heads,
-            group_size=geometry.group_size,
-            head_dim=geometry.head_dim,
-            layer_index=self._layer_index,
-            isa=self._isa,
-        )
-
-    def _page_table(
-        self,
-        common: CommonAttentionMetadata,
-        rows: torch.Tensor,
-        states: tuple[PrefixState, ...],
-    ) -> HeadPageTable:
-        """The page table of the batch, kept from step to step while the batch stays the same."""
-        block_size = self._geometry.block_size
-        seq_lens = common.seq_lens[rows].tolist()
-        if self._table is None or self._table_states != states:
-            self._table = HeadPageTable.build([s.prefix for s in states], self._pool)
-            self._table_states = states
-        table = self._table
-        for slot, (row, state) in enumerate(zip(rows.tolist(), states, strict=True)):
-            num_tail = -(-(seq_lens[slot] - state.plan.boundary_tokens) // block_size)
-            known = table.num_tail_blocks(slot)
-            if num_tail > known:
-                first = state.plan.num_prefix_blocks
-                blocks = common.block_table_tensor[row, first + known : first + num_tail]
-                table.append_tail(slot, blocks)
-        return table
+        batch = self._batcher.split(request_ids, common, self._states)
+        return Step(batch, spans) if batch or spans else None
 
     def _compress(self, requests: list[TrackedRequest]) -> None:
         """Compress prefixes that are complete; the model repeats all of them in common passes."""
@@ -374,9 +282,3 @@ class HeadPageRuntime:
     def _forget(self, request_id: str) -> None:
         self._states.pop(request_id, None)
         self._observed.pop(request_id, None)
-
-
-def _token_rows(starts: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
-    """For each row of ``rows``, the int64 token rows that ``starts`` gives it."""
-    bounds = starts.tolist()
-    return [torch.arange(bounds[row], bounds[row + 1]) for row in rows.tolist()]

@@ -1,0 +1,215 @@
+"""Which rows of a step's batch are compressed, and their page tables, kept while nothing changes.
+
+Most steps decode one token of the same requests as the step before. What follows from who is in the
+batch is worked out when that changes; such a step adds lengths to it, and blocks that are new.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_kvzip.head_pages import HeadPageTable, PagePool
+from vllm_kvzip.vllm_bridge.attention import PairBatch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    from vllm_kvzip.core import CacheGeometry, CompressedPrefix, PrefixPlan
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixState:
+    """The compressed prefix of one request, as attention needs it.
+
+    Compared by identity: requests that share a prefix have a state each, because a page table also
+    holds their dense tails.
+    """
+
+    prefix: CompressedPrefix
+    plan: PrefixPlan
+
+
+@dataclass(frozen=True)
+class SplitBatch:
+    """A batch in two parts.
+
+    Attributes:
+        pairs: the compressed requests.
+        dense_rows: int64 rows of the others; None when there are none.
+        dense_tokens: int64 rows of their tokens.
+    """
+
+    pairs: PairBatch
+    dense_rows: torch.Tensor | None
+    dense_tokens: torch.Tensor | None
+
+
+@dataclass
+class _Members:
+    """What follows from who is in the batch.
+
+    Attributes:
+        request_ids: of the whole batch, in row order.
+        states: of the compressed ones.
+        rows: int64 ``[R]``, their rows.
+        dense_rows: int64, the other rows; None when there are none.
+        table: their page table.
+        surplus: int32 ``[L, R, H]``, tokens a pair attends over beyond its request's length;
+            negative where something was evicted.
+        room: int32 ``[R]``, length up to which the table knows a request's blocks.
+        decode: query starts, pair rows and dense token rows of steps with one token per request.
+    """
+
+    request_ids: list[str]
+    states: tuple[PrefixState, ...]
+    rows: torch.Tensor
+    dense_rows: torch.Tensor | None
+    table: HeadPageTable
+    surplus: torch.Tensor
+    room: torch.Tensor
+    decode: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None = None
+
+
+class PairBatcher:
+    """Splits batches into compressed and other requests; see the module docstring.
+
+    Args:
+        geometry: shape of the compressed layers.
+        pool: where head pages lie.
+        pages: ``[num_pages, 2 * N * D]``, vLLM's cache as one pool.
+        layer_index: vLLM's layer names in layer order.
+        isa: vLLM's name of the CPU kernel variant.
+    """
+
+    def __init__(
+        self,
+        geometry: CacheGeometry,
+        pool: PagePool,
+        pages: torch.Tensor,
+        layer_index: dict[str, int],
+        isa: str,
+    ) -> None:
+        self._geometry = geometry
+        self._pool = pool
+        halves = pages.view(-1, 1, 2 * geometry.block_size, geometry.head_dim).chunk(2, dim=2)
+        self._page_halves = (halves[0], halves[1])
+        self._layer_index = layer_index
+        self._isa = isa
+        self._members: _Members | None = None
+
+    def split(
+        self,
+        request_ids: list[str],
+        common: CommonAttentionMetadata,
+        states: Mapping[str, PrefixState],
+    ) -> SplitBatch | None:
+        """The batch in two parts; None when nobody is compressed.
+
+        Args:
+            request_ids: in row order.
+            common: vLLM's metadata of the batch; tensors are on the CPU.
+            states: of compressed requests, by id; others may be named as well.
+        """
+        rows = [row for row, rid in enumerate(request_ids) if rid in states]
+        if not rows:
+            return None
+        members = self._members
+        chosen = tuple(states[request_ids[row]] for row in rows)
+        if members is None or members.states != chosen or members.request_ids != request_ids:
+            members = self._members = self._describe(request_ids, rows, chosen)
+        lengths = common.seq_lens[: len(request_ids)]
+        if members.dense_rows is not None:
+            lengths = lengths[members.rows]
+        self._append_tails(members, lengths, common.block_table_tensor)
+        if common.max_query_len == 1:
+            if members.decode is None:
+                members.decode = self._queries(members, common.query_start_loc, single=True)
+            starts, pair_rows, dense_tokens = members.decode
+        else:
+            starts, pair_rows, dense_tokens = self._queries(
+                members, common.query_start_loc, single=False
+            )
+        geometry = self._geometry
+        seq_lens = (members.surplus + lengths[None, :, None]).flatten(1)
+        pairs = PairBatch(
+            pages=self._page_halves,
+            tables=members.table.table,
+            seq_lens=seq_lens,
+            query_start_loc=starts,
+            pair_rows=pair_rows,
+            num_kv_heads=geometry.num_kv_heads,
+            group_size=geometry.group_size,
+            head_dim=geometry.head_dim,
+            layer_index=self._layer_index,
+            isa=self._isa,
+        )
+        return SplitBatch(pairs, members.dense_rows, dense_tokens)
+
+    def _describe(
+        self, request_ids: list[str], rows: list[int], states: tuple[PrefixState, ...]
+    ) -> _Members:
+        geometry = self._geometry
+        dense_rows = None
+        if len(rows) < len(request_ids):
+            others = torch.ones(len(request_ids), dtype=torch.bool)
+            others[rows] = False
+            dense_rows = others.nonzero().flatten()
+        boundaries = torch.tensor([s.plan.boundary_tokens for s in states], dtype=torch.int32)
+        if self._members is not None and self._members.states == states:
+            table = self._members.table
+        else:
+            table = HeadPageTable.build([state.prefix for state in states], self._pool)
+        tails = torch.tensor([table.num_tail_blocks(slot) for slot in range(len(states))])
+        kept = table.compressed_pages.view(geometry.num_layers, len(states), -1)
+        surplus = kept.to(torch.int32) * geometry.block_size - boundaries[:, None]
+        return _Members(
+            request_ids=list(request_ids),
+            states=states,
+            rows=torch.tensor(rows),
+            dense_rows=dense_rows,
+            table=table,
+            surplus=surplus,
+            room=boundaries + tails.to(torch.int32) * geometry.block_size,
+        )
+
+    def _append_tails(
+        self, members: _Members, lengths: torch.Tensor, block_table: torch.Tensor
+    ) -> None:
+        """Put blocks that are new since the last step into the page table."""
+        for slot in (lengths > members.room).nonzero().flatten().tolist():
+            block_size = self._geometry.block_size
+            known, end = int(members.room[slot]) // block_size, -(-int(lengths[slot]) // block_size)
+            members.table.append_tail(slot, block_table[members.rows[slot], known:end])
+            members.room[slot] = end * block_size
+
+    def _queries(
+        self, members: _Members, query_starts: torch.Tensor, *, single: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Query starts of the pairs, their rows, and the token rows of the other requests.
+
+        ``single``: every request of the batch has one token.
+        """
+        num_heads = self._geometry.num_kv_heads
+        lengths = query_starts.diff()[members.rows]
+        starts = torch.zeros(len(members.rows) * num_heads + 1, dtype=torch.int32)
+        torch.cumsum(lengths.repeat_interleave(num_heads), 0, out=starts[1:])
+        dense_tokens = None
+        if members.dense_rows is not None:
+            dense_tokens = torch.cat(_token_rows(query_starts, members.dense_rows))
+        elif single:
+            return starts, None, None
+        heads = torch.arange(num_heads)[:, None]
+        tokens = _token_rows(query_starts, members.rows)
+        pair_rows = torch.cat([(rows * num_heads + heads).flatten() for rows in tokens])
+        return starts, pair_rows, dense_tokens
+
+
+def _token_rows(starts: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:
+    """For each row of ``rows``, the int64 token rows that ``starts`` gives it."""
+    bounds = starts.tolist()
+    return [torch.arange(bounds[row], bounds[row + 1]) for row in rows.tolist()]
