@@ -1,0 +1,84 @@
+"""Page tables of all layers, laid out for kernels that want a rectangle per layer.
+
+FlashAttention and other paged kernels take a block table ``[sequences, columns]`` and lengths. With
+a (request, KV head) pair as sequence and the flat pool as cache they attend over head pages as
+they are; one launch per step lays out the tables of every layer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from .page_tables import find_pages, find_pair
+
+if TYPE_CHECKING:
+    from .page_tables import PageTables
+
+
+def flatten_tables_reference(tables: PageTables, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in plain torch, pair by pair; see :func:`flatten_tables`."""
+    num_layers, num_heads, num_requests = tables.num_layers, tables.num_kv_heads, len(tables.slots)
+    flat = torch.zeros(num_layers, num_requests * num_heads, width, dtype=torch.int32)
+    lengths = torch.zeros(num_layers, num_requests * num_heads, dtype=torch.int32)
+    for layer in range(num_layers):
+        for request in range(num_requests):
+            for head in range(num_heads):
+                pages, num_tokens = tables.pages_of(layer, request, head)
+                row = request * num_heads + head
+                flat[layer, row, : len(pages)] = pages.to(torch.int32)
+                lengths[layer, row] = num_tokens
+    return flat, lengths
+
+
+@triton.jit
+def lay_out(
+    arena, offsets, slots, boundaries, block_table, seq_lens, flat, lengths,
+    num_heads, width, num_pairs, layer_stride, block_stride, first_page,
+    offsets_stride, table_stride, flat_layer_stride, flat_row_stride,
+    N: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Some columns of one pair's row in one layer; grid ``(tiles of columns, R * H, L)``."""
+    row = tl.program_id(1)
+    layer = tl.program_id(2)
+    request = row // num_heads
+    head = row % num_heads
+    begin, num_pages, boundary, num_tokens = find_pair(
+        offsets, slots, boundaries, seq_lens, request, layer * num_heads + head, offsets_stride, N
+    )
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    wanted = columns < tl.cdiv(num_tokens, N)
+    tail_page = first_page + layer.to(tl.int64) * layer_stride + head
+    table_row = block_table + request.to(tl.int64) * table_stride
+    pages = find_pages(
+        columns, wanted, arena, begin, num_pages, table_row, boundary, tail_page, block_stride
+    )
+    place = flat + layer.to(tl.int64) * flat_layer_stride + row.to(tl.int64) * flat_row_stride
+    tl.store(place + columns, pages.to(tl.int32), mask=wanted & (columns < width))
+    if tl.program_id(0) == 0:
+        tl.store(lengths + layer * num_pairs + row, num_tokens)
+
+
+def flatten_tables(tables: PageTables, flat: torch.Tensor, lengths: torch.Tensor) -> None:
+    """Lay out the pages and lengths of every pair and layer in buffers that live from step to step.
+
+    Columns behind a pair's last page keep what they held; no kernel reads them.
+
+    Args:
+        tables: where each request's KV pairs lie.
+        flat: int32 ``[L, R * H, W]``, last dimension contiguous; written.
+        lengths: int32 ``[L, R * H]``, contiguous; written, tokens of each pair.
+    """
+    num_layers, num_pairs, width = flat.shape
+    columns = min(1024, triton.next_power_of_2(width))
+    lay_out[triton.cdiv(width, columns), num_pairs, num_layers](
+        tables.arena, tables.offsets, tables.slots, tables.boundary_blocks, tables.block_table,
+        tables.seq_lens, flat, lengths,
+        tables.num_kv_heads, width, num_pairs,
+        tables.place.layer_stride, tables.place.block_stride, tables.place.first_page,
+        tables.offsets.stride(0), tables.block_table.stride(0), flat.stride(0), flat.stride(1),
+        N=tables.page_tokens, COLUMNS=columns, num_warps=4,
+    )  # fmt: skip

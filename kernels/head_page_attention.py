@@ -1,0 +1,316 @@
+"""Attention over head pages: every (request, KV head) pair has pages and a length of its own.
+
+One kernel serves decode, speculative decoding and the continuation of a chunked prefill, compressed
+and other requests in one batch. The query heads of a KV head are rows of one tile, so that keys
+and values are read once for all of them (grouped-query attention), and a long pair is split into
+runs of tokens that work side by side; a second kernel joins their softmaxes by the log of their
+normalisers, as in FlashDecoding (https://crfm.stanford.edu/2023/10/12/flashdecoding.html). A pair
+with few kept tokens has few runs: the work follows what is kept, head by head.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from .page_tables import find_pages, find_pair, gather_pages
+from .runtime import INTERPRETED, dot_precision
+
+if TYPE_CHECKING:
+    from .page_tables import PageTables
+
+LOG2_E = 1.4426950408889634
+
+
+def head_page_attention_reference(
+    query: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    tables: PageTables,
+    layer: int,
+    scale: float,
+) -> torch.Tensor:
+    """The same in plain torch, pair by pair, in the dtype of its inputs.
+
+    Args:
+        query: ``[tokens, H * G, D]``, the last tokens of each request.
+        key_pages, value_pages: ``[P, N, D]``.
+        query_start_loc: int32 ``[R + 1]``.
+        tables: where each request's KV pairs lie.
+        layer: which layer's pages.
+        scale: softmax scale.
+
+    Returns:
+        like ``query``.
+    """
+    output = torch.empty_like(query)
+    starts = query_start_loc.tolist()
+    group = query.shape[1] // tables.num_kv_heads
+    for request, (first, end) in enumerate(itertools.pairwise(starts)):
+        for head in range(tables.num_kv_heads):
+            ids, num_tokens = tables.pages_of(layer, request, head)
+            keys = gather_pages(key_pages, ids, num_tokens)
+            values = gather_pages(value_pages, ids, num_tokens)
+            heads = slice(head * group, (head + 1) * group)
+            logits = torch.einsum("qgd,kd->gqk", query[first:end, heads], keys) * scale
+            seen = num_tokens - (end - first) + torch.arange(end - first, device=keys.device)
+            future = torch.arange(num_tokens, device=keys.device) > seen[:, None]
+            weights = logits.masked_fill(future, float("-inf")).softmax(dim=-1)
+            output[first:end, heads] = torch.einsum("gqk,kd->qgd", weights, values)
+    return output
+
+
+@triton.jit(do_not_specialize=["first_pair", "layer_page"])
+def attend_runs(
+    query, key_pages, value_pages, output, log_sums,
+    arena, offsets, slots, boundaries, seq_lens, block_table, query_start_loc,
+    log2_scale, first_pair, layer_page, block_stride,
+    query_token_stride, query_head_stride, page_stride, token_stride,
+    run_stride, output_token_stride, output_head_stride, sums_run_stride, sums_token_stride,
+    offsets_stride, table_stride,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, N: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, RUN_TOKENS: tl.constexpr,
+    TILES: tl.constexpr, ONE_RUN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of query rows of one pair over one run of tokens.
+
+    Grid ``(runs, R * TILES, H)``. A row is a (token, query head of the group).
+    """
+    run = tl.program_id(0)
+    request = tl.program_id(1) // TILES
+    first_row = tl.program_id(1) % TILES * ROWS
+    head = tl.program_id(2)
+    query_start = tl.load(query_start_loc + request)
+    query_len = tl.load(query_start_loc + request + 1) - query_start
+    begin, num_pages, boundary, num_tokens = find_pair(
+        offsets, slots, boundaries, seq_lens, request, first_pair + head, offsets_stride, N
+    )
+    rows = first_row + tl.arange(0, ROWS)
+    token = rows // GROUP
+    seen = tl.where(token < query_len, num_tokens - query_len + token + 1, 0)
+    start = run * RUN_TOKENS
+    end = tl.minimum(tl.max(seen, 0), start + RUN_TOKENS)
+    if ONE_RUN:
+        start, end = 0, tl.max(seen, 0)
+    if first_row >= query_len * GROUP or start >= end:
+        return
+
+    dims = tl.arange(0, D_PADDED)
+    in_head = dims < D
+    query_head = head * GROUP + rows % GROUP
+    row_ok = token < query_len
+    row_token = (query_start + token).to(tl.int64)
+    row_start = row_token * query_token_stride + query_head * query_head_stride
+    mask = row_ok[:, None] & in_head[None, :]
+    q = tl.load(query + row_start[:, None] + dims[None, :], mask=mask, other=0.0)
+    if UPCAST:
+        q = q.to(tl.float32)
+    table_row = block_table + request.to(tl.int64) * table_stride
+    tail_page = layer_page + head
+
+    best = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, D_PADDED], tl.float32)
+    for position in range(start, end, TOKENS):
+        tokens = position + tl.arange(0, TOKENS)
+        wanted = tokens < end
+        page = find_pages(
+            tokens // N, wanted, arena, begin, num_pages, table_row, boundary, tail_page,
+            block_stride,
+        )  # fmt: skip
+        place = page * page_stride + tokens % N * token_stride
+        kv_mask = wanted[:, None] & in_head[None, :]
+        k = tl.load(key_pages + place[:, None] + dims[None, :], mask=kv_mask, other=0.0)
+        v = tl.load(value_pages + place[:, None] + dims[None, :], mask=kv_mask, other=0.0)
+        if UPCAST:
+            k = k.to(tl.float32)
+            v = v.to(tl.float32)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * log2_scale
+        visible = tokens[None, :] < tl.minimum(seen, end)[:, None]
+        logits = tl.where(visible, logits, float("-inf"))
+        higher = tl.maximum(best, tl.max(logits, 1))
+        anchor = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet
+        weights = tl.exp2(logits - anchor[:, None])
+        shrink = tl.exp2(best - anchor)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None]
+        acc += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        best = higher
+
+    out_start = row_token * output_token_stride + query_head * output_head_stride
+    sums = tl.where(total > 0, total, 1.0)
+    result = acc / sums[:, None]
+    if not ONE_RUN:
+        out_start += run.to(tl.int64) * run_stride
+        sums_place = run.to(tl.int64) * sums_run_stride + row_token * sums_token_stride + query_head
+        tl.store(log_sums + sums_place, best + tl.log2(sums), mask=row_ok)
+    tl.store(output + out_start[:, None] + dims[None, :], result, mask=mask)
+
+
+@triton.jit(do_not_specialize=["first_pair"])
+def join_runs(
+    parts, log_sums, output,
+    offsets, slots, boundaries, seq_lens, query_start_loc, first_pair,
+    run_stride, parts_token_stride, parts_head_stride, sums_run_stride, sums_token_stride,
+    output_token_stride, output_head_stride, offsets_stride,
+    GROUP: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, N: tl.constexpr,
+    RUN_TOKENS: tl.constexpr, RUNS: tl.constexpr,
+):  # fmt: skip
+    """Weighted mean of the runs of one (token, query head); grid ``(most query tokens, R, H * G)``.
+
+    Of a pair that has fewer runs than ``RUNS`` only those that were written are read.
+    """
+    request = tl.program_id(1)
+    query_head = tl.program_id(2)
+    query_start = tl.load(query_start_loc + request)
+    query_len = tl.load(query_start_loc + request + 1) - query_start
+    index = tl.program_id(0)
+    if index >= query_len:
+        return
+    _, _, _, num_tokens = find_pair(
+        offsets, slots, boundaries, seq_lens, request, first_pair + query_head // GROUP,
+        offsets_stride, N,
+    )  # fmt: skip
+    seen = num_tokens - query_len + index + 1
+    token = (query_start + index).to(tl.int64)
+    runs = tl.arange(0, RUNS)
+    there = runs * RUN_TOKENS < seen
+    sums_place = runs.to(tl.int64) * sums_run_stride + token * sums_token_stride + query_head
+    sums = tl.load(log_sums + sums_place, mask=there, other=float("-inf"))
+    shares = tl.exp2(sums - tl.max(sums, 0))
+    shares = shares / tl.sum(shares, 0)
+    dims = tl.arange(0, D_PADDED)
+    acc = tl.zeros([D_PADDED], tl.float32)
+    start = parts + token * parts_token_stride + query_head * parts_head_stride
+    for run in range(tl.cdiv(seen, RUN_TOKENS)):
+        part = tl.load(start + dims, mask=dims < D, other=0.0)
+        acc += part * tl.sum(tl.where(runs == run, shares, 0.0), 0)
+        start += run_stride
+    place = token * output_token_stride + query_head * output_head_stride
+    tl.store(output + place + dims, acc, mask=dims < D)
+
+
+def choose_run_tokens(
+    num_pairs: int, most_tokens: int, pair_tokens: int, num_processors: int
+) -> int:
+    """Tokens of a run, a power of two, so that the card is busy and no long head holds it up.
+
+    About four runs for every multiprocessor if all pairs were as long as their mean, at least 256
+    tokens each (a shorter run costs more in the joining than it saves), and at most 64 runs of the
+    longest pair.
+
+    Args:
+        num_pairs: R * H.
+        most_tokens: of any pair.
+        pair_tokens: mean over the pairs.
+        num_processors: multiprocessors of the card.
+    """
+    wanted = max(1.0, num_pairs * pair_tokens / (4 * num_processors))
+    least = max(256, -(-most_tokens // 64))
+    return 1 << max(math.ceil(math.log2(least)), math.floor(math.log2(wanted)))
+
+
+def head_page_attention(
+    query: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    tables: PageTables,
+    layer: int,
+    scale: float,
+    *,
+    max_query_len: int,
+    max_tokens: int,
+    mean_tokens: int | None = None,
+    output: torch.Tensor | None = None,
+    run_tokens: int | None = None,
+    rows: int | None = None,
+    tokens: int | None = None,
+    num_warps: int | None = None,
+    num_stages: int = 3,
+) -> torch.Tensor:
+    """Causal attention of one layer over head pages; queries are each request's last tokens.
+
+    Nothing is read back from the device, so the call can be captured in a CUDA graph.
+
+    Args:
+        query: float32, bfloat16 or float16 ``[tokens, H * G, D]``, last dimension contiguous.
+        key_pages, value_pages: ``[P, N, D]`` in the same dtype and with the same strides.
+        query_start_loc: int32 ``[R + 1]``.
+        tables: where each request's KV pairs lie.
+        layer: which layer's pages.
+        scale: softmax scale.
+        max_query_len: of any request.
+        max_tokens: no pair of the batch attends over more; the longest logical length will do.
+        mean_tokens: about how many a pair attends over; decides how finely pairs are split.
+        output: like ``query``; made when None.
+        run_tokens, rows, tokens, num_warps, num_stages: how the work is cut; chosen when None.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        ValueError: for pages whose strides differ between keys and values.
+    """
+    if key_pages.stride() != value_pages.stride() or key_pages.stride(2) != 1:
+        raise ValueError("key and value pages must have the same strides and contiguous rows")
+    num_tokens, num_query_heads, head_dim = query.shape
+    num_heads = tables.num_kv_heads
+    num_requests = len(tables.slots)
+    group = num_query_heads // num_heads
+    if output is None:
+        output = torch.empty_like(query)
+    if run_tokens is None:
+        processors = 1
+        if query.is_cuda:
+            processors = torch.cuda.get_device_properties(query.device).multi_processor_count
+        pairs = num_requests * num_heads
+        run_tokens = choose_run_tokens(pairs, max_tokens, mean_tokens or max_tokens, processors)
+    num_runs = -(-max_tokens // run_tokens)
+    if rows is None:
+        rows = min(64, max(16, triton.next_power_of_2(group * max_query_len)))
+    if tokens is None:
+        tokens = 64 if head_dim > 128 else 128
+    tiles = -(-max_query_len * group // rows)
+    place, first_pair = tables.place, layer * num_heads
+    parts, log_sums = output[None], query.new_empty(1, 1, 1, dtype=torch.float32)
+    if num_runs > 1:
+        parts = query.new_empty((num_runs, *query.shape), dtype=torch.float32)
+        log_sums = query.new_empty((num_runs, num_tokens, num_query_heads), dtype=torch.float32)
+    sizes = {
+        "GROUP": group,
+        "D": head_dim,
+        "D_PADDED": triton.next_power_of_2(head_dim),
+        "N": tables.page_tokens,
+        "RUN_TOKENS": run_tokens,
+    }
+    attend_runs[num_runs, num_requests * tiles, num_heads](
+        query, key_pages, value_pages, parts, log_sums,
+        tables.arena, tables.offsets, tables.slots, tables.boundary_blocks, tables.seq_lens,
+        tables.block_table, query_start_loc,
+        scale * LOG2_E, first_pair, place.first_page + layer * place.layer_stride,
+        place.block_stride,
+        query.stride(0), query.stride(1), key_pages.stride(0), key_pages.stride(1),
+        parts.stride(0), parts.stride(1), parts.stride(2), log_sums.stride(0), log_sums.stride(1),
+        tables.offsets.stride(0), tables.block_table.stride(0),
+        ROWS=rows, TOKENS=tokens, TILES=tiles, ONE_RUN=num_runs == 1,
+        UPCAST=INTERPRETED, PRECISION=dot_precision(query.dtype), **sizes,
+        num_warps=num_warps or (4 if rows <= 32 else 8), num_stages=num_stages,
+    )  # fmt: skip
+    if num_runs > 1:
+        join_runs[max_query_len, num_requests, num_query_heads](
+            parts, log_sums, output,
+            tables.offsets, tables.slots, tables.boundary_blocks, tables.seq_lens,
+            query_start_loc, first_pair,
+            parts.stride(0), parts.stride(1), parts.stride(2),
+            log_sums.stride(0), log_sums.stride(1), output.stride(0), output.stride(1),
+            tables.offsets.stride(0),
+            RUNS=triton.next_power_of_2(num_runs), **sizes, num_warps=2,
+        )  # fmt: skip
+    return output

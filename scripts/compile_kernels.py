@@ -1,0 +1,192 @@
+"""Compile every Triton kernel for NVIDIA cards without one, and say what it takes of the chip.
+
+    python scripts/compile_kernels.py
+
+Each kernel is launched as the plugin would launch it, on CPU tensors, with a Triton driver that
+stops after compilation; so what is compiled is what a card would run. Registers, local memory (that
+is where spilled registers go) and shared memory are what ``cuobjdump`` reads from the machine code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # before kernels are decorated
+
+import torch
+import triton
+from kernel_cases import Asked, Case, Shape, make_case
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+from vllm_kvzip.kernels.column_maximum import column_maximum
+from vllm_kvzip.kernels.compaction import compact_pages
+from vllm_kvzip.kernels.flat_tables import flatten_tables
+from vllm_kvzip.kernels.head_page_attention import head_page_attention
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+TARGETS = (80, 90, 100)
+HEAD_DIMS = (64, 96, 128, 256)
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class CompileOnly(DriverBase):
+    """A Triton driver for a card that is not there."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        raise NotImplementedError
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError
+
+    def get_current_device(self) -> int:
+        return self._target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compiling(capability: int) -> Iterator[dict[str, Any]]:
+    """Inside, launching a kernel compiles it and no more; gives the kernels by name."""
+    compiled: dict[str, Any] = {}
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled[self.fn.__name__] = kernel
+        return kernel
+
+    driver.set_active(CompileOnly(capability))
+    JITFunction.run = compile_only
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+
+
+def resources(kernel: Any) -> dict[str, int]:
+    """Registers a thread, bytes of local memory a thread, and bytes of shared memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return {
+        "registers": found["REG"],
+        "local": found["STACK"] + found["LOCAL"],
+        "shared": int(kernel.metadata.shared),
+        "warps": int(kernel.metadata.num_warps),
+    }
+
+
+def attention_case(dtype: torch.dtype, head_dim: int, page_tokens: int, query_len: int) -> Case:
+    shape = Shape(2, 2, 4, head_dim, page_tokens)
+    return make_case(
+        [Asked(20 * page_tokens + query_len, query_len, 16, 0.5), Asked(query_len + 40, query_len)],
+        shape,
+        dtype=dtype,
+    )
+
+
+def attend(dtype: torch.dtype, head_dim: int, page_tokens: int, query_len: int) -> None:
+    case = attention_case(dtype, head_dim, page_tokens, query_len)
+    head_page_attention(
+        case.query, case.key_pages, case.value_pages, case.query_start_loc, case.tables, 1,
+        case.scale, max_query_len=query_len, max_tokens=4096, run_tokens=1024,
+    )  # fmt: skip
+
+
+def compact(dtype: torch.dtype, head_dim: int, page_tokens: int) -> None:
+    case = attention_case(dtype, head_dim, page_tokens, 1)
+    empty = torch.zeros(4 * page_tokens, dtype=torch.int32)
+    compact_pages(case.key_pages, case.value_pages, empty.view(4, -1), empty, empty[:4], empty[:4])
+
+
+def lay_out_tables(page_tokens: int) -> None:
+    tables = attention_case(torch.float32, 64, page_tokens, 1).tables
+    flat = torch.zeros(2, 4, 128, dtype=torch.int32)
+    flatten_tables(tables, flat, torch.zeros(2, 4, dtype=torch.int32))
+
+
+def score(dtype: torch.dtype, head_dim: int) -> None:
+    keys = torch.zeros(2, 256, head_dim, dtype=dtype)
+    column_maximum(keys, keys, torch.zeros(2, 256), 0.1)
+
+
+def launches(*, every: bool) -> dict[str, Callable[[], None]]:
+    """What is launched, by a readable name; ``every`` adds data types and page sizes."""
+    found: dict[str, Callable[[], None]] = {}
+    dtypes = [torch.bfloat16, torch.float16, torch.float32] if every else [torch.bfloat16]
+    pages = [16, 32, 64, 128] if every else [16]
+    for head_dim in HEAD_DIMS:
+        for dtype in dtypes:
+            name = f"{str(dtype).removeprefix('torch.')}, head size {head_dim}"
+            found[name] = lambda d=dtype, h=head_dim: score(d, h)  # type: ignore[misc]
+            for page in pages:
+                about = f"{name}, pages of {page}"
+                found[about] = lambda d=dtype, h=head_dim, p=page: compact(d, h, p)  # type: ignore[misc]
+                for query_len in (1, 64):
+                    key = f"{about}, {query_len} query tokens"
+                    found[key] = lambda d=dtype, h=head_dim, p=page, q=query_len: (  # type: ignore[misc]
+                        attend(d, h, p, q)
+                    )
+    for page in pages:
+        found[f"pages of {page}"] = lambda p=page: lay_out_tables(p)  # type: ignore[misc]
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", type=int, nargs="+", default=list(TARGETS))
+    parser.add_argument("--every", action="store_true", help="all data types and page sizes")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+    rows = []
+    for capability in args.targets:
+        with compiling(capability) as compiled:
+            for name, launch in launches(every=args.every).items():
+                compiled.clear()
+                launch()
+                rows += [
+                    {"target": capability, "kernel": kernel, "launch": name, **resources(binary)}
+                    for kernel, binary in compiled.items()
+                ]
+    print("| sm | kernel | launch | registers | local bytes | shared bytes | warps |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        print("| " + " | ".join(str(value) for value in row.values()) + " |")
+    print(f"\nTriton {triton.__version__}, torch {torch.__version__}")
+    if args.json:
+        args.json.write_text(json.dumps(rows) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

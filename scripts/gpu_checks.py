@@ -1,0 +1,165 @@
+"""Every Triton kernel against a float64 reference, on a card or in Triton's interpreter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from kernel_cases import Asked, Shape, make_case
+from vllm_kvzip.kernels.column_maximum import column_maximum, column_maximum_reference
+from vllm_kvzip.kernels.compaction import compact_pages, compact_pages_reference
+from vllm_kvzip.kernels.flat_tables import flatten_tables, flatten_tables_reference
+from vllm_kvzip.kernels.head_page_attention import (
+    head_page_attention,
+    head_page_attention_reference,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LIMITS = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Relative error ``|out - ref| / |ref|`` allowed."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What came out of one comparison."""
+
+    name: str
+    error: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.limit  # false for NaN
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """``|found - expected| / |expected|`` in float64."""
+    expected = expected.double().cpu()
+    return float((found.double().cpu() - expected).norm() / expected.norm())
+
+
+def attention_checks(device: str, *, small: bool) -> Iterator[Check]:
+    """Decode, several query tokens, compressed and not, over the shapes we name."""
+    dtypes = [torch.bfloat16, torch.float32] if small else list(LIMITS)
+    length = 150 if small else 5000
+    for head_dim in (64, 96, 128, 256):
+        for group in (1, 4, 8):
+            for page_tokens in (16, 32, 64, 128):
+                if small and (group, page_tokens) not in ((4, 16), (8, 32)):
+                    continue
+                for dtype in dtypes:
+                    for query_len in (1, 4, 40) if head_dim == 64 or not small else (1, 3):
+                        yield check_attention(
+                            Shape(2, 2, group, head_dim, page_tokens), dtype, query_len, length,
+                            device,
+                        )  # fmt: skip
+
+
+def check_attention(
+    shape: Shape, dtype: torch.dtype, query_len: int, length: int, device: str
+) -> Check:
+    """One batch: compressed unevenly, wholly kept, not compressed, and one of other length."""
+    blocks = length // shape.page_tokens
+    batch = [
+        Asked(length + query_len, query_len, blocks, 0.3),
+        Asked(length // 2 + query_len + 3, query_len, blocks // 2, 1.0),
+        Asked(length // 3 + query_len, query_len),
+        Asked(query_len),
+    ]
+    case = make_case(batch, shape, dtype=dtype, device=device, seed=query_len, poison=True)
+    output = torch.full_like(case.query, float("nan"))
+    head_page_attention(
+        case.query, case.key_pages, case.value_pages, case.query_start_loc, case.tables, 1,
+        case.scale, max_query_len=query_len, max_tokens=length + query_len,
+        mean_tokens=length // 3, output=output,
+    )  # fmt: skip
+    exact = case.as_float64()
+    expected = head_page_attention_reference(
+        exact.query, exact.key_pages, exact.value_pages, exact.query_start_loc, exact.tables, 1,
+        exact.scale,
+    )  # fmt: skip
+    name = (
+        f"attention {str(dtype)[6:]} D{shape.head_dim} G{shape.group_size} "
+        f"N{shape.page_tokens} q{query_len}"
+    )
+    return Check(name, relative_error(output, expected), LIMITS[dtype])
+
+
+def compaction_inputs(
+    shape: Shape, blocks: int, keep_ratio: float, dtype: torch.dtype, device: str
+) -> tuple[torch.Tensor, ...]:
+    """Pages, source table, positions, page heads and target pages of one request's compaction."""
+    generator = torch.Generator(device).manual_seed(0)
+    pairs, tokens = shape.num_layers * shape.num_kv_heads, shape.page_tokens
+    kept = max(1, round(keep_ratio * blocks))
+    num_pages = pairs * (blocks + kept)
+    order = torch.randperm(num_pages, generator=generator, device=device).int()
+    sources = order[: pairs * blocks].view(pairs, blocks)
+    targets = order[pairs * blocks :]
+    rank = torch.rand(pairs, blocks * tokens, generator=generator, device=device)
+    positions = rank.topk(kept * tokens, dim=1).indices.sort(dim=1).values.int().flatten()
+    heads = torch.arange(pairs, device=device, dtype=torch.int32).repeat_interleave(kept)
+    pages = torch.randn(
+        num_pages, tokens, 2 * shape.head_dim, generator=generator, device=device, dtype=dtype
+    )
+    return pages, sources, positions, heads, targets
+
+
+def compaction_checks(device: str, *, small: bool) -> Iterator[Check]:
+    """Bit for bit."""
+    for head_dim in (64, 96, 128, 256):
+        for page_tokens in (16, 128):
+            shape = Shape(2, 3, 1, head_dim, page_tokens)
+            pages, *rest = compaction_inputs(shape, 6 if small else 40, 0.4, torch.bfloat16, device)
+            expected = pages.clone()
+            compact_pages(*pages.split(head_dim, dim=-1), *rest)
+            compact_pages_reference(*expected.split(head_dim, dim=-1), *rest)
+            same = torch.equal(pages.view(torch.int16), expected.view(torch.int16))
+            name = f"compaction D{head_dim} N{page_tokens}"
+            yield Check(name, 0.0 if same else float("inf"), 0.0)
+
+
+def score_checks(device: str, *, small: bool) -> Iterator[Check]:
+    """Against float64 softmaxes of what the kernel read."""
+    sizes = (90, 70) if small else (2100, 513)
+    for dtype, limit in LIMITS.items():
+        for head_dim in (64, 96, 128, 256):
+            generator = torch.Generator(device).manual_seed(head_dim)
+            queries, keys = (
+                torch.randn(3, n, head_dim, device=device, dtype=dtype, generator=generator)
+                for n in sizes
+            )
+            scale = head_dim**-0.5
+            logits = torch.bmm(queries.double(), keys.double().transpose(1, 2)) * scale
+            log_normaliser = logits.logsumexp(dim=-1).float()
+            found = column_maximum(queries, keys, log_normaliser, scale)
+            expected = column_maximum_reference(
+                queries.double(), keys.double(), log_normaliser.double(), scale
+            )
+            name = f"scores {str(dtype)[6:]} D{head_dim}"
+            yield Check(name, relative_error(found, expected), limit)
+
+
+def table_checks(device: str, *, small: bool) -> Iterator[Check]:
+    """Entry for entry."""
+    shape = Shape(3, 4, 4, 64, 16)
+    length = 300 if small else 9000
+    batch = [Asked(length, 1, length // 20, 0.3), Asked(length // 2), Asked(length, 1, 4, 1.0)]
+    case = make_case(batch, shape, device=device)
+    exact = case.as_float64().tables
+    width = length // 16 + 2
+    expected, expected_lengths = flatten_tables_reference(exact, width)
+    flat = torch.zeros_like(expected).to(device)
+    lengths = torch.zeros_like(expected_lengths).to(device)
+    flatten_tables(case.tables, flat, lengths)
+    same = torch.equal(flat.cpu(), expected) and torch.equal(lengths.cpu(), expected_lengths)
+    yield Check("tables of all layers", 0.0 if same else float("inf"), 0.0)
+
+
+def all_checks(device: str, *, small: bool) -> Iterator[Check]:
+    """Every kernel."""
+    for checks in (table_checks, compaction_checks, score_checks, attention_checks):
+        yield from checks(device, small=small)

@@ -1,0 +1,52 @@
+"""What a machine with a card would run, run here with tiny shapes."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("suite")
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "gpu_suite.sh"), "--interpret", "--output-dir", str(folder)],
+        env={**os.environ, "PYTHON": os.sys.executable},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout, json.loads((folder / "gpu_suite.json").read_text())
+
+
+@pytest.mark.slow
+def test_the_dry_run_checks_every_kernel(suite):
+    _, found = suite
+    names = {check["name"].split()[0] for check in found["checks"]}
+    assert names == {"attention", "compaction", "scores", "tables"}
+    assert all(check["error"] <= check["limit"] for check in found["checks"])
+    assert {row["keep"] for row in found["decode"]} == {1.0, 0.5, 0.25, 0.125}
+
+
+@pytest.mark.slow
+def test_it_says_that_its_times_mean_nothing(suite):
+    text, found = suite
+    assert "times mean nothing" in text
+    assert f"{len(found['checks'])} of {len(found['checks'])} checks passed" in text
+
+
+def test_without_a_card_it_says_so():
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "gpu_suite.sh")],
+        env={**os.environ, "PYTHON": os.sys.executable, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "--interpret" in done.stdout

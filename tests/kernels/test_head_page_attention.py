@@ -1,0 +1,127 @@
+"""The attention kernel against its plain-torch reference, in Triton's interpreter."""
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from kernel_cases import Asked, Shape, make_case
+from vllm_kvzip.kernels.head_page_attention import (
+    choose_run_tokens,
+    head_page_attention,
+    head_page_attention_reference,
+)
+
+NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)  # the interpreter is slow
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted here")
+
+
+def run(case, layer, **how):
+    output = torch.full_like(case.query, float("nan"))
+    longest = int(case.tables.seq_lens.max())
+    head_page_attention(
+        case.query, case.key_pages, case.value_pages, case.query_start_loc, case.tables, layer,
+        case.scale, max_query_len=case.max_query_len, max_tokens=longest, output=output, **how,
+    )  # fmt: skip
+    return output
+
+
+def reference(case, layer):
+    exact = case.as_float64()
+    return head_page_attention_reference(
+        exact.query, exact.key_pages, exact.value_pages, exact.query_start_loc, exact.tables,
+        layer, exact.scale,
+    )  # fmt: skip
+
+
+def error(output, expected):
+    return ((output.double() - expected).norm() / expected.norm()).item()
+
+
+@st.composite
+def requests(draw, page_tokens):
+    query_len = draw(st.sampled_from([1, 1, 2, 5, 19]))
+    blocks = draw(st.integers(0, 5))
+    tail = draw(st.integers(query_len, query_len + 3 * page_tokens))
+    ratio = draw(st.sampled_from([None, 0.1, 0.5, 1.0]))
+    if ratio is None or not blocks:
+        return Asked(blocks * page_tokens + tail, query_len)
+    return Asked(blocks * page_tokens + tail, query_len, blocks, ratio)
+
+
+@settings(max_examples=25, deadline=None, phases=NO_SHRINKING)
+@given(data=st.data())
+def test_any_batch(data):
+    """Decode, several query tokens, compressed and other requests mixed; other memory is NaN."""
+    shape = Shape(
+        num_layers=data.draw(st.integers(1, 3)),
+        num_kv_heads=data.draw(st.integers(1, 3)),
+        group_size=data.draw(st.sampled_from([1, 3, 4, 8])),
+        head_dim=data.draw(st.sampled_from([64, 96, 128, 256])),
+        page_tokens=data.draw(st.sampled_from([16, 32, 128])),
+    )
+    batch = data.draw(st.lists(requests(shape.page_tokens), min_size=1, max_size=4))
+    case = make_case(batch, shape, seed=data.draw(st.integers(0, 99)), poison=True)
+    layer = data.draw(st.integers(0, shape.num_layers - 1))
+    output = run(
+        case,
+        layer,
+        run_tokens=data.draw(st.sampled_from([None, 64, 128])),
+        tokens=data.draw(st.sampled_from([32, 64])),
+    )
+    assert error(output, reference(case, layer)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    case = make_case(
+        [Asked(200, 1, 8, 0.4), Asked(70, 3), Asked(333, 2, 20, 0.2)], Shape(), dtype=dtype, seed=3
+    )
+    assert error(run(case, 0, run_tokens=64), reference(case, 0)) < 1e-2
+
+
+def test_nothing_but_the_wanted_rows_is_written():
+    """Rows behind the batch, as CUDA graphs pad it, stay as they are."""
+    case = make_case([Asked(50, 1), Asked(90, 1, 4, 0.5)], Shape(), seed=1)
+    padded = torch.full((5, *case.query.shape[1:]), float("nan"))
+    padded[:2] = case.query
+    output = torch.full_like(padded, 7.0)
+    head_page_attention(
+        padded, case.key_pages, case.value_pages, case.query_start_loc, case.tables, 0, case.scale,
+        max_query_len=1, max_tokens=90, output=output, run_tokens=32,
+    )  # fmt: skip
+    assert error(output[:2], reference(case, 0)) < 1e-5
+    assert (output[2:] == 7.0).all()
+
+
+def test_a_slice_of_the_queries_may_be_strided():
+    """vLLM hands over a view of the fused query-key-value projection."""
+    case = make_case([Asked(77, 2, 2, 0.5)], Shape(), seed=2)
+    wide = torch.randn(2, 3 * case.query.shape[1], case.query.shape[2])
+    wide[:, : case.query.shape[1]] = case.query
+    output = head_page_attention(
+        wide[:, : case.query.shape[1]], case.key_pages, case.value_pages, case.query_start_loc,
+        case.tables, 0, case.scale, max_query_len=2, max_tokens=77,
+    )  # fmt: skip
+    assert error(output, reference(case, 0)) < 1e-5
+
+
+def test_pages_of_other_strides_are_refused():
+    case = make_case([Asked(40)], Shape())
+    with pytest.raises(ValueError, match="same strides"):
+        head_page_attention(
+            case.query, case.key_pages, case.value_pages.contiguous(), case.query_start_loc,
+            case.tables, 0, case.scale, max_query_len=1, max_tokens=40,
+        )  # fmt: skip
+
+
+@given(
+    pairs=st.integers(1, 4096),
+    most=st.integers(1, 1 << 20),
+    share=st.floats(0.01, 1),
+    processors=st.integers(1, 200),
+)
+def test_runs_are_neither_tiny_nor_too_many(pairs, most, share, processors):
+    tokens = choose_run_tokens(pairs, most, max(1, int(most * share)), processors)
+    assert tokens >= 256
+    assert tokens & (tokens - 1) == 0
+    assert -(-most // tokens) <= 64
