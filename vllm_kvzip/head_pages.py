@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from vllm_kvzip.core import CompressedPrefix, PrefixPlan
 
@@ -119,29 +119,51 @@ class HeadPageTable:
 
     @classmethod
     def build(
-        cls, prefixes: Sequence[CompressedPrefix], pool: PagePool, spare_columns: int = 8
+        cls,
+        prefixes: Sequence[CompressedPrefix],
+        pool: PagePool,
+        spare_columns: int = 8,
+        earlier: HeadPageTable | None = None,
+        stay: Mapping[int, int] | None = None,
     ) -> HeadPageTable:
-        """A table with the compressed pages of each request and no tail yet.
+        """A table with the compressed pages of each request, and the tails of those that stay.
 
         Args:
             prefixes: one per request, in batch order.
             pool: where pages lie.
             spare_columns: room for tail blocks; grows as needed.
+            earlier: the table of the batch before.
+            stay: request number -> its number in ``earlier``, whose rows are taken as they are.
         """
         num_layers, num_heads = pool.num_layers, pool.num_kv_heads
+        stay = stay or {}
         pages = torch.stack([prefix.pages for prefix in prefixes], dim=1)  # [L, R, H]
-        width = max(prefix.padded.shape[2] for prefix in prefixes) + spare_columns
-        shape = (num_layers, len(prefixes), num_heads, width)
+        fresh = [index for index in range(len(prefixes)) if index not in stay]
+        width = max((prefixes[index].padded.shape[2] for index in fresh), default=0)
+        if earlier is not None and stay:
+            width = max(width, *(earlier._width(number) for number in stay.values()))
+        shape = (num_layers, len(prefixes), num_heads, width + spare_columns)
         table = torch.zeros(shape, dtype=torch.int32)
-        for index, prefix in enumerate(prefixes):
-            table[:, index, :, : prefix.padded.shape[2]] = prefix.padded
-        return cls(
-            table.view(num_layers, -1, width), pages.reshape(num_layers, -1).contiguous(), pool
-        )
+        for index in fresh:
+            padded = prefixes[index].padded
+            table[:, index, :, : padded.shape[2]] = padded
+        built = cls(table.flatten(1, 2), pages.reshape(num_layers, -1).contiguous(), pool)
+        if earlier is not None and stay:
+            old = earlier.table.view(num_layers, -1, num_heads, earlier.table.shape[2])
+            table[:, list(stay), :, : old.shape[3]] = old[:, list(stay.values()), :, : shape[3]]
+            for index, number in stay.items():
+                built._num_tail_blocks[index] = earlier._num_tail_blocks[number]
+        return built
 
     def num_tail_blocks(self, request: int) -> int:
         """Tail blocks of request number ``request`` that the table knows."""
         return self._num_tail_blocks[request]
+
+    def _width(self, request: int) -> int:
+        """Columns in use."""
+        num_heads = self._pool.num_kv_heads
+        rows = slice(request * num_heads, (request + 1) * num_heads)
+        return int(self.compressed_pages[:, rows].max()) + self._num_tail_blocks[request]
 
     def append_tail(self, request: int, blocks: torch.Tensor) -> None:
         """Put dense blocks behind everything request number ``request`` has so far.

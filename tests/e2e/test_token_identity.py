@@ -74,6 +74,7 @@ def test_prompts_under_the_threshold_are_left_alone():
         "manager": "FullAttentionManager",
         "scheduler": "Scheduler",
         "worker": "CPUWorker",
+        "runner": "vllm.v1.worker.cpu_model_runner",
     }
     assert stock.metrics == {}
 

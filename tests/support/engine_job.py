@@ -57,7 +57,8 @@ class Report:
         metrics: the plugin's metrics at the end, by sample name.
         prefix_entries: compressed prefixes in the prefix cache after each step.
         num_preemptions: how many times a request was preempted.
-        classes: names of the classes vLLM used: backend, spec, manager, scheduler, worker.
+        classes: names of the classes vLLM used: backend, spec, manager, scheduler, worker; the
+            runner's module, since both versions have the same name.
         cached_tokens: prompt tokens found in the prefix cache, by request.
         logprobs: sampled token's log-probability by request, when asked for.
         samples: token ids by request and sample.
@@ -272,7 +273,9 @@ def execute(job: dict[str, Any]) -> Report:
     }
     if driver := getattr(core.model_executor, "driver_worker", None):  # else in other processes
         classes["worker"] = type(driver.worker).__name__
-        classes["backend"] = driver.worker.model_runner.attn_groups[0][0].backend.__name__
+        runner = driver.worker.model_runner
+        classes["backend"] = runner.attn_groups[0][0].backend.__name__
+        classes["runner"] = type(runner).__module__
     metrics = {}
     for metric in REGISTRY.collect():
         for sample in metric.samples:

@@ -85,3 +85,42 @@ def test_page_table_lists_compressed_pages_then_the_tail(num_layers, num_heads, 
                 row = request * num_heads + head
                 assert table.table[layer, row, : len(wanted)].tolist() == wanted
                 assert table.compressed_pages[layer, row] == count
+
+
+@given(st.integers(1, 2), st.integers(1, 3), st.data())
+def test_requests_that_stay_keep_their_rows(num_layers, num_heads, data):
+    """A batch in another order, with some gone and some new, equals one that is built afresh."""
+    pool = PagePool(num_blocks=500, num_layers=num_layers, num_kv_heads=num_heads)
+    count = num_layers * num_heads
+    prefixes, tails = [], []
+    for _ in range(6):
+        counts = data.draw(st.lists(st.integers(1, 9), min_size=count, max_size=count))
+        pages = torch.tensor(counts).view(num_layers, num_heads)
+        prefixes.append(CompressedPrefix(torch.randint(10**4, (sum(counts),)), pages))
+        tails.append(torch.tensor(data.draw(st.lists(st.integers(0, 499), max_size=20))))
+    first = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=4, unique=True))
+    then = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=6, unique=True))
+
+    def build(members, **how):
+        return HeadPageTable.build([prefixes[i] for i in members], pool, spare_columns=2, **how)
+
+    def append(table, members, only=range(6)):
+        for row, member in enumerate(members):
+            if member in only and len(tails[member]):
+                table.append_tail(row, tails[member])
+
+    before = build(first)
+    append(before, first)
+    stay = {row: first.index(member) for row, member in enumerate(then) if member in first}
+    found = build(then, earlier=before, stay=stay)
+    append(found, then, set(range(6)) - set(first))
+    wanted = build(then)
+    append(wanted, then)
+    assert torch.equal(found.compressed_pages, wanted.compressed_pages)
+    for row, member in enumerate(then):
+        assert found.num_tail_blocks(row) == len(tails[member])
+        for head in range(num_heads):
+            for layer in range(num_layers):
+                pair = row * num_heads + head
+                end = int(wanted.compressed_pages[layer, pair]) + len(tails[member])
+                assert torch.equal(found.table[layer, pair, :end], wanted.table[layer, pair, :end])

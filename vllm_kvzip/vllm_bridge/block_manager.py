@@ -161,24 +161,28 @@ class HeadPageManager(FullAttentionManager):
         **kwargs: Any,
     ) -> int:
         """vLLM's count plus the blocks that are about to hold the compressed prefix."""
-        extra = 0
-        if request_id not in self._settled:
-            found = self.prefixes.owner(new_computed_blocks)
-            extra = self._extra_row_blocks(request_id, num_tokens_main_model, found)
-        count: int = super().get_num_blocks_to_allocate(
-            request_id,
-            num_tokens + extra * self.block_size,
+        about = (
             new_computed_blocks,
             total_computed_tokens,
             num_local_computed_tokens,
             num_tokens_main_model,
-            apply_admission_cap=apply_admission_cap,
-            **kwargs,
+        )
+        needed: int
+        if request_id in self._settled:
+            needed = super().get_num_blocks_to_allocate(
+                request_id, num_tokens, *about, apply_admission_cap, **kwargs
+            )
+            return needed
+        found = self.prefixes.owner(new_computed_blocks)
+        extra = self._extra_row_blocks(request_id, num_tokens_main_model, found)
+        num_tokens += extra * self.block_size
+        needed = super().get_num_blocks_to_allocate(
+            request_id, num_tokens, *about, apply_admission_cap, **kwargs
         )
         peak = self._rule.peak_blocks
         if peak is not None and apply_admission_cap and not self._is_off(request_id):
-            count = min(count, peak)
-        return count
+            needed = min(needed, peak)
+        return needed
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -209,14 +213,12 @@ class HeadPageManager(FullAttentionManager):
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Publish raw prompt blocks as vLLM does, and others only for users of the same prefix."""
-        request_id = request.request_id
-        run = self._runs.get(request_id)
-        if run is not None and request_id not in self._raw_tokens:
+        num_raw = self._raw_tokens.get(request.request_id)
+        if num_raw is not None:
+            num_tokens = min(num_tokens, request.num_prompt_tokens, num_raw)
+        elif (run := self._runs.get(request.request_id)) is not None:
             self._cache_dense_tail(request, run, num_tokens)
             return
-        if request_id in self._raw_tokens:
-            num_raw = self._raw_tokens[request_id]
-            num_tokens = min(num_tokens, request.num_prompt_tokens, num_raw)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:

@@ -148,10 +148,6 @@ def _engine_problems(vllm_config: VllmConfig) -> list[str]:
             f"--scheduler-cls {vllm_config.scheduler_config.scheduler_cls}; remove the flag",
         ),
         (
-            getattr(vllm_config, "use_v2_model_runner", False),
-            "model runner V2 yet; unset VLLM_USE_V2_MODEL_RUNNER",
-        ),
-        (
             cache.block_size % 32 != 0,
             f"--block-size {cache.block_size} on the CPU; use a multiple of 32",
         ),

@@ -101,6 +101,8 @@ class PairBatcher:
         self._layer_index = layer_index
         self._isa = isa
         self._members: _Members | None = None
+        self._table: HeadPageTable | None = None
+        self._states_in_table: tuple[PrefixState, ...] = ()
 
     def split(
         self,
@@ -160,10 +162,14 @@ class PairBatcher:
             others[rows] = False
             dense_rows = others.nonzero().flatten()
         boundaries = torch.tensor([s.plan.boundary_tokens for s in states], dtype=torch.int32)
-        if self._members is not None and self._members.states == states:
-            table = self._members.table
-        else:
-            table = HeadPageTable.build([state.prefix for state in states], self._pool)
+        before = {state: number for number, state in enumerate(self._states_in_table)}
+        table = self._table = HeadPageTable.build(
+            [state.prefix for state in states],
+            self._pool,
+            earlier=self._table,
+            stay={row: before[state] for row, state in enumerate(states) if state in before},
+        )
+        self._states_in_table = states
         tails = torch.tensor([table.num_tail_blocks(slot) for slot in range(len(states))])
         kept = table.compressed_pages.view(geometry.num_layers, len(states), -1)
         surplus = kept.to(torch.int32) * geometry.block_size - boundaries[:, None]

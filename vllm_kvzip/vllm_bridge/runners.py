@@ -1,17 +1,31 @@
 """What differs between vLLM's model runners: who is in which row, and how a row is rewritten.
 
-The plugin supports model runner V1 today, which serves the CPU. A second runner gets a second class
-here and nothing else changes.
+Runner V1 serves the CPU, runner V2 is vLLM's choice on CUDA. Nothing else of the plugin knows of
+either.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+
+class Rows(Protocol):
+    """The block table rows of a model runner, in the KV cache group of the compressed layers."""
+
+    def request_ids(self, common: CommonAttentionMetadata) -> list[str]:
+        """Request ids of the current batch, in row order."""
+        ...
+
+    def replace_row(self, request_id: str, block_ids: Sequence[int]) -> None:
+        """Make ``block_ids`` the row of a request, from the step on that is about to run."""
+        ...
 
 
 class RunnerV1:
@@ -26,12 +40,12 @@ class RunnerV1:
         self._runner = runner
         self._group_id = group_id
 
-    def request_ids(self) -> list[str]:
-        """Request ids in row order of the current batch."""
-        return list(self._runner.input_batch.req_ids)
+    def request_ids(self, common: CommonAttentionMetadata) -> list[str]:
+        """See :class:`Rows`."""
+        return list(self._runner.input_batch.req_ids[: common.num_reqs])
 
     def replace_row(self, request_id: str, block_ids: Sequence[int]) -> None:
-        """Make ``block_ids`` the block table row of a request, in the batch and out of it.
+        """See :class:`Rows`.
 
         The cached request keeps its own copy of the row, from which vLLM rebuilds the batch row
         when the request was left out of a step.
@@ -43,3 +57,43 @@ class RunnerV1:
             table = self._runner.input_batch.block_table[self._group_id]
             table.clear_row(row)
             table.add_row(list(block_ids), row)
+
+
+class RunnerV2:
+    """Adapter of model runner V2 (``v1/worker/gpu/model_runner.py``).
+
+    A request has a slot for life, and its row lies there; a batch names slots. With one KV cache
+    group, which compression asks for, a row is the row of that group.
+
+    Args:
+        runner: vLLM's runner.
+    """
+
+    def __init__(self, runner: GPUModelRunnerV2) -> None:
+        self._runner = runner
+
+    def request_ids(self, common: CommonAttentionMetadata) -> list[str]:
+        """See :class:`Rows`; an empty batch when vLLM only warms up."""
+        if common.req_idx is None:
+            return []
+        by_slot = self._runner.req_states.index_to_req_id
+        return [by_slot.get(slot, "") for slot in common.req_idx.tolist()]
+
+    def replace_row(self, request_id: str, block_ids: Sequence[int]) -> None:
+        """See :class:`Rows`.
+
+        Written at once: vLLM's own buffer has room for one write per slot and step, and its write
+        follows.
+        """
+        slot = self._runner.req_states.req_id_to_index.get(request_id)
+        if slot is not None:
+            tables = self._runner.block_tables
+            tables.append_block_ids(slot, (list(block_ids),), overwrite=True)
+            tables.apply_staged_writes()
+
+
+def adapt(runner: GPUModelRunner | GPUModelRunnerV2) -> Rows:
+    """The adapter that fits a runner."""
+    if hasattr(runner, "req_states"):
+        return RunnerV2(runner)
+    return RunnerV1(runner)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vllm_kvzip.pipeline import Compressor
     from vllm_kvzip.vllm_bridge.attention_timer import AttentionTimer
     from vllm_kvzip.vllm_bridge.requests import RequestTracker, TrackedRequest
-    from vllm_kvzip.vllm_bridge.runners import RunnerV1
+    from vllm_kvzip.vllm_bridge.runners import Rows
     from vllm_kvzip.vllm_bridge.scoring_pass import ReconstructionPass
     from vllm_kvzip.vllm_bridge.stats_export import WorkerRecorder
 
@@ -89,7 +89,7 @@ class HeadPageRuntime:
         layer_names: list[str],
         compressor: Compressor,
         tracker: RequestTracker,
-        rows: RunnerV1,
+        rows: Rows,
         recorder: WorkerRecorder | None,
         timer: AttentionTimer | None,
         observation_window_tokens: int,
@@ -190,7 +190,7 @@ class HeadPageRuntime:
         Args:
             common: vLLM's metadata of the batch; tensors are on the CPU.
         """
-        request_ids = self._rows.request_ids()[: common.num_reqs]
+        request_ids = self._rows.request_ids(common)
         starts = common.query_start_loc
         spans = tuple(self._spans(request_ids, starts))
         batch = self._batcher.split(request_ids, common, self._states)

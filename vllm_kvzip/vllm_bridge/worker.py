@@ -30,7 +30,7 @@ from vllm_kvzip.vllm_bridge.cache_spec import HeadPageSpec, as_head_page_specs
 from vllm_kvzip.vllm_bridge.cpu_pages import discover_codec, map_head_pages
 from vllm_kvzip.vllm_bridge.requests import RequestTracker
 from vllm_kvzip.vllm_bridge.rotary import find_rotary
-from vllm_kvzip.vllm_bridge.runners import RunnerV1
+from vllm_kvzip.vllm_bridge.runners import adapt
 from vllm_kvzip.vllm_bridge.runtime import HeadPageRuntime
 from vllm_kvzip.vllm_bridge.scoring_pass import ReconstructionPass, RepeatPrompt
 from vllm_kvzip.vllm_bridge.settings import Settings
@@ -84,7 +84,8 @@ class HeadPageCPUWorker(CPUWorker):
     def _build_runtime(self, kv_cache_config: KVCacheConfig) -> HeadPageRuntime:
         settings = self._kvzip_settings
         config = settings.config
-        if self.model_runner.shared_kv_cache_layers:
+        attention = get_layers_from_vllm_config(self.vllm_config, Attention)
+        if any(layer.kv_sharing_target_layer_name for layer in attention.values()):
             raise UnsupportedError(
                 "KV compression does not support layers that share another layer's KV cache; run "
                 "this model without --kv-compression."
@@ -177,7 +178,7 @@ class HeadPageCPUWorker(CPUWorker):
             layer_names=layer_names,
             compressor=compressor,
             tracker=RequestTracker(rule, keep_tokens=reconstruction is not None),
-            rows=RunnerV1(self.model_runner),
+            rows=adapt(self.model_runner),
             recorder=recorder,
             timer=timer,
             observation_window_tokens=settings.observation_tokens,

@@ -1,0 +1,46 @@
+"""Benchmarks run from one command, and refuse to print figures of a plugin that did nothing."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
+
+
+def run(script, *arguments):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / script), *arguments],
+        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def rows(text):
+    """Cells of a Markdown table's rows, without its head."""
+    lines = [line for line in text.splitlines() if re.match(r"\|(?!---)", line)]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
+
+
+def test_the_overhead_of_engines_that_take_turns():
+    small = "--requests 3 --concurrency 2 --prompt-tokens 160 --output-tokens 5 --rounds 1"
+    found = rows(run("benchmark_overhead.py", *small.split()))
+    assert [row[0] for row in found] == ["stock", "idle", "keep 1.0"]
+    assert found[0][2] == "1.000"
+    assert all(0.2 < float(row[2]) < 5 for row in found)
+
+
+def test_the_scheduler_without_a_model():
+    small = "--requests 4 --prompt-tokens 128 --steps 3 --rounds 1"
+    ((running, prompt, held, compressed, *_),) = rows(run("benchmark_scheduler.py", *small.split()))
+    assert (running, prompt, held) == ("4", "128", str(4 * 5))
+    assert int(compressed) == 4 * 3  # half of four blocks, and one that is being filled
