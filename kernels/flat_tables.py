@@ -36,30 +36,31 @@ def flatten_tables_reference(tables: PageTables, width: int) -> tuple[torch.Tens
 
 @triton.jit
 def lay_out(
-    arena, offsets, slots, boundaries, block_table, seq_lens, flat, lengths,
-    num_heads, width, num_pairs, layer_stride, block_stride, first_page,
-    offsets_stride, table_stride, flat_layer_stride, flat_row_stride,
-    N: tl.constexpr, COLUMNS: tl.constexpr,
+    offsets, boundaries, slots, block_table, seq_lens, flat, lengths,
+    width, num_rows, first_page, layer_stride, block_stride,
+    table_stride, flat_layer_stride, flat_row_stride,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Some columns of one pair's row in one layer; grid ``(tiles of columns, R * H, L)``."""
     row = tl.program_id(1)
     layer = tl.program_id(2)
-    request = row // num_heads
-    head = row % num_heads
+    request = row // HEADS
+    head = row % HEADS
     begin, num_pages, boundary, num_tokens = find_pair(
-        offsets, slots, boundaries, seq_lens, request, layer * num_heads + head, offsets_stride, N
+        offsets, boundaries, slots, seq_lens, request, layer * HEADS + head, PAIRS, N
     )
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     wanted = columns < tl.cdiv(num_tokens, N)
     tail_page = first_page + layer.to(tl.int64) * layer_stride + head
     table_row = block_table + request.to(tl.int64) * table_stride
     pages = find_pages(
-        columns, wanted, arena, begin, num_pages, table_row, boundary, tail_page, block_stride
-    )
+        columns, wanted, begin, num_pages, boundary, table_row, tail_page, first_page,
+        layer_stride, block_stride, HEADS, PAIRS,
+    )  # fmt: skip
     place = flat + layer.to(tl.int64) * flat_layer_stride + row.to(tl.int64) * flat_row_stride
     tl.store(place + columns, pages.to(tl.int32), mask=wanted & (columns < width))
     if tl.program_id(0) == 0:
-        tl.store(lengths + layer * num_pairs + row, num_tokens)
+        tl.store(lengths + layer * num_rows + row, num_tokens)
 
 
 def flatten_tables(tables: PageTables, flat: torch.Tensor, lengths: torch.Tensor) -> None:
@@ -74,11 +75,12 @@ def flatten_tables(tables: PageTables, flat: torch.Tensor, lengths: torch.Tensor
     """
     num_layers, num_pairs, width = flat.shape
     columns = min(1024, triton.next_power_of_2(width))
+    place = tables.place
     lay_out[triton.cdiv(width, columns), num_pairs, num_layers](
-        tables.arena, tables.offsets, tables.slots, tables.boundary_blocks, tables.block_table,
-        tables.seq_lens, flat, lengths,
-        tables.num_kv_heads, width, num_pairs,
-        tables.place.layer_stride, tables.place.block_stride, tables.place.first_page,
-        tables.offsets.stride(0), tables.block_table.stride(0), flat.stride(0), flat.stride(1),
-        N=tables.page_tokens, COLUMNS=columns, num_warps=4,
+        tables.offsets, tables.boundary_blocks, tables.slots, tables.block_table, tables.seq_lens,
+        flat, lengths,
+        width, num_pairs, place.first_page, place.layer_stride, place.block_stride,
+        tables.block_table.stride(0), flat.stride(0), flat.stride(1),
+        HEADS=tables.num_kv_heads, PAIRS=tables.pages_per_block, N=tables.page_tokens,
+        COLUMNS=columns, num_warps=4,
     )  # fmt: skip

@@ -66,15 +66,18 @@ def head_page_attention_reference(
     return output
 
 
-@triton.jit(do_not_specialize=["first_pair", "layer_page"])
+@triton.jit(do_not_specialize=["first_pair", "layer_page", "first_page"])
 def attend_runs(
     query, key_pages, value_pages, output, log_sums,
-    arena, offsets, slots, boundaries, seq_lens, block_table, query_start_loc,
-    log2_scale, first_pair, layer_page, block_stride,
-    query_token_stride, query_head_stride, page_stride, token_stride,
+    offsets, boundaries, slots, seq_lens, block_table, query_start_loc,
+    log2_scale, first_pair, layer_page, first_page, layer_stride, block_stride,
+    query_token_stride, query_head_stride,
+    key_page_stride, key_token_stride, key_dim_stride,
+    value_page_stride, value_token_stride, value_dim_stride,
     run_stride, output_token_stride, output_head_stride, sums_run_stride, sums_token_stride,
-    offsets_stride, table_stride,
-    GROUP: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, N: tl.constexpr,
+    table_stride,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    D_PADDED: tl.constexpr, N: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, RUN_TOKENS: tl.constexpr,
     TILES: tl.constexpr, ONE_RUN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -89,7 +92,7 @@ def attend_runs(
     query_start = tl.load(query_start_loc + request)
     query_len = tl.load(query_start_loc + request + 1) - query_start
     begin, num_pages, boundary, num_tokens = find_pair(
-        offsets, slots, boundaries, seq_lens, request, first_pair + head, offsets_stride, N
+        offsets, boundaries, slots, seq_lens, request, first_pair + head, PAIRS, N
     )
     rows = first_row + tl.arange(0, ROWS)
     token = rows // GROUP
@@ -121,13 +124,17 @@ def attend_runs(
         tokens = position + tl.arange(0, TOKENS)
         wanted = tokens < end
         page = find_pages(
-            tokens // N, wanted, arena, begin, num_pages, table_row, boundary, tail_page,
-            block_stride,
+            tokens // N, wanted, begin, num_pages, boundary, table_row, tail_page, first_page,
+            layer_stride, block_stride, HEADS, PAIRS,
         )  # fmt: skip
-        place = page * page_stride + tokens % N * token_stride
+        in_page = tokens % N
         kv_mask = wanted[:, None] & in_head[None, :]
-        k = tl.load(key_pages + place[:, None] + dims[None, :], mask=kv_mask, other=0.0)
-        v = tl.load(value_pages + place[:, None] + dims[None, :], mask=kv_mask, other=0.0)
+        key_place = page * key_page_stride + in_page * key_token_stride
+        key_place = key_place[:, None] + (dims * key_dim_stride)[None, :]
+        k = tl.load(key_pages + key_place, mask=kv_mask, other=0.0)
+        value_place = page * value_page_stride + in_page * value_token_stride
+        value_place = value_place[:, None] + (dims * value_dim_stride)[None, :]
+        v = tl.load(value_pages + value_place, mask=kv_mask, other=0.0)
         if UPCAST:
             k = k.to(tl.float32)
             v = v.to(tl.float32)
@@ -156,11 +163,11 @@ def attend_runs(
 @triton.jit(do_not_specialize=["first_pair"])
 def join_runs(
     parts, log_sums, output,
-    offsets, slots, boundaries, seq_lens, query_start_loc, first_pair,
+    offsets, boundaries, slots, seq_lens, query_start_loc, first_pair,
     run_stride, parts_token_stride, parts_head_stride, sums_run_stride, sums_token_stride,
-    output_token_stride, output_head_stride, offsets_stride,
-    GROUP: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, N: tl.constexpr,
-    RUN_TOKENS: tl.constexpr, RUNS: tl.constexpr,
+    output_token_stride, output_head_stride,
+    PAIRS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
+    N: tl.constexpr, RUN_TOKENS: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
     """Weighted mean of the runs of one (token, query head); grid ``(most query tokens, R, H * G)``.
 
@@ -174,9 +181,8 @@ def join_runs(
     if index >= query_len:
         return
     _, _, _, num_tokens = find_pair(
-        offsets, slots, boundaries, seq_lens, request, first_pair + query_head // GROUP,
-        offsets_stride, N,
-    )  # fmt: skip
+        offsets, boundaries, slots, seq_lens, request, first_pair + query_head // GROUP, PAIRS, N
+    )
     seen = num_tokens - query_len + index + 1
     token = (query_start + index).to(tl.int64)
     runs = tl.arange(0, RUNS)
@@ -241,7 +247,8 @@ def head_page_attention(
 
     Args:
         query: float32, bfloat16 or float16 ``[tokens, H * G, D]``, last dimension contiguous.
-        key_pages, value_pages: ``[P, N, D]`` in the same dtype and with the same strides.
+        key_pages, value_pages: ``[P, N, D]`` in the same dtype; views of any strides, contiguous
+            rows are read fastest.
         query_start_loc: int32 ``[R + 1]``.
         tables: where each request's KV pairs lie.
         layer: which layer's pages.
@@ -255,11 +262,7 @@ def head_page_attention(
     Returns:
         ``output``.
 
-    Raises:
-        ValueError: for pages whose strides differ between keys and values.
     """
-    if key_pages.stride() != value_pages.stride() or key_pages.stride(2) != 1:
-        raise ValueError("key and value pages must have the same strides and contiguous rows")
     num_tokens, num_query_heads, head_dim = query.shape
     num_heads = tables.num_kv_heads
     num_requests = len(tables.slots)
@@ -284,6 +287,7 @@ def head_page_attention(
         parts = query.new_empty((num_runs, *query.shape), dtype=torch.float32)
         log_sums = query.new_empty((num_runs, num_tokens, num_query_heads), dtype=torch.float32)
     sizes = {
+        "PAIRS": tables.pages_per_block,
         "GROUP": group,
         "D": head_dim,
         "D_PADDED": triton.next_power_of_2(head_dim),
@@ -292,25 +296,23 @@ def head_page_attention(
     }
     attend_runs[num_runs, num_requests * tiles, num_heads](
         query, key_pages, value_pages, parts, log_sums,
-        tables.arena, tables.offsets, tables.slots, tables.boundary_blocks, tables.seq_lens,
+        tables.offsets, tables.boundary_blocks, tables.slots, tables.seq_lens,
         tables.block_table, query_start_loc,
         scale * LOG2_E, first_pair, place.first_page + layer * place.layer_stride,
-        place.block_stride,
-        query.stride(0), query.stride(1), key_pages.stride(0), key_pages.stride(1),
-        parts.stride(0), parts.stride(1), parts.stride(2), log_sums.stride(0), log_sums.stride(1),
-        tables.offsets.stride(0), tables.block_table.stride(0),
-        ROWS=rows, TOKENS=tokens, TILES=tiles, ONE_RUN=num_runs == 1,
+        place.first_page, place.layer_stride, place.block_stride,
+        query.stride(0), query.stride(1), *key_pages.stride(), *value_pages.stride(),
+        *parts.stride()[:3], *log_sums.stride()[:2], tables.block_table.stride(0),
+        HEADS=num_heads, ROWS=rows, TOKENS=tokens, TILES=tiles, ONE_RUN=num_runs == 1,
         UPCAST=INTERPRETED, PRECISION=dot_precision(query.dtype), **sizes,
         num_warps=num_warps or (4 if rows <= 32 else 8), num_stages=num_stages,
     )  # fmt: skip
     if num_runs > 1:
         join_runs[max_query_len, num_requests, num_query_heads](
             parts, log_sums, output,
-            tables.offsets, tables.slots, tables.boundary_blocks, tables.seq_lens,
+            tables.offsets, tables.boundary_blocks, tables.slots, tables.seq_lens,
             query_start_loc, first_pair,
             parts.stride(0), parts.stride(1), parts.stride(2),
             log_sums.stride(0), log_sums.stride(1), output.stride(0), output.stride(1),
-            tables.offsets.stride(0),
             RUNS=triton.next_power_of_2(num_runs), **sizes, num_warps=2,
         )  # fmt: skip
     return output

@@ -28,6 +28,7 @@ from quality_tasks import TASKS, Document, known_tasks
 from rich.console import Console
 from tqdm import tqdm
 
+from vllm_kvzip.errors import KVzipError
 from vllm_kvzip.scoring import scorer_class
 
 ROWS = (
@@ -177,7 +178,10 @@ def main() -> None:
         settings = None if row == "no compression" else settings_of(row, ratio)
         if settings is not None and args.prefill_budget is not None:
             settings["prefill_budget"] = args.prefill_budget
-        counts = measure(args.model, documents, settings, args.tensor_parallel_size)
+        try:
+            counts = measure(args.model, documents, settings, args.tensor_parallel_size)
+        except KVzipError as error:
+            sys.exit(f"\n{row}: {error}")
         for name, members in groups.items():
             chosen = [c for c, member in zip(counts, members, strict=True) if member]
             for key in [ratio] if settings else args.keep_ratios:

@@ -14,7 +14,7 @@ import vllm_kvzip
 if str(Path(__file__).parent.parent) not in vllm_kvzip.__path__:
     vllm_kvzip.__path__.append(str(Path(__file__).parent.parent))
 
-from vllm_kvzip.kernels.page_tables import PagePlace, PageTables, pack_prefixes
+from vllm_kvzip.kernels.page_tables import PagePlace, PageTables
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,10 +60,8 @@ class Case:
         """The same on the CPU, for references."""
         moved = {
             name: getattr(self.tables, name).cpu()
-            for name in (
-                "arena", "offsets", "slots", "boundary_blocks", "block_table", "seq_lens"
-            )
-        }  # fmt: skip
+            for name in ("offsets", "boundary_blocks", "slots", "block_table", "seq_lens")
+        }
         return replace(
             self,
             query=self.query.cpu().double(),
@@ -120,27 +118,24 @@ def make_case(
     free = (1 + torch.randperm(num_blocks - 1, generator=generator)).split(
         [count for pair in zip(tails, dealt, strict=True) for count in pair]
     )
-    width = max(1, *(a.boundary_blocks + tail for a, tail in zip(requests, tails, strict=True)))
+    width = 1 + max(
+        asked.boundary_blocks + tail for asked, tail in zip(requests, tails, strict=True)
+    )
     block_table = torch.zeros(len(requests), width, dtype=torch.int32)
-    prefixes, slots = [], torch.zeros(len(requests), dtype=torch.int32)
-    layers = torch.arange(shape.num_layers)[:, None, None] * place.layer_stride
-    heads = torch.arange(shape.num_kv_heads)[:, None]
+    slots = torch.randperm(len(requests) + 2, generator=generator)[: len(requests)]
+    offsets = torch.zeros(len(requests) + 2, per_block + 1, dtype=torch.int32)
+    boundaries = torch.zeros(len(requests) + 2, dtype=torch.int32)
     for row, asked in enumerate(requests):
         tail, blocks = free[2 * row], free[2 * row + 1]
+        block_table[row, : len(blocks)] = blocks.int()
         block_table[row, asked.boundary_blocks :][: len(tail)] = tail.int()
-        if asked.keep_ratio is not None:
-            pages = (layers + heads + blocks * place.block_stride).flatten()
-            pages = pages[torch.randperm(len(pages), generator=generator)]
-            prefixes.append((pages[: int(kept[row].sum())], kept[row]))
-            slots[row] = len(prefixes)
-    arena, offsets = pack_prefixes(prefixes, per_block)
+        offsets[slots[row], 1:] = kept[row].flatten().cumsum(0).int()
+        boundaries[slots[row]] = asked.boundary_blocks
     lens = torch.tensor([asked.seq_len for asked in requests], dtype=torch.int32)
-    boundaries = torch.tensor([asked.boundary_blocks for asked in requests], dtype=torch.int32)
     tables = PageTables(
-        arena=arena.to(device), offsets=offsets.to(device), slots=slots.to(device),
-        boundary_blocks=boundaries.to(device), block_table=block_table.to(device),
-        seq_lens=lens.to(device), place=place, num_kv_heads=shape.num_kv_heads,
-        page_tokens=page_tokens,
+        offsets=offsets.to(device), boundary_blocks=boundaries.to(device),
+        slots=slots.int().to(device), block_table=block_table.to(device), seq_lens=lens.to(device),
+        place=place, num_kv_heads=shape.num_kv_heads, page_tokens=page_tokens,
     )  # fmt: skip
     lengths = torch.tensor([asked.query_len for asked in requests])
     starts = torch.zeros(len(requests) + 1, dtype=torch.int32)

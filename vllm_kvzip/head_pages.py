@@ -66,7 +66,9 @@ class PagePool:
 
 
 def deal_pages(block_ids: Sequence[int], pages: torch.Tensor, pool: PagePool) -> torch.Tensor:
-    """Deal the head pages of some blocks to the heads.
+    """Deal the head pages of some blocks to the heads, in (block, layer, KV head) order.
+
+    Kernels rely on the order: they compute a page from its number in the prefix.
 
     Args:
         block_ids: blocks that hold the compressed prefix.

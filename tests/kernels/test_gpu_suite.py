@@ -3,19 +3,27 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
+SUITE = ["bash", str(ROOT / "scripts" / "gpu_suite.sh")]
 
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory):
     folder = tmp_path_factory.mktemp("suite")
     done = subprocess.run(
-        ["bash", str(ROOT / "scripts" / "gpu_suite.sh"), "--interpret", "--output-dir", str(folder)],
-        env={**os.environ, "PYTHON": os.sys.executable},
+        [
+            "bash",
+            str(ROOT / "scripts" / "gpu_suite.sh"),
+            "--interpret",
+            "--output-dir",
+            str(folder),
+        ],
+        env={**os.environ, "PYTHON": sys.executable},
         capture_output=True,
         text=True,
         check=False,
@@ -42,8 +50,8 @@ def test_it_says_that_its_times_mean_nothing(suite):
 
 def test_without_a_card_it_says_so():
     done = subprocess.run(
-        ["bash", str(ROOT / "scripts" / "gpu_suite.sh")],
-        env={**os.environ, "PYTHON": os.sys.executable, "CUDA_VISIBLE_DEVICES": ""},
+        SUITE,
+        env={**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         check=False,

@@ -102,6 +102,7 @@ def run_job(
     actions: dict[int, str] | None = None,
     watch_hashed_blocks: bool = False,
     asynchronous: bool = False,
+    triton_attention: bool = False,
     **engine: Any,
 ) -> Report:
     """Run requests through a fresh engine.
@@ -115,6 +116,7 @@ def run_job(
             half a second, or ``scribble`` over a block that is being watched.
         watch_hashed_blocks: see :class:`hashed_blocks.HashedBlockWatch`.
         asynchronous: see :mod:`forced_async`.
+        triton_attention: attend over head pages by our own kernel, interpreted.
         engine: more arguments of ``LLM``.
     """
     arguments: dict[str, Any] = {
@@ -137,6 +139,7 @@ def run_job(
                     "actions": actions or {},
                     "watch_hashed_blocks": watch_hashed_blocks,
                     "asynchronous": asynchronous,
+                    "triton_attention": triton_attention,
                 }
             )
         )
@@ -195,6 +198,11 @@ def execute(job: dict[str, Any]) -> Report:
 
     if job["asynchronous"]:
         force_async_scheduling()
+    if job["triton_attention"]:
+        from vllm_kvzip.vllm_bridge.kernel_batches import KernelBatcher
+        from vllm_kvzip.vllm_bridge.worker import HeadPageCPUWorker
+
+        HeadPageCPUWorker.batcher_class = KernelBatcher
     llm = LLM(**job["engine"])
     engine = llm.llm_engine
     core = engine.engine_core.engine_core
@@ -276,6 +284,8 @@ def execute(job: dict[str, Any]) -> Report:
         runner = driver.worker.model_runner
         classes["backend"] = runner.attn_groups[0][0].backend.__name__
         classes["runner"] = type(runner).__module__
+        if runtime := getattr(driver.worker, "_kvzip", None):
+            classes["batcher"] = type(runtime._batcher).__name__
     metrics = {}
     for metric in REGISTRY.collect():
         for sample in metric.samples:

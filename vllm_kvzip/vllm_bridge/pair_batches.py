@@ -7,7 +7,7 @@ batch is worked out when that changes; such a step adds lengths to it, and block
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
+    from vllm_kvzip.compaction import PageCodec
     from vllm_kvzip.core import CacheGeometry, CompressedPrefix, PrefixPlan
 
 
@@ -34,19 +35,40 @@ class PrefixState:
     plan: PrefixPlan
 
 
+class AttendingBatch(Protocol):
+    """Requests of a step, ready for a kernel."""
+
+    def attend(self, impl: Any, layer: Any, query: torch.Tensor, output: torch.Tensor) -> None:
+        """Attention of one layer; rows of requests that are not among them are left alone."""
+        ...
+
+
 @dataclass(frozen=True)
 class SplitBatch:
     """A batch in two parts.
 
     Attributes:
-        pairs: the compressed requests.
+        pairs: the compressed requests, or all of them.
         dense_rows: int64 rows of the others; None when there are none.
         dense_tokens: int64 rows of their tokens.
     """
 
-    pairs: PairBatch
+    pairs: AttendingBatch
     dense_rows: torch.Tensor | None
     dense_tokens: torch.Tensor | None
+
+
+class Batcher(Protocol):
+    """Describes the batch of a step to a kernel."""
+
+    def split(
+        self,
+        request_ids: list[str],
+        common: CommonAttentionMetadata,
+        states: Mapping[str, PrefixState],
+    ) -> SplitBatch | None:
+        """See :meth:`PairBatcher.split`."""
+        ...
 
 
 @dataclass
@@ -82,6 +104,7 @@ class PairBatcher:
         geometry: shape of the compressed layers.
         pool: where head pages lie.
         pages: ``[num_pages, 2 * N * D]``, vLLM's cache as one pool.
+        codec: not used; the kernel is vLLM's own.
         layer_index: vLLM's layer names in layer order.
         isa: vLLM's name of the CPU kernel variant.
     """
@@ -91,9 +114,11 @@ class PairBatcher:
         geometry: CacheGeometry,
         pool: PagePool,
         pages: torch.Tensor,
+        codec: PageCodec,
         layer_index: dict[str, int],
         isa: str,
     ) -> None:
+        del codec
         self._geometry = geometry
         self._pool = pool
         halves = pages.view(-1, 1, 2 * geometry.block_size, geometry.head_dim).chunk(2, dim=2)

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_kvzip.head_pages import PagePool, fold_row
+from vllm_kvzip.head_pages import fold_row
 from vllm_kvzip.vllm_bridge.attention import QuerySpan
-from vllm_kvzip.vllm_bridge.pair_batches import PairBatcher, PrefixState, SplitBatch
+from vllm_kvzip.vllm_bridge.pair_batches import PrefixState
 from vllm_kvzip.vllm_bridge.requests import checksum
 from vllm_kvzip.vllm_bridge.step_message import attached
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vllm_kvzip.core import CacheGeometry, CompressedPrefix, PrefixPlan
     from vllm_kvzip.pipeline import Compressor
     from vllm_kvzip.vllm_bridge.attention_timer import AttentionTimer
+    from vllm_kvzip.vllm_bridge.pair_batches import Batcher, SplitBatch
     from vllm_kvzip.vllm_bridge.requests import RequestTracker, TrackedRequest
     from vllm_kvzip.vllm_bridge.runners import Rows
     from vllm_kvzip.vllm_bridge.scoring_pass import ReconstructionPass
@@ -66,17 +67,16 @@ class HeadPageRuntime:
 
     Args:
         geometry: shape of the compressed layers.
-        pool: where head pages lie.
         pages: ``[num_pages, 2 * N * D]``, vLLM's cache as one pool.
         layer_names: vLLM's layer names in layer order.
         compressor: score, budget, select, compact.
+        batcher: describes batches to the attention kernel.
         tracker: requests to compress.
         rows: adapter of vLLM's model runner.
         recorder: metrics of this worker; None where another rank records the same.
         timer: of attention; likewise.
         observation_window_tokens: how many of the last prompt queries the scorer wants (0: none).
         scale: softmax scale of the attention layers.
-        isa: vLLM's name of the CPU kernel variant.
         reconstruction: runs the model over a context once more, for scorers that want it.
     """
 
@@ -84,23 +84,22 @@ class HeadPageRuntime:
         self,
         *,
         geometry: CacheGeometry,
-        pool: PagePool,
         pages: torch.Tensor,
         layer_names: list[str],
         compressor: Compressor,
+        batcher: Batcher,
         tracker: RequestTracker,
         rows: Rows,
         recorder: WorkerRecorder | None,
         timer: AttentionTimer | None,
         observation_window_tokens: int,
         scale: float,
-        isa: str,
         reconstruction: ReconstructionPass | None = None,
     ) -> None:
         self._geometry = geometry
         self._pages = pages
         self._layer_index = {name: index for index, name in enumerate(layer_names)}
-        self._batcher = PairBatcher(geometry, pool, pages, self._layer_index, isa)
+        self._batcher = batcher
         self._compressor = compressor
         self._tracker = tracker
         self._rows = rows

@@ -28,6 +28,7 @@ from vllm_kvzip.vllm_bridge.attention import HeadPageCPUBackend, HeadPageCPUBuil
 from vllm_kvzip.vllm_bridge.attention_timer import AttentionTimer
 from vllm_kvzip.vllm_bridge.cache_spec import HeadPageSpec, as_head_page_specs
 from vllm_kvzip.vllm_bridge.cpu_pages import discover_codec, map_head_pages
+from vllm_kvzip.vllm_bridge.pair_batches import PairBatcher
 from vllm_kvzip.vllm_bridge.requests import RequestTracker
 from vllm_kvzip.vllm_bridge.rotary import find_rotary
 from vllm_kvzip.vllm_bridge.runners import adapt
@@ -42,13 +43,21 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
+    from vllm_kvzip.vllm_bridge.kernel_batches import KernelBatcher
+
 logger = init_logger("vllm." + __name__)
 
 _BACKEND_PATH = f"{HeadPageCPUBackend.__module__}.{HeadPageCPUBackend.__qualname__}"
 
 
 class HeadPageCPUWorker(CPUWorker):
-    """vLLM's CPU worker, which compresses prompts between steps."""
+    """vLLM's CPU worker, which compresses prompts between steps.
+
+    Attributes:
+        batcher_class: which kernel attends over compressed prefixes, vLLM's or ours.
+    """
+
+    batcher_class: type[PairBatcher] | type[KernelBatcher] = PairBatcher
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         self._kvzip_settings = Settings.from_vllm_config(vllm_config)
@@ -165,6 +174,8 @@ class HeadPageCPUWorker(CPUWorker):
                 max_tokens=self.vllm_config.scheduler_config.max_num_batched_tokens,
                 max_positions=self.model_config.max_model_len,
             )
+        layer_index = {name: index for index, name in enumerate(layer_names)}
+        batcher = self.batcher_class(geometry, pool, pages, codec, layer_index, builders[0].isa)
         recorder = timer = None
         if get_tensor_model_parallel_rank() == 0:  # the others would record the same
             recorder = WorkerRecorder(settings.metrics_directory)
@@ -173,17 +184,16 @@ class HeadPageCPUWorker(CPUWorker):
                 layer.impl.timer = timer
         runtime = HeadPageRuntime(
             geometry=geometry,
-            pool=pool,
             pages=pages,
             layer_names=layer_names,
             compressor=compressor,
+            batcher=batcher,
             tracker=RequestTracker(rule, keep_tokens=reconstruction is not None),
             rows=adapt(self.model_runner),
             recorder=recorder,
             timer=timer,
             observation_window_tokens=settings.observation_tokens,
             scale=first.impl.scale,
-            isa=builders[0].isa,
             reconstruction=reconstruction,
         )
         for builder in builders:
