@@ -17,14 +17,6 @@ from .runtime import INTERPRETED, dot_precision
 LOG2_E = 1.4426950408889634
 
 
-def column_maximum_reference(
-    queries: torch.Tensor, keys: torch.Tensor, log_normaliser: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """The same in plain torch, with the whole attention matrix; see :func:`column_maximum`."""
-    logits = torch.bmm(queries.float(), keys.float().transpose(1, 2)) * scale
-    return (logits - log_normaliser[:, :, None]).amax(dim=1).exp().clamp(max=1.0)
-
-
 @triton.jit
 def highest_weight(
     queries, keys, log_normaliser, scores, log2_scale, num_queries, num_keys,

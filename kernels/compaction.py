@@ -15,24 +15,6 @@ if TYPE_CHECKING:
     import torch
 
 
-def compact_pages_reference(
-    key_pages: torch.Tensor,
-    value_pages: torch.Tensor,
-    source_pages: torch.Tensor,
-    positions: torch.Tensor,
-    page_heads: torch.Tensor,
-    target_pages: torch.Tensor,
-) -> None:
-    """The same in plain torch; see :func:`compact_pages`."""
-    page_tokens = key_pages.shape[1]
-    heads = page_heads.long().repeat_interleave(page_tokens)
-    index = positions.long()
-    pages = source_pages[heads, index // page_tokens].long()
-    for half in (key_pages, value_pages):
-        kept = half[pages, index % page_tokens]
-        half[target_pages.long()] = kept.view(-1, page_tokens, half.shape[2])
-
-
 @triton.jit
 def copy_kept(
     key_pages, value_pages, source_pages, positions, page_heads, target_pages,

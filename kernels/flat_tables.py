@@ -9,29 +9,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 
 from .page_tables import find_pages, find_pair
 
 if TYPE_CHECKING:
+    import torch
+
     from .page_tables import PageTables
-
-
-def flatten_tables_reference(tables: PageTables, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in plain torch, pair by pair; see :func:`flatten_tables`."""
-    num_layers, num_heads, num_requests = tables.num_layers, tables.num_kv_heads, len(tables.slots)
-    flat = torch.zeros(num_layers, num_requests * num_heads, width, dtype=torch.int32)
-    lengths = torch.zeros(num_layers, num_requests * num_heads, dtype=torch.int32)
-    for layer in range(num_layers):
-        for request in range(num_requests):
-            for head in range(num_heads):
-                pages, num_tokens = tables.pages_of(layer, request, head)
-                row = request * num_heads + head
-                flat[layer, row, : len(pages)] = pages.to(torch.int32)
-                lengths[layer, row] = num_tokens
-    return flat, lengths
 
 
 @triton.jit

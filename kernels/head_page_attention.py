@@ -10,7 +10,6 @@ with few kept tokens has few runs: the work follows what is kept, head by head.
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import TYPE_CHECKING
 
@@ -18,52 +17,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .page_tables import find_pages, find_pair, gather_pages
+from .page_tables import find_pages, find_pair
 from .runtime import INTERPRETED, dot_precision
 
 if TYPE_CHECKING:
     from .page_tables import PageTables
 
 LOG2_E = 1.4426950408889634
-
-
-def head_page_attention_reference(
-    query: torch.Tensor,
-    key_pages: torch.Tensor,
-    value_pages: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    tables: PageTables,
-    layer: int,
-    scale: float,
-) -> torch.Tensor:
-    """The same in plain torch, pair by pair, in the dtype of its inputs.
-
-    Args:
-        query: ``[tokens, H * G, D]``, the last tokens of each request.
-        key_pages, value_pages: ``[P, N, D]``.
-        query_start_loc: int32 ``[R + 1]``.
-        tables: where each request's KV pairs lie.
-        layer: which layer's pages.
-        scale: softmax scale.
-
-    Returns:
-        like ``query``.
-    """
-    output = torch.empty_like(query)
-    starts = query_start_loc.tolist()
-    group = query.shape[1] // tables.num_kv_heads
-    for request, (first, end) in enumerate(itertools.pairwise(starts)):
-        for head in range(tables.num_kv_heads):
-            ids, num_tokens = tables.pages_of(layer, request, head)
-            keys = gather_pages(key_pages, ids, num_tokens)
-            values = gather_pages(value_pages, ids, num_tokens)
-            heads = slice(head * group, (head + 1) * group)
-            logits = torch.einsum("qgd,kd->gqk", query[first:end, heads], keys) * scale
-            seen = num_tokens - (end - first) + torch.arange(end - first, device=keys.device)
-            future = torch.arange(num_tokens, device=keys.device) > seen[:, None]
-            weights = logits.masked_fill(future, float("-inf")).softmax(dim=-1)
-            output[first:end, heads] = torch.einsum("gqk,kd->qgd", weights, values)
-    return output
 
 
 @triton.jit(do_not_specialize=["first_pair", "layer_page", "first_page"])

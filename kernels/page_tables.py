@@ -90,20 +90,6 @@ class PageTables:
         return pages, (end - begin) * self.page_tokens + tail_tokens
 
 
-def gather_pages(pages: torch.Tensor, page_ids: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """The first ``num_tokens`` rows of some pages.
-
-    Args:
-        pages: ``[P, N, D]``.
-        page_ids: int64 ``[n]``.
-        num_tokens: how many rows.
-
-    Returns:
-        ``[num_tokens, D]``, a copy.
-    """
-    return pages[page_ids].flatten(0, 1)[:num_tokens]
-
-
 @triton.jit
 def find_pair(
     offsets, boundaries, slots, seq_lens, request, pair, PAIRS: tl.constexpr, N: tl.constexpr

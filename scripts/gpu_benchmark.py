@@ -16,6 +16,7 @@ import torch
 import triton
 from gpu_checks import compaction_inputs
 from kernel_cases import Asked, Case, Shape, make_case
+from triton.runtime.errors import OutOfResources
 from vllm_kvzip.kernels.column_maximum import column_maximum
 from vllm_kvzip.kernels.compaction import compact_pages
 from vllm_kvzip.kernels.flat_tables import flatten_tables
@@ -250,7 +251,7 @@ def tuning_rows(load: Load, keep_ratio: float, device: str) -> list[dict[str, An
                     }  # fmt: skip
                     try:
                         taken = seconds(head_pages(case, **how), device)
-                    except Exception:  # too much shared memory
+                    except OutOfResources:  # too much shared memory
                         continue
                     rows.append({**how, "us": 1e6 * taken})
     return sorted(rows, key=lambda row: row["us"])

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from kernel_cases import Asked, Shape, make_case
-from vllm_kvzip.kernels.column_maximum import column_maximum, column_maximum_reference
-from vllm_kvzip.kernels.compaction import compact_pages, compact_pages_reference
-from vllm_kvzip.kernels.flat_tables import flatten_tables, flatten_tables_reference
-from vllm_kvzip.kernels.head_page_attention import (
-    head_page_attention,
+from vllm_kvzip.kernels.column_maximum import column_maximum
+from vllm_kvzip.kernels.compaction import compact_pages
+from vllm_kvzip.kernels.flat_tables import flatten_tables
+from vllm_kvzip.kernels.head_page_attention import head_page_attention
+from vllm_kvzip.kernels.reference import (
+    column_maximum_reference,
+    compact_pages_reference,
+    flatten_tables_reference,
     head_page_attention_reference,
 )
 

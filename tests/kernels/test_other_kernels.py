@@ -5,9 +5,14 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from kernel_cases import Asked, Shape, make_case
-from vllm_kvzip.kernels.column_maximum import column_maximum, column_maximum_reference
-from vllm_kvzip.kernels.compaction import compact_pages, compact_pages_reference
-from vllm_kvzip.kernels.flat_tables import flatten_tables, flatten_tables_reference
+from vllm_kvzip.kernels.column_maximum import column_maximum
+from vllm_kvzip.kernels.compaction import compact_pages
+from vllm_kvzip.kernels.flat_tables import flatten_tables
+from vllm_kvzip.kernels.reference import (
+    column_maximum_reference,
+    compact_pages_reference,
+    flatten_tables_reference,
+)
 
 NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)  # the interpreter is slow
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted here")
@@ -74,7 +79,7 @@ def test_scores(num_heads, num_queries, num_keys, head_dim, dtype, seed):
     log_normaliser = logits.logsumexp(dim=-1)  # of more keys than are scored
     scored = keys[:, :num_keys]
     found = column_maximum(queries, scored, log_normaliser, scale)
-    expected = column_maximum_reference(queries, scored, log_normaliser, scale)
+    expected = column_maximum_reference(queries.float(), scored.float(), log_normaliser, scale)
     assert found.shape == (num_heads, num_keys)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert torch.equal(expected.argmax(dim=1), found.argmax(dim=1))

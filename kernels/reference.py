@@ -1,0 +1,105 @@
+"""Plain-torch references of the kernels: slow, literal, and without Triton."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .page_tables import PageTables
+
+
+def gather_pages(pages: torch.Tensor, page_ids: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """The first ``num_tokens`` rows of some pages.
+
+    Args:
+        pages: ``[P, N, D]``.
+        page_ids: int64 ``[n]``.
+        num_tokens: how many rows.
+
+    Returns:
+        ``[num_tokens, D]``, a copy.
+    """
+    return pages[page_ids].flatten(0, 1)[:num_tokens]
+
+
+def head_page_attention_reference(
+    query: torch.Tensor,
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    tables: PageTables,
+    layer: int,
+    scale: float,
+) -> torch.Tensor:
+    """Attention pair by pair, in the dtype of its inputs; see ``head_page_attention``.
+
+    Args:
+        query: ``[tokens, H * G, D]``, the last tokens of each request.
+        key_pages, value_pages: ``[P, N, D]``.
+        query_start_loc: int32 ``[R + 1]``.
+        tables: where each request's KV pairs lie.
+        layer: which layer's pages.
+        scale: softmax scale.
+
+    Returns:
+        like ``query``.
+    """
+    output = torch.empty_like(query)
+    starts = query_start_loc.tolist()
+    group = query.shape[1] // tables.num_kv_heads
+    for request, (first, end) in enumerate(itertools.pairwise(starts)):
+        for head in range(tables.num_kv_heads):
+            ids, num_tokens = tables.pages_of(layer, request, head)
+            keys = gather_pages(key_pages, ids, num_tokens)
+            values = gather_pages(value_pages, ids, num_tokens)
+            heads = slice(head * group, (head + 1) * group)
+            logits = torch.einsum("qgd,kd->gqk", query[first:end, heads], keys) * scale
+            seen = num_tokens - (end - first) + torch.arange(end - first, device=keys.device)
+            future = torch.arange(num_tokens, device=keys.device) > seen[:, None]
+            weights = logits.masked_fill(future, float("-inf")).softmax(dim=-1)
+            output[first:end, heads] = torch.einsum("gqk,kd->qgd", weights, values)
+    return output
+
+
+def compact_pages_reference(
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    source_pages: torch.Tensor,
+    positions: torch.Tensor,
+    page_heads: torch.Tensor,
+    target_pages: torch.Tensor,
+) -> None:
+    """Copies with torch's own indexing; see ``compact_pages``."""
+    page_tokens = key_pages.shape[1]
+    heads = page_heads.long().repeat_interleave(page_tokens)
+    index = positions.long()
+    pages = source_pages[heads, index // page_tokens].long()
+    for half in (key_pages, value_pages):
+        kept = half[pages, index % page_tokens]
+        half[target_pages.long()] = kept.view(-1, page_tokens, half.shape[2])
+
+
+def column_maximum_reference(
+    queries: torch.Tensor, keys: torch.Tensor, log_normaliser: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Scores from the whole attention matrix, in the dtype of its inputs; see ``column_maximum``."""
+    logits = torch.bmm(queries, keys.transpose(1, 2)) * scale
+    return (logits - log_normaliser[:, :, None]).amax(dim=1).exp().clamp(max=1.0)
+
+
+def flatten_tables_reference(tables: PageTables, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tables pair by pair, int32 ``[L, R * H, width]``, and lengths; see ``flatten_tables``."""
+    num_layers, num_heads, num_requests = tables.num_layers, tables.num_kv_heads, len(tables.slots)
+    flat = torch.zeros(num_layers, num_requests * num_heads, width, dtype=torch.int32)
+    lengths = torch.zeros(num_layers, num_requests * num_heads, dtype=torch.int32)
+    for layer in range(num_layers):
+        for request in range(num_requests):
+            for head in range(num_heads):
+                pages, num_tokens = tables.pages_of(layer, request, head)
+                row = request * num_heads + head
+                flat[layer, row, : len(pages)] = pages.to(torch.int32)
+                lengths[layer, row] = num_tokens
+    return flat, lengths
