@@ -85,7 +85,7 @@ def compact_pages_reference(
 def column_maximum_reference(
     queries: torch.Tensor, keys: torch.Tensor, log_normaliser: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Scores from the whole attention matrix, in the dtype of its inputs; see ``column_maximum``."""
+    """Scores from the whole attention matrix, in its inputs' dtype; see ``column_maximum``."""
     logits = torch.bmm(queries, keys.transpose(1, 2)) * scale
     return (logits - log_normaliser[:, :, None]).amax(dim=1).exp().clamp(max=1.0)
 
