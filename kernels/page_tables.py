@@ -13,10 +13,13 @@ Letters: L layers, H KV heads, G query heads per KV head, D head dim, N tokens p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -66,28 +69,6 @@ class PageTables:
     def num_layers(self) -> int:
         """L."""
         return self.pages_per_block // self.num_kv_heads
-
-    def pages_of(self, layer: int, request: int, head: int) -> tuple[torch.Tensor, int]:
-        """Plain-torch look-up.
-
-        Returns:
-            int64 ``[pages]``, page ids in the order of positions, and the tokens in them; the last
-            page may be part full.
-        """
-        slot, place = int(self.slots[request]), self.place
-        pair = layer * self.num_kv_heads + head
-        begin, end = self.offsets[slot, pair : pair + 2].tolist()
-        boundary = int(self.boundary_blocks[slot])
-        tail_tokens = int(self.seq_lens[request]) - boundary * self.page_tokens
-        num_tail = -(-tail_tokens // self.page_tokens)
-        row = self.block_table[request].long()
-        index = torch.arange(begin, end, device=row.device)
-        local = index % self.pages_per_block
-        owner = local // self.num_kv_heads * place.layer_stride + local % self.num_kv_heads
-        kept = row[index // self.pages_per_block] * place.block_stride + owner
-        tail = row[boundary : boundary + num_tail] * place.block_stride
-        pages = torch.cat([kept, tail + layer * place.layer_stride + head]) + place.first_page
-        return pages, (end - begin) * self.page_tokens + tail_tokens
 
 
 @triton.jit

@@ -11,6 +11,29 @@ if TYPE_CHECKING:
     from .page_tables import PageTables
 
 
+def pages_of(tables: PageTables, layer: int, request: int, head: int) -> tuple[torch.Tensor, int]:
+    """What one KV head of one layer of one request attends over; see ``PageTables``.
+
+    Returns:
+        int64 ``[pages]``, page ids in the order of positions, and the tokens in them; the last
+        page may be part full.
+    """
+    slot, place = int(tables.slots[request]), tables.place
+    pair = layer * tables.num_kv_heads + head
+    begin, end = tables.offsets[slot, pair : pair + 2].tolist()
+    boundary = int(tables.boundary_blocks[slot])
+    tail_tokens = int(tables.seq_lens[request]) - boundary * tables.page_tokens
+    num_tail = -(-tail_tokens // tables.page_tokens)
+    row = tables.block_table[request].long()
+    index = torch.arange(begin, end, device=row.device)
+    local = index % tables.pages_per_block
+    owner = local // tables.num_kv_heads * place.layer_stride + local % tables.num_kv_heads
+    kept = row[index // tables.pages_per_block] * place.block_stride + owner
+    tail = row[boundary : boundary + num_tail] * place.block_stride
+    pages = torch.cat([kept, tail + layer * place.layer_stride + head]) + place.first_page
+    return pages, (end - begin) * tables.page_tokens + tail_tokens
+
+
 def gather_pages(pages: torch.Tensor, page_ids: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """The first ``num_tokens`` rows of some pages.
 
@@ -52,7 +75,7 @@ def head_page_attention_reference(
     group = query.shape[1] // tables.num_kv_heads
     for request, (first, end) in enumerate(itertools.pairwise(starts)):
         for head in range(tables.num_kv_heads):
-            ids, num_tokens = tables.pages_of(layer, request, head)
+            ids, num_tokens = pages_of(tables, layer, request, head)
             keys = gather_pages(key_pages, ids, num_tokens)
             values = gather_pages(value_pages, ids, num_tokens)
             heads = slice(head * group, (head + 1) * group)
@@ -98,7 +121,7 @@ def flatten_tables_reference(tables: PageTables, width: int) -> tuple[torch.Tens
     for layer in range(num_layers):
         for request in range(num_requests):
             for head in range(num_heads):
-                pages, num_tokens = tables.pages_of(layer, request, head)
+                pages, num_tokens = pages_of(tables, layer, request, head)
                 row = request * num_heads + head
                 flat[layer, row, : len(pages)] = pages.to(torch.int32)
                 lengths[layer, row] = num_tokens

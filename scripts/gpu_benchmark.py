@@ -141,7 +141,8 @@ def stock_kernels(load: Load, device: str) -> dict[str, Callable[[], Any]]:
     if device != "cpu":
         from torch.nn.attention.flex_attention import flex_attention
 
-        flex = torch.compile(flex_attention)
+        torch._dynamo.config.recompile_limit = 2 * len(LOADS)
+        flex = torch.compile(flex_attention, dynamic=False)
         kernels["FlexAttention"] = lambda: flex(query, keys, values, enable_gqa=True)
     try:
         from vllm.vllm_flash_attn import flash_attn_varlen_func

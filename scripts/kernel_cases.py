@@ -15,6 +15,7 @@ if str(Path(__file__).parent.parent) not in vllm_kvzip.__path__:
     vllm_kvzip.__path__.append(str(Path(__file__).parent.parent))
 
 from vllm_kvzip.kernels.page_tables import PagePlace, PageTables
+from vllm_kvzip.kernels.reference import pages_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -167,7 +168,7 @@ def _poison(pages: torch.Tensor, tables: PageTables) -> None:
     for layer in range(tables.num_layers):
         for request in range(len(tables.slots)):
             for head in range(tables.num_kv_heads):
-                ids, num_tokens = tables.pages_of(layer, request, head)
+                ids, num_tokens = pages_of(tables, layer, request, head)
                 index = torch.arange(num_tokens)
                 held[ids[index // tables.page_tokens], index % tables.page_tokens] = True
     pages[~held.to(pages.device)] = float("nan")

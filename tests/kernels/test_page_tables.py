@@ -4,6 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm_kvzip.kernels.page_tables import PagePlace, PageTables
+from vllm_kvzip.kernels.reference import pages_of
 
 from vllm_kvzip.head_pages import PagePool, deal_pages
 
@@ -44,7 +45,7 @@ def test_dealt_pages_are_where_kernels_look(num_layers, num_heads, gaps, seed):
     found = []
     for layer in range(num_layers):
         for head in range(num_heads):
-            ids, num_tokens = tables.pages_of(layer, 0, head)
+            ids, num_tokens = pages_of(tables, layer, 0, head)
             kept = int(pages[layer, head])
             assert num_tokens == kept * 16 + 2 * 16 + 5
             tail = [pool.page_id(layer, int(block), head) for block in blocks[num_blocks:]]
