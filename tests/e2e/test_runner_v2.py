@@ -23,7 +23,7 @@ SETTINGS = {"min_prompt_tokens": 64, "scorer": "keydiff"}
 
 
 def requests():
-    """Six prompts for a pool of 48 blocks, three that find prefixes, ten that outgrow it."""
+    """Six prompts for a pool of 48 blocks, three that find prefixes, twelve that outgrow it."""
     rng = np.random.default_rng(3)
     lengths = (40, 300, 511, 512, 650, 64)
     prompts = [make_context(rng, length).tokens.tolist() for length in lengths]
@@ -33,7 +33,7 @@ def requests():
     later = [system + make_context(rng, 90).tokens.tolist(), prompts[4] + [9, 8, 7], prompts[1]]
     batch += [Request(prompt, 12, arrives=90 + 4 * i) for i, prompt in enumerate(later)]
     return batch + [
-        Request(make_context(rng, 96 + i).tokens.tolist(), 90, arrives=130) for i in range(10)
+        Request(make_context(rng, 96 + i).tokens.tolist(), 60, arrives=120) for i in range(12)
     ]
 
 

@@ -39,9 +39,8 @@ def stock():
     return run(None)
 
 
-@pytest.mark.parametrize("environment", [TRITON, RUNNER_V2], ids=["runner V1", "runner V2"])
-def test_keep_ratio_one_is_token_identical(stock, environment):
-    whole = run({**SETTINGS, "keep_ratio": 1.0}, environment, triton_attention=True)
+def test_keep_ratio_one_is_token_identical_under_runner_v2(stock):
+    whole = run({**SETTINGS, "keep_ratio": 1.0}, RUNNER_V2, triton_attention=True)
     assert whole.classes["batcher"] == "KernelBatcher"
     assert whole.outputs == stock.outputs
     assert whole.metrics["vllm_kvzip_requests_compressed_total"] >= 4
@@ -49,7 +48,7 @@ def test_keep_ratio_one_is_token_identical(stock, environment):
     assert whole.free_blocks[-1] == whole.free_blocks[0] == stock.free_blocks[0]
 
 
-def test_what_is_kept_is_read_as_by_vllms_kernel(stock):
+def test_what_is_kept_is_read_as_by_vllms_kernel_under_runner_v1(stock):
     settings = {**SETTINGS, "keep_ratio": 0.4}
     ours = run(settings, TRITON, triton_attention=True)
     theirs = run(settings)

@@ -47,7 +47,7 @@ def requests(draw, page_tokens):
     return Asked(blocks * page_tokens + tail, query_len, blocks, ratio)
 
 
-@settings(max_examples=25, deadline=None, phases=NO_SHRINKING)
+@settings(max_examples=15, deadline=None, phases=NO_SHRINKING)
 @given(data=st.data())
 def test_any_batch(data):
     """Decode, several query tokens, compressed and other requests mixed; other memory is NaN."""
