@@ -14,12 +14,10 @@ import triton.language as tl
 
 from .runtime import INTERPRETED, dot_precision
 
-LOG2_E = 1.4426950408889634
-
 
 @triton.jit
 def highest_weight(
-    queries, keys, log_normaliser, scores, log2_scale, num_queries, num_keys,
+    queries, keys, log_normaliser, scores, scale, num_queries, num_keys,
     query_head_stride, query_stride, key_head_stride, key_stride, normaliser_stride, score_stride,
     D: tl.constexpr, D_PADDED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
@@ -49,10 +47,9 @@ def highest_weight(
         sums = tl.load(
             log_normaliser + head * normaliser_stride + rows, mask=row_ok, other=float("inf")
         )
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * log2_scale
-        logits -= (sums * 1.4426950408889634)[:, None]
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - sums[:, None]
         best = tl.maximum(best, tl.max(logits, 0))
-    weight = tl.minimum(tl.exp2(best), 1.0)
+    weight = tl.minimum(tl.exp(best), 1.0)
     tl.store(scores + head * score_stride + columns, weight, mask=columns < num_keys)
 
 
@@ -75,7 +72,7 @@ def column_maximum(
     scores = queries.new_empty((num_heads, num_keys), dtype=torch.float32)
     tile_keys, tile_queries = 64, 64 if head_dim <= 128 else 32
     highest_weight[triton.cdiv(num_keys, tile_keys), num_heads](
-        queries, keys, log_normaliser, scores, scale * LOG2_E, num_queries, num_keys,
+        queries, keys, log_normaliser, scores, scale, num_queries, num_keys,
         queries.stride(0), queries.stride(1), keys.stride(0), keys.stride(1),
         log_normaliser.stride(0), scores.stride(0),
         D=head_dim, D_PADDED=triton.next_power_of_2(head_dim), QUERIES=tile_queries,

@@ -31,7 +31,7 @@ def copy_kept(
     target = tl.load(target_pages + index).to(tl.int64)
     start = source * page_stride + kept % N * token_stride
     read = start[:, None] + dims[None, :]
-    mask = (dims < D)[None, :] & (tokens >= 0)[:, None]
+    mask = (dims < D)[None, :]
     k = tl.load(key_pages + read, mask=mask)
     v = tl.load(value_pages + read, mask=mask)
     write = target * page_stride + (tokens * token_stride)[:, None] + dims[None, :]

@@ -203,7 +203,7 @@ def head_page_attention(
 ) -> torch.Tensor:
     """Causal attention of one layer over head pages; queries are each request's last tokens.
 
-    Nothing is read back from the device, so the call can be captured in a CUDA graph.
+    Nothing is read back from the device.
 
     Args:
         query: float32, bfloat16 or float16 ``[tokens, H * G, D]``, last dimension contiguous.
@@ -221,7 +221,6 @@ def head_page_attention(
 
     Returns:
         ``output``.
-
     """
     num_tokens, num_query_heads, head_dim = query.shape
     num_heads = tables.num_kv_heads
@@ -271,8 +270,7 @@ def head_page_attention(
             parts, log_sums, output,
             tables.offsets, tables.boundary_blocks, tables.slots, tables.seq_lens,
             query_start_loc, first_pair,
-            parts.stride(0), parts.stride(1), parts.stride(2),
-            log_sums.stride(0), log_sums.stride(1), output.stride(0), output.stride(1),
+            *parts.stride()[:3], *log_sums.stride()[:2], *output.stride()[:2],
             RUNS=triton.next_power_of_2(num_runs), **sizes, num_warps=2,
         )  # fmt: skip
     return output

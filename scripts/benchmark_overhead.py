@@ -18,10 +18,11 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kv_cache_run import Load
+from kv_cache_run import WARM_UP_PROMPTS, Load
 from kv_cache_shapes import SHAPE_NOTES, SHAPES, in_words, write_shape
 from local_server import CPU_ENVIRONMENT
 
@@ -67,12 +68,12 @@ def run_round(engines: dict[str, Any], load: Load, seed: int) -> dict[str, float
     """Seconds each engine needs for the same requests; fresh prompts for every ``seed``."""
     from vllm import SamplingParams
 
-    prompts = Load(load.requests, load.prompt_tokens, load.output_tokens, None, seed).prompts()
+    prompts = replace(load, seed=seed).prompts()[WARM_UP_PROMPTS:]
     params = SamplingParams(
         temperature=0, max_tokens=load.output_tokens, ignore_eos=True, detokenize=False
     )
     for engine in engines.values():
-        for number, prompt in enumerate(prompts[-load.requests :]):
+        for number, prompt in enumerate(prompts):
             engine.add_request(str(number), {"prompt_token_ids": prompt}, params.clone())
     seconds = dict.fromkeys(engines, 0.0)
     turn = list(engines)

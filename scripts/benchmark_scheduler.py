@@ -4,8 +4,8 @@
 
 vLLM's own scheduler over vLLM's own block pool, with the plugin and without it, and no model: every
 request gets a made-up token per step. All prompts are prefilled (and compressed) in the first
-steps; what is timed are decode steps, scheduling and taking in the output. Stock vLLM and the
-prompt lengths take turns within a round. The cost per request must depend neither on how many
+steps; what is timed are decode steps, scheduling and taking in the output. With and without the
+plugin take turns. The cost per request must depend neither on how many
 requests run nor on how many blocks their compressed prefixes hold.
 """
 

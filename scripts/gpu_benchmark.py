@@ -99,11 +99,19 @@ def head_pages(case: Case, **how: Any) -> Callable[[], Any]:
     )  # fmt: skip
 
 
-def flash_over_head_pages(case: Case) -> Callable[[], Any] | None:
-    """vLLM's FlashAttention with a (request, KV head) pair as sequence; None without it."""
+def vllm_flash_attention() -> Callable[..., Any] | None:
+    """vLLM's FlashAttention on paged caches; None without vLLM."""
     try:
         from vllm.vllm_flash_attn import flash_attn_varlen_func
     except ImportError:
+        return None
+    return flash_attn_varlen_func
+
+
+def flash_over_head_pages(case: Case) -> Callable[[], Any] | None:
+    """vLLM's FlashAttention with a (request, KV head) pair as sequence; None without it."""
+    flash_attention = vllm_flash_attention()
+    if flash_attention is None:
         return None
     tables: PageTables = case.tables
     num_pairs = len(tables.slots) * tables.num_kv_heads
@@ -116,7 +124,7 @@ def flash_over_head_pages(case: Case) -> Callable[[], Any] | None:
     starts = torch.arange(num_pairs + 1, dtype=torch.int32, device=device)
     query = case.query.reshape(num_pairs, -1, case.query.shape[2])
     keys, values = case.key_pages[:, :, None], case.value_pages[:, :, None]
-    return lambda: flash_attn_varlen_func(
+    return lambda: flash_attention(
         q=query, k=keys, v=values, max_seqlen_q=1, cu_seqlens_q=starts, max_seqlen_k=longest,
         seqused_k=lengths[0], softmax_scale=case.scale, causal=True, block_table=flat[0],
         fa_version=3,
@@ -144,11 +152,7 @@ def stock_kernels(load: Load, device: str) -> dict[str, Callable[[], Any]]:
         torch._dynamo.config.recompile_limit = 2 * len(LOADS)
         flex = torch.compile(flex_attention, dynamic=False)
         kernels["FlexAttention"] = lambda: flex(query, keys, values, enable_gqa=True)
-    try:
-        from vllm.vllm_flash_attn import flash_attn_varlen_func
-    except ImportError:
-        return kernels
-    if device == "cpu":
+    if device == "cpu" or (flash_attention := vllm_flash_attention()) is None:
         return kernels
     blocks = load.context // load.page_tokens
     paged = [
@@ -160,7 +164,7 @@ def stock_kernels(load: Load, device: str) -> dict[str, Callable[[], Any]]:
     starts = torch.arange(load.batch + 1, dtype=torch.int32, device=device)
     lengths = torch.full((load.batch,), load.context, dtype=torch.int32, device=device)
     rows = query[:, :, 0]
-    kernels["FlashAttention"] = lambda: flash_attn_varlen_func(
+    kernels["FlashAttention"] = lambda: flash_attention(
         q=rows, k=paged[0], v=paged[1], max_seqlen_q=1, cu_seqlens_q=starts,
         max_seqlen_k=load.context, seqused_k=lengths, causal=True, block_table=table, fa_version=3,
     )  # fmt: skip

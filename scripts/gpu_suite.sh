@@ -4,7 +4,6 @@
 #     bash scripts/gpu_suite.sh                 # on a machine with an NVIDIA card
 #     bash scripts/gpu_suite.sh --interpret     # dry run on a CPU, tiny shapes
 #     bash scripts/gpu_suite.sh --output-dir DIR [--tune]
-#
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}

@@ -37,6 +37,16 @@ class PageCodec:
         return cls(order, order)
 
 
+def is_by_token(order: torch.Tensor) -> bool:
+    """Whether half a page stores its tokens one after the other, row-major ``[N, D]``."""
+    return torch.equal(order, torch.arange(len(order)))
+
+
+def is_by_dimension(order: torch.Tensor, block_size: int, head_dim: int) -> bool:
+    """Whether half a page stores one dimension of all tokens after the other, ``[D, N]``."""
+    return torch.equal(order, torch.arange(len(order)).view(block_size, head_dim).t().flatten())
+
+
 class PageStore:
     """Reads and writes head pages of a flat pool in logical order; moves elements bit for bit.
 
@@ -92,9 +102,8 @@ class _HalfPages:
     ) -> None:
         self._stored = stored  # [num_pages, N * D]
         self._shape = (-1, block_size, head_dim)
-        natural = torch.arange(block_size * head_dim)
-        self._by_token = torch.equal(order, natural)
-        self._by_dimension = torch.equal(order, natural.view(block_size, head_dim).t().flatten())
+        self._by_token = is_by_token(order)
+        self._by_dimension = is_by_dimension(order, block_size, head_dim)
         self._order, self._inverse = order, order.argsort()
 
     def read(self, page_ids: torch.Tensor) -> torch.Tensor:

@@ -4,20 +4,13 @@ Prefix hits, chunked prefill, preemption, aborts and asynchronous scheduling, in
 small for the load.
 """
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-from engine_job import Request, run_job
+from engine_job import RUNNER_V2, Request, run_job
 from retrieval_task import make_context
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-INTERPRETED = {
-    "TRITON_INTERPRET": "1",
-    "VLLM_USE_V2_MODEL_RUNNER": "1",
-    "PYTHONPATH": str(Path(__file__).parent.parent / "support" / "triton_cpu"),
-}
 ENGINE = {"max_num_batched_tokens": 256, "max_model_len": 736, "num_gpu_blocks_override": 48}
 SETTINGS = {"min_prompt_tokens": 64, "scorer": "keydiff"}
 
@@ -37,7 +30,7 @@ def requests():
     ]
 
 
-def run(kvzip=None, environment=INTERPRETED, **engine):
+def run(kvzip=None, environment=RUNNER_V2, **engine):
     return run_job(requests(), kvzip, environment, watch_hashed_blocks=True, **ENGINE, **engine)
 
 

@@ -3,21 +3,14 @@
 Decode, chunked prefill, and questions of several tokens over a cached compressed prefix.
 """
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-from engine_job import Request, run_job
+from engine_job import RUNNER_V2, Request, run_job
 from retrieval_task import make_context
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 TRITON = {"TRITON_INTERPRET": "1"}
-RUNNER_V2 = {
-    **TRITON,
-    "VLLM_USE_V2_MODEL_RUNNER": "1",
-    "PYTHONPATH": str(Path(__file__).parent.parent / "support" / "triton_cpu"),
-}
 SETTINGS = {"min_prompt_tokens": 32, "scorer": "keydiff"}
 
 

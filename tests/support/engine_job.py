@@ -19,6 +19,12 @@ from typing import Any
 
 MODEL = Path(__file__).parent.parent / "models" / "tiny-retriever"
 MAX_SECONDS = 300
+RUNNER_V2 = {
+    "TRITON_INTERPRET": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+    "PYTHONPATH": str(Path(__file__).parent / "triton_cpu"),
+}
+"""Environment in which vLLM's model runner V2 runs on a CPU."""
 
 
 @dataclass

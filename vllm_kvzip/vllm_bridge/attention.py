@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     from vllm_kvzip.vllm_bridge.attention_timer import AttentionTimer
+    from vllm_kvzip.vllm_bridge.pair_batches import AttendingBatch
     from vllm_kvzip.vllm_bridge.runtime import HeadPageRuntime
 
 
@@ -140,14 +141,14 @@ class HeadPageMetadata(CPUAttentionMetadata):
     """vLLM's metadata plus what this step does beyond it.
 
     Attributes:
-        pairs: compressed requests, or None.
+        pairs: compressed requests, or all when one kernel serves them; None: nobody is compressed.
         dense: metadata of the other requests when the batch is mixed; None when there are none.
         dense_tokens: int64, rows of the tokens that ``dense`` covers.
         spans: queries to hand to the scorer.
         runtime: where they go.
     """
 
-    pairs: PairBatch | None = None
+    pairs: AttendingBatch | None = None
     dense: CPUAttentionMetadata | None = None
     dense_tokens: torch.Tensor | None = None
     spans: tuple[QuerySpan, ...] = ()

@@ -161,28 +161,24 @@ class HeadPageManager(FullAttentionManager):
         **kwargs: Any,
     ) -> int:
         """vLLM's count plus the blocks that are about to hold the compressed prefix."""
-        about = (
+        if request_id not in self._settled:
+            found = self.prefixes.owner(new_computed_blocks)
+            extra = self._extra_row_blocks(request_id, num_tokens_main_model, found)
+            num_tokens += extra * self.block_size
+        count: int = super().get_num_blocks_to_allocate(
+            request_id,
+            num_tokens,
             new_computed_blocks,
             total_computed_tokens,
             num_local_computed_tokens,
             num_tokens_main_model,
+            apply_admission_cap=apply_admission_cap,
+            **kwargs,
         )
-        needed: int
-        if request_id in self._settled:
-            needed = super().get_num_blocks_to_allocate(
-                request_id, num_tokens, *about, apply_admission_cap, **kwargs
-            )
-            return needed
-        found = self.prefixes.owner(new_computed_blocks)
-        extra = self._extra_row_blocks(request_id, num_tokens_main_model, found)
-        num_tokens += extra * self.block_size
-        needed = super().get_num_blocks_to_allocate(
-            request_id, num_tokens, *about, apply_admission_cap, **kwargs
-        )
-        peak = self._rule.peak_blocks
-        if peak is not None and apply_admission_cap and not self._is_off(request_id):
-            needed = min(needed, peak)
-        return needed
+        if apply_admission_cap and (peak := self._rule.peak_blocks) is not None:
+            if not self._is_off(request_id):
+                count = min(count, peak)
+        return count
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int

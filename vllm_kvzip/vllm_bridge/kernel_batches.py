@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_kvzip.compaction import is_by_dimension, is_by_token
 from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.kernels.head_page_attention import head_page_attention
 from vllm_kvzip.kernels.page_tables import PagePlace, PageTables
@@ -21,9 +22,7 @@ if TYPE_CHECKING:
 
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
-    from vllm_kvzip.compaction import PageCodec
-    from vllm_kvzip.core import CacheGeometry
-    from vllm_kvzip.head_pages import PagePool
+    from vllm_kvzip.vllm_bridge.head_page_cache import HeadPageCache
 
 
 @dataclass(frozen=True)
@@ -71,36 +70,22 @@ class KernelBatcher:
     """Describes batches to the kernel; stands where :class:`PairBatcher` stands.
 
     Args:
-        geometry: shape of the compressed layers.
-        pool: where head pages lie.
-        pages: ``[num_pages, 2 * N * D]``, vLLM's cache as one pool.
-        codec: element order inside a page.
-        layer_index: vLLM's layer names in layer order.
-        isa: not used.
+        cache: what the requests lie in.
 
     Raises:
         UnsupportedError: for an element order that is no view of ``[N, D]``.
     """
 
-    def __init__(
-        self,
-        geometry: CacheGeometry,
-        pool: PagePool,
-        pages: torch.Tensor,
-        codec: PageCodec,
-        layer_index: dict[str, int],
-        isa: str,
-    ) -> None:
-        del isa
-        self._geometry = geometry
-        self._place = PagePlace(*pool.strides, pool.first_page)
-        keys, values = pages.view(len(pages), 2, -1).unbind(dim=1)
-        shape = (geometry.block_size, geometry.head_dim)
+    def __init__(self, cache: HeadPageCache) -> None:
+        self._geometry = cache.geometry
+        self._place = PagePlace(*cache.pool.strides, cache.pool.first_page)
+        keys, values = cache.pages.view(len(cache.pages), 2, -1).unbind(dim=1)
+        shape = (cache.geometry.block_size, cache.geometry.head_dim)
         self._pages = (
-            _by_token(keys, codec.key_order, *shape),
-            _by_token(values, codec.value_order, *shape),
+            _by_token(keys, cache.codec.key_order, *shape),
+            _by_token(values, cache.codec.value_order, *shape),
         )
-        self._layer_index = layer_index
+        self._layer_index = cache.layer_index
         self._members: list[PrefixState | None] = []
         self._offsets = self._boundaries = self._slots = torch.empty(0)
 
@@ -153,10 +138,9 @@ def _by_token(
     half: torch.Tensor, order: torch.Tensor, block_size: int, head_dim: int
 ) -> torch.Tensor:
     """``[num_pages, N * D]`` as ``[num_pages, N, D]``, without a copy."""
-    natural = torch.arange(block_size * head_dim)
-    if torch.equal(order, natural):
+    if is_by_token(order):
         return half.view(-1, block_size, head_dim)
-    if torch.equal(order, natural.view(block_size, head_dim).t().flatten()):
+    if is_by_dimension(order, block_size, head_dim):
         return half.view(-1, head_dim, block_size).transpose(1, 2)
     raise UnsupportedError(
         "The Triton kernel cannot read vLLM's cache here: a page is stored in blocks of elements."

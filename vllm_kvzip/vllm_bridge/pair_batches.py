@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from vllm_kvzip.head_pages import HeadPageTable, PagePool
+from vllm_kvzip.head_pages import HeadPageTable
 from vllm_kvzip.vllm_bridge.attention import PairBatch
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
-    from vllm_kvzip.compaction import PageCodec
-    from vllm_kvzip.core import CacheGeometry, CompressedPrefix, PrefixPlan
+    from vllm_kvzip.core import CompressedPrefix, PrefixPlan
+    from vllm_kvzip.vllm_bridge.head_page_cache import HeadPageCache
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,33 +101,16 @@ class PairBatcher:
     """Splits batches into compressed and other requests; see the module docstring.
 
     Args:
-        geometry: shape of the compressed layers.
-        pool: where head pages lie.
-        pages: ``[num_pages, 2 * N * D]``, vLLM's cache as one pool.
-        codec: not used; the kernel is vLLM's own.
-        layer_index: vLLM's layer names in layer order.
-        isa: vLLM's name of the CPU kernel variant.
+        cache: what the requests lie in.
     """
 
-    def __init__(
-        self,
-        geometry: CacheGeometry,
-        pool: PagePool,
-        pages: torch.Tensor,
-        codec: PageCodec,
-        layer_index: dict[str, int],
-        isa: str,
-    ) -> None:
-        del codec
-        self._geometry = geometry
-        self._pool = pool
-        halves = pages.view(-1, 1, 2 * geometry.block_size, geometry.head_dim).chunk(2, dim=2)
+    def __init__(self, cache: HeadPageCache) -> None:
+        self._cache = cache
+        self._geometry = geometry = cache.geometry
+        shape = (-1, 1, 2 * geometry.block_size, geometry.head_dim)
+        halves = cache.pages.view(shape).chunk(2, dim=2)
         self._page_halves = (halves[0], halves[1])
-        self._layer_index = layer_index
-        self._isa = isa
         self._members: _Members | None = None
-        self._table: HeadPageTable | None = None
-        self._states_in_table: tuple[PrefixState, ...] = ()
 
     def split(
         self,
@@ -172,8 +155,8 @@ class PairBatcher:
             num_kv_heads=geometry.num_kv_heads,
             group_size=geometry.group_size,
             head_dim=geometry.head_dim,
-            layer_index=self._layer_index,
-            isa=self._isa,
+            layer_index=self._cache.layer_index,
+            isa=self._cache.isa,
         )
         return SplitBatch(pairs, members.dense_rows, dense_tokens)
 
@@ -187,14 +170,14 @@ class PairBatcher:
             others[rows] = False
             dense_rows = others.nonzero().flatten()
         boundaries = torch.tensor([s.plan.boundary_tokens for s in states], dtype=torch.int32)
-        before = {state: number for number, state in enumerate(self._states_in_table)}
-        table = self._table = HeadPageTable.build(
+        earlier = self._members
+        before = {state: number for number, state in enumerate(earlier.states if earlier else ())}
+        table = HeadPageTable.build(
             [state.prefix for state in states],
-            self._pool,
-            earlier=self._table,
+            self._cache.pool,
+            earlier=earlier.table if earlier else None,
             stay={row: before[state] for row, state in enumerate(states) if state in before},
         )
-        self._states_in_table = states
         tails = torch.tensor([table.num_tail_blocks(slot) for slot in range(len(states))])
         kept = table.compressed_pages.view(geometry.num_layers, len(states), -1)
         surplus = kept.to(torch.int32) * geometry.block_size - boundaries[:, None]

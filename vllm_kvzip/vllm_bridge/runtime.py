@@ -28,9 +28,10 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.core.sched.output import SchedulerOutput
 
-    from vllm_kvzip.core import CacheGeometry, CompressedPrefix, PrefixPlan
+    from vllm_kvzip.core import CompressedPrefix, PrefixPlan
     from vllm_kvzip.pipeline import Compressor
     from vllm_kvzip.vllm_bridge.attention_timer import AttentionTimer
+    from vllm_kvzip.vllm_bridge.head_page_cache import HeadPageCache
     from vllm_kvzip.vllm_bridge.pair_batches import Batcher, SplitBatch
     from vllm_kvzip.vllm_bridge.requests import RequestTracker, TrackedRequest
     from vllm_kvzip.vllm_bridge.runners import Rows
@@ -66,9 +67,7 @@ class HeadPageRuntime:
     """Compresses prompts and describes steps; see the module docstring.
 
     Args:
-        geometry: shape of the compressed layers.
-        pages: ``[num_pages, 2 * N * D]``, vLLM's cache as one pool.
-        layer_names: vLLM's layer names in layer order.
+        cache: what is compressed.
         compressor: score, budget, select, compact.
         batcher: describes batches to the attention kernel.
         tracker: requests to compress.
@@ -83,9 +82,7 @@ class HeadPageRuntime:
     def __init__(
         self,
         *,
-        geometry: CacheGeometry,
-        pages: torch.Tensor,
-        layer_names: list[str],
+        cache: HeadPageCache,
         compressor: Compressor,
         batcher: Batcher,
         tracker: RequestTracker,
@@ -96,9 +93,7 @@ class HeadPageRuntime:
         scale: float,
         reconstruction: ReconstructionPass | None = None,
     ) -> None:
-        self._geometry = geometry
-        self._pages = pages
-        self._layer_index = {name: index for index, name in enumerate(layer_names)}
+        self._cache = cache
         self._batcher = batcher
         self._compressor = compressor
         self._tracker = tracker
@@ -178,7 +173,7 @@ class HeadPageRuntime:
             query: ``[num_tokens, H * G, D]``.
             spans: which rows belong to whom.
         """
-        layer = self._layer_index[layer_name]
+        layer = self._cache.layer_index[layer_name]
         for span in spans:
             by_layer = self._observed.setdefault(span.request_id, defaultdict(list))
             by_layer[layer].append(query[span.start : span.end].clone())
@@ -219,7 +214,7 @@ class HeadPageRuntime:
         compressed_blocks = row[request.reserve_start :][: plan.num_compressed_blocks]
         observed = self._observed.pop(request.request_id, None)
         prefix, report = self._compressor.compress(
-            self._pages,
+            self._cache.pages,
             source_blocks=row[plan.start_blocks : plan.num_prefix_blocks],
             target_blocks=compressed_blocks,
             plan=plan,
@@ -244,7 +239,7 @@ class HeadPageRuntime:
         """Kept queries as ``[W, H, G, D]`` float32 per layer."""
         if not observed:
             return None
-        geometry = self._geometry
+        geometry = self._cache.geometry
         shape = (-1, geometry.num_kv_heads, geometry.group_size, geometry.head_dim)
         return [
             torch.cat(observed[layer]).view(shape).float() for layer in range(geometry.num_layers)

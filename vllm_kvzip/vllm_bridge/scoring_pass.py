@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.forward_context import set_forward_context
 
+from vllm_kvzip.compaction import PageStore
 from vllm_kvzip.reconstruction import LINK_TOKENS, Chunk, iter_chunks, scores_from_normaliser
 
 if TYPE_CHECKING:
@@ -22,9 +23,7 @@ if TYPE_CHECKING:
 
     from vllm.config import VllmConfig
 
-    from vllm_kvzip.compaction import PageStore
-    from vllm_kvzip.core import CacheGeometry
-    from vllm_kvzip.head_pages import PagePool
+    from vllm_kvzip.vllm_bridge.head_page_cache import HeadPageCache
 
 # What scaled_dot_product_attention runs on the CPU; called by name because it also returns the
 # normaliser, which the public function keeps to itself.
@@ -138,10 +137,7 @@ class ReconstructionPass:
     Args:
         model: vLLM's model; called with ``input_ids`` and ``positions``.
         vllm_config: of the engine.
-        geometry: shape of the compressed layers.
-        pool: where head pages lie.
-        store: reads them.
-        layer_names: vLLM's layer names in layer order.
+        cache: what the contexts lie in.
         repeat: what asks for the context.
         num_sinks: first tokens of a context that every softmax includes.
         chunk_tokens: longest chunk.
@@ -154,10 +150,7 @@ class ReconstructionPass:
         *,
         model: Any,
         vllm_config: VllmConfig,
-        geometry: CacheGeometry,
-        pool: PagePool,
-        store: PageStore,
-        layer_names: list[str],
+        cache: HeadPageCache,
         repeat: RepeatPrompt,
         num_sinks: int,
         chunk_tokens: int,
@@ -166,10 +159,10 @@ class ReconstructionPass:
     ) -> None:
         self._model = model
         self._vllm_config = vllm_config
-        self._geometry = geometry
-        self._pool = pool
-        self._store = store
-        self._layer_index = {name: index for index, name in enumerate(layer_names)}
+        self._geometry = geometry = cache.geometry
+        self._pool = cache.pool
+        self._store = PageStore(cache.pages, cache.codec, geometry.block_size, geometry.head_dim)
+        self._layer_index = cache.layer_index
         self._repeat = repeat
         self._num_sinks = num_sinks
         longest_prompt = max(len(repeat.first), len(repeat.later)) + LINK_TOKENS

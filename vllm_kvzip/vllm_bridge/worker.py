@@ -19,7 +19,6 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_kvzip.compaction import PageStore
 from vllm_kvzip.core import CacheGeometry
 from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.pipeline import Compressor
@@ -28,6 +27,7 @@ from vllm_kvzip.vllm_bridge.attention import HeadPageCPUBackend, HeadPageCPUBuil
 from vllm_kvzip.vllm_bridge.attention_timer import AttentionTimer
 from vllm_kvzip.vllm_bridge.cache_spec import HeadPageSpec, as_head_page_specs
 from vllm_kvzip.vllm_bridge.cpu_pages import discover_codec, map_head_pages
+from vllm_kvzip.vllm_bridge.head_page_cache import HeadPageCache
 from vllm_kvzip.vllm_bridge.pair_batches import PairBatcher
 from vllm_kvzip.vllm_bridge.requests import RequestTracker
 from vllm_kvzip.vllm_bridge.rotary import find_rotary
@@ -134,6 +134,8 @@ class HeadPageCPUWorker(CPUWorker):
                 "KV compression is on, but vLLM chose another attention backend than CPU_ATTN."
             )
         codec = discover_codec(spec.block_size, spec.head_size, spec.dtype, builders[0].isa)
+        layer_index = {name: index for index, name in enumerate(layer_names)}
+        cache = HeadPageCache(geometry, pool, pages, codec, builders[0].isa, layer_index)
         scorer = create_scorer(
             settings.scorer,
             ScorerSettings(config.observation_window_tokens, settings.surrogate),
@@ -164,18 +166,13 @@ class HeadPageCPUWorker(CPUWorker):
             reconstruction = ReconstructionPass(
                 model=self.model_runner.get_model(),
                 vllm_config=self.vllm_config,
-                geometry=geometry,
-                pool=pool,
-                store=PageStore(pages, codec, spec.block_size, spec.head_size),
-                layer_names=layer_names,
+                cache=cache,
                 repeat=RepeatPrompt(*map(tuple, settings.repeat_ids)),
                 num_sinks=config.sink_tokens,
                 chunk_tokens=config.scoring_chunk_tokens,
                 max_tokens=self.vllm_config.scheduler_config.max_num_batched_tokens,
                 max_positions=self.model_config.max_model_len,
             )
-        layer_index = {name: index for index, name in enumerate(layer_names)}
-        batcher = self.batcher_class(geometry, pool, pages, codec, layer_index, builders[0].isa)
         recorder = timer = None
         if get_tensor_model_parallel_rank() == 0:  # the others would record the same
             recorder = WorkerRecorder(settings.metrics_directory)
@@ -183,11 +180,9 @@ class HeadPageCPUWorker(CPUWorker):
             for layer in layers.values():
                 layer.impl.timer = timer
         runtime = HeadPageRuntime(
-            geometry=geometry,
-            pages=pages,
-            layer_names=layer_names,
+            cache=cache,
             compressor=compressor,
-            batcher=batcher,
+            batcher=self.batcher_class(cache),
             tracker=RequestTracker(rule, keep_tokens=reconstruction is not None),
             rows=adapt(self.model_runner),
             recorder=recorder,

@@ -1,0 +1,34 @@
+"""vLLM's KV cache of the compressed layers, seen as one pool of head pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_kvzip.compaction import PageCodec
+    from vllm_kvzip.core import CacheGeometry
+    from vllm_kvzip.head_pages import PagePool
+
+
+@dataclass(frozen=True)
+class HeadPageCache:
+    """One worker's part of it.
+
+    Attributes:
+        geometry: shape of the compressed layers.
+        pool: where head pages lie.
+        pages: ``[num_pages, 2 * N * D]``, vLLM's cache without a copy.
+        codec: element order inside a page.
+        isa: vLLM's name of the CPU kernel variant that wrote it.
+        layer_index: vLLM's layer name -> layer.
+    """
+
+    geometry: CacheGeometry
+    pool: PagePool
+    pages: torch.Tensor
+    codec: PageCodec
+    isa: str
+    layer_index: dict[str, int]
