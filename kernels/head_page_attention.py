@@ -10,7 +10,7 @@ with few kept tokens has few runs: the work follows what is kept, head by head.
 
 from __future__ import annotations
 
-import math
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,13 +24,22 @@ if TYPE_CHECKING:
     from .page_tables import PageTables
 
 LOG2_E = 1.4426950408889634
+LEAST_RUN = 256
+"""Tokens of the shortest run."""
 
 
-@triton.jit(do_not_specialize=["first_pair", "layer_page", "first_page"])
+@triton.jit
+def run_length(num_tokens, num_runs, TOKENS: tl.constexpr, LEAST: tl.constexpr):
+    """Tokens of each run of a pair that is cut in at most ``num_runs``; a multiple of ``TOKENS``."""
+    even = tl.cdiv(tl.cdiv(num_tokens, num_runs), TOKENS) * TOKENS
+    return tl.maximum(even, LEAST)
+
+
+@triton.jit(do_not_specialize=["first_pair", "layer_page", "first_page", "tiles"])
 def attend_runs(
     query, key_pages, value_pages, output, log_sums,
     offsets, boundaries, slots, seq_lens, block_table, query_start_loc,
-    log2_scale, first_pair, layer_page, first_page, layer_stride, block_stride,
+    log2_scale, tiles, first_pair, layer_page, first_page, layer_stride, block_stride,
     query_token_stride, query_head_stride,
     key_page_stride, key_token_stride, key_dim_stride,
     value_page_stride, value_token_stride, value_dim_stride,
@@ -38,16 +47,16 @@ def attend_runs(
     table_stride,
     HEADS: tl.constexpr, PAIRS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     D_PADDED: tl.constexpr, N: tl.constexpr,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, RUN_TOKENS: tl.constexpr,
-    TILES: tl.constexpr, ONE_RUN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, LEAST: tl.constexpr,
+    ONE_RUN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows of one pair over one run of tokens.
 
-    Grid ``(runs, R * TILES, H)``. A row is a (token, query head of the group).
+    Grid ``(R * tiles, runs, H)``. A row is a (token, query head of the group).
     """
-    run = tl.program_id(0)
-    request = tl.program_id(1) // TILES
-    first_row = tl.program_id(1) % TILES * ROWS
+    request = tl.program_id(0) // tiles
+    first_row = tl.program_id(0) % tiles * ROWS
+    run = tl.program_id(1)
     head = tl.program_id(2)
     query_start = tl.load(query_start_loc + request)
     query_len = tl.load(query_start_loc + request + 1) - query_start
@@ -57,10 +66,11 @@ def attend_runs(
     rows = first_row + tl.arange(0, ROWS)
     token = rows // GROUP
     seen = tl.where(token < query_len, num_tokens - query_len + token + 1, 0)
-    start = run * RUN_TOKENS
-    end = tl.minimum(tl.max(seen, 0), start + RUN_TOKENS)
-    if ONE_RUN:
-        start, end = 0, tl.max(seen, 0)
+    start, end = 0, tl.max(seen, 0)
+    if not ONE_RUN:
+        length = run_length(num_tokens, tl.num_programs(1), TOKENS, LEAST)
+        start = run * length
+        end = tl.minimum(end, start + length)
     if first_row >= query_len * GROUP or start >= end:
         return
 
@@ -120,14 +130,14 @@ def attend_runs(
     tl.store(output + out_start[:, None] + dims[None, :], result, mask=mask)
 
 
-@triton.jit(do_not_specialize=["first_pair"])
+@triton.jit(do_not_specialize=["first_pair", "num_runs"])
 def join_runs(
     parts, log_sums, output,
-    offsets, boundaries, slots, seq_lens, query_start_loc, first_pair,
+    offsets, boundaries, slots, seq_lens, query_start_loc, first_pair, num_runs,
     run_stride, parts_token_stride, parts_head_stride, sums_run_stride, sums_token_stride,
     output_token_stride, output_head_stride,
     PAIRS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
-    N: tl.constexpr, RUN_TOKENS: tl.constexpr, RUNS: tl.constexpr,
+    N: tl.constexpr, TOKENS: tl.constexpr, LEAST: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
     """Weighted mean of the runs of one (token, query head); grid ``(most query tokens, R, H * G)``.
 
@@ -144,9 +154,10 @@ def join_runs(
         offsets, boundaries, slots, seq_lens, request, first_pair + query_head // GROUP, PAIRS, N
     )
     seen = num_tokens - query_len + index + 1
+    length = run_length(num_tokens, num_runs, TOKENS, LEAST)
     token = (query_start + index).to(tl.int64)
     runs = tl.arange(0, RUNS)
-    there = runs * RUN_TOKENS < seen
+    there = runs * length < seen
     sums_place = runs.to(tl.int64) * sums_run_stride + token * sums_token_stride + query_head
     sums = tl.load(log_sums + sums_place, mask=there, other=float("-inf"))
     shares = tl.exp2(sums - tl.max(sums, 0))
@@ -154,7 +165,7 @@ def join_runs(
     dims = tl.arange(0, D_PADDED)
     acc = tl.zeros([D_PADDED], tl.float32)
     start = parts + token * parts_token_stride + query_head * parts_head_stride
-    for run in range(tl.cdiv(seen, RUN_TOKENS)):
+    for run in range(tl.cdiv(seen, length)):
         part = tl.load(start + dims, mask=dims < D, other=0.0)
         acc += part * tl.sum(tl.where(runs == run, shares, 0.0), 0)
         start += run_stride
@@ -162,24 +173,33 @@ def join_runs(
     tl.store(output + place + dims, acc, mask=dims < D)
 
 
-def choose_run_tokens(
-    num_pairs: int, most_tokens: int, pair_tokens: int, num_processors: int
-) -> int:
-    """Tokens of a run, a power of two, so that the card is busy and no long head holds it up.
+def choose_num_runs(num_programs: int, most_tokens: int, num_processors: int, least: int) -> int:
+    """How many runs a pair is cut in at most: enough to keep the card busy, also when heads differ.
 
-    About four runs for every multiprocessor if all pairs were as long as their mean, at least 256
-    tokens each (a shorter run costs more in the joining than it saves), and at most 64 runs of the
-    longest pair.
+    Sixteen programs a multiprocessor if every pair has that many, and four runs at least where one
+    tile holds all queries, so that a head that kept much does not hold up the others. A kernel
+    inside a CUDA graph cannot ask how long this step's pairs are, so it is told this number and
+    cuts each pair by its own length.
 
     Args:
-        num_pairs: R * H.
-        most_tokens: of any pair.
-        pair_tokens: mean over the pairs.
+        num_programs: tiles of query rows of all pairs, R * tiles * H.
+        most_tokens: no pair has more.
         num_processors: multiprocessors of the card.
+        least: tokens of the shortest run; a shorter one costs more in the joining than it saves.
+
+    Returns:
+        1 to 64.
     """
-    wanted = max(1.0, num_pairs * pair_tokens / (4 * num_processors))
-    least = max(256, -(-most_tokens // 64))
-    return 1 << max(math.ceil(math.log2(least)), math.floor(math.log2(wanted)))
+    wanted = -(-16 * num_processors // num_programs)
+    return max(1, min(64, max(4, wanted), -(-most_tokens // least)))
+
+
+@functools.lru_cache
+def num_processors(device: torch.device) -> int:
+    """Multiprocessors of a card; 1 on the CPU."""
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def head_page_attention(
@@ -193,9 +213,9 @@ def head_page_attention(
     *,
     max_query_len: int,
     max_tokens: int,
-    mean_tokens: int | None = None,
     output: torch.Tensor | None = None,
-    run_tokens: int | None = None,
+    num_runs: int | None = None,
+    least_run: int = LEAST_RUN,
     rows: int | None = None,
     tokens: int | None = None,
     num_warps: int | None = None,
@@ -215,9 +235,9 @@ def head_page_attention(
         scale: softmax scale.
         max_query_len: of any request.
         max_tokens: no pair of the batch attends over more; the longest logical length will do.
-        mean_tokens: about how many a pair attends over; decides how finely pairs are split.
         output: like ``query``; made when None.
-        run_tokens, rows, tokens, num_warps, num_stages: how the work is cut; chosen when None.
+        num_runs, least_run, rows, tokens, num_warps, num_stages: how the work is cut; chosen when
+            None.
 
     Returns:
         ``output``.
@@ -228,18 +248,16 @@ def head_page_attention(
     group = num_query_heads // num_heads
     if output is None:
         output = torch.empty_like(query)
-    if run_tokens is None:
-        processors = 1
-        if query.is_cuda:
-            processors = torch.cuda.get_device_properties(query.device).multi_processor_count
-        pairs = num_requests * num_heads
-        run_tokens = choose_run_tokens(pairs, max_tokens, mean_tokens or max_tokens, processors)
-    num_runs = -(-max_tokens // run_tokens)
     if rows is None:
         rows = min(64, max(16, triton.next_power_of_2(group * max_query_len)))
     if tokens is None:
         tokens = 64 if head_dim > 128 else 128
     tiles = -(-max_query_len * group // rows)
+    if num_runs is None:
+        programs = num_requests * tiles * num_heads
+        num_runs = choose_num_runs(programs, max_tokens, num_processors(query.device), least_run)
+        if tiles > 1 and programs >= 4 * num_processors(query.device):
+            num_runs = 1  # partial results of many query tokens are large
     place, first_pair = tables.place, layer * num_heads
     parts, log_sums = output[None], query.new_empty(1, 1, 1, dtype=torch.float32)
     if num_runs > 1:
@@ -251,17 +269,18 @@ def head_page_attention(
         "D": head_dim,
         "D_PADDED": triton.next_power_of_2(head_dim),
         "N": tables.page_tokens,
-        "RUN_TOKENS": run_tokens,
+        "TOKENS": tokens,
+        "LEAST": least_run,
     }
-    attend_runs[num_runs, num_requests * tiles, num_heads](
+    attend_runs[num_requests * tiles, num_runs, num_heads](
         query, key_pages, value_pages, parts, log_sums,
         tables.offsets, tables.boundary_blocks, tables.slots, tables.seq_lens,
         tables.block_table, query_start_loc,
-        scale * LOG2_E, first_pair, place.first_page + layer * place.layer_stride,
+        scale * LOG2_E, tiles, first_pair, place.first_page + layer * place.layer_stride,
         place.first_page, place.layer_stride, place.block_stride,
         query.stride(0), query.stride(1), *key_pages.stride(), *value_pages.stride(),
         *parts.stride()[:3], *log_sums.stride()[:2], tables.block_table.stride(0),
-        HEADS=num_heads, ROWS=rows, TOKENS=tokens, TILES=tiles, ONE_RUN=num_runs == 1,
+        HEADS=num_heads, ROWS=rows, ONE_RUN=num_runs == 1,
         UPCAST=INTERPRETED, PRECISION=dot_precision(query.dtype), **sizes,
         num_warps=num_warps or (4 if rows <= 32 else 8), num_stages=num_stages,
     )  # fmt: skip
@@ -269,7 +288,7 @@ def head_page_attention(
         join_runs[max_query_len, num_requests, num_query_heads](
             parts, log_sums, output,
             tables.offsets, tables.boundary_blocks, tables.slots, tables.seq_lens,
-            query_start_loc, first_pair,
+            query_start_loc, first_pair, num_runs,
             *parts.stride()[:3], *log_sums.stride()[:2], *output.stride()[:2],
             RUNS=triton.next_power_of_2(num_runs), **sizes, num_warps=2,
         )  # fmt: skip

@@ -119,7 +119,7 @@ def attend(dtype: torch.dtype, head_dim: int, page_tokens: int, query_len: int) 
     case = attention_case(dtype, head_dim, page_tokens, query_len)
     head_page_attention(
         case.query, case.key_pages, case.value_pages, case.query_start_loc, case.tables, 1,
-        case.scale, max_query_len=query_len, max_tokens=4096, run_tokens=1024,
+        case.scale, max_query_len=query_len, max_tokens=4096, num_runs=4,
     )  # fmt: skip
 
 

@@ -89,13 +89,10 @@ def copy_bandwidth(device: str, num_bytes: int) -> float:
 def head_pages(case: Case, **how: Any) -> Callable[[], Any]:
     """Our kernel."""
     longest = int(case.tables.seq_lens.max())
-    kept = case.tables.offsets[case.tables.slots.long(), -1]
-    pages = kept.double().mean() / case.tables.pages_per_block
-    mean = int(pages * case.tables.page_tokens) + 1
     output = torch.empty_like(case.query)
     return lambda: head_page_attention(
         case.query, case.key_pages, case.value_pages, case.query_start_loc, case.tables, 0,
-        case.scale, max_query_len=1, max_tokens=longest, mean_tokens=mean, output=output, **how,
+        case.scale, max_query_len=1, max_tokens=longest, output=output, **how,
     )  # fmt: skip
 
 
@@ -249,10 +246,10 @@ def tuning_rows(load: Load, keep_ratio: float, device: str) -> list[dict[str, An
     for tokens in (32, 64, 128):
         for warps in (2, 4, 8):
             for stages in (2, 3, 4):
-                for run_tokens in (512, 1024, 2048, 4096):
+                for runs in (2, 4, 8, 16, 32):
                     how = {
                         "tokens": tokens, "num_warps": warps, "num_stages": stages,
-                        "run_tokens": run_tokens,
+                        "num_runs": runs,
                     }  # fmt: skip
                     try:
                         taken = seconds(head_pages(case, **how), device)

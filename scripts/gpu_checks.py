@@ -76,8 +76,7 @@ def check_attention(
     output = torch.full_like(case.query, float("nan"))
     head_page_attention(
         case.query, case.key_pages, case.value_pages, case.query_start_loc, case.tables, 1,
-        case.scale, max_query_len=query_len, max_tokens=length + query_len,
-        mean_tokens=length // 3, output=output,
+        case.scale, max_query_len=query_len, max_tokens=length + query_len, output=output,
     )  # fmt: skip
     exact = case.as_float64()
     expected = head_page_attention_reference(

@@ -7,7 +7,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from kernel_cases import Asked, Shape, make_case
-from vllm_kvzip.kernels.head_page_attention import choose_run_tokens, head_page_attention
+from vllm_kvzip.kernels.head_page_attention import choose_num_runs, head_page_attention
 from vllm_kvzip.kernels.reference import head_page_attention_reference
 
 NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)  # the interpreter is slow
@@ -64,7 +64,8 @@ def test_any_batch(data):
     output = run(
         case,
         layer,
-        run_tokens=data.draw(st.sampled_from([None, 64, 128])),
+        num_runs=data.draw(st.sampled_from([None, 1, 3])),
+        least_run=data.draw(st.sampled_from([32, 128])),
         tokens=data.draw(st.sampled_from([32, 64])),
     )
     assert error(output, reference(case, layer)) < 1e-5
@@ -75,7 +76,7 @@ def test_half_precision(dtype):
     case = make_case(
         [Asked(200, 1, 8, 0.4), Asked(70, 3), Asked(333, 2, 20, 0.2)], Shape(), dtype=dtype, seed=3
     )
-    assert error(run(case, 0, run_tokens=64), reference(case, 0)) < 1e-2
+    assert error(run(case, 0, num_runs=4, least_run=64), reference(case, 0)) < 1e-2
 
 
 def test_nothing_but_the_wanted_rows_is_written():
@@ -86,7 +87,7 @@ def test_nothing_but_the_wanted_rows_is_written():
     output = torch.full_like(padded, 7.0)
     head_page_attention(
         padded, case.key_pages, case.value_pages, case.query_start_loc, case.tables, 0, case.scale,
-        max_query_len=1, max_tokens=90, output=output, run_tokens=32,
+        max_query_len=1, max_tokens=90, output=output, num_runs=3, least_run=32,
     )  # fmt: skip
     assert error(output[:2], reference(case, 0)) < 1e-5
     assert (output[2:] == 7.0).all()
@@ -110,17 +111,16 @@ def test_pages_may_have_any_strides():
     by_dimension = case.key_pages.transpose(1, 2).contiguous().transpose(1, 2)
     other = replace(case, key_pages=by_dimension, value_pages=case.value_pages.contiguous())
     assert other.key_pages.stride() != other.value_pages.stride()
-    assert error(run(other, 0, run_tokens=32), reference(case, 0)) < 1e-5
+    assert error(run(other, 0, num_runs=2, least_run=32), reference(case, 0)) < 1e-5
 
 
 @given(
-    pairs=st.integers(1, 4096),
+    programs=st.integers(1, 1 << 20),
     most=st.integers(1, 1 << 20),
-    share=st.floats(0.01, 1),
     processors=st.integers(1, 200),
 )
-def test_runs_are_neither_tiny_nor_too_many(pairs, most, share, processors):
-    tokens = choose_run_tokens(pairs, most, max(1, int(most * share)), processors)
-    assert tokens >= 256
-    assert tokens & (tokens - 1) == 0
-    assert -(-most // tokens) <= 64
+def test_runs_are_neither_tiny_nor_too_many(programs, most, processors):
+    runs = choose_num_runs(programs, most, processors, 256)
+    assert 1 <= runs <= 64
+    assert runs == 1 or (runs - 1) * 256 < most
+    assert runs * programs >= min(16 * processors, 64 * programs, -(-most // 256) * programs)
