@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 LOG2_E = 1.4426950408889634
 LEAST_RUN = 256
 """Tokens of the shortest run."""
+MOST_RUNS = 64
 
 
 @triton.jit
 def run_length(num_tokens, num_runs, TOKENS: tl.constexpr, LEAST: tl.constexpr):
-    """Tokens of each run of a pair that is cut in at most ``num_runs``; a multiple of ``TOKENS``."""
+    """Tokens of each run of a pair that is cut in at most ``num_runs``."""
     even = tl.cdiv(tl.cdiv(num_tokens, num_runs), TOKENS) * TOKENS
     return tl.maximum(even, LEAST)
 
@@ -191,7 +192,7 @@ def choose_num_runs(num_programs: int, most_tokens: int, num_processors: int, le
         1 to 64.
     """
     wanted = -(-16 * num_processors // num_programs)
-    return max(1, min(64, max(4, wanted), -(-most_tokens // least)))
+    return max(1, min(MOST_RUNS, max(4, wanted), -(-most_tokens // least)))
 
 
 @functools.lru_cache
@@ -237,7 +238,7 @@ def head_page_attention(
         max_tokens: no pair of the batch attends over more; the longest logical length will do.
         output: like ``query``; made when None.
         num_runs, least_run, rows, tokens, num_warps, num_stages: how the work is cut; chosen when
-            None.
+            None. At most 64 runs.
 
     Returns:
         ``output``.
@@ -290,6 +291,6 @@ def head_page_attention(
             tables.offsets, tables.boundary_blocks, tables.slots, tables.seq_lens,
             query_start_loc, first_pair, num_runs,
             *parts.stride()[:3], *log_sums.stride()[:2], *output.stride()[:2],
-            RUNS=triton.next_power_of_2(num_runs), **sizes, num_warps=2,
+            RUNS=MOST_RUNS, **sizes, num_warps=2,
         )  # fmt: skip
     return output

@@ -53,19 +53,19 @@ def allocate_adaptive(
     """
     num_layers, num_heads, num_tokens = scores.shape
     num_pages = num_tokens // block_size
-    if max_pages is None:
-        max_pages = torch.full((num_layers, num_heads), num_pages)
-    _check_total(total_pages, min_pages, max_pages)
+    num_all = num_layers * num_heads
+    most = num_all * num_pages if max_pages is None else int(max_pages.sum())
+    _check_total(total_pages, num_all * min_pages, most)
     ranked = scores.sort(dim=-1, descending=True).values
     worth = ranked.view(num_layers, num_heads, num_pages, block_size).mean(dim=-1)
     contested = worth[:, :, min_pages:]
-    pages = torch.full((num_layers, num_heads), min_pages, dtype=torch.int64)
-    spare = total_pages - num_layers * num_heads * min_pages
+    spare = total_pages - num_all * min_pages
     if per_layer:
         if total_pages % num_layers:
             raise ValueError(f"{total_pages} pages do not divide over {num_layers} layers")
-        return pages + _best_counts(contested.flatten(1), spare // num_layers, contested.shape)
-    return pages + _best_counts(contested.reshape(1, -1), spare, contested.shape)
+        counts = _best_counts(contested.flatten(1), spare // num_layers, contested.shape)
+        return counts + min_pages
+    return _best_counts(contested.reshape(1, -1), spare, contested.shape) + min_pages
 
 
 def allocate_from_fractions(
@@ -98,7 +98,7 @@ def allocate_from_fractions(
         torch.full_like(fractions, num_pages, dtype=torch.int64) if max_pages is None else max_pages
     )
     most = most.flatten()
-    _check_total(total_pages, min_pages, most)
+    _check_total(total_pages, most.numel() * min_pages, int(most.sum()))
     wanted = fractions.to(torch.float64).flatten() * num_pages
     pages = wanted.round().to(torch.int64).clamp_min(min_pages).minimum(most)
     missing = total_pages - int(pages.sum())
@@ -113,12 +113,11 @@ def allocate_from_fractions(
 def _best_counts(worth: torch.Tensor, count: int, shape: torch.Size) -> torch.Tensor:
     """How many of the ``count`` best entries of each row fall to each head."""
     order = worth.argsort(dim=-1, descending=True, stable=True)[:, :count]
-    taken = torch.zeros(worth.shape, dtype=torch.int64)
+    taken = torch.zeros(worth.shape, dtype=torch.int64, device=worth.device)
     taken.scatter_(1, order, 1)
     return taken.view(shape).sum(dim=-1)
 
 
-def _check_total(total_pages: int, min_pages: int, max_pages: torch.Tensor) -> None:
-    low, high = max_pages.numel() * min_pages, int(max_pages.sum())
+def _check_total(total_pages: int, low: int, high: int) -> None:
     if not low <= total_pages <= high:
         raise ValueError(f"{total_pages} pages asked for, but the heads hold {low} to {high}")

@@ -1,14 +1,18 @@
-"""Execute a keep plan: copy the kept KV pairs of one layer into whole head pages, out of place.
+"""Execute a keep plan: copy the kept KV pairs of a request into whole head pages, out of place.
 
-A head page is one row of a flat pool, ``[2 * N * D]`` elements: N keys, then N values, each in an
-element order that the attention kernel chose (:class:`PageCodec`).
+A head page is one row of a flat pool, ``[2 * N * D]`` elements in an order that the attention
+kernel chose.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from vllm_kvzip.core import KeepPlan
 
 
 @dataclass(frozen=True)
@@ -37,18 +41,51 @@ class PageCodec:
         return cls(order, order)
 
 
-def is_by_token(order: torch.Tensor) -> bool:
-    """Whether half a page stores its tokens one after the other, row-major ``[N, D]``."""
-    return torch.equal(order, torch.arange(len(order)))
+class PageStore(Protocol):
+    """Reads and compacts head pages of a flat pool; moves elements bit for bit.
+
+    Attributes:
+        device: where the pool lies.
+    """
+
+    device: torch.device
+
+    def views(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of all pages, ``[num_pages, N, D]``, without a copy.
+
+        Raises:
+            ValueError: when pages are stored in an order that is no such view.
+        """
+        ...
+
+    def read_keys(self, page_ids: torch.Tensor) -> torch.Tensor:
+        """Keys of runs of pages.
+
+        Args:
+            page_ids: int64 ``[H, n]``.
+
+        Returns:
+            ``[H, n * N, D]`` in the pool's dtype, a copy.
+        """
+        ...
+
+    def read_values(self, page_ids: torch.Tensor) -> torch.Tensor:
+        """Values of runs of pages; see :meth:`read_keys`."""
+        ...
+
+    def compact(self, sources: torch.Tensor, keep: KeepPlan, targets: torch.Tensor) -> None:
+        """Copy the kept KV pairs of one request into whole pages.
+
+        Args:
+            sources: int64 ``[L, H, n]``, the prompt's pages; only read.
+            keep: what each head keeps.
+            targets: int64 ``[sum of pages]``, in the order of ``keep``.
+        """
+        ...
 
 
-def is_by_dimension(order: torch.Tensor, block_size: int, head_dim: int) -> bool:
-    """Whether half a page stores one dimension of all tokens after the other, ``[D, N]``."""
-    return torch.equal(order, torch.arange(len(order)).view(block_size, head_dim).t().flatten())
-
-
-class PageStore:
-    """Reads and writes head pages of a flat pool in logical order; moves elements bit for bit.
+class PackedPages:
+    """A :class:`PageStore` over pages of N keys, then N values, each in an order of its own.
 
     Args:
         pages: ``[num_pages, 2 * N * D]``, the pool; written in place.
@@ -60,23 +97,21 @@ class PageStore:
     def __init__(
         self, pages: torch.Tensor, codec: PageCodec, block_size: int, head_dim: int
     ) -> None:
+        self.device = pages.device
         keys, values = pages.view(len(pages), 2, block_size * head_dim).unbind(dim=1)
         self._keys = _HalfPages(keys, codec.key_order, block_size, head_dim)
         self._values = _HalfPages(values, codec.value_order, block_size, head_dim)
 
+    def views(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :class:`PageStore`."""
+        return self._keys.view(), self._values.view()
+
     def read_keys(self, page_ids: torch.Tensor) -> torch.Tensor:
-        """Keys of runs of pages.
-
-        Args:
-            page_ids: int64 ``[H, n]``.
-
-        Returns:
-            ``[H, n * N, D]`` in the pool's dtype, a copy.
-        """
+        """See :class:`PageStore`."""
         return self._keys.read(page_ids)
 
     def read_values(self, page_ids: torch.Tensor) -> torch.Tensor:
-        """Values of runs of pages; see :meth:`read_keys`."""
+        """See :class:`PageStore`."""
         return self._values.read(page_ids)
 
     def write(self, page_ids: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -88,6 +123,25 @@ class PageStore:
         """
         self._keys.write(page_ids, keys)
         self._values.write(page_ids, values)
+
+    def compact(self, sources: torch.Tensor, keep: KeepPlan, targets: torch.Tensor) -> None:
+        """See :class:`PageStore`; layer by layer, so that only one layer's KV is copied at a time.
+
+        Raises:
+            ValueError: if a page is both source and target.
+        """
+        if torch.isin(targets, sources).any():
+            raise ValueError("compaction must not write to the prompt's own pages")
+        num_heads = sources.shape[1]
+        counts = keep.offsets.diff()
+        heads = torch.arange(len(counts)).repeat_interleave(counts) % num_heads
+        token_bounds = keep.offsets[::num_heads].tolist()
+        page_bounds = [0, *keep.pages.sum(dim=1).cumsum(0).tolist()]
+        for layer, pages in enumerate(sources):
+            tokens = slice(token_bounds[layer], token_bounds[layer + 1])
+            index = heads[tokens], keep.positions[tokens]
+            kept = self.read_keys(pages)[index], self.read_values(pages)[index]
+            self.write(targets[page_bounds[layer] : page_bounds[layer + 1]], *kept)
 
 
 class _HalfPages:
@@ -102,9 +156,20 @@ class _HalfPages:
     ) -> None:
         self._stored = stored  # [num_pages, N * D]
         self._shape = (-1, block_size, head_dim)
-        self._by_token = is_by_token(order)
-        self._by_dimension = is_by_dimension(order, block_size, head_dim)
+        row_major = torch.arange(len(order))
+        self._by_token = torch.equal(order, row_major)
+        by_dimension = row_major.view(block_size, head_dim).t().flatten()
+        self._by_dimension = torch.equal(order, by_dimension)
         self._order, self._inverse = order, order.argsort()
+
+    def view(self) -> torch.Tensor:
+        """All pages as ``[num_pages, N, D]``, without a copy."""
+        _, block_size, head_dim = self._shape
+        if self._by_token:
+            return self._stored.view(self._shape)
+        if self._by_dimension:
+            return self._stored.view(-1, head_dim, block_size).transpose(1, 2)
+        raise ValueError("pages are stored in blocks of elements, which is no view of [N, D]")
 
     def read(self, page_ids: torch.Tensor) -> torch.Tensor:
         """Pages ``[H, n]`` as ``[H, n * N, D]``."""
@@ -129,29 +194,3 @@ class _HalfPages:
         else:
             stored = pages.flatten(1).index_select(1, self._order)
         self._stored.index_copy_(0, page_ids, stored)
-
-
-def compact_layer(
-    store: PageStore,
-    source_page_ids: torch.Tensor,
-    positions: torch.Tensor,
-    heads: torch.Tensor,
-    target_page_ids: torch.Tensor,
-) -> None:
-    """Copy the kept KV pairs of one layer into its new pages.
-
-    Args:
-        store: the pool.
-        source_page_ids: int64 ``[H, nb]``, the prompt's pages of this layer; only read.
-        positions: int64 ``[K]``, kept positions, head after head.
-        heads: int64 ``[K]``, the head of each.
-        target_page_ids: int64 ``[K / N]``, in the same order.
-
-    Raises:
-        ValueError: if a page is both source and target.
-    """
-    if torch.isin(target_page_ids, source_page_ids).any():
-        raise ValueError("compaction must not write to the prompt's own pages")
-    keys = store.read_keys(source_page_ids)[heads, positions]
-    values = store.read_values(source_page_ids)[heads, positions]
-    store.write(target_page_ids, keys, values)

@@ -73,6 +73,11 @@ class KVzipConfig(BaseModel):
     scoring_chunk_tokens: int = Field(
         512, ge=16, description="tokens the model repeats at once, of scorer kvzip"
     )
+    attention_kernel: Literal["auto", "triton", "vllm"] = Field(
+        "auto",
+        description="GPUs: whose kernel attends over compressed prefixes, the plugin's or vLLM's; "
+        "auto times both when the engine starts",
+    )
     seed: int = Field(0, description="seed of scorer random")
 
 

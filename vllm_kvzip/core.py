@@ -146,6 +146,12 @@ class CompressedPrefix:
     scores: torch.Tensor | None = None
 
     @cached_property
+    def offsets(self) -> torch.Tensor:
+        """Where the pages of each head begin, int32 ``[L * H + 1]``."""
+        ends = self.pages.flatten().cumsum(0)
+        return torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
+
+    @cached_property
     def padded(self) -> torch.Tensor:
         """Page ids as int32 ``[L, H, most pages of a head]``, zeros behind a head's last page."""
         width = int(self.pages.max())
@@ -153,16 +159,3 @@ class CompressedPrefix:
         filled = torch.arange(width, device=self.pages.device) < self.pages[:, :, None]
         table[filled] = self.page_ids.to(torch.int32)
         return table
-
-
-@dataclass(frozen=True)
-class CompressionReport:
-    """What one compression did.
-
-    Attributes:
-        stage_seconds: seconds by stage: ``score``, ``select`` (budgets included), ``compact``.
-        achieved_keep_ratio: kept / all KV pairs of the prefix.
-    """
-
-    stage_seconds: dict[str, float]
-    achieved_keep_ratio: float

@@ -56,37 +56,34 @@ class PagePool:
             blocks: int ``[n]``, block ids.
 
         Returns:
-            int64 ``[L, H, n]``.
+            int64 ``[L, H, n]``, on the device of ``blocks``.
         """
         layer_stride, block_stride = self.strides
-        layers = torch.arange(self.num_layers) * layer_stride
-        heads = torch.arange(self.num_kv_heads)
+        layers = torch.arange(self.num_layers, device=blocks.device) * layer_stride
+        heads = torch.arange(self.num_kv_heads, device=blocks.device)
         in_layer = heads[:, None] + blocks.to(torch.int64)[None, :] * block_stride
         return self.first_page + layers[:, None, None] + in_layer[None]
 
 
-def deal_pages(block_ids: Sequence[int], pages: torch.Tensor, pool: PagePool) -> torch.Tensor:
+def deal_pages(blocks: torch.Tensor, total: int, pool: PagePool) -> torch.Tensor:
     """Deal the head pages of some blocks to the heads, in (block, layer, KV head) order.
 
     Kernels rely on the order: they compute a page from its number in the prefix.
 
     Args:
-        block_ids: blocks that hold the compressed prefix.
-        pages: int64 ``[L, H]``, head pages each head gets.
+        blocks: int ``[n]``, blocks that hold the compressed prefix.
+        total: head pages that all heads get.
         pool: where pages lie.
 
     Returns:
-        int64 ``[sum of pages]``, page ids in (layer, KV head) order.
+        int64 ``[total]``, page ids; the heads take them in (layer, KV head) order.
 
     Raises:
         ValueError: if the blocks hold fewer pages than asked for.
     """
-    available = pool.page_ids(torch.tensor(block_ids, dtype=torch.int64)).permute(2, 0, 1).flatten()
-    total = int(pages.sum())
+    available = pool.page_ids(blocks).permute(2, 0, 1).flatten()
     if total > len(available):
-        raise ValueError(
-            f"{total} head pages asked of {len(block_ids)} blocks with {len(available)}"
-        )
+        raise ValueError(f"{total} head pages asked of {len(blocks)} blocks with {len(available)}")
     return available[:total]
 
 

@@ -2,41 +2,41 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from time import perf_counter
 from typing import TYPE_CHECKING
 
 import torch
 
 from vllm_kvzip import budgeting
-from vllm_kvzip.compaction import PageCodec, PageStore, compact_layer
-from vllm_kvzip.core import (
-    CacheGeometry,
-    CompressedPrefix,
-    CompressionReport,
-    KeepPlan,
-    LayerInputs,
-    PrefixPlan,
-)
+from vllm_kvzip.clocks import HostClock, Stopwatch
+from vllm_kvzip.core import CacheGeometry, CompressedPrefix, LayerInputs, PrefixPlan
 from vllm_kvzip.head_pages import PagePool, deal_pages
 from vllm_kvzip.selection import protect, select
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
+    from vllm_kvzip.clocks import Clock
+    from vllm_kvzip.compaction import PageStore
     from vllm_kvzip.config import Budget
     from vllm_kvzip.prefix_rule import PrefixRule
     from vllm_kvzip.rotary import RotaryTables
     from vllm_kvzip.scoring import Scorer
 
 
+STAGES = ("score", "select", "compact")
+
+
 class Compressor:
     """Compresses one prompt at a time; holds no state between prompts.
+
+    Everything is asked for in the stream of the device where the pool lies, and nothing waits for
+    it, but for two things: a score that is NaN is looked for on the CPU, and what competes with
+    what an earlier compression kept is counted.
 
     Args:
         geometry: shape of the compressed layers.
         pool: where head pages lie.
-        codec: element order inside a page.
+        store: reads and compacts them; only pages of a prompt's target blocks change.
         rule: what follows from a prompt's length.
         scorer: makes the scores.
         budget: one of :data:`~vllm_kvzip.config.Budget`.
@@ -45,6 +45,7 @@ class Compressor:
         head_importance: ``[L][H]``, which heads come first; likewise.
         rotary: of each layer, for scorers that want it.
         seed: mixed into each prompt's seed.
+        clock: measures the stages.
 
     Raises:
         ValueError: for fractions that are missing or of another shape.
@@ -55,7 +56,7 @@ class Compressor:
         *,
         geometry: CacheGeometry,
         pool: PagePool,
-        codec: PageCodec,
+        store: PageStore,
         rule: PrefixRule,
         scorer: Scorer,
         budget: Budget,
@@ -63,12 +64,14 @@ class Compressor:
         head_importance: Sequence[Sequence[float]] | None = None,
         rotary: Sequence[RotaryTables | None] | None = None,
         seed: int = 0,
+        clock: Clock | None = None,
     ) -> None:
+        self._clock = clock or HostClock()
         self._scorer = scorer
         self._rotary = rotary or [None] * geometry.num_layers
         self._geometry = geometry
         self._pool = pool
-        self._codec = codec
+        self._store = store
         self._rule = rule
         self._budget = budget
         self._seed = seed
@@ -84,7 +87,6 @@ class Compressor:
 
     def compress(
         self,
-        pages: torch.Tensor,
         *,
         source_blocks: Sequence[int],
         target_blocks: Sequence[int],
@@ -94,11 +96,10 @@ class Compressor:
         scale: float,
         seed: int,
         earlier: CompressedPrefix | None = None,
-    ) -> tuple[CompressedPrefix, CompressionReport]:
+    ) -> tuple[CompressedPrefix, Stopwatch]:
         """Compress the prefix of one prompt.
 
         Args:
-            pages: ``[num_pages, 2 * N * D]``, the pool; only pages of ``target_blocks`` change.
             source_blocks: raw blocks of the prefix in logical order, from ``plan.start_blocks`` on.
             target_blocks: blocks that will hold what is kept.
             plan: from the rule, for this prompt.
@@ -107,38 +108,45 @@ class Compressor:
             scale: softmax scale.
             seed: equal for equal prefixes.
             earlier: what was kept of the blocks before, with its scores; competes with the rest.
+
+        Returns:
+            where the kept pairs lie, and how long the stages took (``select`` includes budgets).
         """
-        seconds = dict.fromkeys(("score", "select", "compact"), 0.0)
+        stages = Stopwatch(self._clock, STAGES)
         geometry = self._geometry
-        store = PageStore(pages, self._codec, geometry.block_size, geometry.head_dim)
-        sources = self._pool.page_ids(torch.tensor(source_blocks))  # [L, H, nb]
-        with _timed(seconds, "score"):
-            scores = self._score(
-                store, sources, plan, observation_queries, reconstruction, scale, seed
-            )
-        with _timed(seconds, "select"):
+        sources = self._pool.page_ids(self._on_device(source_blocks))  # [L, H, nb]
+        total = plan.num_compressed_blocks * geometry.pages_per_block
+        with stages.stage("score"):
+            scores = self._score(sources, plan, observation_queries, reconstruction, scale, seed)
+        with stages.stage("select"):
             available = None
             if earlier is not None:
                 available = earlier.pages + sources.shape[2]
                 sources, scores = _behind(earlier, sources, scores, geometry.block_size)
             num_sinks, num_recent = self._rule.protected_in_prefix(plan.boundary_tokens)
             ranked = protect(scores, num_sinks, num_recent)
-            budgets = self._allocate(ranked, plan, available)
-            keep = select(scores, budgets, geometry.block_size, num_sinks, num_recent)
+            budgets = self._allocate(ranked, plan, available).to(scores.device, non_blocking=True)
+            keep = select(scores, budgets, geometry.block_size, num_sinks, num_recent, total)
             kept_scores = None
             if self._rule.prefill_blocks is not None:
-                heads = torch.arange(budgets.numel()).repeat_interleave(keep.offsets.diff())
+                heads = torch.arange(budgets.numel(), device=scores.device)
+                heads = heads.repeat_interleave(
+                    keep.offsets.diff(), output_size=len(keep.positions)
+                )
                 kept_scores = scores.flatten(0, 1)[heads, keep.positions]
-        with _timed(seconds, "compact"):
-            targets = deal_pages(target_blocks, budgets, self._pool)
-            self._compact(store, sources, keep, targets)
-        kept_ratio = int(budgets.sum()) / (geometry.pages_per_block * plan.num_prefix_blocks)
-        prefix = CompressedPrefix(targets, budgets, kept_scores)
-        return prefix, CompressionReport(seconds, kept_ratio)
+        with stages.stage("compact"):
+            targets = deal_pages(self._on_device(target_blocks), total, self._pool)
+            self._store.compact(sources, keep, targets)
+        return CompressedPrefix(targets, budgets, kept_scores), stages
+
+    def _on_device(self, blocks: Sequence[int]) -> torch.Tensor:
+        """Block ids as int64, without waiting for the device."""
+        device = self._store.device
+        ids = torch.tensor(blocks, dtype=torch.int64, pin_memory=device.type == "cuda")
+        return ids.to(device, non_blocking=True)
 
     def _score(
         self,
-        store: PageStore,
         sources: torch.Tensor,
         plan: PrefixPlan,
         observation_queries: Sequence[torch.Tensor] | None,
@@ -147,8 +155,10 @@ class Compressor:
         seed: int,
     ) -> torch.Tensor:
         """Scores of the raw blocks, float32 ``[L, H, T]``."""
-        geometry, first = self._geometry, plan.start_blocks * self._geometry.block_size
-        scores = torch.empty(*sources.shape[:2], plan.boundary_tokens - first)
+        geometry, store = self._geometry, self._store
+        first = plan.start_blocks * geometry.block_size
+        shape = (*sources.shape[:2], plan.boundary_tokens - first)
+        scores = torch.empty(shape, device=store.device)
         for layer in range(geometry.num_layers):
             inputs = LayerInputs(
                 layer=layer,
@@ -197,25 +207,9 @@ class Compressor:
                 total,
                 min_pages,
                 plan.num_prefix_blocks,
-                available,
+                None if available is None else available.cpu(),
             )
         return budgeting.allocate_uniform(total, geometry.num_layers, geometry.num_kv_heads)
-
-    def _compact(
-        self, store: PageStore, sources: torch.Tensor, keep: KeepPlan, targets: torch.Tensor
-    ) -> None:
-        """One layer after the other, so that only one layer's KV is ever copied at a time."""
-        num_heads = self._geometry.num_kv_heads
-        counts = keep.offsets.diff()
-        heads = torch.arange(len(counts)).repeat_interleave(counts) % num_heads
-        token_bounds = keep.offsets[::num_heads].tolist()
-        page_bounds = (keep.offsets[::num_heads] // self._geometry.block_size).tolist()
-        for layer in range(self._geometry.num_layers):
-            tokens = slice(token_bounds[layer], token_bounds[layer + 1])
-            pages = slice(page_bounds[layer], page_bounds[layer + 1])
-            compact_layer(
-                store, sources[layer], keep.positions[tokens], heads[tokens], targets[pages]
-            )
 
 
 def _behind(
@@ -239,17 +233,11 @@ def _behind(
     assert earlier.scores is not None
     old_pages = earlier.padded.to(torch.int64)
     width = old_pages.shape[2]
-    filled = torch.arange(width) < earlier.pages[:, :, None]
-    old_scores = torch.full((*old_pages.shape, block_size), float("-inf"))
+    device = scores.device
+    filled = torch.arange(width, device=device) < earlier.pages[:, :, None]
+    old_scores = torch.full((*old_pages.shape, block_size), float("-inf"), device=device)
     old_scores[filled] = earlier.scores.view(-1, block_size)
     return (
         torch.cat([old_pages, sources], dim=2),
         torch.cat([old_scores.flatten(2), scores], dim=2),
     )
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    begin = perf_counter()
-    yield
-    seconds[stage] += perf_counter() - begin

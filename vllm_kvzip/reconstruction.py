@@ -98,7 +98,7 @@ def reconstruction_scores(
 
 def scores_from_normaliser(
     queries: torch.Tensor,
-    chunk_keys: torch.Tensor,
+    keys: torch.Tensor,
     log_normaliser: torch.Tensor,
     scale: float,
     query_rows: int = 256,
@@ -109,7 +109,7 @@ def scores_from_normaliser(
 
     Args:
         queries: ``[H, M, D]``, all queries of a head's group.
-        chunk_keys: ``[H, C, D]``.
+        keys: ``[H, C, D]``.
         log_normaliser: float32 ``[H, M]``, log of the sum of exponentials of all scaled logits.
         scale: softmax scale.
         query_rows: queries whose attention is held in memory at once.
@@ -117,12 +117,12 @@ def scores_from_normaliser(
     Returns:
         float32 ``[H, C]``, in [0, 1].
     """
-    keys = chunk_keys.transpose(1, 2)
+    columns = keys.transpose(1, 2)
     scaled = queries * scale
-    best = torch.full(chunk_keys.shape[:2], float("-inf"), device=queries.device)
+    best = torch.full(keys.shape[:2], float("-inf"), device=queries.device)
     for first in range(0, queries.shape[1], query_rows):
         rows = slice(first, first + query_rows)
-        logits = torch.bmm(scaled[:, rows], keys)
+        logits = torch.bmm(scaled[:, rows], columns)
         logits -= log_normaliser[:, rows, None].to(logits.dtype)
         best = best.maximum(logits.amax(dim=1).float())
     return best.exp().clamp_(max=1.0)

@@ -27,35 +27,64 @@ def protect(scores: torch.Tensor, num_sinks: int, num_recent: int) -> torch.Tens
 
 
 def select(
-    scores: torch.Tensor, pages: torch.Tensor, block_size: int, num_sinks: int, num_recent: int
+    scores: torch.Tensor,
+    pages: torch.Tensor,
+    block_size: int,
+    num_sinks: int,
+    num_recent: int,
+    total_pages: int | None = None,
 ) -> KeepPlan:
     """Per head, the best tokens that fill its pages; protected tokens first, ties to the earlier.
 
     Args:
         scores: float32 ``[L, H, T]``.
-        pages: int64 ``[L, H]``, head pages of each head.
+        pages: int64 ``[L, H]``, head pages of each head, on the device of ``scores``.
         block_size: tokens per page.
         num_sinks, num_recent: protected tokens at either end; must fit every head's budget.
+        total_pages: sum of ``pages``, for a caller who knows it: nothing is read back then from a
+            device other than the CPU, and nothing checked there.
 
     Raises:
         ValueError: if a score is NaN, a head has no page, or more pages than tokens.
     """
     num_tokens = scores.shape[-1]
-    if torch.isnan(scores).any():
-        raise ValueError("a scorer returned NaN")
     budgets = (pages * block_size).flatten()
-    if int(budgets.min()) < max(1, num_sinks + num_recent) or int(budgets.max()) > num_tokens:
-        raise ValueError(
-            f"head budgets of {int(budgets.min())} to {int(budgets.max())} tokens do not fit "
-            f"{num_sinks + num_recent} protected of {num_tokens} tokens"
-        )
+    if total_pages is None or scores.device.type == "cpu":
+        _check(scores, budgets, num_sinks + num_recent)
     ranked = scores.reshape(-1, num_tokens).clone()
     ranked[:, :num_sinks] = float("inf")
     if num_recent:
         ranked[:, num_tokens - num_recent :] = float("inf")
     order = ranked.argsort(dim=-1, descending=True, stable=True)
+    tokens = torch.arange(num_tokens, device=scores.device)
     kept = torch.zeros(ranked.shape, dtype=torch.bool, device=scores.device)
-    kept.scatter_(1, order, torch.arange(num_tokens) < budgets[:, None])
-    offsets = torch.zeros(len(budgets) + 1, dtype=torch.int64)
+    kept.scatter_(1, order, tokens < budgets[:, None])
+    offsets = torch.zeros(len(budgets) + 1, dtype=torch.int64, device=scores.device)
     torch.cumsum(budgets, 0, out=offsets[1:])
-    return KeepPlan(positions=kept.nonzero()[:, 1], offsets=offsets, pages=pages)
+    total = block_size * (int(pages.sum()) if total_pages is None else total_pages)
+    return KeepPlan(positions=_positions(kept, total), offsets=offsets, pages=pages)
+
+
+def _positions(kept: torch.Tensor, total: int) -> torch.Tensor:
+    """Columns of what is kept, row after row; ``nonzero`` would wait for the device to count.
+
+    Args:
+        kept: bool ``[heads, T]``.
+        total: how many.
+    """
+    place = kept.flatten().cumsum(0) - 1
+    place = torch.where(kept.flatten(), place, total)  # what is not kept goes behind the end
+    columns = torch.arange(kept.shape[1], device=kept.device).expand(kept.shape).flatten()
+    return place.new_empty(total + 1).scatter_(0, place, columns)[:total]
+
+
+def _check(scores: torch.Tensor, budgets: torch.Tensor, num_protected: int) -> None:
+    num_tokens = scores.shape[-1]
+    if torch.isnan(scores).any():
+        raise ValueError("a scorer returned NaN")
+    least, most = int(budgets.min()), int(budgets.max())
+    if least < max(1, num_protected) or most > num_tokens:
+        raise ValueError(
+            f"head budgets of {least} to {most} tokens do not fit "
+            f"{num_protected} protected of {num_tokens} tokens"
+        )

@@ -51,6 +51,10 @@ class LayerSurrogate:
     out: torch.Tensor
     out_bias: torch.Tensor
 
+    def to(self, device: torch.device) -> LayerSurrogate:
+        """The same network on a device."""
+        return LayerSurrogate(*(getattr(self, part).to(device) for part in _PARTS))
+
     def log_scores(self, features: torch.Tensor) -> torch.Tensor:
         """Predicted log scores, float32 ``[T, H]``.
 
@@ -70,7 +74,7 @@ class LayerSurrogate:
         """
         head_dim = keys.shape[2]
         keys = _unrotated(keys, rotary)
-        recency = _recency(keys.shape[1])
+        recency = _recency(keys.shape[1], keys.device)
         mixed = torch.addmm(self.mix_bias, recency, self.mix[-len(RECENCY_TOKENS) :])
         for part, weights in zip((*keys, *values), torch.split(self.mix, head_dim), strict=False):
             mixed.addmm_(part, weights)
@@ -93,17 +97,19 @@ def token_features(
         float32 ``[T, 2 * H * D + 3]``.
     """
     pairs = torch.cat([_unrotated(keys, rotary), values]).transpose(0, 1).flatten(1)
-    return torch.cat([pairs, _recency(len(pairs))], dim=1)
+    return torch.cat([pairs, _recency(len(pairs), pairs.device)], dim=1)
 
 
-def _recency(num_tokens: int) -> torch.Tensor:
+def _recency(num_tokens: int, device: torch.device) -> torch.Tensor:
     """How near each token is to the end, float32 ``[T, 3]``, in (0, 1]."""
-    distance = torch.arange(num_tokens - 1, -1, -1, dtype=torch.float32)
-    return torch.exp(-distance[:, None] / torch.tensor(RECENCY_TOKENS))
+    distance = torch.arange(num_tokens - 1, -1, -1, dtype=torch.float32, device=device)
+    return torch.stack([torch.exp(distance / -length) for length in RECENCY_TOKENS], dim=1)
 
 
 def _unrotated(keys: torch.Tensor, rotary: RotaryTables | None) -> torch.Tensor:
-    return keys if rotary is None else rotary.unrotate(keys, torch.arange(keys.shape[1]))
+    if rotary is None:
+        return keys
+    return rotary.unrotate(keys, torch.arange(keys.shape[1], device=keys.device))
 
 
 def save_surrogate(

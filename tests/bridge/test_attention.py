@@ -7,8 +7,8 @@ import pytest
 import torch
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from vllm_kvzip.compaction import PageStore
-from vllm_kvzip.vllm_bridge.attention import PairBatch
+from vllm_kvzip.compaction import PackedPages
+from vllm_kvzip.vllm_bridge.cpu_attention import PairBatch
 from vllm_kvzip.vllm_bridge.cpu_pages import discover_codec
 
 pytestmark = pytest.mark.vllm
@@ -28,7 +28,7 @@ def test_every_pair_attends_over_its_own_pages(query_lengths, with_others):
     pages = torch.full((LAYERS * num_pairs * width + 7, 2 * BLOCK * DIM), float("nan"))
     order = torch.randperm(len(pages))[: LAYERS * num_pairs * width]
     tables = order.view(LAYERS, num_pairs, width).to(torch.int32)
-    store = PageStore(pages, codec, BLOCK, DIM)
+    store = PackedPages(pages, codec, BLOCK, DIM)
     keys, values = (torch.randn(LAYERS, num_pairs, width * BLOCK, DIM) for _ in range(2))
     store.write(order, keys.view(-1, DIM), values.view(-1, DIM))
 

@@ -18,20 +18,36 @@ class Recorder:
         self.seen.append((phase, seconds))
 
 
+class Ticks:
+    """A clock of a device that is through with a mark when it is told so."""
+
+    def __init__(self):
+        self.count = itertools.count()
+        self.done = float("inf")
+
+    def mark(self):
+        return next(self.count)
+
+    def passed(self, mark):
+        return mark <= self.done
+
+    def seconds(self, begin, end):
+        return float(end - begin)
+
+
 @pytest.fixture
 def timer():
-    ticks = itertools.count()
-    return AttentionTimer(Recorder(), clock=lambda: float(next(ticks)))
+    return AttentionTimer(Recorder(), Ticks())
 
 
 def run(timer, step, layers=3):
     timer.step_starts(step)
-    was_timed = timer.running
+    was_timed = timer.running is not None
     for _ in range(layers if was_timed else 0):
         timer.layer_starts()
         timer.layer_ends()
     timer.step_ends()
-    assert not timer.running
+    assert timer.running is None
     return was_timed
 
 
@@ -64,3 +80,15 @@ def test_speculated_tokens_are_decoded(timer):
 def test_a_step_without_tokens_counts_as_none(timer):
     assert not run(timer, output())
     assert run(timer, DECODE)
+
+
+def test_a_step_is_recorded_when_the_device_is_through_with_it(timer):
+    timer._clock.done = -1
+    run(timer, DECODE)
+    assert timer._recorder.seen == []
+    timer._clock.done = 4
+    run(timer, DECODE)
+    assert timer._recorder.seen == []  # the last layer's end is mark 5
+    timer._clock.done = 5
+    run(timer, DECODE)
+    assert timer._recorder.seen == [("decode", 3.0)]

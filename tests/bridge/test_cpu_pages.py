@@ -5,7 +5,7 @@ import torch
 from vllm import _custom_ops as ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from vllm_kvzip.compaction import PageStore
+from vllm_kvzip.compaction import PackedPages
 from vllm_kvzip.vllm_bridge.cpu_pages import discover_codec
 
 pytestmark = pytest.mark.vllm
@@ -26,13 +26,13 @@ def test_the_codec_reads_what_the_op_wrote_and_writes_what_it_would(dtype, block
     key_cache, value_cache = cache.chunk(2, dim=2)
     ops.cpu_attn_reshape_and_cache(keys, values, key_cache, value_cache, torch.arange(tokens), isa)
 
-    store = PageStore(cache.view(BLOCKS * HEADS, -1), codec, block_size, head_dim)
+    store = PackedPages(cache.view(BLOCKS * HEADS, -1), codec, block_size, head_dim)
     pages = torch.arange(BLOCKS * HEADS).view(BLOCKS, HEADS).t()
     assert torch.equal(store.read_keys(pages), keys.transpose(0, 1))
     assert torch.equal(store.read_values(pages), values.transpose(0, 1))
 
     other = torch.zeros_like(cache)
-    target = PageStore(other.view(BLOCKS * HEADS, -1), codec, block_size, head_dim)
+    target = PackedPages(other.view(BLOCKS * HEADS, -1), codec, block_size, head_dim)
     by_head = (part.transpose(0, 1).reshape(-1, head_dim) for part in (keys, values))
     target.write(pages.flatten(), *by_head)
     assert torch.equal(other, cache)

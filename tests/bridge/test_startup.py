@@ -49,7 +49,7 @@ def refusal(capsys, *flags, model=MODEL):
 def test_flag_sets_worker_block_size_and_settings():
     config = engine_config(*ON, "--kv-compression-config.keep_ratio", "0.3")
     settings = Settings.from_vllm_config(config)
-    assert config.parallel_config.worker_cls == options.WORKER
+    assert config.parallel_config.worker_cls == options.CPU_WORKER
     assert config.scheduler_config.get_scheduler_cls().__name__ == "HeadPageScheduler"
     assert config.cache_config.block_size == 32
     assert settings.config.keep_ratio == 0.3
@@ -310,7 +310,7 @@ def test_an_untested_vllm_is_a_warning(monkeypatch, caplog):
     monkeypatch.setattr(options.logger, "propagate", True)
     with caplog.at_level(logging.WARNING):
         config = engine_config(*ON)
-    assert config.parallel_config.worker_cls == options.WORKER
+    assert config.parallel_config.worker_cls == options.CPU_WORKER
     assert "was tested with vLLM 0.31.0, but 0.32.0 is running" in caplog.text
 
 

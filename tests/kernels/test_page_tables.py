@@ -25,7 +25,7 @@ def test_dealt_pages_are_where_kernels_look(num_layers, num_heads, gaps, seed):
     pages = torch.randint(0, 9, (num_layers, num_heads), generator=random)
     num_blocks = -(-int(pages.sum()) // (num_layers * num_heads))
     blocks = torch.randperm(50, generator=random)[: num_blocks + 3]
-    dealt = deal_pages(blocks[:num_blocks].tolist(), pages, pool)
+    dealt = deal_pages(blocks[:num_blocks], int(pages.sum()), pool)
     boundary = num_blocks + 4
     row = torch.zeros(boundary + 3, dtype=torch.int32)
     row[:num_blocks] = blocks[:num_blocks]

@@ -109,6 +109,7 @@ def run_job(
     watch_hashed_blocks: bool = False,
     asynchronous: bool = False,
     triton_attention: bool = False,
+    gpu_path: bool = False,
     **engine: Any,
 ) -> Report:
     """Run requests through a fresh engine.
@@ -123,6 +124,7 @@ def run_job(
         watch_hashed_blocks: see :class:`hashed_blocks.HashedBlockWatch`.
         asynchronous: see :mod:`forced_async`.
         triton_attention: attend over head pages by our own kernel, interpreted.
+        gpu_path: see :mod:`gpu_path`; needs :data:`RUNNER_V2`.
         engine: more arguments of ``LLM``.
     """
     arguments: dict[str, Any] = {
@@ -146,6 +148,7 @@ def run_job(
                     "watch_hashed_blocks": watch_hashed_blocks,
                     "asynchronous": asynchronous,
                     "triton_attention": triton_attention,
+                    "gpu_path": gpu_path,
                 }
             )
         )
@@ -204,11 +207,17 @@ def execute(job: dict[str, Any]) -> Report:
 
     if job["asynchronous"]:
         force_async_scheduling()
-    if job["triton_attention"]:
-        from vllm_kvzip.vllm_bridge.kernel_batches import KernelBatcher
-        from vllm_kvzip.vllm_bridge.worker import HeadPageCPUWorker
+    if job["gpu_path"]:
+        from gpu_path import take_gpu_path
 
-        HeadPageCPUWorker.batcher_class = KernelBatcher
+        take_gpu_path()
+    if job["triton_attention"]:
+        from vllm_kvzip.vllm_bridge.cpu_worker import HeadPageCPUWorker
+        from vllm_kvzip.vllm_bridge.kernel_batches import KernelBatcher
+
+        HeadPageCPUWorker.attach = lambda worker, cache, builders: KernelBatcher(
+            cache, worker.scheduler_config.max_num_seqs
+        )
     llm = LLM(**job["engine"])
     engine = llm.llm_engine
     core = engine.engine_core.engine_core

@@ -1,6 +1,6 @@
 """What the processes of a server record, for a test that starts them."""
 
-from vllm_kvzip.core import CompressionReport, PrefixPlan
+from vllm_kvzip.core import PrefixPlan
 from vllm_kvzip.vllm_bridge.stats_export import SchedulerRecorder, WorkerRecorder
 
 
@@ -17,5 +17,5 @@ def scheduler_process(directory):
 
 def worker_process(directory):
     recorder = WorkerRecorder(directory)
-    recorder.compressed(CompressionReport({"score": 0.5, "select": 0.25, "compact": 0.125}, 0.25))
+    recorder.compressed({"score": 0.5, "select": 0.25, "compact": 0.125})
     recorder.attended("decode", 0.5)

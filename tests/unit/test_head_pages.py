@@ -20,7 +20,7 @@ def test_dealing_gives_each_page_to_one_head(num_layers, num_heads, num_blocks, 
     cuts = sorted(data.draw(st.lists(st.integers(0, total), min_size=num_layers * num_heads - 1,
                                      max_size=num_layers * num_heads - 1)))  # fmt: skip
     pages = torch.tensor([0, *cuts, total]).diff().view(num_layers, num_heads)
-    ids = deal_pages(blocks, pages, pool)
+    ids = deal_pages(torch.tensor(blocks), int(pages.sum()), pool)
     expected = {
         pool.page_id(layer, block, head)
         for layer in range(num_layers)
@@ -39,9 +39,10 @@ def test_skewed_budgets_hold_the_least_possible_number_of_blocks():
     num_blocks = ceil(int(pages.sum()) / (num_layers * num_heads))
     assert num_blocks == 9  # 4 * 32 + 12 pages in blocks of 16; dealing by head would take 32
     pool = PagePool(num_blocks=64, num_layers=num_layers, num_kv_heads=num_heads)
-    assert len(deal_pages(range(num_blocks), pages, pool)) == int(pages.sum())
+    total = int(pages.sum())
+    assert len(deal_pages(torch.arange(num_blocks), total, pool)) == total
     with pytest.raises(ValueError, match="140 head pages asked of 8 blocks"):
-        deal_pages(range(num_blocks - 1), pages, pool)
+        deal_pages(torch.arange(num_blocks - 1), total, pool)
 
 
 def test_page_ids_need_64_bits_in_elements_only():

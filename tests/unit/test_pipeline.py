@@ -5,9 +5,9 @@ from typing import get_args
 import pytest
 import torch
 
-from vllm_kvzip.compaction import PageCodec, PageStore, compact_layer
+from vllm_kvzip.compaction import PackedPages, PageCodec
 from vllm_kvzip.config import Budget
-from vllm_kvzip.core import CacheGeometry
+from vllm_kvzip.core import CacheGeometry, KeepPlan
 from vllm_kvzip.head_pages import PagePool
 from vllm_kvzip.pipeline import Compressor
 from vllm_kvzip.prefix_rule import PrefixRule
@@ -32,7 +32,7 @@ def empty_pages(dtype=torch.float32):
 
 
 def store_of(pages, codec):
-    return PageStore(pages, codec, GEOMETRY.block_size, GEOMETRY.head_dim)
+    return PackedPages(pages, codec, GEOMETRY.block_size, GEOMETRY.head_dim)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -63,10 +63,9 @@ def test_a_codec_must_be_a_permutation():
 
 def test_compaction_never_writes_to_its_source():
     store = store_of(empty_pages(), shuffled_codec())
+    keep = KeepPlan(torch.arange(4), torch.tensor([0, 4]), torch.tensor([[1]]))
     with pytest.raises(ValueError, match="own pages"):
-        compact_layer(
-            store, torch.tensor([[1, 2]]), torch.arange(4), torch.zeros(4).long(), torch.tensor([2])
-        )
+        store.compact(torch.tensor([[[1, 2]]]), keep, torch.tensor([2]))
 
 
 def fill_prompt(pages, codec, blocks):
@@ -81,9 +80,9 @@ def fill_prompt(pages, codec, blocks):
     return keys, values
 
 
-def compressor(budget, keep_ratio=0.5, scorer="knorm", **changes):
+def compressor(store, budget, keep_ratio=0.5, scorer="knorm", **changes):
     rule = PrefixRule(keep_ratio, 0, sink_tokens=2, recent_tokens=2, block_size=4)
-    values = {"codec": shuffled_codec(), "scorer": create_scorer(scorer), "budget": budget}
+    values = {"store": store, "scorer": create_scorer(scorer), "budget": budget}
     values |= {"rule": rule, **changes}
     return Compressor(geometry=GEOMETRY, pool=POOL, **values), rule
 
@@ -93,21 +92,23 @@ def compressor(budget, keep_ratio=0.5, scorer="knorm", **changes):
 def test_kept_pairs_lie_in_the_dealt_pages(budget, keep_ratio):
     torch.manual_seed(3)
     fractions = [[1.0, 0.1], [0.2, 0.3], [0.9, 0.5]] if budget in BY_HEAD else None
-    press, rule = compressor(
-        budget, keep_ratio, head_fractions=lambda _: fractions, head_importance=fractions
-    )
     pages, codec = empty_pages(), shuffled_codec()
+    press, rule = compressor(
+        store_of(pages, codec), budget, keep_ratio,
+        head_fractions=lambda _: fractions, head_importance=fractions,
+    )  # fmt: skip
     source = [9, 4, 17, 30, 2, 8, 41, 22]
     keys, values = fill_prompt(pages, codec, source)
     plan = rule.plan(34)
     target = [50, 12, 33, 60, 1, 5, 7, 13][: plan.num_compressed_blocks]
     before = pages.clone()
-    prefix, report = press.compress(
-        pages, source_blocks=source, target_blocks=target, plan=plan,
+    prefix, stages = press.compress(
+        source_blocks=source, target_blocks=target, plan=plan,
         observation_queries=None, scale=1.0, seed=0,
     )  # fmt: skip
     assert int(prefix.pages.sum()) == plan.num_compressed_blocks * 6
-    assert report.achieved_keep_ratio == pytest.approx(plan.num_compressed_blocks / 8)
+    assert stages.finished
+    assert set(stages.seconds()) == {"score", "select", "compact"}
     source_ids = POOL.page_ids(torch.tensor(source)).flatten()
     assert torch.equal(pages[source_ids], before[source_ids])
     start = 0
@@ -132,15 +133,16 @@ def test_kept_pairs_lie_in_the_dealt_pages(budget, keep_ratio):
 def test_skewed_profile_keeps_one_layer_whole_in_the_blocks_of_the_ratio():
     fractions = [[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]]
     importance = [[0.5, 0.4], [1.0, 1.0], [0.3, 0.2]]
-    press, rule = compressor(
-        "profile", keep_ratio=0.41, head_fractions=lambda _: fractions, head_importance=importance
-    )
     pages = empty_pages()
+    press, rule = compressor(
+        store_of(pages, shuffled_codec()), "profile", keep_ratio=0.41,
+        head_fractions=lambda _: fractions, head_importance=importance,
+    )  # fmt: skip
     fill_prompt(pages, shuffled_codec(), list(range(8)))
     plan = rule.plan(32)
     assert plan.num_compressed_blocks == 4  # 24 pages: layer 1 takes all its 16, each other one
     prefix, _ = press.compress(
-        pages, source_blocks=range(8), target_blocks=range(20, 24), plan=plan,
+        source_blocks=range(8), target_blocks=range(20, 24), plan=plan,
         observation_queries=None, scale=1.0, seed=0,
     )  # fmt: skip
     assert prefix.pages.tolist() == [[5, 1], [8, 8], [1, 1]]
@@ -149,7 +151,7 @@ def test_skewed_profile_keeps_one_layer_whole_in_the_blocks_of_the_ratio():
 
 def test_a_profile_of_another_shape_is_refused():
     with pytest.raises(ValueError, match="profile of"):
-        compressor("profile", head_fractions=lambda _: [[0.5]], head_importance=[[0.5]])
+        compressor(None, "profile", head_fractions=lambda _: [[0.5]], head_importance=[[0.5]])
 
 
 @pytest.mark.parametrize("budget", get_args(Budget))
@@ -158,11 +160,11 @@ def test_what_was_kept_competes_with_what_is_new(budget):
     torch.manual_seed(5)
     fractions = [[1.0, 0.1], [0.2, 0.3], [0.9, 0.5]] if budget in BY_HEAD else None
     rule = PrefixRule(0.25, 0, sink_tokens=2, recent_tokens=2, block_size=4, prefill_blocks=4)
-    press, _ = compressor(
-        budget, rule=rule, head_fractions=lambda _: fractions, head_importance=fractions
-    )
     pages, codec = empty_pages(), shuffled_codec()
     store = store_of(pages, codec)
+    press, _ = compressor(
+        store, budget, rule=rule, head_fractions=lambda _: fractions, head_importance=fractions
+    )
     keys, values = torch.randn(3, 2, 40, 8), torch.randn(3, 2, 40, 8)
     norms = -keys.norm(dim=-1)  # scorer knorm
     kept = {(layer, head): [] for layer in range(3) for head in range(2)}
@@ -178,7 +180,7 @@ def test_what_was_kept_competes_with_what_is_new(budget):
         target = [free.pop(0) for _ in range(plan.num_compressed_blocks)]
         before = pages.clone()
         prefix, _ = press.compress(
-            pages, source_blocks=dense, target_blocks=target, plan=plan,
+            source_blocks=dense, target_blocks=target, plan=plan,
             observation_queries=None, scale=1.0, seed=0, earlier=prefix,
         )  # fmt: skip
         untouched = torch.ones(len(pages), dtype=torch.bool)

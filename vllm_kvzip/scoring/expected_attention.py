@@ -44,7 +44,8 @@ class ExpectedAttentionScorer(Scorer):
         queries = queries.permute(1, 2, 0, 3)  # [H, G, W, D]
         end = inputs.num_context_tokens
         if rotary is not None:
-            queries = rotary.unrotate(queries, torch.arange(end - queries.shape[2], end))
+            positions = torch.arange(end - queries.shape[2], end, device=queries.device)
+            queries = rotary.unrotate(queries, positions)
         mean = queries.mean(dim=2)
         centred = queries - mean[:, :, None]
         covariance = centred.transpose(2, 3) @ centred / queries.shape[2]  # [H, G, D, D]

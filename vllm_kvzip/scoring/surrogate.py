@@ -41,5 +41,7 @@ class SurrogateScorer(Scorer):
         if inputs.values is None:
             raise ValueError("Scorer 'surrogate' needs values.")
         network = self._layers[inputs.layer]
+        if network.mix.device != inputs.keys.device:
+            network = self._layers[inputs.layer] = network.to(inputs.keys.device)
         predicted = network.log_scores_of(inputs.keys, inputs.values, inputs.rotary)
         return predicted.clamp_(MIN_LOG_SCORE, 0.0).exp_().t().contiguous()

@@ -34,9 +34,12 @@ class WindowScorer(Scorer):
             raise ValueError("Scorer 'window' needs the queries of the last prompt tokens.")
         num_queries, num_tokens = queries.shape[0], inputs.keys.shape[1]
         logits = torch.einsum("whgd,htd->hgwt", queries, inputs.keys) * inputs.scale
-        query_positions = inputs.num_context_tokens - num_queries + torch.arange(num_queries)
-        hidden = torch.arange(num_tokens)[None, :] > query_positions[:, None]
-        logits = logits.masked_fill(hidden.to(logits.device), float("-inf"))
+        device = logits.device
+        positions = (
+            inputs.num_context_tokens - num_queries + torch.arange(num_queries, device=device)
+        )
+        hidden = torch.arange(num_tokens, device=device)[None, :] > positions[:, None]
+        logits = logits.masked_fill(hidden, float("-inf"))
         attention = logits.softmax(dim=-1).nan_to_num_(
             0.0
         )  # a query that sees no prefix key: zeros

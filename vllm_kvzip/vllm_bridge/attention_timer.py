@@ -6,16 +6,15 @@ timed; in the others a layer looks at one attribute.
 
 from __future__ import annotations
 
-from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from vllm_kvzip.clocks import HostClock, Stopwatch
 from vllm_kvzip.metrics import PHASES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from vllm.v1.core.sched.output import SchedulerOutput
 
+    from vllm_kvzip.clocks import Clock
     from vllm_kvzip.vllm_bridge.stats_export import WorkerRecorder
 
 STEPS_PER_SAMPLE = 32
@@ -24,44 +23,56 @@ STEPS_PER_SAMPLE = 32
 class AttentionTimer:
     """Adds up the seconds of all layers of a step, every 32nd step of a phase.
 
+    A step is recorded once the device is through with it, which may be some steps later.
+
     Args:
         recorder: gets the sums.
-        clock: seconds; the device must have finished when it is read.
+        clock: marks where a layer's attention begins and ends.
 
     Attributes:
-        running: whether this step is timed; the layers look at it.
+        running: set in a step that is timed; the layers look at it.
     """
 
-    def __init__(self, recorder: WorkerRecorder, clock: Callable[[], float] = perf_counter) -> None:
+    def __init__(self, recorder: WorkerRecorder, clock: Clock | None = None) -> None:
         self._recorder = recorder
-        self._clock = clock
+        self._clock = clock or HostClock()
         self._steps = dict.fromkeys(PHASES, 0)
+        self._timed: list[Stopwatch] = []
         self._phase = ""
-        self._begin = self._seconds = 0.0
-        self.running = False
+        self._begin: Any = None
+        self.running: Stopwatch | None = None
 
     def step_starts(self, output: SchedulerOutput) -> None:
         """Decide whether the step is timed."""
         if not output.total_num_scheduled_tokens:
             return
-        self._phase = _phase(output)
-        self.running = self._steps[self._phase] % STEPS_PER_SAMPLE == 0
-        self._steps[self._phase] += 1
-        self._seconds = 0.0
+        self._record_finished()
+        phase = _phase(output)
+        if self._steps[phase] % STEPS_PER_SAMPLE == 0:
+            self.running = Stopwatch(self._clock)
+            self._phase = phase
+        self._steps[phase] += 1
 
     def step_ends(self) -> None:
-        """Record the step, if any layer ran."""
-        if self.running and self._seconds:
-            self._recorder.attended(self._phase, self._seconds)
-        self.running = False
+        """Record the step, if any layer ran and the device is through with it."""
+        if self.running is not None:
+            self._timed.append(self.running)
+        self.running = None
+        self._record_finished()
 
     def layer_starts(self) -> None:
         """A layer's attention starts."""
-        self._begin = self._clock()
+        self._begin = self._clock.mark()
 
     def layer_ends(self) -> None:
         """A layer's attention has ended."""
-        self._seconds += self._clock() - self._begin
+        if self.running is not None:
+            self.running.add(self._phase, self._begin, self._clock.mark())
+
+    def _record_finished(self) -> None:
+        while self._timed and self._timed[0].finished:
+            for phase, seconds in self._timed.pop(0).seconds().items():
+                self._recorder.attended(phase, seconds)
 
 
 def _phase(output: SchedulerOutput) -> str:

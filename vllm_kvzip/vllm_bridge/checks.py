@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm import envs
+from vllm.platforms import current_platform
+
 from vllm_kvzip.errors import ConfigError, UnsupportedError
 from vllm_kvzip.profile import ModelFingerprint
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-STOCK_CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
+STOCK_WORKERS = ("auto", "vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker")
+GPU_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
+GPU_BLOCK_SIZES = (16, 32, 64, 128)
 
 
 def check_supported(vllm_config: VllmConfig) -> None:
@@ -136,20 +142,84 @@ def _engine_problems(vllm_config: VllmConfig) -> list[str]:
             f"speculative method {getattr(speculative, 'method', None)} yet; use ngram or none",
         ),
         (
-            vllm_config.device_config.device_type != "cpu",
-            "this platform yet, only vLLM's CPU build",
+            not (current_platform.is_cpu() or current_platform.is_cuda()),
+            f"{current_platform.device_name}; it runs on NVIDIA GPUs and on CPUs",
         ),
         (
-            parallel.worker_cls not in ("auto", STOCK_CPU_WORKER),
+            parallel.worker_cls not in STOCK_WORKERS,
             f"--worker-cls {parallel.worker_cls}; remove the flag",
         ),
         (
             vllm_config.scheduler_config.scheduler_cls is not None,
             f"--scheduler-cls {vllm_config.scheduler_config.scheduler_cls}; remove the flag",
         ),
-        (
-            cache.block_size % 32 != 0,
-            f"--block-size {cache.block_size} on the CPU; use a multiple of 32",
-        ),
     ]
+    problems += (
+        _cpu_problems(vllm_config) if current_platform.is_cpu() else _gpu_problems(vllm_config)
+    )
     return [text for present, text in problems if present]
+
+
+def _cpu_problems(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
+    block_size = vllm_config.cache_config.block_size
+    return [
+        (block_size % 32 != 0, f"--block-size {block_size} on the CPU; use a multiple of 32"),
+    ]
+
+
+def _gpu_problems(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    block_size, backend = cache.block_size, vllm_config.attention_config.backend
+    dtype = str(model.dtype).removeprefix("torch.")
+    return [
+        (
+            block_size not in GPU_BLOCK_SIZES,
+            f"--block-size {block_size} on GPUs; use one of {', '.join(map(str, GPU_BLOCK_SIZES))}",
+        ),
+        (
+            backend is not None and backend.name not in GPU_BACKENDS,
+            f"--attention-backend {getattr(backend, 'name', None)}; use one of "
+            f"{', '.join(GPU_BACKENDS)} or none",
+        ),
+        (
+            cache.cache_dtype not in ("auto", dtype),
+            f"--kv-cache-dtype {cache.cache_dtype} for a model in {dtype}; remove the flag",
+        ),
+        (
+            bool(vllm_config.attention_config.backend_per_kind),
+            "attention backends by kind of layer; remove backend_per_kind",
+        ),
+        (vllm_config.parallel_config.use_ubatching, "--enable-dbo; remove the flag"),
+        (envs.VLLM_BATCH_INVARIANT, "VLLM_BATCH_INVARIANT; unset it"),
+        (model.is_mm_prefix_lm, "models whose prompts attend in both directions"),
+    ]
+
+
+def default_gpu_backend(vllm_config: VllmConfig) -> AttentionBackendEnum:
+    """FlashAttention where it runs; else vLLM's Triton attention, which runs everywhere."""
+    from vllm.v1.attention.backends.fa_utils import is_flash_attn_varlen_func_available
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    model = vllm_config.model_config
+    capability = current_platform.get_device_capability()
+    flash = (
+        is_flash_attn_varlen_func_available()
+        and capability is not None
+        and FlashAttentionBackend.supports_compute_capability(capability)
+        and FlashAttentionBackend.supports_dtype(model.dtype)
+        and FlashAttentionBackend.supports_head_size(model.get_head_size())
+    )
+    return AttentionBackendEnum.FLASH_ATTN if flash else AttentionBackendEnum.TRITON_ATTN
+
+
+def check_attention_kernel(attention_kernel: str) -> None:
+    """Refuse a choice where there is none.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if attention_kernel != "auto" and current_platform.is_cpu():
+        raise ConfigError(
+            f"attention_kernel {attention_kernel} is a choice for GPUs; remove it on the CPU."
+        )

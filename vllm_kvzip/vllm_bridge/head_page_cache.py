@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from vllm_kvzip.compaction import PageCodec
+    from vllm_kvzip.compaction import PageStore
     from vllm_kvzip.core import CacheGeometry
     from vllm_kvzip.head_pages import PagePool
 
@@ -21,14 +21,12 @@ class HeadPageCache:
         geometry: shape of the compressed layers.
         pool: where head pages lie.
         pages: ``[num_pages, 2 * N * D]``, vLLM's cache without a copy.
-        codec: element order inside a page.
-        isa: vLLM's name of the CPU kernel variant that wrote it.
+        store: reads and compacts them.
         layer_index: vLLM's layer name -> layer.
     """
 
     geometry: CacheGeometry
     pool: PagePool
     pages: torch.Tensor
-    codec: PageCodec
-    isa: str
+    store: PageStore
     layer_index: dict[str, int]

@@ -1,7 +1,9 @@
-"""Attention of a whole batch in one launch of our Triton kernel, compressed requests or not.
+"""Attention of a batch in one launch of our Triton kernel, compressed requests or not.
 
 The kernel needs to know of a compressed prefix only where each head's pages begin, so there is no
-page table to keep: vLLM's block table is read as it is.
+page table to keep: vLLM's block table is read as it is. What it needs lies in buffers that never
+move, so that a CUDA graph finds this step's requests where it was captured. A step writes there who
+is in which row, and that only when it has changed; nothing is read back.
 """
 
 from __future__ import annotations
@@ -10,12 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 
-from vllm_kvzip.compaction import is_by_dimension, is_by_token
 from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.kernels.head_page_attention import head_page_attention
 from vllm_kvzip.kernels.page_tables import PagePlace, PageTables
-from vllm_kvzip.vllm_bridge.pair_batches import PrefixState, SplitBatch
+from vllm_kvzip.vllm_bridge.batches import PrefixState, SplitBatch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,10 +26,12 @@ if TYPE_CHECKING:
 
     from vllm_kvzip.vllm_bridge.head_page_cache import HeadPageCache
 
+_UNCOMPRESSED = 0  # the slot of a prefix of no page
+
 
 @dataclass(frozen=True)
 class KernelBatch:
-    """One step's batch as the kernel takes it.
+    """Requests of one step as the kernel takes them.
 
     Attributes:
         pages: keys and values, views ``[num_pages, N, D]`` of the flat pool.
@@ -45,12 +49,12 @@ class KernelBatch:
     layer_index: dict[str, int]
 
     def attend(self, impl: Any, layer: Any, query: torch.Tensor, output: torch.Tensor) -> None:
-        """Attention of one layer for the whole batch.
+        """Attention of one layer for these requests.
 
         Args:
             impl: holds the scale.
             layer: vLLM's attention layer.
-            query: ``[num_tokens, H * G, D]``.
+            query: ``[num_tokens, H * G, D]``; rows behind the last request are not looked at.
             output: ``[num_tokens, H * G * D]`` or like ``query``; written.
         """
         head_page_attention(
@@ -69,25 +73,39 @@ class KernelBatch:
 class KernelBatcher:
     """Describes batches to the kernel; stands where :class:`PairBatcher` stands.
 
+    A compressed prefix has a slot while its request runs. Of a batch, the kernel serves the
+    requests up to the last compressed one; those behind it, where vLLM puts what is in prefill, are
+    left to vLLM's kernel.
+
     Args:
         cache: what the requests lie in.
+        max_requests: most requests of a batch.
+
+    Attributes:
+        pages, layer_index: see :class:`KernelBatch`.
+        place: of the pages of a block.
 
     Raises:
         UnsupportedError: for an element order that is no view of ``[N, D]``.
     """
 
-    def __init__(self, cache: HeadPageCache) -> None:
-        self._geometry = cache.geometry
-        self._place = PagePlace(*cache.pool.strides, cache.pool.first_page)
-        keys, values = cache.pages.view(len(cache.pages), 2, -1).unbind(dim=1)
-        shape = (cache.geometry.block_size, cache.geometry.head_dim)
-        self._pages = (
-            _by_token(keys, cache.codec.key_order, *shape),
-            _by_token(values, cache.codec.value_order, *shape),
+    def __init__(self, cache: HeadPageCache, max_requests: int) -> None:
+        geometry, device = cache.geometry, cache.store.device
+        self._geometry = geometry
+        self.layer_index = cache.layer_index
+        self.place = PagePlace(*cache.pool.strides, cache.pool.first_page)
+        try:
+            self.pages = cache.store.views()
+        except ValueError as error:
+            raise UnsupportedError(f"Our kernel cannot read vLLM's cache here: {error}.") from error
+        num_slots = 1 + max_requests
+        self._offsets = torch.zeros(
+            num_slots, geometry.pages_per_block + 1, dtype=torch.int32, device=device
         )
-        self._layer_index = cache.layer_index
+        self._boundaries = torch.zeros(num_slots, dtype=torch.int32, device=device)
+        self._slots = torch.zeros(max_requests, dtype=torch.int32, device=device)
+        self._slot_of: dict[PrefixState, int] = {}
         self._members: list[PrefixState | None] = []
-        self._offsets = self._boundaries = self._slots = torch.empty(0)
 
     def split(
         self,
@@ -95,53 +113,72 @@ class KernelBatcher:
         common: CommonAttentionMetadata,
         states: Mapping[str, PrefixState],
     ) -> SplitBatch | None:
-        """The batch, all of it in one part; None when nobody is compressed."""
+        """The batch in two parts; None when nobody is compressed.
+
+        Args:
+            request_ids: in row order.
+            common: vLLM's metadata of the batch.
+            states: compressed requests.
+        """
         members = [states.get(request_id) for request_id in request_ids]
-        if not any(members):
+        num_rows = len(members)
+        while num_rows and members[num_rows - 1] is None:
+            num_rows -= 1
+        self._place_members(members, states)
+        if not num_rows:
             return None
-        if members != self._members:
-            self._describe(members, common.seq_lens.device)
+        starts = common.query_start_loc_cpu
+        batch = self.batch(common, num_rows, int(starts[: num_rows + 1].diff().max()))
+        if num_rows == common.num_reqs:
+            return SplitBatch(batch, None, None)
+        return SplitBatch(batch, slice(num_rows, None), slice(int(starts[num_rows]), None))
+
+    def batch(
+        self, common: CommonAttentionMetadata, num_rows: int, max_query_len: int
+    ) -> KernelBatch:
+        """The first rows of a batch as they were last placed; those of a dummy are uncompressed."""
         tables = PageTables(
             offsets=self._offsets,
             boundary_blocks=self._boundaries,
-            slots=self._slots,
+            slots=self._slots[:num_rows],
             block_table=common.block_table_tensor,
             seq_lens=common.seq_lens,
-            place=self._place,
+            place=self.place,
             num_kv_heads=self._geometry.num_kv_heads,
             page_tokens=self._geometry.block_size,
         )
-        batch = KernelBatch(
-            self._pages,
+        return KernelBatch(
+            self.pages,
             tables,
             common.query_start_loc,
-            common.max_query_len,
+            max_query_len,
             common.max_seq_len,
-            self._layer_index,
+            self.layer_index,
         )
-        return SplitBatch(batch, None, None)
 
-    def _describe(self, members: list[PrefixState | None], device: torch.device) -> None:
-        """A slot for each request of the batch."""
-        offsets = torch.zeros(len(members), self._geometry.pages_per_block + 1, dtype=torch.int32)
-        boundaries = torch.zeros(len(members), dtype=torch.int32)
-        for slot, state in enumerate(members):
-            if state is not None:
-                offsets[slot, 1:] = state.prefix.pages.flatten().cumsum(0)
-                boundaries[slot] = state.plan.num_prefix_blocks
+    def _place_members(
+        self, members: list[PrefixState | None], states: Mapping[str, PrefixState]
+    ) -> None:
+        """Write who is in which row; rows behind the last compressed request are uncompressed."""
+        while members and members[-1] is None:
+            members = members[:-1]
+        if members == self._members:
+            return
+        alive = set(states.values())
+        self._slot_of = {state: slot for state, slot in self._slot_of.items() if state in alive}
+        for state in members:
+            if state is not None and state not in self._slot_of:
+                self._slot_of[state] = self._write(state, members)
+        slots = [_UNCOMPRESSED if state is None else self._slot_of[state] for state in members]
+        slots += [_UNCOMPRESSED] * (len(self._members) - len(members))
+        async_tensor_h2d(slots, out=self._slots[: len(slots)])
         self._members = members
-        self._offsets, self._boundaries = offsets.to(device), boundaries.to(device)
-        self._slots = torch.arange(len(members), dtype=torch.int32, device=device)
 
-
-def _by_token(
-    half: torch.Tensor, order: torch.Tensor, block_size: int, head_dim: int
-) -> torch.Tensor:
-    """``[num_pages, N * D]`` as ``[num_pages, N, D]``, without a copy."""
-    if is_by_token(order):
-        return half.view(-1, block_size, head_dim)
-    if is_by_dimension(order, block_size, head_dim):
-        return half.view(-1, head_dim, block_size).transpose(1, 2)
-    raise UnsupportedError(
-        "The Triton kernel cannot read vLLM's cache here: a page is stored in blocks of elements."
-    )
+    def _write(self, state: PrefixState, members: list[PrefixState | None]) -> int:
+        """Put a prefix in a slot that nobody of the batch uses."""
+        in_batch = {self._slot_of[s] for s in members if s is not None and s in self._slot_of}
+        slot = next(slot for slot in range(1, len(self._offsets)) if slot not in in_batch)
+        self._slot_of = {s: used for s, used in self._slot_of.items() if used != slot}
+        self._offsets[slot].copy_(state.prefix.offsets, non_blocking=True)
+        self._boundaries[slot].fill_(state.plan.num_prefix_blocks)
+        return slot

@@ -18,9 +18,11 @@ from vllm_kvzip.config import CONFIG_FLAG, METHOD, Budget, KVzipConfig, is_enabl
 from vllm_kvzip.errors import ConfigError
 from vllm_kvzip.profile import check_matches, find_profile, load_profile, profile_folders
 from vllm_kvzip.vllm_bridge.checks import (
+    check_attention_kernel,
     check_prefill_budget,
     check_scoring_passes,
     check_supported,
+    default_gpu_backend,
     model_fingerprint,
 )
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings
@@ -36,7 +38,8 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm." + __name__)
 
-WORKER = "vllm_kvzip.vllm_bridge.worker.HeadPageCPUWorker"
+CPU_WORKER = "vllm_kvzip.vllm_bridge.cpu_worker.HeadPageCPUWorker"
+GPU_WORKER = "vllm_kvzip.vllm_bridge.gpu_worker.HeadPageGPUWorker"
 SCHEDULERS = {
     False: "vllm_kvzip.vllm_bridge.scheduler.HeadPageScheduler",
     True: "vllm_kvzip.vllm_bridge.scheduler.HeadPageAsyncScheduler",
@@ -78,6 +81,7 @@ def configure(vllm_config: VllmConfig, config: KVzipConfig) -> None:
     """
     check_version()
     check_supported(vllm_config)
+    check_attention_kernel(config.attention_kernel)
     if warning := untested_warning():
         logger.warning(warning)
     settings = _resolve(vllm_config, config)
@@ -85,7 +89,10 @@ def configure(vllm_config: VllmConfig, config: KVzipConfig) -> None:
     from vllm_kvzip.vllm_bridge.admission import check_requests
 
     check_requests()
-    vllm_config.parallel_config.worker_cls = WORKER
+    on_cpu = current_platform.is_cpu()
+    vllm_config.parallel_config.worker_cls = CPU_WORKER if on_cpu else GPU_WORKER
+    if not on_cpu and vllm_config.attention_config.backend is None:
+        vllm_config.attention_config.backend = default_gpu_backend(vllm_config)
     scheduling = vllm_config.scheduler_config
     scheduling.scheduler_cls = SCHEDULERS[bool(scheduling.async_scheduling)]
     values = {**vllm_config.additional_config, KEY: settings.to_additional_config()}

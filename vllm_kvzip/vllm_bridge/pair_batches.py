@@ -7,68 +7,21 @@ batch is worked out when that changes; such a step adds lengths to it, and block
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
 from vllm_kvzip.head_pages import HeadPageTable
-from vllm_kvzip.vllm_bridge.attention import PairBatch
+from vllm_kvzip.vllm_bridge.batches import SplitBatch
+from vllm_kvzip.vllm_bridge.cpu_attention import PairBatch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
-    from vllm_kvzip.core import CompressedPrefix, PrefixPlan
+    from vllm_kvzip.vllm_bridge.batches import PrefixState
     from vllm_kvzip.vllm_bridge.head_page_cache import HeadPageCache
-
-
-@dataclass(frozen=True, eq=False)
-class PrefixState:
-    """The compressed prefix of one request, as attention needs it.
-
-    Compared by identity: requests that share a prefix have a state each, because a page table also
-    holds their dense tails.
-    """
-
-    prefix: CompressedPrefix
-    plan: PrefixPlan
-
-
-class AttendingBatch(Protocol):
-    """Requests of a step, ready for a kernel."""
-
-    def attend(self, impl: Any, layer: Any, query: torch.Tensor, output: torch.Tensor) -> None:
-        """Attention of one layer; rows of requests that are not among them are left alone."""
-        ...
-
-
-@dataclass(frozen=True)
-class SplitBatch:
-    """A batch in two parts.
-
-    Attributes:
-        pairs: the compressed requests, or all of them.
-        dense_rows: int64 rows of the others; None when there are none.
-        dense_tokens: int64 rows of their tokens.
-    """
-
-    pairs: AttendingBatch
-    dense_rows: torch.Tensor | None
-    dense_tokens: torch.Tensor | None
-
-
-class Batcher(Protocol):
-    """Describes the batch of a step to a kernel."""
-
-    def split(
-        self,
-        request_ids: list[str],
-        common: CommonAttentionMetadata,
-        states: Mapping[str, PrefixState],
-    ) -> SplitBatch | None:
-        """See :meth:`PairBatcher.split`."""
-        ...
 
 
 @dataclass
@@ -102,10 +55,12 @@ class PairBatcher:
 
     Args:
         cache: what the requests lie in.
+        isa: vLLM's name of the CPU kernel variant that wrote it.
     """
 
-    def __init__(self, cache: HeadPageCache) -> None:
+    def __init__(self, cache: HeadPageCache, isa: str) -> None:
         self._cache = cache
+        self._isa = isa
         self._geometry = geometry = cache.geometry
         shape = (-1, 1, 2 * geometry.block_size, geometry.head_dim)
         halves = cache.pages.view(shape).chunk(2, dim=2)
@@ -156,7 +111,7 @@ class PairBatcher:
             group_size=geometry.group_size,
             head_dim=geometry.head_dim,
             layer_index=self._cache.layer_index,
-            isa=self._cache.isa,
+            isa=self._isa,
         )
         return SplitBatch(pairs, members.dense_rows, dense_tokens)
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from vllm.utils.torch_utils import async_tensor_h2d
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -82,14 +84,15 @@ class RunnerV2:
     def replace_row(self, request_id: str, block_ids: Sequence[int]) -> None:
         """See :class:`Rows`.
 
-        Written at once: vLLM's own buffer has room for one write per slot and step, and its write
-        follows.
+        Written in the device's stream, not through vLLM's buffers for such writes: those have room
+        for one write of a slot in a step, and vLLM's follows, behind the length that is set here.
         """
         slot = self._runner.req_states.req_id_to_index.get(request_id)
         if slot is not None:
             tables = self._runner.block_tables
-            tables.append_block_ids(slot, (list(block_ids),), overwrite=True)
-            tables.apply_staged_writes()
+            row = tables.block_tables[0].gpu[slot]
+            async_tensor_h2d(list(block_ids), out=row[: len(block_ids)])
+            tables.num_blocks.np[0, slot] = len(block_ids)
 
 
 def adapt(runner: GPUModelRunner | GPUModelRunnerV2) -> Rows:

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_kvzip.head_pages import fold_row
-from vllm_kvzip.vllm_bridge.attention import QuerySpan
-from vllm_kvzip.vllm_bridge.pair_batches import PrefixState
+from vllm_kvzip.vllm_bridge.batches import PrefixState, QuerySpan
 from vllm_kvzip.vllm_bridge.requests import checksum
 from vllm_kvzip.vllm_bridge.step_message import attached
 
@@ -28,11 +27,12 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.core.sched.output import SchedulerOutput
 
+    from vllm_kvzip.clocks import Clock, Stopwatch
     from vllm_kvzip.core import CompressedPrefix, PrefixPlan
     from vllm_kvzip.pipeline import Compressor
     from vllm_kvzip.vllm_bridge.attention_timer import AttentionTimer
+    from vllm_kvzip.vllm_bridge.batches import Batcher, SplitBatch
     from vllm_kvzip.vllm_bridge.head_page_cache import HeadPageCache
-    from vllm_kvzip.vllm_bridge.pair_batches import Batcher, SplitBatch
     from vllm_kvzip.vllm_bridge.requests import RequestTracker, TrackedRequest
     from vllm_kvzip.vllm_bridge.runners import Rows
     from vllm_kvzip.vllm_bridge.scoring_pass import ReconstructionPass
@@ -76,6 +76,7 @@ class HeadPageRuntime:
         timer: of attention; likewise.
         observation_window_tokens: how many of the last prompt queries the scorer wants (0: none).
         scale: softmax scale of the attention layers.
+        clock: measures the work of the device.
         reconstruction: runs the model over a context once more, for scorers that want it.
     """
 
@@ -91,8 +92,11 @@ class HeadPageRuntime:
         timer: AttentionTimer | None,
         observation_window_tokens: int,
         scale: float,
+        clock: Clock,
         reconstruction: ReconstructionPass | None = None,
     ) -> None:
+        self._clock = clock
+        self._unrecorded: list[Stopwatch] = []
         self._cache = cache
         self._batcher = batcher
         self._compressor = compressor
@@ -155,6 +159,7 @@ class HeadPageRuntime:
         self._spans_by_request = self._plan_observation(output) if self._window else {}
         if self._timer is not None:
             self._timer.step_starts(output)
+        self._record_finished()
 
     def after_step(self, output: SchedulerOutput) -> None:
         """Note whose prefix this step completed."""
@@ -182,11 +187,10 @@ class HeadPageRuntime:
         """Split the batch into compressed and other requests; None when vLLM's path serves all.
 
         Args:
-            common: vLLM's metadata of the batch; tensors are on the CPU.
+            common: vLLM's metadata of the batch.
         """
         request_ids = self._rows.request_ids(common)
-        starts = common.query_start_loc
-        spans = tuple(self._spans(request_ids, starts))
+        spans = tuple(self._spans(request_ids, common.query_start_loc_cpu))
         batch = self._batcher.split(request_ids, common, self._states)
         return Step(batch, spans) if batch or spans else None
 
@@ -194,27 +198,30 @@ class HeadPageRuntime:
         """Compress prefixes that are complete; the model repeats all of them in common passes."""
         if self._reconstruction is None or not requests:
             for request in requests:
-                self._compress_one(request, None, 0.0)
+                self._recorded_later(self._compress_one(request, None))
             return
         prefixes = []
         for request in requests:
             assert request.plan is not None
             blocks = request.block_ids[: request.plan.num_prefix_blocks]
             prefixes.append((request.token_ids, blocks))
+        begin = self._clock.mark()
         scored = self._reconstruction.run(prefixes)
-        for request, (scores, seconds) in zip(requests, scored, strict=True):
-            self._compress_one(request, scores, seconds)
+        end = self._clock.mark()
+        for request, (scores, share) in zip(requests, scored, strict=True):
+            stages = self._compress_one(request, scores)
+            stages.add("score", begin, end, share)
+            self._recorded_later(stages)
 
     def _compress_one(
-        self, request: TrackedRequest, reconstruction: torch.Tensor | None, seconds: float
-    ) -> None:
+        self, request: TrackedRequest, reconstruction: torch.Tensor | None
+    ) -> Stopwatch:
         plan = request.plan
         assert plan is not None
         row = request.block_ids
         compressed_blocks = row[request.reserve_start :][: plan.num_compressed_blocks]
         observed = self._observed.pop(request.request_id, None)
-        prefix, report = self._compressor.compress(
-            self._cache.pages,
+        prefix, stages = self._compressor.compress(
             source_blocks=row[plan.start_blocks : plan.num_prefix_blocks],
             target_blocks=compressed_blocks,
             plan=plan,
@@ -224,14 +231,23 @@ class HeadPageRuntime:
             seed=request.seed,
             earlier=self._states[request.request_id].prefix if plan.start_blocks else None,
         )
-        report.stage_seconds["score"] += seconds
         self._tracker.folded(request, fold_row(row, plan, request.reserve_start, _NULL_BLOCK))
         self._rows.replace_row(request.request_id, request.block_ids)
         self._states[request.request_id] = PrefixState(prefix, plan)
         if request.kept_as is not None:
             self._runs[request.kept_as] = KeptRun(prefix, plan, request.seed)
+        return stages
+
+    def _recorded_later(self, stages: Stopwatch) -> None:
+        """Record how long a compression took, as soon as the device is through with it."""
         if self._recorder is not None:
-            self._recorder.compressed(report)
+            self._unrecorded.append(stages)
+            self._record_finished()
+
+    def _record_finished(self) -> None:
+        while self._unrecorded and self._unrecorded[0].finished:
+            assert self._recorder is not None
+            self._recorder.compressed(self._unrecorded.pop(0).seconds())
 
     def _observation_queries(
         self, observed: dict[int, list[torch.Tensor]] | None

@@ -8,26 +8,22 @@ the rest of the context, so that the cost is linear in the context.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.forward_context import set_forward_context
 
-from vllm_kvzip.compaction import PageStore
-from vllm_kvzip.reconstruction import LINK_TOKENS, Chunk, iter_chunks, scores_from_normaliser
+from vllm_kvzip.fused_attention import attend_with_normaliser
+from vllm_kvzip.reconstruction import LINK_TOKENS, Chunk, iter_chunks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from vllm.config import VllmConfig
 
+    from vllm_kvzip.compaction import PageStore
     from vllm_kvzip.vllm_bridge.head_page_cache import HeadPageCache
-
-# What scaled_dot_product_attention runs on the CPU; called by name because it also returns the
-# normaliser, which the public function keeps to itself.
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @dataclass(frozen=True)
@@ -73,6 +69,8 @@ class ScoringMetadata:
         layer_index: vLLM layer name -> layer.
         num_sinks: first tokens of a context that every softmax includes.
         block_size: tokens per page.
+        score_columns: queries ``[H, M, D]``, keys ``[H, C, D]``, log normalisers ``[H, M]`` and
+            scale to the highest weight of each key, float32 ``[H, C]``.
     """
 
     segments: list[_Segment]
@@ -80,6 +78,7 @@ class ScoringMetadata:
     layer_index: dict[str, int]
     num_sinks: int
     block_size: int
+    score_columns: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
     def attend(
         self,
@@ -110,7 +109,7 @@ class ScoringMetadata:
                 queries, keys, values, key[rows].transpose(0, 1), value[rows].transpose(0, 1), scale
             )
             chunk = segment.chunk
-            segment.context.scores[index, :, chunk.start : chunk.end] = scores_from_normaliser(
+            segment.context.scores[index, :, chunk.start : chunk.end] = self.score_columns(
                 queries, keys[:, chunk.start - chunk.end :], log_normaliser, scale
             )
             by_head = attended.reshape(num_heads, -1, segment.end - segment.start, head_dim)
@@ -143,6 +142,7 @@ class ReconstructionPass:
         chunk_tokens: longest chunk.
         max_tokens: tokens of one pass.
         max_positions: positions the model has.
+        score_columns: see :class:`ScoringMetadata`.
     """
 
     def __init__(
@@ -156,12 +156,14 @@ class ReconstructionPass:
         chunk_tokens: int,
         max_tokens: int,
         max_positions: int,
+        score_columns: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor],
     ) -> None:
         self._model = model
         self._vllm_config = vllm_config
-        self._geometry = geometry = cache.geometry
+        self._geometry = cache.geometry
         self._pool = cache.pool
-        self._store = PageStore(cache.pages, cache.codec, geometry.block_size, geometry.head_dim)
+        self._store = cache.store
+        self._score_columns = score_columns
         self._layer_index = cache.layer_index
         self._repeat = repeat
         self._num_sinks = num_sinks
@@ -179,23 +181,23 @@ class ReconstructionPass:
             prefixes: token ids before the boundary, and the blocks that hold them.
 
         Returns:
-            for each, float32 ``[L, H, T]`` and its share of the seconds that all of them took.
+            for each, float32 ``[L, H, T]`` and its share of the work that all of them took.
         """
-        begin = time.perf_counter()
-        geometry = self._geometry
+        geometry, device = self._geometry, self._store.device
         contexts = [
             _Context(
                 token_ids,
-                self._pool.page_ids(torch.tensor(blocks)),
-                torch.zeros(geometry.num_layers, geometry.num_kv_heads, len(token_ids)),
+                self._pool.page_ids(torch.tensor(blocks)).to(device, non_blocking=True),
+                torch.zeros(
+                    geometry.num_layers, geometry.num_kv_heads, len(token_ids), device=device
+                ),
             )
             for token_ids, blocks in prefixes
         ]
         for batch in self._batches(contexts):
             self._forward(batch)
-        seconds = time.perf_counter() - begin
         total = sum(len(context.token_ids) for context in contexts)
-        return [(c.scores, seconds * len(c.token_ids) / total) for c in contexts]
+        return [(c.scores, len(c.token_ids) / total) for c in contexts]
 
     def _batches(self, contexts: list[_Context]) -> Iterator[list[_Segment]]:
         """Chunks of all contexts, as many in one pass as fit."""
@@ -215,10 +217,17 @@ class ReconstructionPass:
 
     def _forward(self, segments: list[_Segment]) -> None:
         tokens = [token for segment in segments for token in segment.chunk.input_ids]
+        device = self._store.device
         input_ids = torch.tensor(tokens, dtype=torch.int32)  # as vLLM compiled the model
+        input_ids = input_ids.to(device, non_blocking=True)
         positions = torch.cat([self._positions(segment) for segment in segments])
         metadata = ScoringMetadata(
-            segments, self._store, self._layer_index, self._num_sinks, self._geometry.block_size
+            segments,
+            self._store,
+            self._layer_index,
+            self._num_sinks,
+            self._geometry.block_size,
+            self._score_columns,
         )
         by_layer = dict.fromkeys(self._layer_index, metadata)
         num_tokens = len(input_ids)
@@ -229,7 +238,7 @@ class ReconstructionPass:
         """Behind the context; further to the front where the model's positions would run out."""
         length = len(segment.chunk.input_ids)
         first = min(len(segment.context.token_ids), self._max_positions - length)
-        return torch.arange(first, first + length)
+        return torch.arange(first, first + length, device=self._store.device)
 
 
 def _attend(
@@ -251,19 +260,18 @@ def _attend(
     Returns:
         ``[H, G * R, D]``, and the log of each softmax's normaliser, float32 ``[H, G * R]``.
     """
-    num_heads, num_rows, head_dim = own_keys.shape
+    num_heads, num_rows, _ = own_keys.shape
     group = queries.shape[1] // num_rows
-    cached, cached_log = _flash(queries[None], keys[None], values[None], 0.0, False, scale=scale)
-    own, own_log = _flash(
-        queries.reshape(1, num_heads * group, num_rows, head_dim),
-        own_keys.repeat_interleave(group, dim=0)[None],
-        own_values.repeat_interleave(group, dim=0)[None],
-        0.0,
-        True,
-        scale=scale,
+    cached, cached_log = attend_with_normaliser(queries, keys, values, scale, causal=False)
+    own, own_log = attend_with_normaliser(
+        queries.reshape(num_heads * group, num_rows, -1),
+        own_keys.repeat_interleave(group, dim=0),
+        own_values.repeat_interleave(group, dim=0),
+        scale,
+        causal=True,
     )
     own_log = own_log.reshape(cached_log.shape)
     log_normaliser = torch.logaddexp(cached_log, own_log)
     share = (own_log - log_normaliser).exp()[..., None]
     attended = torch.lerp(cached.float(), own.reshape(cached.shape).float(), share)
-    return attended[0].to(queries.dtype), log_normaliser[0]
+    return attended.to(queries.dtype), log_normaliser

@@ -17,9 +17,11 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from vllm_kvzip import metrics
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vllm.v1.core.block_pool import BlockPool
 
-    from vllm_kvzip.core import CompressionReport, PrefixPlan
+    from vllm_kvzip.core import PrefixPlan
 
 _directory: tempfile.TemporaryDirectory[str] | None = None
 
@@ -161,7 +163,7 @@ class WorkerRecorder:
         """Attention took so long in one step; ``phase`` is one of ``metrics.PHASES``."""
         self._writer.observe(metrics.ATTENTION_SECONDS, seconds, phase)
 
-    def compressed(self, report: CompressionReport) -> None:
-        """One prompt was compressed."""
-        for stage, seconds in report.stage_seconds.items():
+    def compressed(self, stage_seconds: Mapping[str, float]) -> None:
+        """One prompt was compressed; seconds by stage."""
+        for stage, seconds in stage_seconds.items():
             self._writer.observe(metrics.COMPRESS_SECONDS, seconds, stage)

@@ -1,34 +1,34 @@
-"""The worker class that compression puts in place of vLLM's.
+"""What compression adds to vLLM's workers, whatever they run on.
 
 ``parallel_config.worker_cls`` is vLLM's own way to name a worker, so nothing is patched in the
-worker process: a process without compression never imports this file.
+worker process: a process without compression never imports this file. Beside it lie the CPU's
+worker and the GPU's, which say what differs.
 """
 
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.config import get_layers_from_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.backends.registry import register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
-from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_kvzip.core import CacheGeometry
 from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.pipeline import Compressor
 from vllm_kvzip.scoring import ScorerSettings, create_scorer
-from vllm_kvzip.vllm_bridge.attention import HeadPageCPUBackend, HeadPageCPUBuilder
 from vllm_kvzip.vllm_bridge.attention_timer import AttentionTimer
 from vllm_kvzip.vllm_bridge.cache_spec import HeadPageSpec, as_head_page_specs
-from vllm_kvzip.vllm_bridge.cpu_pages import discover_codec, map_head_pages
+from vllm_kvzip.vllm_bridge.cache_view import map_head_pages
 from vllm_kvzip.vllm_bridge.head_page_cache import HeadPageCache
-from vllm_kvzip.vllm_bridge.pair_batches import PairBatcher
 from vllm_kvzip.vllm_bridge.requests import RequestTracker
 from vllm_kvzip.vllm_bridge.rotary import find_rotary
 from vllm_kvzip.vllm_bridge.runners import adapt
@@ -38,33 +38,61 @@ from vllm_kvzip.vllm_bridge.settings import Settings
 from vllm_kvzip.vllm_bridge.stats_export import WorkerRecorder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
-    from vllm_kvzip.vllm_bridge.kernel_batches import KernelBatcher
+    from vllm_kvzip.clocks import Clock
+    from vllm_kvzip.compaction import PageStore
+    from vllm_kvzip.vllm_bridge.batches import Batcher
 
 logger = init_logger("vllm." + __name__)
 
-_BACKEND_PATH = f"{HeadPageCPUBackend.__module__}.{HeadPageCPUBackend.__qualname__}"
 
-
-class HeadPageCPUWorker(CPUWorker):
-    """vLLM's CPU worker, which compresses prompts between steps.
+class HeadPageWorker(WorkerBase):
+    """In front of one of vLLM's workers; compresses prompts between steps.
 
     Attributes:
-        batcher_class: which kernel attends over compressed prefixes, vLLM's or ours.
+        backends: our attention backends, by the one of vLLM whose place they take.
+        builder_class: their metadata builders.
+        clock: measures the work of this worker's device.
     """
 
-    batcher_class: type[PairBatcher] | type[KernelBatcher] = PairBatcher
+    backends: ClassVar[Mapping[AttentionBackendEnum, type]]
+    builder_class: ClassVar[type]
+    clock: ClassVar[Clock]
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         self._kvzip_settings = Settings.from_vllm_config(vllm_config)
         self._kvzip: HeadPageRuntime | None = None
-        register_backend(AttentionBackendEnum.CPU_ATTN, _BACKEND_PATH)
+        self._kvzip_serves = False
+        for place, backend in self.backends.items():
+            register_backend(place, f"{backend.__module__}.{backend.__qualname__}")
         _cached_get_attn_backend.cache_clear()  # an earlier engine of this process may have asked
         super().__init__(vllm_config, *args, **kwargs)
+
+    @staticmethod
+    @abstractmethod
+    def score_columns(
+        queries: torch.Tensor, keys: torch.Tensor, log_normaliser: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """KVzip's scores; see :class:`~vllm_kvzip.vllm_bridge.scoring_pass.ScoringMetadata`."""
+
+    @abstractmethod
+    def page_store(self, pages: torch.Tensor, spec: HeadPageSpec, builders: list[Any]) -> PageStore:
+        """Reads and compacts head pages as this worker's kernels store them.
+
+        Args:
+            pages: ``[num_pages, 2 * N * D]``.
+            spec: of the KV cache group.
+            builders: vLLM's metadata builders.
+        """
+
+    @abstractmethod
+    def attach(self, cache: HeadPageCache, builders: list[Any]) -> Batcher:
+        """Give the attention builders what they need of the cache; returns what splits batches."""
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """vLLM's specs, each as :class:`HeadPageSpec`."""
@@ -77,6 +105,12 @@ class HeadPageCPUWorker(CPUWorker):
         super().initialize_from_config(kv_cache_config)
         self._kvzip = self._build_runtime(kv_cache_config)
 
+    def compile_or_warm_up_model(self) -> Any:
+        """vLLM's, some of whose steps are made up: compression starts behind them."""
+        result = super().compile_or_warm_up_model()
+        self._kvzip_serves = True
+        return result
+
     def kvzip_contexts(self) -> list[dict[str, Any]]:
         """For ``collective_rpc``: see :meth:`HeadPageRuntime.cached_prefixes`."""
         return [] if self._kvzip is None else self._kvzip.cached_prefixes()
@@ -84,7 +118,8 @@ class HeadPageCPUWorker(CPUWorker):
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """vLLM's step between the runtime's two halves."""
-        assert self._kvzip is not None
+        if self._kvzip is None or not self._kvzip_serves:
+            return super().execute_model(scheduler_output)
         self._kvzip.before_step(scheduler_output)
         result = super().execute_model(scheduler_output)
         self._kvzip.after_step(scheduler_output)
@@ -129,13 +164,15 @@ class HeadPageCPUWorker(CPUWorker):
             for attn_group in groups
             for builder in attn_group.metadata_builders
         ]
-        if not builders or not all(isinstance(b, HeadPageCPUBuilder) for b in builders):
+        if not builders or not all(isinstance(b, self.builder_class) for b in builders):
+            wanted = " or ".join(place.name for place in self.backends)
             raise UnsupportedError(
-                "KV compression is on, but vLLM chose another attention backend than CPU_ATTN."
+                f"KV compression is on, but vLLM chose another attention backend than {wanted}; "
+                f"remove --attention-backend."
             )
-        codec = discover_codec(spec.block_size, spec.head_size, spec.dtype, builders[0].isa)
         layer_index = {name: index for index, name in enumerate(layer_names)}
-        cache = HeadPageCache(geometry, pool, pages, codec, builders[0].isa, layer_index)
+        store = self.page_store(pages, spec, builders)
+        cache = HeadPageCache(geometry, pool, pages, store, layer_index)
         scorer = create_scorer(
             settings.scorer,
             ScorerSettings(config.observation_window_tokens, settings.surrogate),
@@ -147,7 +184,7 @@ class HeadPageCPUWorker(CPUWorker):
         compressor = Compressor(
             geometry=geometry,
             pool=pool,
-            codec=codec,
+            store=store,
             rule=rule,
             scorer=scorer,
             budget=settings.budget,
@@ -155,6 +192,7 @@ class HeadPageCPUWorker(CPUWorker):
             head_importance=_own_heads(settings.head_importance, spec.num_kv_heads),
             rotary=rotary,
             seed=config.seed,
+            clock=self.clock,
         )
         reconstruction = None
         if settings.repeat_ids is not None:
@@ -172,23 +210,25 @@ class HeadPageCPUWorker(CPUWorker):
                 chunk_tokens=config.scoring_chunk_tokens,
                 max_tokens=self.vllm_config.scheduler_config.max_num_batched_tokens,
                 max_positions=self.model_config.max_model_len,
+                score_columns=self.score_columns,
             )
         recorder = timer = None
         if get_tensor_model_parallel_rank() == 0:  # the others would record the same
             recorder = WorkerRecorder(settings.metrics_directory)
-            timer = AttentionTimer(recorder)
+            timer = AttentionTimer(recorder, self.clock)
             for layer in layers.values():
                 layer.impl.timer = timer
         runtime = HeadPageRuntime(
             cache=cache,
             compressor=compressor,
-            batcher=self.batcher_class(cache),
+            batcher=self.attach(cache, builders),
             tracker=RequestTracker(rule, keep_tokens=reconstruction is not None),
             rows=adapt(self.model_runner),
             recorder=recorder,
             timer=timer,
             observation_window_tokens=settings.observation_tokens,
             scale=first.impl.scale,
+            clock=self.clock,
             reconstruction=reconstruction,
         )
         for builder in builders:

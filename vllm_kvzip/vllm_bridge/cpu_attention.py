@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     from vllm_kvzip.vllm_bridge.attention_timer import AttentionTimer
-    from vllm_kvzip.vllm_bridge.pair_batches import AttendingBatch
+    from vllm_kvzip.vllm_bridge.batches import AttendingBatch, QuerySpan
     from vllm_kvzip.vllm_bridge.runtime import HeadPageRuntime
 
 
@@ -128,29 +128,20 @@ class PairBatch:
 
 
 @dataclass
-class QuerySpan:
-    """Rows of the batch whose queries a scorer wants: ``query[start:end]`` of ``request_id``."""
-
-    request_id: str
-    start: int
-    end: int
-
-
-@dataclass
 class HeadPageMetadata(CPUAttentionMetadata):
     """vLLM's metadata plus what this step does beyond it.
 
     Attributes:
         pairs: compressed requests, or all when one kernel serves them; None: nobody is compressed.
         dense: metadata of the other requests when the batch is mixed; None when there are none.
-        dense_tokens: int64, rows of the tokens that ``dense`` covers.
+        dense_tokens: rows of the tokens that ``dense`` covers.
         spans: queries to hand to the scorer.
         runtime: where they go.
     """
 
     pairs: AttendingBatch | None = None
     dense: CPUAttentionMetadata | None = None
-    dense_tokens: torch.Tensor | None = None
+    dense_tokens: torch.Tensor | slice | None = None
     spans: tuple[QuerySpan, ...] = ()
     runtime: HeadPageRuntime | None = None
 
@@ -182,7 +173,8 @@ class HeadPageCPUBuilder(CPUAttentionMetadataBuilder):
             return _extend(stock, spans=step.spans, runtime=runtime)
         dense = None
         if batch.dense_rows is not None:
-            subset = _subset(common_attn_metadata, batch.dense_rows)
+            rows = torch.arange(common_attn_metadata.num_reqs)[batch.dense_rows]
+            subset = _subset(common_attn_metadata, rows)
             dense = super().build(common_prefix_len, subset, fast_build)
         base = CPUAttentionMetadata(
             num_actual_tokens=common_attn_metadata.num_actual_tokens,
@@ -238,7 +230,7 @@ class HeadPageCPUImpl(CPUAttentionBackendImpl):
             return output
         scales = (output_scale, output_block_scale)
         timer = self.timer
-        if timer is None or not timer.running:
+        if timer is None or timer.running is None:
             return self._attend(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
         timer.layer_starts()
         result = self._attend(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
