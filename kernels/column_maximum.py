@@ -18,7 +18,8 @@ from .runtime import INTERPRETED, dot_precision
 @triton.jit
 def highest_weight(
     queries, keys, log_normaliser, scores, scale, num_queries, num_keys,
-    query_head_stride, query_stride, key_head_stride, key_stride, normaliser_stride, score_stride,
+    query_head_stride, query_stride, key_head_stride, key_stride,
+    normaliser_head_stride, normaliser_stride, score_stride,
     D: tl.constexpr, D_PADDED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -44,9 +45,8 @@ def highest_weight(
         )
         if UPCAST:
             q = q.to(tl.float32)
-        sums = tl.load(
-            log_normaliser + head * normaliser_stride + rows, mask=row_ok, other=float("inf")
-        )
+        sums_place = head * normaliser_head_stride + rows * normaliser_stride
+        sums = tl.load(log_normaliser + sums_place, mask=row_ok, other=float("inf"))
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - sums[:, None]
         best = tl.maximum(best, tl.max(logits, 0))
     weight = tl.minimum(tl.exp(best), 1.0)
@@ -59,9 +59,11 @@ def column_maximum(
     """Highest softmax weight of each key over all queries of its group.
 
     Args:
-        queries: float32, bfloat16 or float16 ``[H, M, D]``, all queries of a KV head's group.
+        queries: float32, bfloat16 or float16 ``[H, M, D]``, all queries of a KV head's group; last
+            dimension contiguous.
         keys: ``[H, C, D]``, like ``queries``.
-        log_normaliser: float32 ``[H, M]``, log of the sum of exponentials of each query's logits.
+        log_normaliser: float32 ``[H, M]`` of any strides, log of the sum of exponentials of each
+            query's logits.
         scale: softmax scale.
 
     Returns:
@@ -74,7 +76,7 @@ def column_maximum(
     highest_weight[triton.cdiv(num_keys, tile_keys), num_heads](
         queries, keys, log_normaliser, scores, scale, num_queries, num_keys,
         queries.stride(0), queries.stride(1), keys.stride(0), keys.stride(1),
-        log_normaliser.stride(0), scores.stride(0),
+        *log_normaliser.stride(), scores.stride(0),
         D=head_dim, D_PADDED=triton.next_power_of_2(head_dim), QUERIES=tile_queries,
         KEYS=tile_keys, UPCAST=INTERPRETED, PRECISION=dot_precision(queries.dtype), num_warps=4,
     )  # fmt: skip

@@ -195,6 +195,26 @@ def choose_num_runs(num_programs: int, most_tokens: int, num_processors: int, le
     return max(1, min(MOST_RUNS, max(4, wanted), -(-most_tokens // least)))
 
 
+def choose_tile(head_dim: int, dtype: torch.dtype, num_rows: int) -> tuple[int, int]:
+    """Query rows and tokens of a tile, so that registers do not spill and 99 KiB of memory suffice.
+
+    That is what a block can have on the smallest cards. float32, which has no tensor cores, keeps
+    its products in registers.
+
+    Args:
+        head_dim: D.
+        dtype: of queries and pages.
+        num_rows: (token, query head of the group) rows of the longest query.
+    """
+    if dtype is torch.float32 and not INTERPRETED:
+        return 16, 32 if head_dim <= 64 else 16
+    rows = min(64, max(16, triton.next_power_of_2(num_rows)))
+    tokens = 128 if head_dim <= 128 else 64
+    if rows > 32 or (rows > 16 and head_dim > 128):
+        tokens //= 2
+    return rows, tokens
+
+
 @functools.lru_cache
 def num_processors(device: torch.device) -> int:
     """Multiprocessors of a card; 1 on the CPU."""
@@ -249,10 +269,8 @@ def head_page_attention(
     group = num_query_heads // num_heads
     if output is None:
         output = torch.empty_like(query)
-    if rows is None:
-        rows = min(64, max(16, triton.next_power_of_2(group * max_query_len)))
-    if tokens is None:
-        tokens = 64 if head_dim > 128 else 128
+    most_rows, most_tokens = choose_tile(head_dim, query.dtype, group * max_query_len)
+    rows, tokens = rows or most_rows, tokens or most_tokens
     tiles = -(-max_query_len * group // rows)
     if num_runs is None:
         programs = num_requests * tiles * num_heads

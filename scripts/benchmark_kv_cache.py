@@ -78,7 +78,7 @@ def engine_arguments(
     arguments: dict[str, Any] = {
         "model": model,
         "dtype": args.dtype,
-        "enforce_eager": True,
+        "enforce_eager": not args.cuda_graphs,
         "gpu_memory_utilization": 0.4,
         "block_size": args.block_size,
         "max_model_len": args.prompt_tokens + args.output_tokens,
@@ -181,6 +181,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--block-size", type=int, default=BLOCK_SIZE)
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
     parser.add_argument("--dtype", choices=list(BYTES_OF_DTYPE), default="float32")
+    parser.add_argument("--cuda-graphs", action="store_true", help="on a card: compile and capture")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--profile", action="store_true", help="also print where the time goes")
     parser.add_argument("--output-dir", type=Path, help="takes kv_cache.json and kv_cache.png")

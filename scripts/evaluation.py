@@ -10,11 +10,11 @@ from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import REGISTRY
-from rich.table import Table
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from rich.table import Table
     from vllm import LLM
 
 BLOCK_SIZE = 32  # what the plugin chooses on the CPU
@@ -87,6 +87,8 @@ def accuracy_table(title: str, ratios: Sequence[float], rows: dict[str, dict[str
         ratios: keep ratios.
         rows: name -> keep ratio as text -> :func:`cell`.
     """
+    from rich.table import Table
+
     table = Table(title=title)
     for column in ("scorer", *(f"keep {ratio:g}" for ratio in ratios)):
         table.add_column(column)
@@ -117,9 +119,11 @@ def draw(path: Path, rows: dict[str, dict[str, Any]]) -> None:
 
 def versions() -> str:
     """Machine, versions and date, the last line of every table."""
+    import torch
     import vllm
 
+    card = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
     return (
-        f"vLLM {vllm.__version__}, {platform.machine()} {os.cpu_count()} cores, "
+        f"{card}vLLM {vllm.__version__}, {platform.machine()} {os.cpu_count()} cores, "
         f"Python {platform.python_version()}, {date.today().isoformat()}"
     )

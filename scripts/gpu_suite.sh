@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every check and figure that needs a card, in one call; torch and Triton are enough.
+# Every check and figure that needs a card, in one call; torch and Triton are enough. Where vLLM is
+# there too, its engine follows: the same tokens, blocks freed, throughput.
 #
 #     bash scripts/gpu_suite.sh                 # on a machine with an NVIDIA card
 #     bash scripts/gpu_suite.sh --interpret     # dry run on a CPU, tiny shapes
@@ -8,4 +9,21 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-"$PYTHON" scripts/gpu_suite.py "$@"
+kernels=0
+engine_flags=()
+for flag in "$@"; do
+    case $flag in
+    --interpret) engine_flags+=(--small) ;;
+    --tune) ;;
+    *) engine_flags+=("$flag") ;;
+    esac
+done
+"$PYTHON" scripts/gpu_suite.py "$@" || kernels=$?
+[ "$kernels" -eq 2 ] && exit 2 # no card, or a wrong flag
+engine=0
+if "$PYTHON" -c 'import vllm' 2>/dev/null; then
+    "$PYTHON" scripts/gpu_engine.py "${engine_flags[@]}" || engine=$?
+else
+    echo "No vLLM here: its engine was not asked."
+fi
+exit $((kernels | engine))

@@ -28,11 +28,9 @@ def test_every_kernel_compiles_for_every_card(rows):
     }
     for row in rows:
         assert 0 < row["registers"] <= 255, row
-        assert row["shared"] <= {80: 163, 90: 227, 100: 227}[row["target"]] * 1024, row
+        assert row["shared"] <= 99 * 1024, row  # of a block on the smallest cards, sm_86 and sm_89
 
 
 @pytest.mark.slow
-def test_no_register_is_spilled_at_head_size_128_on_hopper(rows):
-    mine = [row for row in rows if row["target"] == 90 and "head size 128" in row["launch"]]
-    assert {row["kernel"] for row in mine} >= {"attend_runs", "copy_kept", "highest_weight"}
-    assert [row for row in mine if row["local"]] == []
+def test_no_register_is_spilled(rows):
+    assert [row for row in rows if row["local"]] == []

@@ -29,12 +29,14 @@ def suite(tmp_path_factory):
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return done.stdout, json.loads((folder / "gpu_suite.json").read_text())
+    return done.stdout, *(
+        json.loads((folder / f"{name}.json").read_text()) for name in ("gpu_suite", "gpu_engine")
+    )
 
 
 @pytest.mark.slow
 def test_the_dry_run_checks_every_kernel(suite):
-    _, found = suite
+    _, found, _ = suite
     names = {check["name"].split()[0] for check in found["checks"]}
     assert names == {"attention", "compaction", "scores", "tables"}
     assert all(check["error"] <= check["limit"] for check in found["checks"])
@@ -42,8 +44,19 @@ def test_the_dry_run_checks_every_kernel(suite):
 
 
 @pytest.mark.slow
+@pytest.mark.vllm
+def test_the_dry_run_asks_engines(suite):
+    text, _, found = suite
+    engines = found["engines"]
+    assert found["faults"] == []
+    assert engines["float32, keep 0.25"]["freed"] > 0
+    assert engines["float32, keep 1.0, kernel auto"]["compressed"] == 3
+    assert "| float32, keep 1.0, kernel auto | 100.0% |" in text
+
+
+@pytest.mark.slow
 def test_it_says_that_its_times_mean_nothing(suite):
-    text, found = suite
+    text, found, _ = suite
     assert "times mean nothing" in text
     assert f"{len(found['checks'])} of {len(found['checks'])} checks passed" in text
 

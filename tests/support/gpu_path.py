@@ -1,7 +1,7 @@
 """The GPU's worker on a machine without one: its attention backend, kernels and bookkeeping.
 
-Runner V2 and all Triton kernels run in Triton's interpreter, vLLM's own ones too. What is missing is
-the card: FlashAttention, CUDA graphs and streams. For tests only.
+Runner V2 and all Triton kernels run in Triton's interpreter, vLLM's own ones too. What is missing
+is the card: FlashAttention, CUDA graphs and streams. For tests only.
 """
 
 from typing import ClassVar
@@ -11,7 +11,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_kvzip.clocks import HostClock
-from vllm_kvzip.vllm_bridge import options
+from vllm_kvzip.vllm_bridge import gpu_worker, options
 from vllm_kvzip.vllm_bridge.gpu_attention import HeadPageTritonBackend
 from vllm_kvzip.vllm_bridge.gpu_worker import TritonPath
 
@@ -26,3 +26,4 @@ def take_gpu_path():
     torch.cuda.get_device_capability = lambda device=None: (9, 0)  # vLLM's cache kernel asks
     options.CPU_WORKER = f"{__name__}.{GPUPathWorker.__qualname__}"
     options.check_attention_kernel = lambda kernel: None
+    gpu_worker.REQUESTS, gpu_worker.CONTEXT_TOKENS = 2, 96  # the interpreter is slow

@@ -56,12 +56,13 @@ class TritonPath(HeadPageWorker):
         layer = get_layers_from_vllm_config(self.vllm_config, Attention, [layer_name])[layer_name]
         pages = cache.pages.view(-1, 1, geometry.block_size, 2 * geometry.head_dim)
         kernel = self._kvzip_settings.config.attention_kernel
+        tokens = min(CONTEXT_TOKENS, self.model_config.max_model_len)
+        if kernel != "vllm":
+            warm_up(batcher, geometry, layer, num_blocks, tokens)
         if kernel == "auto":
-            warm_up(batcher, geometry, layer, num_blocks)
             step = make_up_step(
                 batcher, geometry, num_requests=min(REQUESTS, max_requests),
-                context_tokens=min(CONTEXT_TOKENS, self.model_config.max_model_len),
-                num_blocks=num_blocks,
+                context_tokens=tokens, num_blocks=num_blocks,
             )  # fmt: skip
             if vllms_kernel_is_faster(step, builders[0], pages, layer, self.clock):
                 kernel = "vllm"

@@ -110,10 +110,12 @@ def make_up_step(
     return MadeUpStep(batch, common, query, torch.empty_like(query))
 
 
-def warm_up(batcher: KernelBatcher, geometry: CacheGeometry, layer: Any, num_blocks: int) -> None:
+def warm_up(
+    batcher: KernelBatcher, geometry: CacheGeometry, layer: Any, num_blocks: int, most_tokens: int
+) -> None:
     """Compile our attention kernel for few and for many query tokens, in one run and in several."""
     for query_len in (1, 16, 64):
-        for context_tokens in (2 * geometry.block_size, 64 * geometry.block_size):
+        for context_tokens in {2 * geometry.block_size, most_tokens}:
             step = make_up_step(
                 batcher, geometry, num_requests=2, context_tokens=context_tokens,
                 num_blocks=num_blocks, query_len=query_len,

@@ -8,7 +8,6 @@ large batches of long requests are left to our own kernel, which needs none.
 from __future__ import annotations
 
 import copy
-import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -115,13 +114,14 @@ def stock_pairs(
 
 def _pair_rows(starts: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Pair row -> ``token * H + head``, request after request, head after head; int64."""
-    heads = torch.arange(num_heads)[:, None]
-    bounds = starts.tolist()
-    parts = [
-        (torch.arange(begin, end) * num_heads + heads).flatten()
-        for begin, end in itertools.pairwise(bounds)
-    ]
-    return torch.cat(parts)
+    lengths = starts.diff()
+    requests = torch.arange(len(lengths)).repeat_interleave(lengths)
+    first, length = starts[requests][:, None], lengths[requests][:, None]
+    token, head = torch.arange(len(requests))[:, None], torch.arange(num_heads)
+    pair_row = first * num_heads + head * length + token - first
+    rows = torch.empty(pair_row.numel(), dtype=torch.int64)
+    rows[pair_row.flatten()] = (token * num_heads + head).flatten()
+    return rows
 
 
 def one_kv_head(impl: Any) -> Any:

@@ -1,0 +1,239 @@
+"""What only vLLM's engine on a card can answer: the same tokens, blocks freed, waits, throughput.
+
+    python scripts/gpu_engine.py                # on a machine with vLLM and an NVIDIA card
+    python scripts/gpu_engine.py --small        # the same checks on the CPU, tiny
+
+Each engine is a process of its own, stepped by hand, with CUDA graphs on. Token identity is asked
+of the shipped model in float32; in bfloat16 two kernels that are both right differ in ties, so
+there the share of equal tokens is told and not judged. Throughput is that of the shape of
+Llama-3.1-8B with random weights, in a pool that holds ten prompts (``benchmark_kv_cache.py``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from engine_turns import answer_job, take_turns
+from evaluation import counter, versions
+from retrieval_task import make_context
+
+ROOT = Path(__file__).parent.parent
+MODEL = ROOT / "tests" / "models" / "tiny-retriever"
+OUTPUT_TOKENS = 24
+SETTINGS = {"scorer": "keydiff", "budget": "adaptive", "min_prompt_tokens": 64}
+
+
+def prompts(*, small: bool) -> list[list[int]]:
+    """Contexts of many lengths, one of them below the threshold."""
+    rng = np.random.default_rng(11)
+    lengths = (40, 130, 256, 300) if small else (40, *range(100, 1500, 61))
+    found: list[list[int]] = [make_context(rng, length).tokens.tolist() for length in lengths]
+    return found
+
+
+def jobs(*, small: bool) -> dict[str, dict[str, Any]]:
+    """Arguments of ``LLM`` by the name of the engine."""
+    kernels = ("auto",) if small else ("triton", "vllm")
+    plugin: dict[str, dict[str, Any] | None] = {"stock": None}
+    for kernel in kernels:
+        plugin[f"keep 1.0, kernel {kernel}"] = {"keep_ratio": 1.0, "attention_kernel": kernel}
+    plugin["keep 0.25"] = {"keep_ratio": 0.25, "attention_kernel": kernels[0]}
+    found = {}
+    for dtype in ("float32",) if small else ("float32", "bfloat16"):
+        for name, settings in plugin.items():
+            engine: dict[str, Any] = {
+                "model": str(MODEL), "dtype": dtype, "max_model_len": 2048, "max_num_seqs": 32,
+                "max_num_batched_tokens": 512, "gpu_memory_utilization": 0.3,
+                "block_size": 32 if small else 16, "num_gpu_blocks_override": 4097,
+                "enforce_eager": small, "disable_log_stats": True,
+            }  # fmt: skip
+            if settings is not None:
+                engine["additional_config"] = {"kvzip": {**SETTINGS, **settings}}
+            found[f"{dtype}, {name}"] = {"engine": engine, "small": small}
+    return found
+
+
+def run_once(job: dict[str, Any]) -> dict[str, Any]:
+    """All prompts through one engine; what it said and held."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(**job["engine"])
+    engine = llm.llm_engine
+    core = engine.engine_core.engine_core
+    manager = core.scheduler.kv_cache_manager
+    free = manager.block_pool.get_num_free_blocks()
+    params = SamplingParams(temperature=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
+    for number, prompt in enumerate(prompts(small=job["small"])):
+        engine.add_request(str(number), {"prompt_token_ids": prompt}, params.clone())
+    tokens: dict[str, list[int]] = {}
+    least_held = None
+    begin = time.perf_counter()
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            tokens[output.request_id] = list(output.outputs[0].token_ids)
+        running = core.scheduler.running
+        if len(running) > 1 and all(r.num_output_tokens > 4 for r in running):  # all decode
+            held = free - manager.block_pool.get_num_free_blocks()
+            least_held = held if least_held is None else min(least_held, held)
+    seconds = time.perf_counter() - begin
+    for _ in range(3):
+        engine.step()
+    return {
+        "tokens": [tokens[str(number)] for number in range(len(tokens))],
+        "seconds": seconds,
+        "least_held": least_held,
+        "missing_blocks": free - manager.block_pool.get_num_free_blocks(),
+        "compressed": counter("requests_compressed_total"),
+        "freed": counter("blocks_freed_total"),
+    }
+
+
+def judge(found: dict[str, dict[str, Any]]) -> list[str]:
+    """What is wrong with the answers of the engines."""
+    faults = []
+    for name, answer in found.items():
+        dtype, what = name.split(", ", 1)
+        stock = found[f"{dtype}, stock"]
+        if answer["missing_blocks"]:
+            faults.append(f"{name}: {answer['missing_blocks']} blocks are not back in the pool")
+        if what != "stock" and not answer["compressed"]:
+            faults.append(f"{name}: nothing was compressed")
+        if what.startswith("keep 1.0") and dtype == "float32":
+            if answer["tokens"] != stock["tokens"]:
+                faults.append(f"{name}: {equal_share(answer, stock):.1%} of stock's tokens")
+        if what == "keep 0.25" and not answer["least_held"] < 0.6 * stock["least_held"]:
+            faults.append(f"{name}: holds {answer['least_held']} of {stock['least_held']} blocks")
+    return faults
+
+
+def equal_share(answer: dict[str, Any], stock: dict[str, Any]) -> float:
+    """Tokens that equal stock's up to the first that does not, over all."""
+    same = total = 0
+    for mine, theirs in zip(answer["tokens"], stock["tokens"], strict=True):
+        total += len(theirs)
+        for ours, other in zip(mine, theirs, strict=True):
+            if ours != other:
+                break
+            same += 1
+    return same / total
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """One row per engine."""
+    lines = [
+        "| engine | stock's tokens | compressed | blocks freed | held while all decode |",
+        "|---|---|---|---|---|",
+    ]
+    for name, answer in found.items():
+        stock = found[f"{name.split(', ')[0]}, stock"]
+        lines.append(
+            f"| {name} | {equal_share(answer, stock):.1%} | {answer['compressed']:.0f} | "
+            f"{answer['freed']:.0f} | {answer['least_held']} |"
+        )
+    return "\n".join(lines)
+
+
+def installed_layout(folder: Path) -> str:
+    """A folder for ``PYTHONPATH`` in which the plugin looks installed; links, no copies."""
+    package = folder / "vllm_kvzip"
+    package.mkdir()
+    for path in (ROOT / "vllm_kvzip").iterdir():
+        (package / path.name).symlink_to(path)
+    for name in ("kernels", "profiles"):
+        (package / name).symlink_to(ROOT / name)
+    info = folder / "vllm_kvzip-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-kvzip\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(
+        "[vllm.general_plugins]\nkvzip = vllm_kvzip.vllm_bridge.plugin:register\n"
+    )
+    return str(folder)
+
+
+def throughput(folder: Path) -> dict[str, Any]:
+    """The benchmark's rows: stock, keep 1.0 and keep 0.125 of an 8B model's shape."""
+    command = [
+        sys.executable, str(ROOT / "scripts" / "benchmark_kv_cache.py"), "--shape", "llama-3.1-8b",
+        "--dtype", "bfloat16", "--block-size", "16", "--prompt-tokens", "8192",
+        "--output-tokens", "512", "--pool-prompts", "10", "--requests", "80", "--cuda-graphs",
+        "--max-num-batched-tokens", "8192", "--ratios", "1.0", "0.125", "--without-fp8",
+        "--with-idle", "--rounds", "1", "--scorer", "keydiff", "--output-dir", str(folder),
+    ]  # fmt: skip
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE, check=False)
+    print(done.stdout[-4000:], flush=True)
+    if done.returncode:
+        return {"failed": done.returncode}
+    rows = json.loads((folder / "kv_cache.json").read_text())["rows"]
+    return {"rows": rows}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="on the CPU, tiny, no throughput")
+    parser.add_argument("--without-throughput", action="store_true")
+    parser.add_argument("--output-dir", type=Path, help="takes gpu_engine.json")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    if args.job:
+        answer_job(args.job, run_once)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if not entry_points(group="vllm.general_plugins", name="kvzip"):
+            layout = folder / "site"
+            layout.mkdir()
+            path = [installed_layout(layout), os.environ.get("PYTHONPATH", "")]
+            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+        try:
+            answers = take_turns(__file__, jobs(small=args.small), 1, folder)
+        except subprocess.CalledProcessError as error:
+            print(f"An engine failed:\n{error.stderr.decode()[-4000:]}", file=sys.stderr)
+            return 1
+        engines = {key: rounds[0] for key, rounds in answers.items()}
+        faults = judge(engines)
+        found: dict[str, Any] = {"engines": engines, "faults": faults, "versions": versions()}
+        if not args.small:
+            found["waits"] = waits(folder)
+            if not args.without_throughput:
+                found["throughput"] = throughput(folder)
+    if args.output_dir:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        (args.output_dir / "gpu_engine.json").write_text(json.dumps(found) + "\n")
+    print(f"\n{table(engines)}")
+    for fault in faults:
+        print(f"FAILED {fault}")
+    if "waits" in found:
+        print(f"Waits for the device in a step: stock {found['waits']['stock']}, "
+              f"keep 0.25 {found['waits']['keep 0.25']}")  # fmt: skip
+    print(versions(), flush=True)
+    return 1 if faults else 0
+
+
+def waits(folder: Path) -> dict[str, str]:
+    """What vLLM says when no step may wait for the device: ``none``, or its complaint."""
+    found = {}
+    for name in ("stock", "keep 0.25"):
+        job = jobs(small=False)[f"bfloat16, {name}"]
+        try:
+            take_turns(__file__, {name: job}, 1, folder, VLLM_GPU_SYNC_CHECK="error")
+            found[name] = "none"
+        except subprocess.CalledProcessError as error:
+            found[name] = error.stderr.decode().strip().splitlines()[-1][:300]
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+"""What an engine on an NVIDIA card would be configured to do; vLLM's platform stands in for one."""
+
+import pytest
+import torch
+from engine_job import MODEL
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from vllm_kvzip.config import KVzipConfig
+from vllm_kvzip.errors import KVzipError
+from vllm_kvzip.vllm_bridge import checks, options
+from vllm_kvzip.vllm_bridge.gpu_attention import HeadPageFlashBuilder, HeadPageTritonBackend
+
+pytestmark = pytest.mark.vllm
+
+
+class Hopper(Platform):
+    """vLLM's platform of a card; its own class for those needs CUDA to be imported."""
+
+    _enum = PlatformEnum.CUDA
+    device_name = "a card that is not there"
+
+    @classmethod
+    def get_device_capability(cls, device_id=0):
+        return DeviceCapability(9, 0)
+
+
+@pytest.fixture
+def stock_config():
+    """vLLM's configuration without the plugin, of a block size that GPUs have."""
+    return EngineArgs(model=str(MODEL), dtype="bfloat16", block_size=16).create_engine_config()
+
+
+@pytest.fixture
+def on_a_card(monkeypatch):
+    for module in (checks, options):
+        monkeypatch.setattr(module, "current_platform", Hopper())
+
+
+def test_the_gpus_worker_and_a_backend_of_ours_are_chosen(stock_config, on_a_card):
+    options.configure(stock_config, KVzipConfig(attention_kernel="triton"))
+    assert stock_config.parallel_config.worker_cls == options.GPU_WORKER
+    assert stock_config.attention_config.backend.name in checks.GPU_BACKENDS
+    assert stock_config.cache_config.block_size == 16
+
+
+def test_the_users_backend_stays(stock_config, on_a_card):
+    stock_config.attention_config.backend = AttentionBackendEnum.TRITON_ATTN
+    options.configure(stock_config, KVzipConfig())
+    assert stock_config.attention_config.backend is AttentionBackendEnum.TRITON_ATTN
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flash_attention_is_taken_where_it_runs(stock_config, on_a_card, monkeypatch, dtype):
+    from vllm.v1.attention.backends import fa_utils
+
+    stock_config.model_config.dtype = dtype
+    monkeypatch.setattr(fa_utils, "is_flash_attn_varlen_func_available", lambda: True)
+    wanted = "TRITON_ATTN" if dtype is torch.float32 else "FLASH_ATTN"
+    assert checks.default_gpu_backend(stock_config).name == wanted
+
+
+def change(config, path, value):
+    *parents, name = path.split(".")
+    for parent in parents:
+        config = getattr(config, parent)
+    setattr(config, name, value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        ("cache_config.block_size", 48, "--block-size 48 on GPUs"),
+        ("attention_config.backend", AttentionBackendEnum.FLASHINFER, "--attention-backend FLASHI"),
+        ("cache_config.cache_dtype", "float16", "--kv-cache-dtype float16 for a model in bfloat16"),
+        ("parallel_config.enable_dbo", True, "--enable-dbo"),
+        ("attention_config.backend_per_kind", {"full_attention": 1}, "backend_per_kind"),
+    ],
+)
+def test_what_gpus_cannot_do_is_one_sentence(stock_config, on_a_card, path, value, said):
+    change(stock_config, path, value)
+    with pytest.raises(KVzipError, match=said):
+        checks.check_supported(stock_config)
+
+
+def test_batch_invariance_is_refused(stock_config, on_a_card, monkeypatch):
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(KVzipError, match="VLLM_BATCH_INVARIANT"):
+        checks.check_supported(stock_config)
+
+
+def test_other_platforms_are_refused(stock_config, monkeypatch):
+    class Elsewhere(Platform):
+        _enum = PlatformEnum.ROCM
+        device_name = "another card"
+
+    monkeypatch.setattr(checks, "current_platform", Elsewhere())
+    with pytest.raises(KVzipError, match="NVIDIA GPUs and on CPUs"):
+        checks.check_supported(stock_config)
+
+
+def test_a_choice_of_kernel_is_refused_on_the_cpu(stock_config):
+    with pytest.raises(KVzipError, match="attention_kernel triton is a choice for GPUs"):
+        checks.check_attention_kernel("triton")
+    checks.check_attention_kernel("auto")
+
+
+@pytest.mark.parametrize(
+    ("scorer", "support"),
+    [("keydiff", AttentionCGSupport.UNIFORM_BATCH), ("window", AttentionCGSupport.NEVER)],
+)
+def test_full_graphs_of_decode_steps_unless_queries_are_watched(
+    stock_config, on_a_card, scorer, support
+):
+    options.configure(stock_config, KVzipConfig(scorer=scorer))
+    for builder in (HeadPageFlashBuilder, HeadPageTritonBackend.get_builder_cls()):
+        assert builder.get_cudagraph_support(stock_config, None) is support

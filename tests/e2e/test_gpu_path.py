@@ -1,0 +1,73 @@
+"""The GPU's path inside real vLLM, interpreted on the CPU; see ``tests/support/gpu_path.py``.
+
+Decode, chunked prefill, a prompt below the threshold, and a question of several tokens over a
+cached compressed prefix, by our kernel and by vLLM's over (request, KV head) pairs. vLLM's own
+Triton attention takes seconds a step here, so prompts are few and short.
+"""
+
+import numpy as np
+import pytest
+from engine_job import RUNNER_V2, Request, run_job
+from retrieval_task import make_context
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+SETTINGS = {"min_prompt_tokens": 32, "scorer": "keydiff"}
+ENGINE = {"max_num_batched_tokens": 96, "max_num_seqs": 8, "max_model_len": 512}
+
+
+def requests():
+    rng = np.random.default_rng(7)
+    prompts = [make_context(rng, length).tokens.tolist() for length in (70, 96, 20)]
+    question = prompts[1] + make_context(rng, 21).tokens.tolist()
+    return [*(Request(prompt, 5) for prompt in prompts), Request(question, 4, arrives=6)]
+
+
+def on_the_gpus_path(kernel, **settings):
+    kvzip = {**SETTINGS, **settings, "attention_kernel": kernel}
+    return run_job(requests(), kvzip, RUNNER_V2, gpu_path=True, **ENGINE)
+
+
+def on_the_cpus_path(**settings):
+    return run_job(requests(), {**SETTINGS, **settings}, **ENGINE)
+
+
+@pytest.fixture(scope="module")
+def stock():
+    return run_job(requests(), None, **ENGINE)
+
+
+def test_keep_ratio_one_is_token_identical_with_whichever_kernel_is_faster(stock):
+    whole = on_the_gpus_path("auto", keep_ratio=1.0)
+    assert whole.classes["backend"] == "HeadPageTritonBackend"
+    assert whole.classes["batcher"] == "KernelBatcher"
+    assert whole.classes["runner"] == "vllm.v1.worker.cpu.model_runner"
+    assert whole.outputs == stock.outputs
+    assert whole.metrics["vllm_kvzip_requests_compressed_total"] == 2
+    assert whole.metrics["vllm_kvzip_prefix_hits_total"] == 1
+    assert whole.free_blocks[-1] == whole.free_blocks[0]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "scorer"), [("vllm", "keydiff"), ("triton", "kvzip"), ("triton", "window")]
+)
+def test_what_is_kept_is_kept_and_read_as_on_the_cpu(stock, kernel, scorer):
+    gpus = on_the_gpus_path(kernel, keep_ratio=0.4, scorer=scorer)
+    cpus = on_the_cpus_path(keep_ratio=0.4, scorer=scorer)
+    assert gpus.outputs == cpus.outputs
+    assert gpus.outputs != stock.outputs or scorer == "window"
+    assert gpus.held_blocks == cpus.held_blocks
+    for name in ("requests_compressed_total", "blocks_freed_total", "prefix_hits_total"):
+        assert gpus.metrics[f"vllm_kvzip_{name}"] == cpus.metrics[f"vllm_kvzip_{name}"] > 0
+    assert gpus.metrics["vllm_kvzip_attention_seconds_count/decode"] > 0
+    assert gpus.free_blocks[-1] == gpus.free_blocks[0]
+
+
+def test_runner_v1_reads_the_same_with_our_kernel():
+    environment = {"TRITON_INTERPRET": "1"}
+    kvzip = {**SETTINGS, "keep_ratio": 0.4}
+    ours = run_job(requests(), kvzip, environment, triton_attention=True, **ENGINE)
+    theirs = on_the_cpus_path(keep_ratio=0.4)
+    assert ours.classes["batcher"] == "KernelBatcher"
+    assert ours.outputs == theirs.outputs
+    assert ours.held_blocks == theirs.held_blocks

@@ -1,0 +1,32 @@
+"""Attention with its normaliser: the CPU's kernel against a softmax, the others' signatures."""
+
+import pytest
+import torch
+
+from vllm_kvzip.fused_attention import attend_with_normaliser
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_it_is_softmax_attention(causal):
+    torch.manual_seed(0)
+    queries, keys, values = (torch.randn(3, 7, 16) for _ in range(3))
+    attended, log_normaliser = attend_with_normaliser(queries, keys, values, 0.3, causal=causal)
+    logits = queries @ keys.transpose(1, 2) * 0.3
+    if causal:
+        logits.masked_fill_(torch.ones(7, 7, dtype=torch.bool).triu(1), float("-inf"))
+    torch.testing.assert_close(attended, logits.softmax(-1) @ values)
+    torch.testing.assert_close(log_normaliser, logits.logsumexp(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("num_keys", [7, 40])
+def test_the_kernels_for_gpus_are_asked_for_the_same(dtype, num_keys):
+    """On torch's device without contents, which runs the operators' own shape rules."""
+    queries = torch.empty(3, 40, 64, dtype=dtype, device="meta")
+    keys = torch.empty(3, num_keys, 64, dtype=dtype, device="meta")
+    attended, log_normaliser = attend_with_normaliser(
+        queries, keys, keys, 0.3, causal=num_keys == 40
+    )
+    assert attended.shape == queries.shape
+    assert log_normaliser.shape == (3, 40)
+    assert log_normaliser.dtype is torch.float32

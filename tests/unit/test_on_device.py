@@ -1,0 +1,99 @@
+"""Compression on a device that is not the CPU: nothing lies on the wrong one, nothing is awaited.
+
+Tensors on torch's device ``meta`` have a shape and no content. An operation that mixes devices
+fails there, and so does one that has to look at a value, for which a GPU would be waited for.
+"""
+
+import pytest
+import torch
+
+from vllm_kvzip import row_pages
+from vllm_kvzip.core import CacheGeometry
+from vllm_kvzip.head_pages import PagePool
+from vllm_kvzip.pipeline import Compressor
+from vllm_kvzip.prefix_rule import PrefixRule
+from vllm_kvzip.rotary import RotaryTables
+from vllm_kvzip.scoring import create_scorer
+from vllm_kvzip.scoring.surrogate import SurrogateScorer
+from vllm_kvzip.surrogate import LayerSurrogate
+
+GEOMETRY = CacheGeometry(num_layers=3, num_kv_heads=2, group_size=2, head_dim=8, block_size=4)
+POOL = PagePool(num_blocks=64, num_layers=3, num_kv_heads=2)
+DEVICE = torch.device("meta")
+SCORERS = ("keydiff", "knorm", "kvzip", "window", "expected-attention", "streaming", "profile")
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """What compaction hands to its kernel, which cannot run there."""
+    calls = []
+    monkeypatch.setattr(row_pages, "compact_pages", lambda *tensors: calls.append(tensors))
+    return calls
+
+
+def compress(scorer, budget):
+    fractions = [[1.0, 0.1], [0.2, 0.3], [0.9, 0.5]] if budget == "profile" else None
+    rule = PrefixRule(0.5, 0, sink_tokens=2, recent_tokens=2, block_size=4)
+    angles = torch.zeros(64, 4, device=DEVICE)
+    press = Compressor(
+        geometry=GEOMETRY, pool=POOL, scorer=scorer, budget=budget, rule=rule,
+        store=row_pages.RowPages(torch.zeros(384, 64, device=DEVICE), 4, 8),
+        head_fractions=lambda _: fractions, head_importance=fractions,
+        rotary=[RotaryTables(angles, angles)] * 3,
+    )  # fmt: skip
+    plan = rule.plan(34)
+    prefix, _ = press.compress(
+        source_blocks=[9, 4, 17, 30, 2, 8, 41, 22],
+        target_blocks=[50, 12, 33, 60][: plan.num_compressed_blocks],
+        plan=plan,
+        observation_queries=[torch.zeros(6, 2, 2, 8, device=DEVICE)] * 3,
+        reconstruction=torch.zeros(3, 2, 32, device=DEVICE),
+        scale=1.0,
+        seed=0,
+    )
+    return plan, prefix, prefix.offsets
+
+
+@pytest.mark.parametrize("budget", ["adaptive", "adaptive-per-layer", "uniform", "profile"])
+@pytest.mark.parametrize("name", SCORERS)
+def test_no_scorer_and_no_budget_waits_or_mixes_devices(launched, name, budget):
+    plan, prefix, offsets = compress(create_scorer(name), budget)
+    total = plan.num_compressed_blocks * 6
+    assert prefix.page_ids.shape == (total,)
+    assert {t.device.type for t in (prefix.page_ids, prefix.pages, offsets)} == {"meta"}
+    ((keys, values, sources, positions, heads, targets),) = launched
+    assert keys.shape == values.shape == (384, 4, 8)
+    assert sources.shape == (6, 8)
+    assert positions.shape == (4 * total,)
+    assert heads.shape == targets.shape == (total,)
+    indices = (sources, positions, heads, targets)
+    assert {(t.device.type, t.dtype) for t in indices} == {("meta", torch.int32)}
+
+
+def test_the_surrogate_follows_the_keys(launched):
+    scorer, width = object.__new__(SurrogateScorer), 2 * 2 * 8 + 3
+    network = LayerSurrogate(
+        torch.zeros(width, 5), torch.zeros(5), torch.zeros(5, 2), torch.zeros(2)
+    )
+    scorer._layers = [network] * 3
+    _, prefix, _ = compress(scorer, "adaptive")
+    assert prefix.page_ids.device == DEVICE
+
+
+def test_a_scorer_that_looks_at_a_value_is_seen(launched):
+    class Looking(type(create_scorer("knorm"))):
+        def score_layer(self, inputs):
+            scores = super().score_layer(inputs)
+            return scores / float(scores.abs().max())
+
+    with pytest.raises(Exception, match=r"item|DataDependent|local_scalar"):
+        compress(Looking(None), "adaptive")
+
+
+def test_a_scorer_on_the_wrong_device_is_seen(launched):
+    class Elsewhere(type(create_scorer("knorm"))):
+        def score_layer(self, inputs):
+            return super().score_layer(inputs) + torch.zeros(inputs.keys.shape[:2])
+
+    with pytest.raises(Exception, match="device"):
+        compress(Elsewhere(None), "adaptive")
