@@ -160,7 +160,8 @@ def write_4_bits(
         scales = pages.to(tl.pointer_type(tl.bfloat16))
         scales_place = page * (page_stride // 2) + SCALES // 2 + blocks[None, :]
         if FORMAT == "int4":
-            zero = bfloat16_below(tl.min(tl.minimum(low, high), 2))
+            least = tl.min(tl.minimum(low, high), 2)
+            zero = bfloat16_below(tl.where(least == 0.0, 0.0, least))  # zero without a sign
             spread = (tl.max(tl.maximum(low, high), 2) - zero) * (1 / 15)
             scale = bfloat16_above(tl.maximum(spread, SMALLEST_SCALE))
             scales_place += tokens[:, None] * (2 * BLOCKS)
@@ -238,20 +239,20 @@ def fill_quantized(
 
 @triton.jit
 def read_quantized(
-    pages, page_ids, keys, values, code_book, page_stride, key_stride, value_stride,
+    pages, page_ids, keys, values, code_book, num_tokens, page_stride, key_stride, value_stride,
     KEY_FORMAT: tl.constexpr, KEY_DOUBLE: tl.constexpr, KEY_CODES: tl.constexpr,
     KEY_GROUP: tl.constexpr, KEY_SCALES: tl.constexpr, KEY_BLOCK: tl.constexpr,
     VALUE_FORMAT: tl.constexpr, VALUE_DOUBLE: tl.constexpr, VALUE_CODES: tl.constexpr,
     VALUE_GROUP: tl.constexpr, VALUE_SCALES: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     N: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Some tokens of one page as dense rows; grid ``(pages, tiles of tokens)``."""
-    index = tl.program_id(0)
-    in_page = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    wanted = in_page < N
-    page = tl.load(page_ids + index).to(tl.int64) + tl.zeros([TOKENS], tl.int64)
+    """Some tokens, of one page or more, as dense rows; grid ``(tiles of tokens,)``."""
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    wanted = tokens < num_tokens
+    page = tl.load(page_ids + tokens // N, mask=wanted, other=0).to(tl.int64)
+    in_page = tokens % N
     dims = tl.arange(0, D_PADDED)
-    row = (index.to(tl.int64) * N + in_page)[:, None]
+    row = tokens.to(tl.int64)[:, None]
     mask = wanted[:, None] & (dims < D)[None, :]
     k = load_quantized(
         pages, page, page_stride, in_page, wanted, code_book,
@@ -323,9 +324,9 @@ def dequantize_pages(
         ValueError: if ``pages`` are not of the layout, or strides are not as said.
     """
     _check(pages, layout, keys, values)
-    tokens = _tile_tokens(layout)
-    read_quantized[len(page_ids), triton.cdiv(layout.page_tokens, tokens)](
-        pages, page_ids, keys, values, pages if code_book is None else code_book,
+    num_tokens, tokens = len(page_ids) * layout.page_tokens, _tile_tokens(layout)
+    read_quantized[(triton.cdiv(num_tokens, tokens),)](
+        pages, page_ids, keys, values, pages if code_book is None else code_book, num_tokens,
         pages.stride(0), keys.stride(0), values.stride(0),
         **page_constants(layout), TOKENS=tokens, num_warps=4,
     )  # fmt: skip

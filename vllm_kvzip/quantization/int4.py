@@ -8,6 +8,8 @@ and scale are bfloat16, rounded so that the codes still span the block; a value 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from vllm_kvzip.quantization.base import Encoded, Format, check_block_size, whole_blocks
@@ -21,10 +23,13 @@ from vllm_kvzip.quantization.scales import (
 )
 
 
+@dataclass(frozen=True)
 class Int4(Format):
     """A value is ``zero + code * scale``; a vector stores its scales, then its zero points.
 
-    Args:
+    A zero point of zero is stored without a sign.
+
+    Attributes:
         block_size: values that share a scale and a zero point.
 
     Raises:
@@ -34,9 +39,10 @@ class Int4(Format):
     name = "int4"
     kernel_name = "int4"
 
-    def __init__(self, block_size: int = 64) -> None:
-        check_block_size(self.name, block_size)
-        self.block_size = block_size
+    block_size: int = 64
+
+    def __post_init__(self) -> None:
+        check_block_size(self.name, self.block_size)
 
     def block_values(self, head_dim: int) -> int:
         return whole_blocks(self.name, head_dim, self.block_size)
@@ -50,7 +56,7 @@ class Int4(Format):
     def encode(self, vectors: torch.Tensor) -> Encoded:
         size = self.block_values(vectors.shape[-1])
         blocks = in_blocks(vectors.float().clamp(-LARGEST, LARGEST), size)
-        zero = bfloat16_down(blocks.amin(dim=-1))
+        zero = bfloat16_down(blocks.amin(dim=-1) + 0.0)
         spread = (blocks.amax(dim=-1) - zero.float()) * (1 / 15)
         scale = bfloat16_up(spread.clamp(min=SMALLEST_SCALE))
         from_zero = blocks - zero.float()[..., None]

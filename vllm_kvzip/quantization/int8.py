@@ -7,12 +7,15 @@ magnitude of a vector becomes code 127. The scale is a bfloat16, so a value cost
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from vllm_kvzip.quantization.base import Encoded, Format
 from vllm_kvzip.quantization.scales import LARGEST, SMALLEST_SCALE, as_bytes
 
 
+@dataclass(frozen=True)
 class Int8(Format):
     """A value is ``code * scale``, with codes of -127 to 127 in two's complement."""
 

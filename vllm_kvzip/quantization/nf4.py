@@ -10,6 +10,8 @@ have no sign, and the paper's subtraction of the mean is not needed.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
 
 from vllm_kvzip.quantization.base import Encoded, Format, check_block_size, whole_blocks
@@ -47,10 +49,11 @@ BOUNDARIES = (LEVELS[1:] + LEVELS[:-1]) / 2
 """float32 ``[15]``; a value above boundary ``i`` is nearer to level ``i + 1`` than to ``i``."""
 
 
+@dataclass(frozen=True)
 class NormalFloat4(Format):
     """A value is ``level[code] * scale``.
 
-    Args:
+    Attributes:
         block_size: values that share a scale.
         double_quantization: 8-bit scales under a scale of the page, instead of bfloat16 scales.
 
@@ -62,10 +65,11 @@ class NormalFloat4(Format):
     kernel_name = "nf4"
     code_book = torch.cat([LEVELS, BOUNDARIES])
 
-    def __init__(self, block_size: int = 64, *, double_quantization: bool = False) -> None:
-        check_block_size(self.name, block_size)
-        self.block_size = block_size
-        self.double_quantization = double_quantization
+    block_size: int = 64
+    double_quantization: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_block_size(self.name, self.block_size)
 
     @property
     def group_bytes(self) -> int:

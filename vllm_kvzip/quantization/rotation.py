@@ -12,6 +12,7 @@ product of Paley's matrix of order 12 and Sylvester's: every entry is still plus
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 
@@ -71,20 +72,20 @@ def _split(order: int) -> tuple[torch.Tensor, int]:
     """A small matrix of ones and minus ones, and how often it is doubled."""
     for base in (torch.ones(1, 1, dtype=torch.float64), _paley()):
         times = order // len(base)
-        if order == times * len(base) and times & (times - 1) == 0 and times:
+        if times and times * len(base) == order and times & (times - 1) == 0:
             return base, times.bit_length() - 1
     raise ValueError(
         f"a head size of {order} has no rotation: it is neither a power of two nor twelve times one"
     )
 
 
+@cache
 def _paley(prime: int = 11) -> torch.Tensor:
     """Paley's first construction: a Hadamard matrix of order ``prime + 1``, ``prime % 4 == 3``."""
     squares = {value * value % prime for value in range(1, prime)}
-    matrix = torch.ones(prime + 1, prime + 1, dtype=torch.float64)
+    rows = [[1] * (prime + 1)]
     for row in range(prime):
-        matrix[row + 1, 0] = -1
-        for column in range(prime):
-            is_square = (column - row) % prime in squares
-            matrix[row + 1, column + 1] = 1 if is_square or row == column else -1
-    return matrix
+        signs = [1 if (column - row) % prime in squares else -1 for column in range(prime)]
+        signs[row] = 1
+        rows.append([-1, *signs])
+    return torch.tensor(rows, dtype=torch.float64)
