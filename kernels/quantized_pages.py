@@ -119,10 +119,12 @@ def load_blocks(
 
 @triton.jit
 def nearest_level(x, code_book):
-    """NormalFloat codes of values in [-1, 1]: how many boundaries they lie above."""
+    """NormalFloat codes of values in [-1, 1]: how many means of neighbouring levels are less."""
     codes = tl.zeros(x.shape, tl.int32)
-    for boundary in tl.static_range(15):
-        codes += (x > tl.load(code_book + 16 + boundary)).to(tl.int32)
+    for number in tl.static_range(15):
+        level = tl.load(code_book + number).to(tl.float32)
+        following = tl.load(code_book + number + 1).to(tl.float32)
+        codes += (x > (level + following) * 0.5).to(tl.int32)
     return codes
 
 
@@ -287,7 +289,7 @@ def quantize_pages(
             written, but for the bytes that belong to no region.
         page_ids: int32 or int64 ``[n]``, all different.
         layout: of the pages.
-        code_book: float32, of the formats that have one; where the pages are.
+        code_book: float16 ``[16]``, of the formats that have one; where the pages are.
 
     Raises:
         ValueError: if ``pages`` are not of the layout, or strides are not as said.
@@ -318,7 +320,7 @@ def dequantize_pages(
         keys, values: float32, bfloat16 or float16 ``[n * page tokens, D]``, last dimension
             contiguous; written.
         layout: of the pages.
-        code_book: float32, of the formats that have one; where the pages are.
+        code_book: float16 ``[16]``, of the formats that have one; where the pages are.
 
     Raises:
         ValueError: if ``pages`` are not of the layout, or strides are not as said.

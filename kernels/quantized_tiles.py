@@ -6,7 +6,9 @@ one order, and those with which a compiler could fuse an addition are exact.
 
 The 4-bit codes of a block lie two a byte, the second half of the block in the high bits. A tile of
 bytes is unpacked by a mask and a shift into two tiles that share their scales; nothing moves
-between threads. NormalFloat codes are looked up in 16 floats, half a line of the L1 cache.
+between threads. NormalFloat codes are looked up in 16 half floats, which lie in one line of the L1
+cache. Triton's pipeliner leaves loads of two bytes alone; float32 levels it would stage in shared
+memory.
 """
 
 from __future__ import annotations
@@ -131,8 +133,8 @@ def load_quantized_halves(
         first = zero[:, :, None] + low.to(tl.float32) * scale[:, :, None]
         second = zero[:, :, None] + high.to(tl.float32) * scale[:, :, None]
     else:
-        first = tl.load(code_book + low) * scale[:, :, None]
-        second = tl.load(code_book + high) * scale[:, :, None]
+        first = tl.load(code_book + low).to(tl.float32) * scale[:, :, None]
+        second = tl.load(code_book + high).to(tl.float32) * scale[:, :, None]
     return first, second
 
 

@@ -20,7 +20,7 @@ from vllm_kvzip.quantization import (
     rotate_back,
     unpack_pages,
 )
-from vllm_kvzip.quantization.nf4 import BOUNDARIES, LEVELS
+from vllm_kvzip.quantization.nf4 import BOUNDARIES, LEVELS, normal_float_levels
 from vllm_kvzip.quantization.nibbles import pack_nibbles, unpack_nibbles
 from vllm_kvzip.quantization.rotation import hadamard_matrix
 from vllm_kvzip.quantization.scales import (
@@ -141,9 +141,14 @@ def test_levels_are_those_of_the_paper():
         0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
         0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ]  # fmt: skip
-    torch.testing.assert_close(LEVELS, torch.tensor(published), atol=1e-6, rtol=0)
+    exact = torch.tensor(published)
+    torch.testing.assert_close(normal_float_levels(), exact, atol=1e-6, rtol=0)
+    torch.testing.assert_close(LEVELS, exact, atol=1e-6, rtol=2**-11)
     assert LEVELS[7] == 0
-    assert torch.equal(NormalFloat4.code_book, torch.cat([LEVELS, BOUNDARIES]))
+    assert LEVELS[0] == -1
+    assert LEVELS[15] == 1
+    assert (LEVELS[:-1] < BOUNDARIES).all()
+    assert (LEVELS[1:] > BOUNDARIES).all()
 
 
 @settings(deadline=None)

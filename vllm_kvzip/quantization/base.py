@@ -41,7 +41,7 @@ class Format(ABC):
         name: as people write it.
         kernel_name: which branch of the Triton kernels reads and writes it.
         group_bytes: bytes of the group scale, 0 or 4.
-        code_book: float32, what kernels look codes up in; None for formats that compute.
+        code_book: float16 ``[16]``, what kernels look codes up in; None for formats that compute.
     """
 
     name: ClassVar[str]
