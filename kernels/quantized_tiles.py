@@ -121,7 +121,7 @@ def load_quantized_halves(
         )  # fmt: skip
         place = (page * page_stride + SCALES + in_page * (D // BLOCK))[:, None] + blocks[None, :]
         stored = tl.load(pages + place, mask=there, other=0)
-        scale = decode_float8(stored) * group[:, None]
+        scale = tl.where(there, decode_float8(stored) * group[:, None], 0.0)  # code 0 is not zero
     else:
         NUMBERS: tl.constexpr = D // BLOCK * (2 if FORMAT == "int4" else 1)
         scales = pages.to(tl.pointer_type(tl.bfloat16))

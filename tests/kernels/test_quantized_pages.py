@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from vllm_kvzip.kernels import quantized_pages, quantized_tiles
 from vllm_kvzip.kernels.quantized_pages import dequantize_pages, quantize_pages
+from vllm_kvzip.kernels.quantized_tiles import load_quantized, page_constants
 
 from vllm_kvzip.quantization import (
     Int4,
@@ -101,6 +104,53 @@ def test_pages_are_read_bit_for_bit(layout, dtype, num_pages, seed):
     assert torch.equal(found[:, :-1, : layout.head_dim], expected)
     assert found[:, -1].isnan().all()
     assert found[:, :, layout.head_dim :].isnan().all()
+
+
+@triton.jit
+def store_tile(
+    pages, page, page_stride, in_page, wanted, code_book, tile,
+    FORMAT: tl.constexpr, DOUBLE: tl.constexpr, CODES: tl.constexpr, GROUP: tl.constexpr,
+    SCALES: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
+    TOKENS: tl.constexpr,
+):  # fmt: skip
+    """A tile as an attention kernel gets it, padding included."""
+    rows = tl.arange(0, TOKENS)
+    found = load_quantized(
+        pages, tl.load(page + rows), page_stride, tl.load(in_page + rows),
+        tl.load(wanted + rows) != 0, code_book,
+        FORMAT, DOUBLE, CODES, GROUP, SCALES, BLOCK, D, D_PADDED,
+    )  # fmt: skip
+    tl.store(tile + rows[:, None] * D_PADDED + tl.arange(0, D_PADDED)[None, :], found)
+
+
+@settings(max_examples=25, deadline=None, phases=NO_SHRINKING)
+@given(layout=layouts(), seed=st.integers(0, 9999), half=st.sampled_from(["KEY", "VALUE"]))
+def test_a_tile_is_zero_where_nothing_is_wanted(layout, seed, half):
+    """Every token has a page of its own; a page of poison stands for those that are not wanted."""
+    random = torch.Generator().manual_seed(seed)
+    num_pages, tokens = 3, 16
+    size = (num_pages * layout.page_tokens, layout.head_dim)
+    exact = [awkward(random, *size, torch.float32) for _ in range(2)]
+    pages = torch.full((num_pages + 1, layout.page_bytes), POISON, dtype=torch.uint8)
+    pack_pages(*exact, layout, pages[:num_pages])
+    wanted = torch.rand(tokens, generator=random) < 0.7
+    page = torch.randint(num_pages, (tokens,), generator=random)
+    in_page = torch.randint(layout.page_tokens, (tokens,), generator=random, dtype=torch.int32)
+    in_page[:2] = layout.page_tokens - 1  # behind it lies something else
+    padded = triton.next_power_of_2(layout.head_dim)
+    tile = torch.full((tokens, padded), float("nan"))
+    constants = page_constants(layout)
+    names = ("FORMAT", "DOUBLE", "CODES", "GROUP", "SCALES", "BLOCK")
+    store_tile[(1,)](
+        pages, torch.where(wanted, page, num_pages), pages.stride(0), in_page, wanted.int(),
+        NormalFloat4.code_book, tile, **{name: constants[f"{half}_{name}"] for name in names},
+        D=layout.head_dim, D_PADDED=padded, TOKENS=tokens,
+    )  # fmt: skip
+    expected = torch.zeros(tokens, padded)
+    stored = unpack_pages(pages[:num_pages], layout)[half == "VALUE"]
+    rows = page * layout.page_tokens + in_page
+    expected[wanted, : layout.head_dim] = stored[rows[wanted]]
+    assert torch.equal(tile, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
