@@ -1,12 +1,13 @@
 """Formats, layout and bytes of quantized pages, and the rotation of vectors."""
 
 import itertools
+import json
 import math
 import struct
 
 import pytest
 import torch
-from eval_quantization import formats, page_layout, synthetic_losses
+from eval_quantization import formats, main, page_layout, synthetic_losses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -382,3 +383,21 @@ def test_similarity_to_synthetic_vectors(losses, name, cosine, bits, rotated):
 def test_smaller_blocks_with_double_quantization_need_no_rotation_on_average(losses):
     found = losses["nf4 with double quantization, blocks of 32", False].values()
     assert sum(loss.cosine for loss in found) / 4 >= 0.9948
+
+
+@pytest.mark.slow
+def test_keys_and_values_of_a_model(monkeypatch, tmp_path, capsys):
+    """The script's own tables, on few vectors."""
+    file = tmp_path / "found.json"
+    arguments = ["--vectors", "40", "--context-tokens", "200", "--json", str(file)]
+    monkeypatch.setattr("sys.argv", ["eval_quantization.py", *arguments])
+    assert main() == 0
+    rows = {row["format"]: row for row in json.loads(file.read_text())["model"]}
+    double = "nf4 with double quantization, blocks of 32"
+    for name, cosine in (("int8", 0.9999), ("nf4, blocks of 32", 0.9948), (double, 0.9948)):
+        for row in (rows[name], rows[f"{name}; rotated"]):
+            assert min(loss["cosine"] for loss in row["losses"].values()) >= cosine
+    assert rows[double]["bits"] < rows["nf4, blocks of 32"]["bits"] <= 4.5
+    assert f"| {double}; rotated | {rows[double]['bits']:.3f} | 60 (3.75x) |" in (
+        capsys.readouterr().out
+    )
