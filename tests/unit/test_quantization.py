@@ -1,13 +1,11 @@
-"""Formats, layout and bytes of quantized pages, and the rotation of vectors."""
+"""Formats, layout and bytes of quantized pages."""
 
 import itertools
-import json
 import math
 import struct
 
 import pytest
 import torch
-from eval_quantization import formats, main, page_layout, synthetic_losses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,13 +15,10 @@ from vllm_kvzip.quantization import (
     NormalFloat4,
     PageLayout,
     pack_pages,
-    rotate,
-    rotate_back,
     unpack_pages,
 )
 from vllm_kvzip.quantization.nf4 import BOUNDARIES, LEVELS, normal_float_levels
 from vllm_kvzip.quantization.nibbles import pack_nibbles, unpack_nibbles
-from vllm_kvzip.quantization.rotation import hadamard_matrix
 from vllm_kvzip.quantization.scales import (
     LARGEST,
     SMALLEST_SCALE,
@@ -201,36 +196,6 @@ def test_directed_rounding_to_bfloat16(numbers):
     assert torch.equal(below[nearest == exact], exact[nearest == exact])
 
 
-@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
-def test_the_rotation_is_orthonormal_and_fast(head_dim):
-    matrix = hadamard_matrix(head_dim)
-    identity = torch.eye(head_dim, dtype=torch.float64)
-    torch.testing.assert_close(matrix @ matrix.T, identity)
-    assert matrix.abs().amax() - matrix.abs().amin() < 1e-12  # every outlier is spread evenly
-    x = torch.randn(3, 5, head_dim, dtype=torch.float64)
-    torch.testing.assert_close(rotate(x), x @ matrix.T)
-    torch.testing.assert_close(rotate_back(rotate(x)), x)
-
-
-@settings(deadline=None, max_examples=30)
-@given(head_dim=HEAD_DIMS, dtype=DTYPES, seed=st.integers(0, 999))
-def test_rotated_attention_is_attention(head_dim, dtype, seed):
-    random = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(9, head_dim, generator=random).to(dtype) for _ in range(3))
-    weights = (q.float() @ k.float().T).softmax(dim=-1)
-    rotated = (rotate(q) @ rotate(k).T).softmax(dim=-1)
-    torch.testing.assert_close(rotated, weights, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(
-        rotate_back(weights @ rotate(v)), weights @ v.float(), rtol=1e-3, atol=1e-5
-    )
-
-
-@pytest.mark.parametrize("head_dim", [80, 20, 36])
-def test_head_sizes_without_a_rotation_are_refused(head_dim):
-    with pytest.raises(ValueError, match=f"head size of {head_dim} has no rotation"):
-        rotate(torch.zeros(2, head_dim))
-
-
 def regions(layout):
     """(first byte, bytes, alignment) of every part of a page."""
     for half in (layout.keys, layout.values):
@@ -349,55 +314,3 @@ def test_the_bytes_of_a_page():
     assert page[:4] == [127, 256 - 127, 64, 0]
     assert page[63] == 256 - 127
     assert bytes(page[128:132]) == struct.pack("<ff", 1.0, 2.0)[2:4] + struct.pack("<f", 2.0)[2:]
-
-
-@pytest.fixture(scope="module")
-def losses():
-    wanted = ["int8", "nf4, blocks of 64", "nf4 with double quantization, blocks of 32"]
-    return {
-        (name, rotated): synthetic_losses(formats(128)[name], rotated=rotated, num_tokens=1024)
-        for name in wanted
-        for rotated in (False, True)
-    }
-
-
-@pytest.mark.parametrize("rotated", [False, True])
-@pytest.mark.parametrize(
-    ("name", "cosine", "bits"),
-    [
-        ("int8", 0.9999, 8.25),
-        ("nf4, blocks of 64", 0.9948, 4.5),
-        ("nf4 with double quantization, blocks of 32", 0.9948, 4.5),
-    ],
-)
-def test_similarity_to_synthetic_vectors(losses, name, cosine, bits, rotated):
-    """Outliers in a few dimensions cost similarity; the rotation gives it back."""
-    found = {kind: loss.cosine for kind, loss in losses[name, rotated].items()}
-    if not rotated:
-        assert found.pop("outlier-heavy") < cosine
-    assert min(found.values()) >= cosine
-    form = formats(128)[name]
-    assert form.bits_per_value(128, page_layout(form, 128).page_tokens) <= bits
-
-
-def test_smaller_blocks_with_double_quantization_need_no_rotation_on_average(losses):
-    found = losses["nf4 with double quantization, blocks of 32", False].values()
-    assert sum(loss.cosine for loss in found) / 4 >= 0.9948
-
-
-@pytest.mark.slow
-def test_keys_and_values_of_a_model(monkeypatch, tmp_path, capsys):
-    """The script's own tables, on few vectors."""
-    file = tmp_path / "found.json"
-    arguments = ["--vectors", "40", "--context-tokens", "200", "--json", str(file)]
-    monkeypatch.setattr("sys.argv", ["eval_quantization.py", *arguments])
-    assert main() == 0
-    rows = {row["format"]: row for row in json.loads(file.read_text())["model"]}
-    double = "nf4 with double quantization, blocks of 32"
-    for name, cosine in (("int8", 0.9999), ("nf4, blocks of 32", 0.9948), (double, 0.9948)):
-        for row in (rows[name], rows[f"{name}; rotated"]):
-            assert min(loss["cosine"] for loss in row["losses"].values()) >= cosine
-    assert rows[double]["bits"] < rows["nf4, blocks of 32"]["bits"] <= 4.5
-    assert f"| {double}; rotated | {rows[double]['bits']:.3f} | 60 (3.75x) |" in (
-        capsys.readouterr().out
-    )
