@@ -33,12 +33,23 @@ from vllm_kvzip.kernels.column_maximum import column_maximum
 from vllm_kvzip.kernels.compaction import compact_pages
 from vllm_kvzip.kernels.flat_tables import flatten_tables
 from vllm_kvzip.kernels.head_page_attention import head_page_attention
+from vllm_kvzip.kernels.quantized_pages import dequantize_pages, quantize_pages
+
+from vllm_kvzip.quantization import Int4, Int8, NormalFloat4, PageLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from vllm_kvzip.quantization import Format
+
 TARGETS = (80, 90, 100)
 HEAD_DIMS = (64, 96, 128, 256)
+FORMATS: dict[str, Format] = {
+    "int8": Int8(),
+    "int4": Int4(32),
+    "nf4": NormalFloat4(32),
+    "nf4 with double quantization": NormalFloat4(32, double_quantization=True),
+}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -140,8 +151,19 @@ def score(dtype: torch.dtype, head_dim: int) -> None:
     column_maximum(keys, keys, torch.zeros(2, 256), 0.1)
 
 
+def quantize(dtype: torch.dtype, head_dim: int, page_tokens: int, name: str) -> None:
+    page_bytes = 2 * page_tokens * head_dim * dtype.itemsize
+    layout = PageLayout(page_bytes, head_dim, FORMATS[name], FORMATS[name])
+    code_book = FORMATS[name].code_book
+    vectors = torch.zeros(layout.page_tokens, head_dim, dtype=dtype)
+    rows = torch.zeros(1, layout.page_tokens, dtype=torch.int32)
+    pages = torch.zeros(1, page_bytes, dtype=torch.uint8)
+    quantize_pages(vectors, vectors, rows, pages, rows[0, :1], layout, code_book)
+    dequantize_pages(pages, rows[0, :1], vectors, vectors, layout, code_book)
+
+
 def launches(*, every: bool) -> dict[str, Callable[[], None]]:
-    """What is launched, by a readable name; ``every`` adds data types and page sizes."""
+    """What is launched, by a readable name; ``every`` adds data types, page sizes and formats."""
     found: dict[str, Callable[[], None]] = {}
     dtypes = [torch.bfloat16, torch.float16, torch.float32] if every else [torch.bfloat16]
     pages = [16, 32, 64, 128] if every else [16]
@@ -152,6 +174,10 @@ def launches(*, every: bool) -> dict[str, Callable[[], None]]:
             for page in pages:
                 about = f"{name}, pages of {page}"
                 found[about] = lambda d=dtype, h=head_dim, p=page: compact(d, h, p)  # type: ignore[misc]
+                for form in FORMATS if every or head_dim == 128 else list(FORMATS)[-1:]:
+                    found[f"{about}, {form}"] = lambda d=dtype, h=head_dim, p=page, f=form: (  # type: ignore[misc]
+                        quantize(d, h, p, f)
+                    )
                 for query_len in (1, 64):
                     key = f"{about}, {query_len} query tokens"
                     found[key] = lambda d=dtype, h=head_dim, p=page, q=query_len: (  # type: ignore[misc]
@@ -165,7 +191,9 @@ def launches(*, every: bool) -> dict[str, Callable[[], None]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", type=int, nargs="+", default=list(TARGETS))
-    parser.add_argument("--every", action="store_true", help="all data types and page sizes")
+    parser.add_argument(
+        "--every", action="store_true", help="all data types, page sizes and formats"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     rows = []

@@ -1,4 +1,4 @@
-"""Every Triton kernel against a float64 reference, on a card or in Triton's interpreter."""
+"""Every Triton kernel against a plain reference, on a card or in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -11,11 +11,21 @@ from vllm_kvzip.kernels.column_maximum import column_maximum
 from vllm_kvzip.kernels.compaction import compact_pages
 from vllm_kvzip.kernels.flat_tables import flatten_tables
 from vllm_kvzip.kernels.head_page_attention import head_page_attention
+from vllm_kvzip.kernels.quantized_pages import dequantize_pages, quantize_pages
 from vllm_kvzip.kernels.reference import (
     column_maximum_reference,
     compact_pages_reference,
     flatten_tables_reference,
     head_page_attention_reference,
+)
+
+from vllm_kvzip.quantization import (
+    Int4,
+    Int8,
+    NormalFloat4,
+    PageLayout,
+    pack_pages,
+    unpack_pages,
 )
 
 if TYPE_CHECKING:
@@ -161,7 +171,41 @@ def table_checks(device: str, *, small: bool) -> Iterator[Check]:
     yield Check("tables of all layers", 0.0 if same else float("inf"), 0.0)
 
 
+def quantization_checks(device: str, *, small: bool) -> Iterator[Check]:
+    """Bit for bit: pages filled from scattered rows, and read back."""
+    double = NormalFloat4(32, double_quantization=True)
+    num_pages = 2 if small else 300
+    for head_dim in (64, 96, 128, 256):
+        for key_format, value_format in ((Int8(), Int4(32)), (NormalFloat4(32), double)):
+            layout = PageLayout(64 * head_dim, head_dim, key_format, value_format)
+            random = torch.Generator().manual_seed(head_dim)
+            size = (num_pages * layout.page_tokens, head_dim)
+            keys, values = (torch.randn(size, generator=random).bfloat16() for _ in range(2))
+            expected = pack_pages(keys, values, layout)
+            where = torch.randperm(len(keys), generator=random)
+            scattered = [x[where.argsort()].to(device) for x in (keys, values)]  # x at row where
+            ids = torch.randperm(num_pages, generator=random)
+            pages = torch.zeros_like(expected, device=device)
+            book = NormalFloat4.code_book.to(device)
+            rows = where.view(num_pages, -1).to(device)
+            quantize_pages(*scattered, rows, pages, ids.to(device), layout, book)
+            read = [torch.empty(size, device=device) for _ in range(2)]
+            dequantize_pages(pages, ids.to(device), *read, layout, book)
+            same = torch.equal(pages.cpu()[ids], expected) and all(
+                torch.equal(found.cpu(), wanted)
+                for found, wanted in zip(read, unpack_pages(expected, layout), strict=True)
+            )
+            name = f"quantization {key_format.name} {value_format.name} D{head_dim}"
+            yield Check(name, 0.0 if same else float("inf"), 0.0)
+
+
 def all_checks(device: str, *, small: bool) -> Iterator[Check]:
     """Every kernel."""
-    for checks in (table_checks, compaction_checks, score_checks, attention_checks):
+    for checks in (
+        table_checks,
+        compaction_checks,
+        quantization_checks,
+        score_checks,
+        attention_checks,
+    ):
         yield from checks(device, small=small)

@@ -8,7 +8,14 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE = "vllm_kvzip"
 NO_TORCH = ("__init__", "config", "profile", "errors", "metrics")
-ALGORITHMS = ("scoring", "budgeting", "selection", "compaction", "reconstruction")
+ALGORITHMS = (
+    "scoring",
+    "budgeting",
+    "selection",
+    "compaction",
+    "reconstruction",
+    "quantization",
+)
 
 
 def imported_names(source):
@@ -71,6 +78,7 @@ def test_import_rules(module):
         ("pipeline", "import vllm_kvzip.vllm_bridge.worker", "imports vllm_bridge"),
         ("config", "import torch", "imports torch"),
         ("selection", "from vllm_kvzip.scoring import base", "another algorithm room"),
+        ("quantization.nf4", "import vllm_kvzip.compaction", "another algorithm room"),
         ("kernels.decode", "from vllm_kvzip.core import KeepPlan", "kernels import"),
         ("pipeline", "from prometheus_client import Counter", "prometheus_client"),
         ("config", "import os\nos.environ['X']", "environment"),

@@ -29,6 +29,7 @@ def test_the_wheel_holds_the_package_and_its_profiles(wheel):
     assert wanted <= {name.split("/")[-1] for name in names if "/vllm_bridge/" in name}
     assert "vllm_kvzip/profiles/tiny-retriever.json" in names
     assert "vllm_kvzip/kernels/__init__.py" in names
+    assert "vllm_kvzip/quantization/__init__.py" in names
 
 
 @pytest.mark.slow

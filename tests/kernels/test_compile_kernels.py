@@ -22,7 +22,10 @@ def rows(tmp_path_factory):
 
 @pytest.mark.slow
 def test_every_kernel_compiles_for_every_card(rows):
-    kernels = {"attend_runs", "join_runs", "copy_kept", "highest_weight", "lay_out"}
+    kernels = {
+        "attend_runs", "join_runs", "copy_kept", "highest_weight", "lay_out",
+        "fill_quantized", "read_quantized",
+    }  # fmt: skip
     assert {(row["target"], row["kernel"]) for row in rows} == {
         (target, kernel) for target in (80, 90, 100) for kernel in kernels
     }

@@ -38,7 +38,7 @@ def suite(tmp_path_factory):
 def test_the_dry_run_checks_every_kernel(suite):
     _, found, _ = suite
     names = {check["name"].split()[0] for check in found["checks"]}
-    assert names == {"attention", "compaction", "scores", "tables"}
+    assert names == {"attention", "compaction", "quantization", "scores", "tables"}
     assert all(check["error"] <= check["limit"] for check in found["checks"])
     assert {row["keep"] for row in found["decode"]} == {1.0, 0.5, 0.25, 0.125}
 

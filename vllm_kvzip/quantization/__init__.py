@@ -1,0 +1,27 @@
+"""Head pages with fewer bits per value, so that a page of the same bytes holds more tokens.
+
+One format a file; ``base.py`` has the contract, ``layout.py`` says what lies where in a page,
+``pages.py`` fills and reads pages, and ``rotation.py`` spreads outliers beforehand.
+"""
+
+from vllm_kvzip.quantization.base import Encoded, Format
+from vllm_kvzip.quantization.int4 import Int4
+from vllm_kvzip.quantization.int8 import Int8
+from vllm_kvzip.quantization.layout import HalfPage, PageLayout
+from vllm_kvzip.quantization.nf4 import NormalFloat4
+from vllm_kvzip.quantization.pages import pack_pages, unpack_pages
+from vllm_kvzip.quantization.rotation import rotate, rotate_back
+
+__all__ = [
+    "Encoded",
+    "Format",
+    "HalfPage",
+    "Int4",
+    "Int8",
+    "NormalFloat4",
+    "PageLayout",
+    "pack_pages",
+    "rotate",
+    "rotate_back",
+    "unpack_pages",
+]

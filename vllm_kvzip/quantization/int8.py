@@ -1,0 +1,43 @@
+"""8-bit integers with one scale per vector, that is per token and head.
+
+Symmetric absolute-maximum quantization (LLM.int8(), arXiv 2208.07339, section 2): the largest
+magnitude of a vector becomes code 127. The scale is a bfloat16, so a value costs
+``8 + 16 / D`` bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_kvzip.quantization.base import Encoded, Format
+from vllm_kvzip.quantization.scales import LARGEST, SMALLEST_SCALE, as_bytes
+
+
+@dataclass(frozen=True)
+class Int8(Format):
+    """A value is ``code * scale``, with codes of -127 to 127 in two's complement."""
+
+    name = "int8"
+    kernel_name = "int8"
+
+    def block_values(self, head_dim: int) -> int:
+        return head_dim
+
+    def code_bytes(self, head_dim: int) -> int:
+        return head_dim
+
+    def scale_bytes(self, head_dim: int) -> int:
+        return 2
+
+    def encode(self, vectors: torch.Tensor) -> Encoded:
+        x = vectors.float().clamp(-LARGEST, LARGEST)
+        largest = x.abs().amax(dim=-1, keepdim=True)
+        scale = (largest * (1 / 127)).clamp(min=SMALLEST_SCALE).bfloat16()
+        codes = (x / scale.float() + 0.5).floor().clamp(-127, 127)
+        return Encoded(codes.to(torch.int8).view(torch.uint8), as_bytes(scale))
+
+    def decode(self, encoded: Encoded) -> torch.Tensor:
+        scale = encoded.scales.contiguous().view(torch.bfloat16)
+        return encoded.codes.contiguous().view(torch.int8).float() * scale.float()
