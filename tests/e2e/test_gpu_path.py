@@ -58,7 +58,12 @@ def test_what_is_kept_is_kept_and_read_as_on_the_cpu(stock, kernel, scorer):
     assert gpus.outputs != stock.outputs or scorer == "window"
     assert gpus.held_blocks == cpus.held_blocks
     for name in ("requests_compressed_total", "blocks_freed_total", "prefix_hits_total"):
-        assert gpus.metrics[f"vllm_kvzip_{name}"] == cpus.metrics[f"vllm_kvzip_{name}"] > 0
+        no_hits = scorer == "window" and name.startswith(
+            "prefix"
+        )  # it shares declared contexts only
+        found = gpus.metrics[f"vllm_kvzip_{name}"]
+        assert found == cpus.metrics[f"vllm_kvzip_{name}"]
+        assert no_hits == (found == 0)
     assert gpus.metrics["vllm_kvzip_attention_seconds_count/decode"] > 0
     assert gpus.free_blocks[-1] == gpus.free_blocks[0]
 
