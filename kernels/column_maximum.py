@@ -15,7 +15,16 @@ import triton.language as tl
 from .runtime import INTERPRETED, dot_precision
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "num_queries",
+        "num_keys",
+        "query_head_stride",
+        "key_head_stride",
+        "normaliser_head_stride",
+        "score_stride",
+    ]
+)
 def highest_weight(
     queries, keys, log_normaliser, scores, scale, num_queries, num_keys,
     query_head_stride, query_stride, key_head_stride, key_stride,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["source_stride"])
 def copy_kept(
     key_pages, value_pages, source_pages, positions, page_heads, target_pages,
     source_stride, page_stride, token_stride,

@@ -19,8 +19,13 @@ if TYPE_CHECKING:
 
     from .page_tables import PageTables
 
+COLUMNS = 256
+"""Columns that one program lays out."""
 
-@triton.jit
+
+@triton.jit(
+    do_not_specialize=["width", "num_rows", "flat_layer_stride", "flat_row_stride", "first_page"]
+)
 def lay_out(
     offsets, boundaries, slots, block_table, seq_lens, flat, lengths,
     width, num_rows, first_page, layer_stride, block_stride,
@@ -46,7 +51,7 @@ def lay_out(
     place = flat + layer.to(tl.int64) * flat_layer_stride + row.to(tl.int64) * flat_row_stride
     tl.store(place + columns, pages.to(tl.int32), mask=wanted & (columns < width))
     if tl.program_id(0) == 0:
-        tl.store(lengths + layer * num_rows + row, num_tokens)
+        tl.store(lengths + layer * num_rows + row, tl.maximum(num_tokens, 0))
 
 
 def flatten_tables(tables: PageTables, flat: torch.Tensor, lengths: torch.Tensor) -> None:
@@ -60,13 +65,12 @@ def flatten_tables(tables: PageTables, flat: torch.Tensor, lengths: torch.Tensor
         lengths: int32 ``[L, R * H]``, contiguous; written, tokens of each pair.
     """
     num_layers, num_pairs, width = flat.shape
-    columns = min(1024, triton.next_power_of_2(width))
     place = tables.place
-    lay_out[triton.cdiv(width, columns), num_pairs, num_layers](
+    lay_out[triton.cdiv(width, COLUMNS), num_pairs, num_layers](
         tables.offsets, tables.boundary_blocks, tables.slots, tables.block_table, tables.seq_lens,
         flat, lengths,
         width, num_pairs, place.first_page, place.layer_stride, place.block_stride,
         tables.block_table.stride(0), flat.stride(0), flat.stride(1),
         HEADS=tables.num_kv_heads, PAIRS=tables.pages_per_block, N=tables.page_tokens,
-        COLUMNS=columns, num_warps=4,
+        COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip

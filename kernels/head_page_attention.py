@@ -36,7 +36,16 @@ def run_length(num_tokens, num_runs, TOKENS: tl.constexpr, LEAST: tl.constexpr):
     return tl.maximum(even, LEAST)
 
 
-@triton.jit(do_not_specialize=["first_pair", "layer_page", "first_page", "tiles"])
+@triton.jit(
+    do_not_specialize=[
+        "first_pair",
+        "layer_page",
+        "first_page",
+        "tiles",
+        "run_stride",
+        "sums_run_stride",
+    ]
+)
 def attend_runs(
     query, key_pages, value_pages, output, log_sums,
     offsets, boundaries, slots, seq_lens, block_table, query_start_loc,
@@ -131,7 +140,7 @@ def attend_runs(
     tl.store(output + out_start[:, None] + dims[None, :], result, mask=mask)
 
 
-@triton.jit(do_not_specialize=["first_pair", "num_runs"])
+@triton.jit(do_not_specialize=["first_pair", "num_runs", "run_stride", "sums_run_stride"])
 def join_runs(
     parts, log_sums, output,
     offsets, boundaries, slots, seq_lens, query_start_loc, first_pair, num_runs,

@@ -125,7 +125,7 @@ class Compressor:
                 sources, scores = _behind(earlier, sources, scores, geometry.block_size)
             num_sinks, num_recent = self._rule.protected_in_prefix(plan.boundary_tokens)
             ranked = protect(scores, num_sinks, num_recent)
-            budgets = self._allocate(ranked, plan, available).to(scores.device, non_blocking=True)
+            budgets = self._to_device(self._allocate(ranked, plan, available))
             keep = select(scores, budgets, geometry.block_size, num_sinks, num_recent, total)
             kept_scores = None
             if self._rule.prefill_blocks is not None:
@@ -141,9 +141,13 @@ class Compressor:
 
     def _on_device(self, blocks: Sequence[int]) -> torch.Tensor:
         """Block ids as int64, without waiting for the device."""
+        return self._to_device(torch.tensor(blocks, dtype=torch.int64))
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         device = self._store.device
-        ids = torch.tensor(blocks, dtype=torch.int64, pin_memory=device.type == "cuda")
-        return ids.to(device, non_blocking=True)
+        if device.type == "cuda" and tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()
+        return tensor.to(device, non_blocking=True)
 
     def _score(
         self,

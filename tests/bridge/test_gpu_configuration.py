@@ -10,8 +10,9 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_kvzip.config import KVzipConfig
 from vllm_kvzip.errors import KVzipError
-from vllm_kvzip.vllm_bridge import checks, options
+from vllm_kvzip.vllm_bridge import checks, options, stats_export
 from vllm_kvzip.vllm_bridge.gpu_attention import HeadPageFlashBuilder, HeadPageTritonBackend
+from vllm_kvzip.vllm_bridge.gpu_worker import compression_bytes
 
 pytestmark = pytest.mark.vllm
 
@@ -117,3 +118,33 @@ def test_full_graphs_of_decode_steps_unless_queries_are_watched(
     options.configure(stock_config, KVzipConfig(scorer=scorer))
     for builder in (HeadPageFlashBuilder, HeadPageTritonBackend.get_builder_cls()):
         assert builder.get_cudagraph_support(stock_config, None) is support
+
+
+def test_engines_of_one_configuration_share_vllms_cache_of_compiled_models(on_a_card):
+    """vLLM names it by a hash of the configuration: nothing in there may change from run to run."""
+    hashes = set()
+    for _ in range(2):
+        config = EngineArgs(model=str(MODEL), dtype="bfloat16", block_size=16)
+        config = config.create_engine_config()
+        stats_export._directory = None  # as in another process
+        options.configure(config, KVzipConfig())
+        hashes.add(config.compute_hash())
+    assert len(hashes) == 1
+
+
+def test_room_for_compressing_grows_with_the_longest_prompt():
+    """Of Llama-3.1-8B: 1.1 GiB for 32,768 tokens; more than the scores and their order alone."""
+    room = compression_bytes(32, 8, 128, 32768)
+    assert compression_bytes(32, 8, 128, 65536) == 2 * room
+    assert 32 * 8 * 32768 * 40 < room < 2 * 2**30
+
+
+def test_a_mixture_of_experts_does_not_repeat_its_context_on_one_rank_alone(stock_config):
+    class Experts(type(stock_config.model_config)):
+        is_moe = True
+
+    stock_config.model_config.__class__ = Experts
+    checks.check_scoring_passes(stock_config, "kvzip")
+    stock_config.parallel_config.data_parallel_size = 2
+    with pytest.raises(KVzipError, match="--data-parallel-size"):
+        checks.check_scoring_passes(stock_config, "kvzip")

@@ -54,6 +54,7 @@ class Int4(Format):
         return head_dim // self.block_values(head_dim) * 4
 
     def encode(self, vectors: torch.Tensor) -> Encoded:
+        """See :class:`Format`."""
         size = self.block_values(vectors.shape[-1])
         blocks = in_blocks(vectors.float().clamp(-LARGEST, LARGEST), size)
         zero = bfloat16_down(blocks.amin(dim=-1) + 0.0)
@@ -65,6 +66,7 @@ class Int4(Format):
         return Encoded(packed, as_bytes(torch.cat([scale, zero], dim=-1)))
 
     def decode(self, encoded: Encoded) -> torch.Tensor:
+        """See :class:`Format`."""
         scale, zero = encoded.scales.contiguous().view(torch.bfloat16).float().chunk(2, dim=-1)
         codes = unpack_nibbles(encoded.codes, self.block_size).float()
         return (zero[..., None] + codes * scale[..., None]).flatten(-2)

@@ -32,6 +32,7 @@ class Int8(Format):
         return 2
 
     def encode(self, vectors: torch.Tensor) -> Encoded:
+        """See :class:`Format`."""
         x = vectors.float().clamp(-LARGEST, LARGEST)
         largest = x.abs().amax(dim=-1, keepdim=True)
         scale = (largest * (1 / 127)).clamp(min=SMALLEST_SCALE).bfloat16()
@@ -39,5 +40,6 @@ class Int8(Format):
         return Encoded(codes.to(torch.int8).view(torch.uint8), as_bytes(scale))
 
     def decode(self, encoded: Encoded) -> torch.Tensor:
+        """See :class:`Format`."""
         scale = encoded.scales.contiguous().view(torch.bfloat16)
         return encoded.codes.contiguous().view(torch.int8).float() * scale.float()

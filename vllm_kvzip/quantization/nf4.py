@@ -92,6 +92,7 @@ class NormalFloat4(Format):
         return head_dim // self.block_values(head_dim) * (1 if self.double_quantization else 2)
 
     def encode(self, vectors: torch.Tensor) -> Encoded:
+        """See :class:`Format`."""
         size = self.block_values(vectors.shape[-1])
         blocks = in_blocks(vectors.float().clamp(-LARGEST, LARGEST), size)
         exact = blocks.abs().amax(dim=-1).clamp(min=SMALLEST_SCALE)  # [..., N, blocks]
@@ -108,6 +109,7 @@ class NormalFloat4(Format):
         return Encoded(pack_nibbles(codes), as_bytes(stored), group)
 
     def decode(self, encoded: Encoded) -> torch.Tensor:
+        """See :class:`Format`."""
         if encoded.group_scale is not None:
             scale = float8_decode(encoded.scales) * encoded.group_scale[..., None, None]
         else:

@@ -41,6 +41,10 @@ def check_scoring_passes(vllm_config: VllmConfig, scorer: str) -> None:
         (model.is_multimodal_model, f"multimodal models such as {model.architecture}"),
         (getattr(model, "enable_prompt_embeds", False), "--enable-prompt-embeds"),
         (model.skip_tokenizer_init, "--skip-tokenizer-init"),
+        (
+            vllm_config.parallel_config.data_parallel_size > 1 and model.is_moe,
+            "--data-parallel-size for mixture-of-experts models, whose ranks step together",
+        ),
     ]
     for present, what in problems:
         if present:
@@ -203,9 +207,11 @@ def default_gpu_backend(vllm_config: VllmConfig) -> AttentionBackendEnum:
 
     model = vllm_config.model_config
     capability = current_platform.get_device_capability()
+    own_pages = capability is not None and capability.major >= 10 and model.get_head_size() == 256
     flash = (
         is_flash_attn_varlen_func_available()
         and capability is not None
+        and not own_pages  # FlashAttention 4 has a page size of its own there
         and FlashAttentionBackend.supports_compute_capability(capability)
         and FlashAttentionBackend.supports_dtype(model.dtype)
         and FlashAttentionBackend.supports_head_size(model.get_head_size())

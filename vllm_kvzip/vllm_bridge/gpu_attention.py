@@ -32,7 +32,7 @@ from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.vllm_bridge import stock_pairs
 from vllm_kvzip.vllm_bridge.kernel_batches import KernelBatch
 from vllm_kvzip.vllm_bridge.scoring_pass import ScoringMetadata
-from vllm_kvzip.vllm_bridge.settings import Settings
+from vllm_kvzip.vllm_bridge.settings import KEY, Settings
 
 if TYPE_CHECKING:
     import torch
@@ -95,6 +95,9 @@ class HeadPageBuilder(AttentionMetadataBuilder):
         A full graph replays kernels and runs no Python, and a prompt's last token can be computed
         in a decode step, where its query would not be seen.
         """
+        if KEY not in (vllm_config.additional_config or {}):  # a later engine of this process
+            support: AttentionCGSupport = super().get_cudagraph_support(vllm_config, kv_cache_spec)
+            return support
         if Settings.from_vllm_config(vllm_config).observation_tokens:
             return AttentionCGSupport.NEVER
         return AttentionCGSupport.UNIFORM_BATCH
@@ -131,14 +134,15 @@ class HeadPageBuilder(AttentionMetadataBuilder):
             stock = super().build(common_prefix_len, common, fast_build)
             return _with_step(stock, HeadPageStep(None, 0, None, step.spans, runtime))
         stock = self.stock_metadata(common)
-        rest, num_tokens = None, common.num_actual_tokens
+        rest, first_row, num_tokens = None, 0, common.num_actual_tokens
         if isinstance(batch.dense_rows, slice) and isinstance(batch.dense_tokens, slice):
-            num_tokens = batch.dense_tokens.start
-            others = _behind(common, batch.dense_rows.start, num_tokens)
+            first_row, num_tokens = batch.dense_rows.start, batch.dense_tokens.start
+        if num_tokens < int(common.query_start_loc_cpu[-1]):  # behind is more than padding
+            others = _behind(common, first_row, num_tokens)
             rest = super().build(common_prefix_len, others, fast_build)
         pairs = batch.pairs
         if self.pages is not None and isinstance(pairs, KernelBatch) and stock_pairs.fits(pairs):
-            pairs = stock_pairs.stock_pairs(pairs, self.pages, stock, common)
+            pairs = stock_pairs.StockPairs(pairs, self.pages, stock, common)
         return _with_step(stock, HeadPageStep(pairs, num_tokens, rest, step.spans, runtime))
 
 

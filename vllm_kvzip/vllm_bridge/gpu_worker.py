@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.config import get_layers_from_vllm_config
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.gpu_worker import Worker
@@ -37,11 +38,47 @@ if TYPE_CHECKING:
     from vllm_kvzip.vllm_bridge.head_page_cache import HeadPageCache
 
 
+SELECT_BYTES = 56
+"""Of each (layer, KV head, token): scores, their order, and what is kept, at their peak."""
+LAYER_BYTES = 20
+"""Of each number of one layer's keys, or keys and values, while they are scored."""
+
+logger = init_logger("vllm." + __name__)
+
+
+def compression_bytes(num_layers: int, num_kv_heads: int, head_dim: int, num_tokens: int) -> int:
+    """Bytes that compressing one prompt takes beside the KV cache, at most.
+
+    Args:
+        num_layers, num_kv_heads, head_dim: L, H of this worker, D.
+        num_tokens: of the prompt.
+    """
+    return num_kv_heads * num_tokens * (num_layers * SELECT_BYTES + head_dim * LAYER_BYTES)
+
+
 class TritonPath(HeadPageWorker):
     """Everything of the GPU's worker but the card: kernels are Triton's."""
 
     builder_class = HeadPageBuilder
     score_columns = staticmethod(column_maximum)
+
+    def determine_available_memory(self) -> int:
+        """vLLM's figure without what compressing the longest prompt takes for a moment.
+
+        Unless the user named the bytes of the KV cache; they are kept then.
+        """
+        available = int(super().determine_available_memory())
+        if self.cache_config.kv_cache_memory_bytes is not None:
+            return available
+        model, parallel = self.model_config, self.parallel_config
+        needed = compression_bytes(
+            model.get_num_layers(parallel),
+            model.get_num_kv_heads(parallel),
+            model.get_head_size(),
+            model.max_model_len,
+        )
+        logger.info("KV compression sets %.2f GiB aside for its own tensors.", needed / 2**30)
+        return max(0, available - needed)
 
     def page_store(self, pages: torch.Tensor, spec: HeadPageSpec, builders: list[Any]) -> PageStore:
         """See :class:`HeadPageWorker`; a row holds a token's key and value."""
@@ -57,8 +94,7 @@ class TritonPath(HeadPageWorker):
         pages = cache.pages.view(-1, 1, geometry.block_size, 2 * geometry.head_dim)
         kernel = self._kvzip_settings.config.attention_kernel
         tokens = min(CONTEXT_TOKENS, self.model_config.max_model_len)
-        if kernel != "vllm":
-            warm_up(batcher, geometry, layer, num_blocks, tokens)
+        warm_up(batcher, geometry, layer, num_blocks, tokens)
         if kernel == "auto":
             step = make_up_step(
                 batcher, geometry, num_requests=min(REQUESTS, max_requests),

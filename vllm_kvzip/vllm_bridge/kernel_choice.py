@@ -13,9 +13,11 @@ import torch
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from vllm_kvzip.kernels.column_maximum import column_maximum
+from vllm_kvzip.kernels.compaction import compact_pages
 from vllm_kvzip.kernels.page_tables import PageTables
 from vllm_kvzip.vllm_bridge.kernel_batches import KernelBatch
-from vllm_kvzip.vllm_bridge.stock_pairs import fits, stock_pairs
+from vllm_kvzip.vllm_bridge.stock_pairs import StockPairs, fits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,14 +115,25 @@ def make_up_step(
 def warm_up(
     batcher: KernelBatcher, geometry: CacheGeometry, layer: Any, num_blocks: int, most_tokens: int
 ) -> None:
-    """Compile our attention kernel for few and for many query tokens, in one run and in several."""
-    for query_len in (1, 16, 64):
+    """Compile our kernels before a request or a CUDA graph needs them.
+
+    Attention for few and for many query tokens, in one run and in several; compaction of block 0,
+    which holds nothing, into itself; scores.
+    """
+    group = geometry.group_size
+    query_lens = {1, -(-17 // group), -(-33 // group)}  # of 16, 32 and 64 rows
+    for query_len in query_lens:
         for context_tokens in {2 * geometry.block_size, most_tokens}:
             step = make_up_step(
                 batcher, geometry, num_requests=2, context_tokens=context_tokens,
                 num_blocks=num_blocks, query_len=query_len,
             )  # fmt: skip
             step.batch.attend(layer.impl, layer, step.query, step.output)
+    keys, values = batcher.pages
+    zeros = torch.zeros(geometry.block_size, dtype=torch.int32, device=keys.device)
+    compact_pages(keys, values, zeros[:1, None], zeros, zeros[:1], zeros[:1])
+    rows = keys[0][None].contiguous()
+    column_maximum(rows, rows, rows[:, :, 0].float(), layer.impl.scale)
 
 
 def vllms_kernel_is_faster(
@@ -139,8 +152,10 @@ def vllms_kernel_is_faster(
         return False
     stock = builder.stock_metadata(step.common)
 
-    def lay_out() -> AttendingBatch:
-        return stock_pairs(step.batch, pages, stock, step.common)
+    def lay_out() -> StockPairs:
+        pairs = StockPairs(step.batch, pages, stock, step.common)
+        assert pairs.by_layer
+        return pairs
 
     def attend(batch: AttendingBatch) -> None:
         batch.attend(layer.impl, layer, step.query, step.output)

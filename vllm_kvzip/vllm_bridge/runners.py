@@ -50,8 +50,12 @@ class RunnerV1:
         """See :class:`Rows`.
 
         The cached request keeps its own copy of the row, from which vLLM rebuilds the batch row
-        when the request was left out of a step.
+        when the request was left out of a step. On a GPU the step before may still have to copy
+        that batch row to the device; vLLM waits for the same event a moment later.
         """
+        copied = getattr(self._runner, "prepare_inputs_event", None)
+        if copied is not None:
+            copied.synchronize()
         state = self._runner.requests[request_id]
         state.block_ids[self._group_id][:] = block_ids
         row = self._runner.input_batch.req_id_to_index.get(request_id)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.forward_context import set_forward_context
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_kvzip.fused_attention import attend_with_normaliser
 from vllm_kvzip.reconstruction import LINK_TOKENS, Chunk, iter_chunks
@@ -187,7 +188,7 @@ class ReconstructionPass:
         contexts = [
             _Context(
                 token_ids,
-                self._pool.page_ids(torch.tensor(blocks)).to(device, non_blocking=True),
+                self._pool.page_ids(async_tensor_h2d(list(blocks), device, torch.int64)),
                 torch.zeros(
                     geometry.num_layers, geometry.num_kv_heads, len(token_ids), device=device
                 ),
@@ -218,8 +219,7 @@ class ReconstructionPass:
     def _forward(self, segments: list[_Segment]) -> None:
         tokens = [token for segment in segments for token in segment.chunk.input_ids]
         device = self._store.device
-        input_ids = torch.tensor(tokens, dtype=torch.int32)  # as vLLM compiled the model
-        input_ids = input_ids.to(device, non_blocking=True)
+        input_ids = async_tensor_h2d(tokens, device, torch.int32)  # as vLLM compiled the model
         positions = torch.cat([self._positions(segment) for segment in segments])
         metadata = ScoringMetadata(
             segments,

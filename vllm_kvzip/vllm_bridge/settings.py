@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from vllm_kvzip.errors import ConfigError
 from vllm_kvzip.prefix_rule import PrefixRule
 from vllm_kvzip.profile import interpolate
 from vllm_kvzip.scoring import scorer_class
+from vllm_kvzip.vllm_bridge.stats_export import FOLDER_VARIABLE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -148,7 +150,6 @@ class Settings:
             "repeat_ids": self.repeat_ids,
             "surrogate": self.surrogate,
             "surrogate_digest": self.surrogate_digest,
-            "metrics_directory": self.metrics_directory,
         }
 
     @classmethod
@@ -159,4 +160,7 @@ class Settings:
             KeyError: if compression is off for this engine.
         """
         values = vllm_config.additional_config[KEY]
-        return cls(**{**values, "config": KVzipConfig.model_validate(values["config"])})
+        return cls(
+            **{**values, "config": KVzipConfig.model_validate(values["config"])},
+            metrics_directory=os.environ.get(FOLDER_VARIABLE),
+        )

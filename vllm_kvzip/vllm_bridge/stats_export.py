@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 
     from vllm_kvzip.core import PrefixPlan
 
+FOLDER_VARIABLE = "KVZIP_METRICS_DIRECTORY"
+"""Tells the processes of an engine where their metric files go.
+
+It differs from run to run, so it must not be part of vLLM's configuration, of which a hash names
+the compiled model in vLLM's cache.
+"""
+
 _directory: tempfile.TemporaryDirectory[str] | None = None
 
 
@@ -37,11 +44,13 @@ def open_metrics_directory() -> str | None:
         that folder, ours included.
     """
     global _directory
+    os.environ.pop(FOLDER_VARIABLE, None)
     if os.environ.get(metrics.DIRECTORY_VARIABLE):
         return None
     if _directory is None:
         _directory = tempfile.TemporaryDirectory(prefix="vllm-kvzip-metrics-")
         MultiProcessCollector(REGISTRY, path=_directory.name)
+    os.environ[FOLDER_VARIABLE] = _directory.name
     return _directory.name
 
 

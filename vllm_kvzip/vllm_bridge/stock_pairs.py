@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,94 +23,89 @@ if TYPE_CHECKING:
     from vllm_kvzip.vllm_bridge.kernel_batches import KernelBatch
 
 MOST_TABLE_BYTES = 256 * 2**20
+TILE_TOKENS = 128
 
 
 @dataclass(frozen=True)
 class StockPairs:
     """Requests of one step as (request, KV head) pairs.
 
+    Tables are laid out when the first layer attends: a step that replays a CUDA graph never does.
+
     Attributes:
+        batch: as our kernel takes them.
         pages: the flat pool as vLLM's kernel wants a cache, ``[num_pages, 1, N, 2 * D]``.
-        metadata: vLLM's metadata of each layer, of the pairs.
-        pair_rows: int64 ``[num_tokens * H]``: pair row -> ``token * H + head``; None when every
-            request has one token, so that the order is the same.
-        num_kv_heads: H.
-        layer_index: vLLM layer name -> layer of ``metadata``.
+        metadata: vLLM's, of any batch of this engine; what it says of the batch is replaced.
+        common: vLLM's metadata of the whole batch.
     """
 
+    batch: KernelBatch
     pages: torch.Tensor
-    metadata: list[Any]
-    pair_rows: torch.Tensor | None
-    num_kv_heads: int
-    layer_index: dict[str, int]
+    metadata: Any
+    common: CommonAttentionMetadata
 
     def attend(self, impl: Any, layer: Any, query: torch.Tensor, output: torch.Tensor) -> None:
         """Attention of one layer for these requests; shapes as in :class:`KernelBatch`."""
+        num_heads = self.batch.tables.num_kv_heads
         num_tokens, num_query_heads, head_dim = query.shape
-        group = num_query_heads // self.num_kv_heads
-        shape = (num_tokens * self.num_kv_heads, group, head_dim)
+        shape = (num_tokens * num_heads, num_query_heads // num_heads, head_dim)
         pair_query, pair_output = query.reshape(shape), output.view(shape)
-        target = pair_output
-        if self.pair_rows is not None:
-            pair_query = pair_query[self.pair_rows]
-            target = torch.empty_like(pair_query)
-        metadata = self.metadata[self.layer_index[layer.layer_name]]
-        impl.attend_over_pairs(layer, pair_query, self.pages, metadata, target)
-        if self.pair_rows is not None:
-            pair_output.index_copy_(0, self.pair_rows, target)
+        metadata = self.by_layer[self.batch.layer_index[layer.layer_name]]
+        if self.batch.max_query_len == 1:  # one token each: the order is the same
+            impl.attend_over_pairs(layer, pair_query, self.pages, metadata, pair_output)
+            return
+        target = torch.empty_like(pair_query)
+        impl.attend_over_pairs(layer, pair_query[self.pair_rows], self.pages, metadata, target)
+        pair_output.index_copy_(0, self.pair_rows, target)
+
+    @cached_property
+    def _starts(self) -> torch.Tensor:
+        """Query starts of the requests, int64 on the CPU."""
+        return self.common.query_start_loc_cpu[: len(self.batch.tables.slots) + 1].long()
+
+    @cached_property
+    def pair_rows(self) -> torch.Tensor:
+        """Pair row -> ``token * H + head``, int64."""
+        rows = _pair_rows(self._starts, self.batch.tables.num_kv_heads)
+        return async_tensor_h2d(rows, device=self.pages.device)
+
+    @cached_property
+    def by_layer(self) -> list[Any]:
+        """vLLM's metadata of each layer, of the pairs."""
+        tables, device = self.batch.tables, self.pages.device
+        num_heads = tables.num_kv_heads
+        num_pairs = len(tables.slots) * num_heads
+        shape = (tables.num_layers, num_pairs, _width(self.batch))
+        flat = torch.empty(shape, dtype=torch.int32, device=device)
+        lengths = torch.empty(shape[:2], dtype=torch.int32, device=device)
+        flatten_tables(tables, flat, lengths)
+        starts = torch.zeros(num_pairs + 1, dtype=torch.int32)
+        starts[1:] = self._starts.diff().repeat_interleave(num_heads).cumsum(0)
+        shared = {
+            "num_actual_tokens": int(self._starts[-1]) * num_heads,
+            "max_query_len": self.batch.max_query_len,
+            "query_start_loc": async_tensor_h2d(starts, device=device),
+            "max_seq_len": self.batch.max_tokens,
+            "scheduler_metadata": None,
+            "slot_mapping": None,
+        }
+        if hasattr(self.metadata, "seq_threshold_3D"):
+            shared["seq_threshold_3D"] = 0  # its scratch for split sequences has room for requests
+        return [
+            replace(self.metadata, block_table=table, seq_lens=layer_lengths, **shared)
+            for table, layer_lengths in zip(flat, lengths, strict=True)
+        ]
 
 
 def fits(batch: KernelBatch) -> bool:
     """Whether the tables of a batch are small enough to be laid out."""
-    tables = batch.tables
-    num_pages = (
-        len(tables.slots) * tables.pages_per_block * -(-batch.max_tokens // tables.page_tokens)
-    )
-    return 4 * num_pages <= MOST_TABLE_BYTES
+    num_pairs = len(batch.tables.slots) * batch.tables.pages_per_block
+    return 4 * num_pairs * _width(batch) <= MOST_TABLE_BYTES
 
 
-def stock_pairs(
-    batch: KernelBatch, pages: torch.Tensor, metadata: Any, common: CommonAttentionMetadata
-) -> StockPairs:
-    """The same requests for vLLM's kernel.
-
-    Args:
-        batch: as our kernel takes them.
-        pages: see :class:`StockPairs`.
-        metadata: vLLM's, of any batch of this engine; what it says of the batch is replaced.
-        common: vLLM's metadata of the whole batch.
-    """
-    tables = batch.tables
-    num_heads, num_rows = tables.num_kv_heads, len(tables.slots)
-    device = tables.slots.device
-    width = -(-batch.max_tokens // tables.page_tokens)
-    flat = torch.empty(
-        tables.num_layers, num_rows * num_heads, width, dtype=torch.int32, device=device
-    )
-    lengths = torch.empty(flat.shape[:2], dtype=torch.int32, device=device)
-    flatten_tables(tables, flat, lengths)
-    starts_cpu = common.query_start_loc_cpu[: num_rows + 1].long()
-    query_lens = starts_cpu.diff()
-    pair_starts = torch.zeros(num_rows * num_heads + 1, dtype=torch.int32)
-    pair_starts[1:] = query_lens.repeat_interleave(num_heads).cumsum(0)
-    pair_rows = None
-    if batch.max_query_len > 1:
-        pair_rows = async_tensor_h2d(_pair_rows(starts_cpu, num_heads), device=device)
-    shared = {
-        "num_actual_tokens": int(starts_cpu[-1]) * num_heads,
-        "max_query_len": batch.max_query_len,
-        "query_start_loc": async_tensor_h2d(pair_starts, device=device),
-        "max_seq_len": batch.max_tokens,
-        "scheduler_metadata": None,
-        "slot_mapping": None,
-    }
-    if hasattr(metadata, "seq_threshold_3D"):
-        shared["seq_threshold_3D"] = 0  # its scratch for split sequences has room for requests
-    by_layer = [
-        replace(metadata, block_table=table, seq_lens=layer_lengths, **shared)
-        for table, layer_lengths in zip(flat, lengths, strict=True)
-    ]
-    return StockPairs(pages, by_layer, pair_rows, num_heads, batch.layer_index)
+def _width(batch: KernelBatch) -> int:
+    """Columns of a table: whole tiles, because vLLM's Triton kernel reads such."""
+    return -(-batch.max_tokens // TILE_TOKENS) * (TILE_TOKENS // batch.tables.page_tokens)
 
 
 def _pair_rows(starts: torch.Tensor, num_heads: int) -> torch.Tensor:

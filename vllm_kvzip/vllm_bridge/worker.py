@@ -17,6 +17,7 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.utils.gpu_sync_debug import with_gpu_sync_check
 from vllm.v1.attention.backends.registry import register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.worker.worker_base import WorkerBase
@@ -116,6 +117,7 @@ class HeadPageWorker(WorkerBase):
         return [] if self._kvzip is None else self._kvzip.cached_prefixes()
 
     @torch.inference_mode()
+    @with_gpu_sync_check
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """vLLM's step between the runtime's two halves."""
         if self._kvzip is None or not self._kvzip_serves:
