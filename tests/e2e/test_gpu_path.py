@@ -48,9 +48,7 @@ def test_keep_ratio_one_is_token_identical_with_whichever_kernel_is_faster(stock
     assert whole.free_blocks[-1] == whole.free_blocks[0]
 
 
-@pytest.mark.parametrize(
-    ("kernel", "scorer"), [("vllm", "keydiff"), ("triton", "kvzip"), ("triton", "window")]
-)
+@pytest.mark.parametrize(("kernel", "scorer"), [("vllm", "kvzip"), ("triton", "window")])
 def test_what_is_kept_is_kept_and_read_as_on_the_cpu(stock, kernel, scorer):
     gpus = on_the_gpus_path(kernel, keep_ratio=0.4, scorer=scorer)
     cpus = on_the_cpus_path(keep_ratio=0.4, scorer=scorer)
