@@ -71,6 +71,15 @@ def test_any_batch(data):
     assert error(output, reference(case, layer)) < 1e-5
 
 
+@pytest.mark.parametrize("num_runs", [1, 2, 3, 7])
+def test_runs_leave_no_token_out(num_runs):
+    case = make_case(
+        [Asked(300), Asked(200, 1, 8, 0.5), Asked(33, 2)], Shape(), seed=1, poison=True
+    )
+    output = run(case, 0, num_runs=num_runs, least_run=32, tokens=64)
+    assert error(output, reference(case, 0)) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     case = make_case(

@@ -54,6 +54,20 @@ def compress(scorer, budget):
     return plan, prefix, prefix.offsets
 
 
+@pytest.mark.parametrize("budget", ["adaptive", "adaptive-per-layer"])
+def test_budgets_by_score_are_made_where_the_scores_are(launched, monkeypatch, budget):
+    """An index of another device is no error on this one, so the result is looked at."""
+    made, allocate = [], Compressor._allocate
+
+    def watched(*args):
+        made.append(allocate(*args))
+        return made[-1]
+
+    monkeypatch.setattr(Compressor, "_allocate", watched)
+    compress(create_scorer("keydiff"), budget)
+    assert [pages.device for pages in made] == [DEVICE]
+
+
 @pytest.mark.parametrize("budget", ["adaptive", "adaptive-per-layer", "uniform", "profile"])
 @pytest.mark.parametrize("name", SCORERS)
 def test_no_scorer_and_no_budget_waits_or_mixes_devices(launched, name, budget):
