@@ -36,12 +36,30 @@ def run_length(num_tokens, num_runs, TOKENS: tl.constexpr, LEAST: tl.constexpr):
     return tl.maximum(even, LEAST)
 
 
+@triton.jit
+def find_tile(query_start_loc, program, num_requests, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    """Which request a program serves, and which of its tiles; there may be no such tile.
+
+    Request ``i`` has its tiles from number ``query_start_loc[i] * GROUP // ROWS + i`` on. That
+    leaves room for all of them, and a long request makes no programs for the short ones beside it.
+    """
+    low = program * 0
+    high = low + num_requests - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if tl.load(query_start_loc + middle) * GROUP // ROWS + middle <= program:
+            low = middle
+        else:
+            high = middle - 1
+    return low, program - (tl.load(query_start_loc + low) * GROUP // ROWS + low)
+
+
 @triton.jit(
     do_not_specialize=[
         "first_pair",
         "layer_page",
         "first_page",
-        "tiles",
+        "num_requests",
         "run_stride",
         "sums_run_stride",
     ]
@@ -49,7 +67,7 @@ def run_length(num_tokens, num_runs, TOKENS: tl.constexpr, LEAST: tl.constexpr):
 def attend_runs(
     query, key_pages, value_pages, output, log_sums,
     offsets, boundaries, slots, seq_lens, block_table, query_start_loc,
-    log2_scale, tiles, first_pair, layer_page, first_page, layer_stride, block_stride,
+    log2_scale, num_requests, first_pair, layer_page, first_page, layer_stride, block_stride,
     query_token_stride, query_head_stride,
     key_page_stride, key_token_stride, key_dim_stride,
     value_page_stride, value_token_stride, value_dim_stride,
@@ -58,14 +76,17 @@ def attend_runs(
     HEADS: tl.constexpr, PAIRS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     D_PADDED: tl.constexpr, N: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, LEAST: tl.constexpr,
-    ONE_RUN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    ONE_TILE: tl.constexpr, ONE_RUN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows of one pair over one run of tokens.
 
-    Grid ``(R * tiles, runs, H)``. A row is a (token, query head of the group).
+    Grid ``(tiles of all requests, runs, H)``; a tile each when ``ONE_TILE``. A row is a (token,
+    query head of the group).
     """
-    request = tl.program_id(0) // tiles
-    first_row = tl.program_id(0) % tiles * ROWS
+    request, tile = tl.program_id(0), 0
+    if not ONE_TILE:
+        request, tile = find_tile(query_start_loc, tl.program_id(0), num_requests, GROUP, ROWS)
+    first_row = tile * ROWS
     run = tl.program_id(1)
     head = tl.program_id(2)
     query_start = tl.load(query_start_loc + request)
@@ -192,7 +213,7 @@ def choose_num_runs(num_programs: int, most_tokens: int, num_processors: int, le
     cuts each pair by its own length.
 
     Args:
-        num_programs: tiles of query rows of all pairs, R * tiles * H.
+        num_programs: tiles of query rows of all pairs.
         most_tokens: no pair has more.
         num_processors: multiprocessors of the card.
         least: tokens of the shortest run; a shorter one costs more in the joining than it saves.
@@ -280,11 +301,12 @@ def head_page_attention(
         output = torch.empty_like(query)
     most_rows, most_tokens = choose_tile(head_dim, query.dtype, group * max_query_len)
     rows, tokens = rows or most_rows, tokens or most_tokens
-    tiles = -(-max_query_len * group // rows)
+    one_tile = max_query_len * group <= rows
+    tiles = num_requests if one_tile else num_tokens * group // rows + num_requests
     if num_runs is None:
-        programs = num_requests * tiles * num_heads
-        num_runs = choose_num_runs(programs, max_tokens, num_processors(query.device), least_run)
-        if tiles > 1 and programs >= 4 * num_processors(query.device):
+        programs, processors = tiles * num_heads, num_processors(query.device)
+        num_runs = choose_num_runs(programs, max_tokens, processors, least_run)
+        if not one_tile and programs >= 4 * processors:
             num_runs = 1  # partial results of many query tokens are large
     place, first_pair = tables.place, layer * num_heads
     parts, log_sums = output[None], query.new_empty(1, 1, 1, dtype=torch.float32)
@@ -300,15 +322,15 @@ def head_page_attention(
         "TOKENS": tokens,
         "LEAST": least_run,
     }
-    attend_runs[num_requests * tiles, num_runs, num_heads](
+    attend_runs[tiles, num_runs, num_heads](
         query, key_pages, value_pages, parts, log_sums,
         tables.offsets, tables.boundary_blocks, tables.slots, tables.seq_lens,
         tables.block_table, query_start_loc,
-        scale * LOG2_E, tiles, first_pair, place.first_page + layer * place.layer_stride,
+        scale * LOG2_E, num_requests, first_pair, place.first_page + layer * place.layer_stride,
         place.first_page, place.layer_stride, place.block_stride,
         query.stride(0), query.stride(1), *key_pages.stride(), *value_pages.stride(),
         *parts.stride()[:3], *log_sums.stride()[:2], tables.block_table.stride(0),
-        HEADS=num_heads, ROWS=rows, ONE_RUN=num_runs == 1,
+        HEADS=num_heads, ROWS=rows, ONE_TILE=one_tile, ONE_RUN=num_runs == 1,
         UPCAST=INTERPRETED, PRECISION=dot_precision(query.dtype), **sizes,
         num_warps=num_warps or (4 if rows <= 32 else 8), num_stages=num_stages,
     )  # fmt: skip

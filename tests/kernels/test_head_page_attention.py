@@ -80,6 +80,15 @@ def test_runs_leave_no_token_out(num_runs):
     assert error(output, reference(case, 0)) < 1e-5
 
 
+@pytest.mark.parametrize("rows", [16, 32])
+def test_a_long_query_beside_short_ones(rows):
+    """Tiles are dealt to requests by their lengths; group 3 fits no tile evenly."""
+    lengths = (1, 40, 1, 7, 16, 1, 33)
+    batch = [Asked(90 + n, n, 4, 0.5) if n % 2 else Asked(60 + n, n) for n in lengths]
+    case = make_case(batch, Shape(group_size=3), seed=5, poison=True)
+    assert error(run(case, 0, rows=rows, least_run=32), reference(case, 0)) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     case = make_case(

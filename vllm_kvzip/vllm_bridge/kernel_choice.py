@@ -121,7 +121,7 @@ def warm_up(
     which holds nothing, into itself; scores.
     """
     group = geometry.group_size
-    query_lens = {1, -(-17 // group), -(-33 // group)}  # of 16, 32 and 64 rows
+    query_lens = {1, *(-(-rows // group) for rows in (17, 33, 65))}  # tiles of 16, 32, 64; two
     for query_len in query_lens:
         for context_tokens in {2 * geometry.block_size, most_tokens}:
             step = make_up_step(
