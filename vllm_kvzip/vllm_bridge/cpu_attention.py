@@ -23,12 +23,11 @@ from vllm.v1.attention.backends.cpu_attn import (
 )
 
 from vllm_kvzip.errors import UnsupportedError
-from vllm_kvzip.vllm_bridge.scoring_pass import ScoringMetadata
+from vllm_kvzip.vllm_bridge.attention_layer import HeadPageLayer
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
-    from vllm_kvzip.vllm_bridge.attention_timer import AttentionTimer
     from vllm_kvzip.vllm_bridge.batches import AttendingBatch, QuerySpan
     from vllm_kvzip.vllm_bridge.runtime import HeadPageRuntime
 
@@ -196,13 +195,8 @@ class HeadPageCPUBuilder(CPUAttentionMetadataBuilder):
         )
 
 
-class HeadPageCPUImpl(CPUAttentionBackendImpl):
-    """vLLM's CPU attention, which hands compressed requests to :class:`PairBatch`.
-
-    ``timer`` is set by the worker, on the rank that records metrics.
-    """
-
-    timer: AttentionTimer | None = None
+class HeadPageCPUImpl(HeadPageLayer, CPUAttentionBackendImpl):
+    """vLLM's CPU attention, which hands compressed requests to :class:`PairBatch`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -212,32 +206,7 @@ class HeadPageCPUImpl(CPUAttentionBackendImpl):
                 "run this model without --kv-compression."
             )
 
-    def forward(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: CPUAttentionMetadata | None,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Attention of one layer into ``output``; shapes as in vLLM's implementation."""
-        if isinstance(attn_metadata, ScoringMetadata):
-            attn_metadata.attend(layer, self.scale, query, key, value, output)
-            return output
-        scales = (output_scale, output_block_scale)
-        timer = self.timer
-        if timer is None or timer.running is None:
-            return self._attend(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
-        timer.layer_starts()
-        result = self._attend(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
-        timer.layer_ends()
-        return result
-
-    def _attend(
+    def attend_step(
         self,
         layer: Any,
         query: torch.Tensor,
@@ -247,7 +216,8 @@ class HeadPageCPUImpl(CPUAttentionBackendImpl):
         attn_metadata: CPUAttentionMetadata | None,
         output: torch.Tensor,
         *scales: torch.Tensor | None,
-    ) -> torch.Tensor:
+    ) -> None:
+        """See :class:`HeadPageLayer`."""
         pairs = None
         if isinstance(attn_metadata, HeadPageMetadata):
             pairs = attn_metadata.pairs
@@ -255,20 +225,18 @@ class HeadPageCPUImpl(CPUAttentionBackendImpl):
                 assert attn_metadata.runtime is not None
                 attn_metadata.runtime.observe(layer.layer_name, query, attn_metadata.spans)
         if pairs is None:
-            return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, *scales
-            )
+            self.vllms_forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+            return
         assert isinstance(attn_metadata, HeadPageMetadata)
         num_tokens = attn_metadata.num_actual_tokens
         pairs.attend(self, layer, query[:num_tokens], output[:num_tokens])
         if attn_metadata.dense is not None:
             tokens = attn_metadata.dense_tokens
             dense_output = torch.empty_like(output[: attn_metadata.dense.num_actual_tokens])
-            super().forward(
+            self.vllms_forward(
                 layer, query[tokens], key, value, kv_cache, attn_metadata.dense, dense_output
             )
             output[tokens] = dense_output
-        return output
 
 
 def _extend(stock: CPUAttentionMetadata, **extra: Any) -> HeadPageMetadata:

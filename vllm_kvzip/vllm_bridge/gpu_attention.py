@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
-    AttentionImpl,
     AttentionMetadataBuilder,
 )
 from vllm.v1.attention.backends.flash_attn import (
@@ -30,8 +29,8 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.vllm_bridge import stock_pairs
+from vllm_kvzip.vllm_bridge.attention_layer import HeadPageLayer
 from vllm_kvzip.vllm_bridge.kernel_batches import KernelBatch
-from vllm_kvzip.vllm_bridge.scoring_pass import ScoringMetadata
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings
 
 if TYPE_CHECKING:
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
-    from vllm_kvzip.vllm_bridge.attention_timer import AttentionTimer
     from vllm_kvzip.vllm_bridge.batches import AttendingBatch, QuerySpan
     from vllm_kvzip.vllm_bridge.kernel_batches import KernelBatcher
     from vllm_kvzip.vllm_bridge.runtime import HeadPageRuntime
@@ -146,13 +144,9 @@ class HeadPageBuilder(AttentionMetadataBuilder):
         return _with_step(stock, HeadPageStep(pairs, num_tokens, rest, step.spans, runtime))
 
 
-class HeadPageImpl(AttentionImpl):
-    """In front of vLLM's attention implementation.
+class HeadPageImpl(HeadPageLayer):
+    """In front of vLLM's attention implementation."""
 
-    ``timer`` is set by the worker, on the rank that records metrics.
-    """
-
-    timer: AttentionTimer | None = None
     _pairs: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -167,7 +161,7 @@ class HeadPageImpl(AttentionImpl):
         """No: over head pages the output is written as it is."""
         return False
 
-    def forward(
+    def attend_step(
         self,
         layer: Any,
         query: torch.Tensor,
@@ -176,34 +170,21 @@ class HeadPageImpl(AttentionImpl):
         kv_cache: torch.Tensor,
         attn_metadata: Any,
         output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Attention of one layer into ``output``; shapes as in vLLM's implementation."""
-        if isinstance(attn_metadata, ScoringMetadata):
-            attn_metadata.attend(layer, self.scale, query, key, value, output)
-            return output
-        timer = self.timer
-        if timer is not None and timer.running is None:
-            timer = None
-        if timer is not None:
-            timer.layer_starts()
+        *scales: torch.Tensor | None,
+    ) -> None:
+        """See :class:`HeadPageLayer`."""
         step: HeadPageStep | None = getattr(attn_metadata, _STEP, None)
         if step is not None and step.spans:
             step.runtime.observe(layer.layer_name, query, step.spans)
         if step is None or step.pairs is None:
-            scales = (output_scale, output_block_scale)
-            super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
-        else:
-            first = step.num_tokens
-            step.pairs.attend(self, layer, query[:first], output[:first])
-            if step.rest is not None:
-                super().forward(
-                    layer, query[first:], key, value, kv_cache, step.rest, output[first:]
-                )
-        if timer is not None:
-            timer.layer_ends()
-        return output
+            self.vllms_forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+            return
+        first = step.num_tokens
+        step.pairs.attend(self, layer, query[:first], output[:first])
+        if step.rest is not None:
+            self.vllms_forward(
+                layer, query[first:], key, value, kv_cache, step.rest, output[first:]
+            )
 
     def attend_over_pairs(
         self,
@@ -224,9 +205,7 @@ class HeadPageImpl(AttentionImpl):
         """
         if self._pairs is None:
             self._pairs = stock_pairs.one_kv_head(self)
-        super(HeadPageImpl, self._pairs).forward(
-            layer, query, query, query, pages, metadata, output
-        )
+        self._pairs.vllms_forward(layer, query, query, query, pages, metadata, output)
 
 
 class HeadPageFlashBuilder(HeadPageBuilder, FlashAttentionMetadataBuilder):

@@ -121,9 +121,9 @@ class KernelBatcher:
             states: compressed requests.
         """
         members = [states.get(request_id) for request_id in request_ids]
+        while members and members[-1] is None:
+            members.pop()
         num_rows = len(members)
-        while num_rows and members[num_rows - 1] is None:
-            num_rows -= 1
         self._place_members(members, states)
         if not num_rows:
             return None
@@ -159,9 +159,7 @@ class KernelBatcher:
     def _place_members(
         self, members: list[PrefixState | None], states: Mapping[str, PrefixState]
     ) -> None:
-        """Write who is in which row; rows behind the last compressed request are uncompressed."""
-        while members and members[-1] is None:
-            members = members[:-1]
+        """Write who is in which row, up to the last compressed request; those behind it are not."""
         if members == self._members:
             return
         alive = set(states.values())

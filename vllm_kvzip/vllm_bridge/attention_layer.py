@@ -1,0 +1,68 @@
+"""What our attention of a layer does on every platform, in front of vLLM's implementation."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.attention.backend import AttentionImpl
+
+from vllm_kvzip.vllm_bridge.scoring_pass import ScoringMetadata
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_kvzip.vllm_bridge.attention_timer import AttentionTimer
+
+
+class HeadPageLayer(AttentionImpl):
+    """Serves scoring passes, and times a sample of the steps.
+
+    ``timer`` is set by the worker, on the rank that records metrics.
+    """
+
+    timer: AttentionTimer | None = None
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of one layer into ``output``; shapes as in vLLM's implementation."""
+        if isinstance(attn_metadata, ScoringMetadata):
+            attn_metadata.attend(layer, self.scale, query, key, value, output)
+            return output
+        scales = (output_scale, output_block_scale)
+        timer = self.timer
+        if timer is None or timer.running is None:
+            self.attend_step(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+            return output
+        timer.layer_starts()
+        self.attend_step(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+        timer.layer_ends()
+        return output
+
+    @abstractmethod
+    def attend_step(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        *scales: torch.Tensor | None,
+    ) -> None:
+        """Attention of one layer in one of vLLM's steps; ``output`` is written."""
+
+    def vllms_forward(self, *args: Any) -> None:
+        """vLLM's own :meth:`forward`."""
+        super().forward(*args)
