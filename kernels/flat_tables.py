@@ -63,7 +63,12 @@ def flatten_tables(tables: PageTables, flat: torch.Tensor, lengths: torch.Tensor
         tables: where each request's KV pairs lie.
         flat: int32 ``[L, R * H, W]``, last dimension contiguous; written.
         lengths: int32 ``[L, R * H]``, contiguous; written, tokens of each pair.
+
+    Raises:
+        ValueError: if there is a quantized tier, which such kernels cannot read.
     """
+    if tables.quantized_offsets is not None:
+        raise ValueError("tables with quantized pages cannot be laid out for other kernels")
     num_layers, num_pairs, width = flat.shape
     place = tables.place
     lay_out[triton.cdiv(width, COLUMNS), num_pairs, num_layers](

@@ -6,6 +6,9 @@ and values are read once for all of them (grouped-query attention), and a long p
 runs of tokens that work side by side; a second kernel joins their softmaxes by the log of their
 normalisers, as in FlashDecoding (https://crfm.stanford.edu/2023/10/12/flashdecoding.html). A pair
 with few kept tokens has few runs: the work follows what is kept, head by head.
+
+Where a prefix has a quantized tier, a pair's tokens are those of its quantized pages first, then
+those of its other pages. Both are one softmax; ``quantized_attention.py`` has the first part.
 """
 
 from __future__ import annotations
@@ -17,11 +20,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .page_tables import find_pages, find_pair
+from .online_softmax import weigh_tile
+from .page_tables import find_pages, find_pair, find_quantized
+from .quantized_attention import attend_quantized, tier_arguments
 from .runtime import INTERPRETED, dot_precision
 
 if TYPE_CHECKING:
     from .page_tables import PageTables
+    from .quantized_attention import QuantizedPages
 
 LOG2_E = 1.4426950408889634
 LEAST_RUN = 256
@@ -77,11 +83,19 @@ def attend_runs(
     D_PADDED: tl.constexpr, N: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, LEAST: tl.constexpr,
     ONE_TILE: tl.constexpr, ONE_RUN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    quantized_offsets=None, quantized_pages=None, code_book=None, rotation=None,
+    quantized_stride=None, Q: tl.constexpr = None, QUANTIZED_TOKENS: tl.constexpr = None,
+    KEY_FORMAT: tl.constexpr = None, KEY_DOUBLE: tl.constexpr = None,
+    KEY_CODES: tl.constexpr = None, KEY_GROUP: tl.constexpr = None,
+    KEY_SCALES: tl.constexpr = None, KEY_BLOCK: tl.constexpr = None,
+    VALUE_FORMAT: tl.constexpr = None, VALUE_DOUBLE: tl.constexpr = None,
+    VALUE_CODES: tl.constexpr = None, VALUE_GROUP: tl.constexpr = None,
+    VALUE_SCALES: tl.constexpr = None, VALUE_BLOCK: tl.constexpr = None,
 ):  # fmt: skip
     """One tile of query rows of one pair over one run of tokens.
 
     Grid ``(tiles of all requests, runs, H)``; a tile each when ``ONE_TILE``. A row is a (token,
-    query head of the group).
+    query head of the group). Without ``quantized_offsets`` nothing of that tier is compiled.
     """
     request, tile = tl.program_id(0), 0
     if not ONE_TILE:
@@ -94,6 +108,11 @@ def attend_runs(
     begin, num_pages, boundary, num_tokens = find_pair(
         offsets, boundaries, slots, seq_lens, request, first_pair + head, PAIRS, N
     )
+    if quantized_offsets is not None:
+        quantized_begin, num_quantized, quantized_tokens = find_quantized(
+            quantized_offsets, slots, request, first_pair + head, num_pages, boundary, PAIRS, N, Q
+        )
+        num_tokens += quantized_tokens
     rows = first_row + tl.arange(0, ROWS)
     token = rows // GROUP
     seen = tl.where(token < query_len, num_tokens - query_len + token + 1, 0)
@@ -121,6 +140,19 @@ def attend_runs(
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, D_PADDED], tl.float32)
+    if quantized_offsets is not None:
+        if start < quantized_tokens:
+            best, total, acc = attend_quantized(
+                q, best, total, acc, start, tl.minimum(end, quantized_tokens),
+                quantized_begin, num_quantized, quantized_pages, quantized_stride, code_book,
+                rotation, table_row, first_page, layer_stride, block_stride, log2_scale,
+                HEADS, PAIRS, D, D_PADDED, QUANTIZED_TOKENS, UPCAST, PRECISION, Q,
+                KEY_FORMAT, KEY_DOUBLE, KEY_CODES, KEY_GROUP, KEY_SCALES, KEY_BLOCK,
+                VALUE_FORMAT, VALUE_DOUBLE, VALUE_CODES, VALUE_GROUP, VALUE_SCALES, VALUE_BLOCK,
+            )  # fmt: skip
+        start = tl.maximum(start - quantized_tokens, 0)
+        end -= quantized_tokens
+        seen -= quantized_tokens
     for position in range(start, end, TOKENS):
         tokens = position + tl.arange(0, TOKENS)
         wanted = tokens < end
@@ -142,14 +174,8 @@ def attend_runs(
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * log2_scale
         visible = tokens[None, :] < tl.minimum(seen, end)[:, None]
         logits = tl.where(visible, logits, float("-inf"))
-        higher = tl.maximum(best, tl.max(logits, 1))
-        anchor = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet
-        weights = tl.exp2(logits - anchor[:, None])
-        shrink = tl.exp2(best - anchor)
-        total = total * shrink + tl.sum(weights, 1)
-        acc = acc * shrink[:, None]
+        best, total, acc, weights = weigh_tile(best, total, acc, logits)
         acc += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-        best = higher
 
     out_start = row_token * output_token_stride + query_head * output_head_stride
     sums = tl.where(total > 0, total, 1.0)
@@ -169,6 +195,7 @@ def join_runs(
     output_token_stride, output_head_stride,
     PAIRS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
     N: tl.constexpr, TOKENS: tl.constexpr, LEAST: tl.constexpr, RUNS: tl.constexpr,
+    quantized_offsets=None, Q: tl.constexpr = None,
 ):  # fmt: skip
     """Weighted mean of the runs of one (token, query head); grid ``(most query tokens, R, H * G)``.
 
@@ -181,9 +208,15 @@ def join_runs(
     index = tl.program_id(0)
     if index >= query_len:
         return
-    _, _, _, num_tokens = find_pair(
-        offsets, boundaries, slots, seq_lens, request, first_pair + query_head // GROUP, PAIRS, N
+    pair = first_pair + query_head // GROUP
+    _, num_pages, boundary, num_tokens = find_pair(
+        offsets, boundaries, slots, seq_lens, request, pair, PAIRS, N
     )
+    if quantized_offsets is not None:
+        _, _, quantized_tokens = find_quantized(
+            quantized_offsets, slots, request, pair, num_pages, boundary, PAIRS, N, Q
+        )
+        num_tokens += quantized_tokens
     seen = num_tokens - query_len + index + 1
     length = run_length(num_tokens, num_runs, TOKENS, LEAST)
     token = (query_start + index).to(tl.int64)
@@ -264,11 +297,13 @@ def head_page_attention(
     *,
     max_query_len: int,
     max_tokens: int,
+    quantized: QuantizedPages | None = None,
     output: torch.Tensor | None = None,
     num_runs: int | None = None,
     least_run: int = LEAST_RUN,
     rows: int | None = None,
     tokens: int | None = None,
+    quantized_tokens: int | None = None,
     num_warps: int | None = None,
     num_stages: int = 3,
 ) -> torch.Tensor:
@@ -286,13 +321,22 @@ def head_page_attention(
         scale: softmax scale.
         max_query_len: of any request.
         max_tokens: no pair of the batch attends over more; the longest logical length will do.
+        quantized: how the quantized pages of ``tables`` are read; None if it has none.
         output: like ``query``; made when None.
-        num_runs, least_run, rows, tokens, num_warps, num_stages: how the work is cut; chosen when
-            None. At most 64 runs.
+        num_runs, least_run, rows, tokens, quantized_tokens, num_warps, num_stages: how the work is
+            cut; chosen when None. At most 64 runs.
 
     Returns:
         ``output``.
+
+    Raises:
+        ValueError: if only one of ``quantized`` and ``tables.quantized_offsets`` is given, or the
+            quantized pages do not suit the queries.
     """
+    if (quantized is None) != (tables.quantized_offsets is None):
+        raise ValueError("quantized pages and their offsets go together")
+    if quantized is not None:
+        quantized.check(query)
     num_tokens, num_query_heads, head_dim = query.shape
     num_heads = tables.num_kv_heads
     num_requests = len(tables.slots)
@@ -322,6 +366,7 @@ def head_page_attention(
         "TOKENS": tokens,
         "LEAST": least_run,
     }
+    tier = tier_arguments(quantized, tables, quantized_tokens or tokens)
     attend_runs[tiles, num_runs, num_heads](
         query, key_pages, value_pages, parts, log_sums,
         tables.offsets, tables.boundary_blocks, tables.slots, tables.seq_lens,
@@ -331,7 +376,7 @@ def head_page_attention(
         query.stride(0), query.stride(1), *key_pages.stride(), *value_pages.stride(),
         *parts.stride()[:3], *log_sums.stride()[:2], tables.block_table.stride(0),
         HEADS=num_heads, ROWS=rows, ONE_TILE=one_tile, ONE_RUN=num_runs == 1,
-        UPCAST=INTERPRETED, PRECISION=dot_precision(query.dtype), **sizes,
+        UPCAST=INTERPRETED, PRECISION=dot_precision(query.dtype), **sizes, **tier,
         num_warps=num_warps or (4 if rows <= 32 else 8), num_stages=num_stages,
     )  # fmt: skip
     if num_runs > 1:
@@ -341,5 +386,6 @@ def head_page_attention(
             query_start_loc, first_pair, num_runs,
             *parts.stride()[:3], *log_sums.stride()[:2], *output.stride()[:2],
             RUNS=MOST_RUNS, **sizes, num_warps=2,
+            quantized_offsets=tables.quantized_offsets, Q=tier.get("Q"),
         )  # fmt: skip
     return output

@@ -7,7 +7,12 @@ stored of a prefix is where each head's share begins: ``L * H + 1`` numbers. Ker
 rest; nothing is laid out per layer or per step. A request without a compressed prefix has shares of
 no page and boundary 0.
 
-Letters: L layers, H KV heads, G query heads per KV head, D head dim, N tokens per page, R requests.
+A prefix may have a second tier, of quantized pages. The first page of that tier follows the last
+full-precision page of the last head, and its pages are dealt to the heads in the same order; that
+takes ``L * H + 1`` more numbers.
+
+Letters: L layers, H KV heads, G query heads per KV head, D head dim, N tokens per page, Q tokens
+per quantized page, R requests.
 """
 
 from __future__ import annotations
@@ -39,6 +44,10 @@ class PageTables:
     ``offsets[s, l * H + h]`` to ``offsets[s, l * H + h + 1]`` of its prefix, all of them full, then
     over the blocks of ``block_table[r]`` from ``boundary_blocks[s]`` on.
 
+    With a quantized tier it attends over pages ``quantized_offsets[s, l * H + h]`` to
+    ``quantized_offsets[s, l * H + h + 1]`` besides. All are full, but that no head has more tokens
+    in its prefix than ``N * boundary_blocks[s]``: its last quantized pages hold fewer, or none.
+
     Attributes:
         offsets: int32 ``[slots, L * H + 1]``, where each head's pages begin in its prefix.
         boundary_blocks: int32 ``[slots]``, blocks whose tokens the prefix stands for.
@@ -49,6 +58,8 @@ class PageTables:
         place: of the pages of a block.
         num_kv_heads: H.
         page_tokens: N.
+        quantized_offsets: int32 ``[slots, L * H + 1]``, where each head's quantized pages begin in
+            its prefix; the first entry is the last one of ``offsets``. None: no quantized tier.
     """
 
     offsets: torch.Tensor
@@ -59,6 +70,7 @@ class PageTables:
     place: PagePlace
     num_kv_heads: int
     page_tokens: int
+    quantized_offsets: torch.Tensor | None = None
 
     @property
     def pages_per_block(self) -> int:
@@ -86,6 +98,22 @@ def find_pair(
     boundary = tl.load(boundaries + slot)
     num_tokens = num_pages * N + tl.load(seq_lens + request) - boundary * N
     return begin, num_pages, boundary, num_tokens
+
+
+@triton.jit
+def find_quantized(
+    quantized_offsets, slots, request, pair, num_pages, boundary,
+    PAIRS: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
+):  # fmt: skip
+    """Where a pair's quantized pages begin, how many there are, and the tokens in them.
+
+    ``num_pages`` and ``boundary`` are what :func:`find_pair` found.
+    """
+    row = quantized_offsets + tl.load(slots + request).to(tl.int64) * (PAIRS + 1) + pair
+    begin = tl.load(row)
+    num_quantized = tl.load(row + 1) - begin
+    room = tl.maximum((boundary - num_pages) * N, 0)
+    return begin, num_quantized, tl.minimum(num_quantized * Q, room)
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,8 +12,39 @@ if TYPE_CHECKING:
     from .page_tables import PageTables
 
 
+@dataclass(frozen=True)
+class DecodedPages:
+    """The quantized tier of a pool, decoded page by page.
+
+    Attributes:
+        keys, values: ``[P, Q, D]``, as the pages hold them, so rotated where they are.
+        rotation: ``[D, D]``, by whose transpose keys and values were multiplied; None: by nothing.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    rotation: torch.Tensor | None = None
+
+    def rows(self, page_ids: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of some pages' first tokens, ``[num_tokens, D]``, rotated back."""
+        found = [gather_pages(half, page_ids, num_tokens) for half in (self.keys, self.values)]
+        if self.rotation is not None:
+            found = [half @ self.rotation for half in found]
+        return found[0], found[1]
+
+
+def dealt_pages(tables: PageTables, request: int, begin: int, end: int) -> torch.Tensor:
+    """Page ids, int64, of pages ``begin`` to ``end`` of a request's prefix; see ``PageTables``."""
+    place = tables.place
+    row = tables.block_table[request].long()
+    index = torch.arange(begin, end, device=row.device)
+    local = index % tables.pages_per_block
+    owner = local // tables.num_kv_heads * place.layer_stride + local % tables.num_kv_heads
+    return row[index // tables.pages_per_block] * place.block_stride + owner + place.first_page
+
+
 def pages_of(tables: PageTables, layer: int, request: int, head: int) -> tuple[torch.Tensor, int]:
-    """What one KV head of one layer of one request attends over; see ``PageTables``.
+    """Full-precision pages that one KV head of one layer of one request attends over.
 
     Returns:
         int64 ``[pages]``, page ids in the order of positions, and the tokens in them; the last
@@ -24,14 +56,28 @@ def pages_of(tables: PageTables, layer: int, request: int, head: int) -> tuple[t
     boundary = int(tables.boundary_blocks[slot])
     tail_tokens = int(tables.seq_lens[request]) - boundary * tables.page_tokens
     num_tail = -(-tail_tokens // tables.page_tokens)
-    row = tables.block_table[request].long()
-    index = torch.arange(begin, end, device=row.device)
-    local = index % tables.pages_per_block
-    owner = local // tables.num_kv_heads * place.layer_stride + local % tables.num_kv_heads
-    kept = row[index // tables.pages_per_block] * place.block_stride + owner
-    tail = row[boundary : boundary + num_tail] * place.block_stride
-    pages = torch.cat([kept, tail + layer * place.layer_stride + head]) + place.first_page
+    blocks = tables.block_table[request].long()[boundary : boundary + num_tail]
+    tail = blocks * place.block_stride + layer * place.layer_stride + head + place.first_page
+    pages = torch.cat([dealt_pages(tables, request, begin, end), tail])
     return pages, (end - begin) * tables.page_tokens + tail_tokens
+
+
+def quantized_pages_of(
+    tables: PageTables, layer: int, request: int, head: int, quantized_page_tokens: int
+) -> tuple[torch.Tensor, int]:
+    """As :func:`pages_of` for the quantized tier, whose pages hold ``quantized_page_tokens``.
+
+    The last pages may be part full or empty.
+    """
+    if tables.quantized_offsets is None:
+        return torch.zeros(0, dtype=torch.int64, device=tables.block_table.device), 0
+    slot = int(tables.slots[request])
+    pair = layer * tables.num_kv_heads + head
+    first, last = tables.offsets[slot, pair : pair + 2].tolist()
+    begin, end = tables.quantized_offsets[slot, pair : pair + 2].tolist()
+    room = (int(tables.boundary_blocks[slot]) - (last - first)) * tables.page_tokens
+    num_tokens = max(0, min((end - begin) * quantized_page_tokens, room))
+    return dealt_pages(tables, request, begin, end), num_tokens
 
 
 def gather_pages(pages: torch.Tensor, page_ids: torch.Tensor, num_tokens: int) -> torch.Tensor:
@@ -56,6 +102,7 @@ def head_page_attention_reference(
     tables: PageTables,
     layer: int,
     scale: float,
+    decoded: DecodedPages | None = None,
 ) -> torch.Tensor:
     """Attention pair by pair, in the dtype of its inputs; see ``head_page_attention``.
 
@@ -66,6 +113,7 @@ def head_page_attention_reference(
         tables: where each request's KV pairs lie.
         layer: which layer's pages.
         scale: softmax scale.
+        decoded: the pool's pages as quantized ones, if ``tables`` has such a tier.
 
     Returns:
         like ``query``.
@@ -78,6 +126,12 @@ def head_page_attention_reference(
             ids, num_tokens = pages_of(tables, layer, request, head)
             keys = gather_pages(key_pages, ids, num_tokens)
             values = gather_pages(value_pages, ids, num_tokens)
+            if decoded is not None:
+                page_tokens = decoded.keys.shape[1]
+                more = quantized_pages_of(tables, layer, request, head, page_tokens)
+                first_keys, first_values = decoded.rows(*more)
+                keys, values = torch.cat([first_keys, keys]), torch.cat([first_values, values])
+                num_tokens = len(keys)
             heads = slice(head * group, (head + 1) * group)
             logits = torch.einsum("qgd,kd->gqk", query[first:end, heads], keys) * scale
             seen = num_tokens - (end - first) + torch.arange(end - first, device=keys.device)

@@ -15,10 +15,16 @@ if str(Path(__file__).parent.parent) not in vllm_kvzip.__path__:
     vllm_kvzip.__path__.append(str(Path(__file__).parent.parent))
 
 from vllm_kvzip.kernels.page_tables import PagePlace, PageTables
-from vllm_kvzip.kernels.reference import pages_of
+from vllm_kvzip.kernels.quantized_attention import QuantizedPages
+from vllm_kvzip.kernels.reference import DecodedPages, pages_of, quantized_pages_of
+
+from vllm_kvzip.quantization import PageLayout, pack_pages, unpack_pages
+from vllm_kvzip.quantization.rotation import hadamard_matrix
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from vllm_kvzip.quantization import Format
 
 
 @dataclass(frozen=True)
@@ -31,18 +37,28 @@ class Shape:
     head_dim: int = 64
     page_tokens: int = 16
 
+    def page_layout(
+        self, dtype: torch.dtype, key_format: Format, value_format: Format
+    ) -> PageLayout:
+        """Quantized pages of the bytes of the others."""
+        page_bytes = 2 * self.page_tokens * self.head_dim * dtype.itemsize
+        return PageLayout(page_bytes, self.head_dim, key_format, value_format)
+
 
 @dataclass(frozen=True)
 class Asked:
     """One request: its length, query tokens, blocks before its boundary, and share kept of them.
 
-    ``keep_ratio`` None: no compressed prefix.
+    ``keep_ratio`` None: no compressed prefix. ``quantized_ratio``: mean share of the pages of those
+    blocks that there are besides, quantized; uneven, and never more pages in all than the blocks
+    had.
     """
 
     seq_len: int
     query_len: int = 1
     boundary_blocks: int = 0
     keep_ratio: float | None = None
+    quantized_ratio: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -56,13 +72,25 @@ class Case:
     tables: PageTables
     scale: float
     max_query_len: int
+    quantized: QuantizedPages | None = None
+
+    def decoded(self) -> DecodedPages | None:
+        """The quantized tier in float64 on the CPU, for references."""
+        if self.quantized is None:
+            return None
+        layout = self.quantized.layout
+        size = (-1, layout.page_tokens, layout.head_dim)
+        halves = unpack_pages(self.quantized.pages.cpu(), layout)
+        keys, values = (half.view(size).double() for half in halves)
+        rotated = self.quantized.rotation is not None
+        return DecodedPages(keys, values, hadamard_matrix(layout.head_dim) if rotated else None)
 
     def as_float64(self) -> Case:
-        """The same on the CPU, for references."""
-        moved = {
-            name: getattr(self.tables, name).cpu()
-            for name in ("offsets", "boundary_blocks", "slots", "block_table", "seq_lens")
-        }
+        """The same on the CPU, for references, but for what :meth:`decoded` gives."""
+        names = ["offsets", "boundary_blocks", "slots", "block_table", "seq_lens"]
+        if self.tables.quantized_offsets is not None:
+            names.append("quantized_offsets")
+        moved = {name: getattr(self.tables, name).cpu() for name in names}
         return replace(
             self,
             query=self.query.cpu().double(),
@@ -77,7 +105,7 @@ def kept_pages(asked: Asked, shape: Shape, generator: torch.Generator) -> torch.
     """Pages of each head, int64 ``[L, H]``: uneven, with the wanted mean as far as it goes."""
     size = (shape.num_layers, shape.num_kv_heads)
     whole = asked.boundary_blocks
-    if asked.keep_ratio is None or not whole:
+    if not asked.keep_ratio or not whole:
         return torch.zeros(size, dtype=torch.int64)
     if asked.keep_ratio >= 1:
         return torch.full(size, whole)
@@ -90,6 +118,16 @@ def kept_pages(asked: Asked, shape: Shape, generator: torch.Generator) -> torch.
     return pages
 
 
+def quantized_pages(
+    asked: Asked, kept: torch.Tensor, shape: Shape, generator: torch.Generator
+) -> torch.Tensor:
+    """Quantized pages of each head, int64 ``[L, H]``; ``kept`` are the others, alike."""
+    size = (shape.num_layers, shape.num_kv_heads)
+    most = 2 * asked.quantized_ratio * asked.boundary_blocks
+    wanted = (torch.rand(size, generator=generator) * most).round().long()
+    return wanted.minimum(asked.boundary_blocks - kept)
+
+
 def make_case(
     requests: Sequence[Asked],
     shape: Shape,
@@ -98,6 +136,8 @@ def make_case(
     device: str = "cpu",
     seed: int = 0,
     poison: bool = False,
+    layout: PageLayout | None = None,
+    rotated: bool = False,
 ) -> Case:
     """A batch whose blocks and head pages lie anywhere in the pool.
 
@@ -107,13 +147,24 @@ def make_case(
         dtype: of queries and pages.
         device: where tensors go.
         seed: of everything.
-        poison: what no request holds is NaN, the rest of a last page too.
+        poison: what no request holds is bytes 0xFF, a NaN of any kind, the rest of a last page too.
+        layout: of the pages of a quantized tier; there is none when None.
+        rotated: that tier holds rotated keys and values.
     """
     generator = torch.Generator().manual_seed(seed)
     page_tokens, per_block = shape.page_tokens, shape.num_layers * shape.num_kv_heads
     kept = [kept_pages(asked, shape, generator) for asked in requests]
+    quantized = [torch.zeros_like(pages) for pages in kept]
+    if layout is not None:
+        quantized = [
+            quantized_pages(asked, pages, shape, generator)
+            for asked, pages in zip(requests, kept, strict=True)
+        ]
     tails = [-(-a.seq_len // page_tokens) - a.boundary_blocks for a in requests]
-    dealt = [-(-int(pages.sum()) // per_block) for pages in kept]
+    dealt = [
+        -(-int(pages.sum() + more.sum()) // per_block)
+        for pages, more in zip(kept, quantized, strict=True)
+    ]
     num_blocks = 1 + sum(tails) + sum(dealt)
     place = PagePlace(num_blocks * shape.num_kv_heads, shape.num_kv_heads)
     free = (1 + torch.randperm(num_blocks - 1, generator=generator)).split(
@@ -125,18 +176,22 @@ def make_case(
     block_table = torch.zeros(len(requests), width, dtype=torch.int32)
     slots = torch.randperm(len(requests) + 2, generator=generator)[: len(requests)]
     offsets = torch.zeros(len(requests) + 2, per_block + 1, dtype=torch.int32)
+    quantized_offsets = torch.zeros_like(offsets)
     boundaries = torch.zeros(len(requests) + 2, dtype=torch.int32)
     for row, asked in enumerate(requests):
         tail, blocks = free[2 * row], free[2 * row + 1]
         block_table[row, : len(blocks)] = blocks.int()
         block_table[row, asked.boundary_blocks :][: len(tail)] = tail.int()
         offsets[slots[row], 1:] = kept[row].flatten().cumsum(0).int()
+        quantized_offsets[slots[row]] = int(kept[row].sum())
+        quantized_offsets[slots[row], 1:] += quantized[row].flatten().cumsum(0).int()
         boundaries[slots[row]] = asked.boundary_blocks
     lens = torch.tensor([asked.seq_len for asked in requests], dtype=torch.int32)
     tables = PageTables(
         offsets=offsets.to(device), boundary_blocks=boundaries.to(device),
         slots=slots.int().to(device), block_table=block_table.to(device), seq_lens=lens.to(device),
         place=place, num_kv_heads=shape.num_kv_heads, page_tokens=page_tokens,
+        quantized_offsets=None if layout is None else quantized_offsets.to(device),
     )  # fmt: skip
     lengths = torch.tensor([asked.query_len for asked in requests])
     starts = torch.zeros(len(requests) + 1, dtype=torch.int32)
@@ -150,6 +205,14 @@ def make_case(
     pages = random(num_blocks * per_block, page_tokens, 2 * shape.head_dim)
     if poison:
         _poison(pages, tables)
+    tier = None
+    if layout is not None:
+        as_bytes = pages.flatten(1).view(torch.uint8)
+        _fill_quantized(as_bytes, tables, layout, generator)
+        books = [half.format.code_book for half in (layout.keys, layout.values)]
+        book = next((book.to(device) for book in books if book is not None), None)
+        rotation = hadamard_matrix(shape.head_dim).to(device, dtype) if rotated else None
+        tier = QuantizedPages(as_bytes, layout, book, rotation)
     key_pages, value_pages = pages.split(shape.head_dim, dim=-1)
     return Case(
         query=random(int(lengths.sum()), num_query_heads, shape.head_dim),
@@ -159,6 +222,7 @@ def make_case(
         tables=tables,
         scale=shape.head_dim**-0.5,
         max_query_len=int(lengths.max()),
+        quantized=tier,
     )
 
 
@@ -171,4 +235,41 @@ def _poison(pages: torch.Tensor, tables: PageTables) -> None:
                 ids, num_tokens = pages_of(tables, layer, request, head)
                 index = torch.arange(num_tokens)
                 held[ids[index // tables.page_tokens], index % tables.page_tokens] = True
-    pages[~held.to(pages.device)] = float("nan")
+    as_bytes = pages.view(torch.uint8)
+    as_bytes[~held.to(pages.device)] = 0xFF
+
+
+def _fill_quantized(
+    pages: torch.Tensor, tables: PageTables, layout: PageLayout, generator: torch.Generator
+) -> None:
+    """Write random tokens in the quantized pages, uint8 ``[P, page_bytes]``, and nothing else."""
+    for layer in range(tables.num_layers):
+        for request in range(len(tables.slots)):
+            for head in range(tables.num_kv_heads):
+                found = quantized_pages_of(tables, layer, request, head, layout.page_tokens)
+                ids, num_tokens = found
+                if not num_tokens:
+                    continue
+                used = ids[: -(-num_tokens // layout.page_tokens)]
+                keys, values = torch.randn(2, num_tokens, layout.head_dim, generator=generator)
+                packed = pack_pages(keys, values, layout).to(pages.device)
+                first = torch.arange(len(used))[:, None] * layout.page_tokens
+                held = (first + _token_of_bytes(layout) < num_tokens).to(pages.device)
+                pages[used] = torch.where(held, packed, pages[used])
+
+
+def _token_of_bytes(layout: PageLayout) -> torch.Tensor:
+    """To which token of a page each byte belongs, int64 ``[page_bytes]``; far behind all if none.
+
+    A group scale belongs to the first.
+    """
+    owner = torch.full((layout.page_bytes,), torch.iinfo(torch.int32).max)
+    tokens = torch.arange(layout.page_tokens)
+    for half in (layout.keys, layout.values):
+        for start, size in (
+            (half.codes_offset, half.format.code_bytes(layout.head_dim)),
+            (half.scales_offset, half.format.scale_bytes(layout.head_dim)),
+        ):
+            owner[start : start + size * len(tokens)] = tokens.repeat_interleave(size)
+        owner[half.group_offset : half.group_offset + half.format.group_bytes] = 0
+    return owner

@@ -68,12 +68,59 @@ def allocate_adaptive(
     return _best_counts(contested.reshape(1, -1), spare, contested.shape) + min_pages
 
 
+def allocate_behind(
+    scores: torch.Tensor,
+    taken: torch.Tensor,
+    total_pages: int,
+    page_tokens: int,
+    min_pages: int,
+    *,
+    per_layer: bool = False,
+) -> torch.Tensor:
+    """As :func:`allocate_adaptive`, of the tokens behind those that each head has placed already.
+
+    A page is worth the scores of its tokens. Where a head's last tokens do not fill a page it is
+    worth less, and a page of no token is given only when there is nothing else.
+
+    Args:
+        scores: float32 ``[L, H, T]``, finite.
+        taken: int64 ``[L, H]``, a head's tokens of the highest ranks, which have their place.
+        total_pages: pages to hand out.
+        page_tokens: tokens of a page.
+        min_pages: floor of every head.
+        per_layer: rank inside each layer; needs ``total_pages`` divisible by L.
+
+    Raises:
+        ValueError: if the floors exceed the total, or pages of no token would be many.
+    """
+    num_layers, num_heads, num_tokens = scores.shape
+    num_pages = -(-num_tokens // page_tokens)
+    num_all = num_layers * num_heads
+    _check_total(total_pages, num_all * min_pages, num_all * num_pages)
+    ranked = scores.sort(dim=-1, descending=True).values
+    ends = torch.zeros(num_layers, num_heads, num_tokens + 1, dtype=torch.float64)
+    ends = ends.to(scores.device)
+    torch.cumsum(ranked, -1, dtype=torch.float64, out=ends[..., 1:])
+    ranks = taken[..., None] + page_tokens * torch.arange(num_pages + 1, device=scores.device)
+    bounds = ends.gather(2, ranks.clamp(max=num_tokens))
+    worth = bounds.diff(dim=-1)
+    worth = torch.where(ranks[..., :-1] < num_tokens, worth, -torch.inf)
+    contested = worth[:, :, min_pages:]
+    spare = total_pages - num_all * min_pages
+    if per_layer:
+        if total_pages % num_layers:
+            raise ValueError(f"{total_pages} pages do not divide over {num_layers} layers")
+        counts = _best_counts(contested.flatten(1), spare // num_layers, contested.shape)
+        return counts + min_pages
+    return _best_counts(contested.reshape(1, -1), spare, contested.shape) + min_pages
+
+
 def allocate_from_fractions(
     fractions: torch.Tensor,
     importance: torch.Tensor,
     total_pages: int,
     min_pages: int,
-    num_pages: int,
+    num_pages: float,
     max_pages: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Give each head the share a profile says; the least important heads pay for what is missing.
@@ -88,14 +135,17 @@ def allocate_from_fractions(
         importance: float ``[L, H]``, order in which heads give and take; ties by position.
         total_pages: pages to hand out.
         min_pages: floor of every head.
-        num_pages: pages of a head before compression, of which it gets a share.
-        max_pages: int64 ``[L, H]``, what each head has; None: ``num_pages``.
+        num_pages: pages of a head before compression, of which it gets a share; not whole where a
+            head's tokens fill its last page in part.
+        max_pages: int64 ``[L, H]``, what each head has; None: ``num_pages``, whole.
 
     Raises:
         ValueError: if the floors exceed the total, or the total exceeds the pages there are.
     """
     most = (
-        torch.full_like(fractions, num_pages, dtype=torch.int64) if max_pages is None else max_pages
+        torch.full_like(fractions, int(num_pages), dtype=torch.int64)
+        if max_pages is None
+        else max_pages
     )
     most = most.flatten()
     _check_total(total_pages, most.numel() * min_pages, int(most.sum()))

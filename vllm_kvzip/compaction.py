@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from vllm_kvzip.quantization.pages import pack_pages
+from vllm_kvzip.quantization.rotation import rotate
+
 if TYPE_CHECKING:
-    from vllm_kvzip.core import KeepPlan
+    from vllm_kvzip.core import KeepPlan, QuantizedKeepPlan
+    from vllm_kvzip.quantization import Quantization
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,18 @@ class PageStore(Protocol):
         """
         ...
 
+    def quantize(
+        self, sources: torch.Tensor, keep: QuantizedKeepPlan, targets: torch.Tensor
+    ) -> None:
+        """Quantize KV pairs of one request into whole pages.
+
+        Args:
+            sources: int64 ``[L, H, n]``, the prompt's pages; only read.
+            keep: what each head keeps quantized.
+            targets: int64 ``[sum of pages]``, in the order of ``keep``.
+        """
+        ...
+
 
 class PackedPages:
     """A :class:`PageStore` over pages of N keys, then N values, each in an order of its own.
@@ -92,12 +108,20 @@ class PackedPages:
         codec: element order inside a page.
         block_size: N.
         head_dim: D.
+        quantization: how :meth:`quantize` writes pages; None where it is never called.
     """
 
     def __init__(
-        self, pages: torch.Tensor, codec: PageCodec, block_size: int, head_dim: int
+        self,
+        pages: torch.Tensor,
+        codec: PageCodec,
+        block_size: int,
+        head_dim: int,
+        quantization: Quantization | None = None,
     ) -> None:
         self.device = pages.device
+        self._bytes = pages.view(torch.uint8)
+        self._quantization = quantization
         keys, values = pages.view(len(pages), 2, block_size * head_dim).unbind(dim=1)
         self._keys = _HalfPages(keys, codec.key_order, block_size, head_dim)
         self._values = _HalfPages(values, codec.value_order, block_size, head_dim)
@@ -130,8 +154,7 @@ class PackedPages:
         Raises:
             ValueError: if a page is both source and target.
         """
-        if torch.isin(targets, sources).any():
-            raise ValueError("compaction must not write to the prompt's own pages")
+        _check_apart(sources, targets)
         num_heads = sources.shape[1]
         counts = keep.offsets.diff()
         heads = torch.arange(len(counts)).repeat_interleave(counts) % num_heads
@@ -142,6 +165,41 @@ class PackedPages:
             index = heads[tokens], keep.positions[tokens]
             kept = self.read_keys(pages)[index], self.read_values(pages)[index]
             self.write(targets[page_bounds[layer] : page_bounds[layer + 1]], *kept)
+
+    def quantize(
+        self, sources: torch.Tensor, keep: QuantizedKeepPlan, targets: torch.Tensor
+    ) -> None:
+        """See :class:`PageStore`; layer by layer.
+
+        Raises:
+            ValueError: if a page is both source and target.
+        """
+        _check_apart(sources, targets)
+        assert self._quantization is not None
+        layout = self._quantization.layout
+        bounds = [0, *keep.pages.sum(dim=1).cumsum(0).tolist()]
+        for layer, pages in enumerate(sources):
+            own = slice(bounds[layer], bounds[layer + 1])
+            if own.start == own.stop:
+                continue
+            heads = torch.arange(len(pages)).repeat_interleave(keep.pages[layer])[:, None]
+            positions = keep.positions[own]
+            keys, values = (
+                self._rows(read(pages)[heads, positions.clamp(min=0)], positions < 0)
+                for read in (self.read_keys, self.read_values)
+            )
+            self._bytes[targets[own]] = pack_pages(keys, values, layout)
+
+    def _rows(self, kept: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
+        """Tokens of some pages ``[n, Q, D]`` as they are quantized, ``[n * Q, D]``."""
+        assert self._quantization is not None
+        rows = kept.float().masked_fill_(empty[..., None], 0.0).flatten(0, 1)
+        return rotate(rows) if self._quantization.rotated else rows
+
+
+def _check_apart(sources: torch.Tensor, targets: torch.Tensor) -> None:
+    if torch.isin(targets, sources).any():
+        raise ValueError("compaction must not write to the prompt's own pages")
 
 
 class _HalfPages:

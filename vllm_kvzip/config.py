@@ -23,6 +23,12 @@ FLAG = "--kv-compression"
 CONFIG_FLAG = "--kv-compression-config"
 
 Budget = Literal["uniform", "profile", "retrieval", "adaptive", "adaptive-per-layer"]
+Mode = Literal["evict", "quantize", "mixed"]
+FormatName = Literal["nf4", "int4", "int8"]
+Rotation = Literal["auto", "hadamard", "none"]
+
+DEFAULT_RATIOS: dict[Mode, float] = {"evict": 0.5, "quantize": 1.0, "mixed": 0.5}
+QUANTIZED_SETTINGS = ("key_format", "value_format", "rotation")
 
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"", "0", "false", "no", "off"}
 
@@ -35,8 +41,29 @@ class KVzipConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    keep_ratio: float = Field(
-        0.5, gt=0, le=1, description="KV pairs kept / all KV pairs of the compressed prefix"
+    mode: Mode = Field(
+        "evict",
+        description="what becomes of a prompt's KV pairs: evict drops the rest, quantize keeps "
+        "what it keeps in fewer bits, mixed keeps the best as they are and the next ones quantized",
+    )
+    keep_ratio: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="KV pairs kept / all KV pairs of the compressed prefix; default 0.5, and 1.0 "
+        "in mode quantize",
+    )
+    keep_bytes_ratio: float | None = Field(
+        None, gt=0, le=1, description="bytes kept / all bytes, instead of keep_ratio"
+    )
+    full_share: float = Field(
+        0.25, gt=0, lt=1, description="mode mixed: share of the bytes for KV pairs kept as they are"
+    )
+    key_format: FormatName = Field("nf4", description="of quantized keys")
+    value_format: FormatName = Field("nf4", description="of quantized values")
+    rotation: Rotation = Field(
+        "auto",
+        description="spread outliers before quantizing; auto: where the head size allows it",
     )
     scorer: str | None = Field(
         None, description="what makes a KV pair important; default profile or keydiff"
@@ -79,6 +106,13 @@ class KVzipConfig(BaseModel):
         "auto times both when the engine starts",
     )
     seed: int = Field(0, description="seed of scorer random")
+
+    @property
+    def ratio(self) -> float:
+        """Kept / all: of bytes when ``keep_bytes_ratio`` is given, else of KV pairs."""
+        if self.keep_bytes_ratio is not None:
+            return self.keep_bytes_ratio
+        return DEFAULT_RATIOS[self.mode] if self.keep_ratio is None else self.keep_ratio
 
 
 def is_enabled(
@@ -132,12 +166,14 @@ def load_config(
                 origin[key] = VARIABLE_PREFIX + key.upper()
     _refuse_unknown(merged, origin)
     try:
-        return KVzipConfig.model_validate(merged)
+        config = KVzipConfig.model_validate(merged)
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])
         reason = first["msg"][0].lower() + first["msg"][1:]
         raise ConfigError(f"{origin[key]}: {key}={first['input']!r} is wrong, {reason}.") from error
+    _refuse_contradictions(config, origin)
+    return config
 
 
 def merge_flag(
@@ -185,6 +221,24 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, str]:
         for name, value in environ.items()
         if name.startswith(VARIABLE_PREFIX) and name != ENABLED_VARIABLE
     }
+
+
+def _refuse_contradictions(config: KVzipConfig, origin: Mapping[str, str]) -> None:
+    """Refuse settings that exclude each other, or that have no effect in this mode."""
+    if "keep_ratio" in origin and "keep_bytes_ratio" in origin:
+        raise ConfigError(
+            f"{origin['keep_bytes_ratio']}: keep_bytes_ratio stands in place of keep_ratio; "
+            f"give one of them."
+        )
+    idle = [name for name in QUANTIZED_SETTINGS if config.mode == "evict"]
+    idle += ["full_share"] if config.mode != "mixed" else []
+    for name in idle:
+        if name in origin:
+            fitting = "mixed" if name == "full_share" else "quantize or mixed"
+            raise ConfigError(
+                f"{origin[name]}: {name} has no effect in mode {config.mode}; "
+                f"set mode to {fitting}."
+            )
 
 
 def _refuse_unknown(merged: Mapping[str, Any], origin: Mapping[str, str]) -> None:

@@ -46,6 +46,8 @@ class PrefixPlan:
         start_blocks: blocks of the prefix that an earlier compression covered; 0 for a raw prefix.
         held_blocks: blocks that hold what it kept of them.
         is_round: one compression among others while a long prompt is read, not the last.
+        num_quantized_blocks: of the compressed blocks the last ones, which hold quantized pages.
+        quantized_page_tokens: tokens of such a page.
     """
 
     boundary_tokens: int
@@ -56,6 +58,23 @@ class PrefixPlan:
     start_blocks: int = 0
     held_blocks: int = 0
     is_round: bool = False
+    num_quantized_blocks: int = 0
+    quantized_page_tokens: int = 0
+
+    @property
+    def num_full_blocks(self) -> int:
+        """Compressed blocks that hold KV pairs as they are."""
+        return self.num_compressed_blocks - self.num_quantized_blocks
+
+    @property
+    def quantized_tokens(self) -> int:
+        """Tokens a head keeps quantized, on average.
+
+        A head that keeps everything may fill its last page in part, so it can be fewer.
+        """
+        block_tokens = self.boundary_tokens // self.num_prefix_blocks
+        left = self.boundary_tokens - self.num_full_blocks * block_tokens
+        return min(self.num_quantized_blocks * self.quantized_page_tokens, left)
 
     @property
     def num_freed_blocks(self) -> int:
@@ -70,9 +89,18 @@ class PrefixPlan:
 
     @property
     def share(self) -> float:
-        """Kept / all KV pairs, as asked for or as the prefill budget allows."""
-        fitting = self.num_compressed_blocks / self.num_prefix_blocks
-        return fitting if self.is_round else min(self.keep_ratio, fitting)
+        """Kept / all KV pairs of either tier, as asked for or as the prefill budget allows."""
+        full = self.num_full_blocks / self.num_prefix_blocks
+        if self.num_quantized_blocks:
+            return full + self.quantized_tokens / self.boundary_tokens
+        return full if self.is_round else min(self.keep_ratio, full)
+
+    @property
+    def full_share(self) -> float:
+        """KV pairs that are kept as they are / all."""
+        if not self.num_quantized_blocks:
+            return self.share
+        return self.num_full_blocks / self.num_prefix_blocks
 
 
 @dataclass(frozen=True)
@@ -131,6 +159,20 @@ class KeepPlan:
 
 
 @dataclass(frozen=True)
+class QuantizedKeepPlan:
+    """Which KV pairs each head keeps quantized; heads are ordered (layer, KV head).
+
+    Attributes:
+        positions: int64 ``[sum of pages, Q]``, the tokens of each page, ascending inside a head;
+            -1 behind the last token of a head that has no more.
+        pages: int64 ``[L, H]``, quantized head pages of each head.
+    """
+
+    positions: torch.Tensor
+    pages: torch.Tensor
+
+
+@dataclass(frozen=True)
 class CompressedPrefix:
     """Where the kept KV pairs of one request lie.
 
@@ -139,17 +181,29 @@ class CompressedPrefix:
         pages: int64 ``[L, H]``, head pages of each head.
         scores: float32 ``[sum of pages * N]`` in the same order, of the kept pairs; None unless
             they will compete with later ones.
+        quantized_page_ids, quantized_pages: the same of the quantized tier; None without one. A
+            head's quantized pages are full, but where it keeps everything.
     """
 
     page_ids: torch.Tensor
     pages: torch.Tensor
     scores: torch.Tensor | None = None
+    quantized_page_ids: torch.Tensor | None = None
+    quantized_pages: torch.Tensor | None = None
 
     @cached_property
     def offsets(self) -> torch.Tensor:
         """Where the pages of each head begin, int32 ``[L * H + 1]``."""
         ends = self.pages.flatten().cumsum(0)
         return torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
+
+    @cached_property
+    def quantized_offsets(self) -> torch.Tensor:
+        """Where the quantized pages of each head begin, behind all others; like ``offsets``."""
+        if self.quantized_pages is None:
+            return self.offsets[-1:].expand_as(self.offsets)
+        ends = self.quantized_pages.flatten().cumsum(0)
+        return self.offsets[-1] + torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
 
     @cached_property
     def padded(self) -> torch.Tensor:

@@ -22,7 +22,7 @@ DIRECTORY_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 _writer_numbers = itertools.count()
 
-STAGES = ("score", "select", "compact")
+STAGES = ("score", "select", "compact", "quantize")
 SKIP_REASONS = (
     "below_min_prompt_tokens",
     "below_min_output_tokens",

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_kvzip import budgeting
+from vllm_kvzip.allocation import PageAllocator
 from vllm_kvzip.clocks import HostClock, Stopwatch
 from vllm_kvzip.core import CacheGeometry, CompressedPrefix, LayerInputs, PrefixPlan
 from vllm_kvzip.head_pages import PagePool, deal_pages
-from vllm_kvzip.selection import protect, select
+from vllm_kvzip.selection import check_scores, protect, rank, select, take_behind, take_best
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -73,17 +73,8 @@ class Compressor:
         self._pool = pool
         self._store = store
         self._rule = rule
-        self._budget = budget
         self._seed = seed
-        self._head_fractions = None
-        if budget in ("profile", "retrieval"):
-            assert head_fractions is not None
-            self._head_fractions = head_fractions
-            self._head_importance = torch.tensor(head_importance, dtype=torch.float64)
-            wanted = (geometry.num_layers, geometry.num_kv_heads)
-            if self._head_importance.shape != wanted:
-                found = tuple(self._head_importance.shape)
-                raise ValueError(f"profile of {found} heads, not {wanted}")
+        self._allocator = PageAllocator(geometry, rule, budget, head_fractions, head_importance)
 
     def compress(
         self,
@@ -115,9 +106,11 @@ class Compressor:
         stages = Stopwatch(self._clock, STAGES)
         geometry = self._geometry
         sources = self._pool.page_ids(self._on_device(source_blocks))  # [L, H, nb]
-        total = plan.num_compressed_blocks * geometry.pages_per_block
         with stages.stage("score"):
             scores = self._score(sources, plan, observation_queries, reconstruction, scale, seed)
+        if plan.num_quantized_blocks:
+            return self._in_tiers(sources, scores, target_blocks, plan, stages), stages
+        total = plan.num_compressed_blocks * geometry.pages_per_block
         with stages.stage("select"):
             available = None
             if earlier is not None:
@@ -125,7 +118,7 @@ class Compressor:
                 sources, scores = _behind(earlier, sources, scores, geometry.block_size)
             num_sinks, num_recent = self._rule.protected_in_prefix(plan.boundary_tokens)
             ranked = protect(scores, num_sinks, num_recent)
-            budgets = self._to_device(self._allocate(ranked, plan, available))
+            budgets = self._to_device(self._allocator.full(ranked, plan, available))
             keep = select(scores, budgets, geometry.block_size, num_sinks, num_recent, total)
             kept_scores = None
             if self._rule.prefill_blocks is not None:
@@ -138,6 +131,43 @@ class Compressor:
             targets = deal_pages(self._on_device(target_blocks), total, self._pool)
             self._store.compact(sources, keep, targets)
         return CompressedPrefix(targets, budgets, kept_scores), stages
+
+    def _in_tiers(
+        self,
+        sources: torch.Tensor,
+        scores: torch.Tensor,
+        target_blocks: Sequence[int],
+        plan: PrefixPlan,
+        stages: Stopwatch,
+    ) -> CompressedPrefix:
+        """Each head's best tokens as they are, the next ones quantized, the rest dropped."""
+        geometry, page_tokens = self._geometry, plan.quantized_page_tokens
+        num_full = plan.num_full_blocks * geometry.pages_per_block
+        num_quantized = plan.num_quantized_blocks * geometry.pages_per_block
+        with stages.stage("select"):
+            if scores.device.type == "cpu":
+                check_scores(scores)
+            num_sinks, num_recent = self._rule.protected_in_prefix(plan.boundary_tokens)
+            ranked = protect(scores, num_sinks, num_recent)
+            full = self._to_device(self._allocator.full(ranked, plan))
+            quantized = self._to_device(self._allocator.quantized(ranked, full, plan))
+            order = rank(scores, num_sinks, num_recent)
+            keep = take_best(order, full, geometry.block_size, num_full)
+            taken = full * geometry.block_size
+            behind = take_behind(order, taken, quantized, page_tokens, num_quantized)
+            targets = deal_pages(
+                self._on_device(target_blocks), num_full + num_quantized, self._pool
+            )
+        with stages.stage("compact"):
+            self._store.compact(sources, keep, targets[:num_full])
+        with stages.stage("quantize"):
+            self._store.quantize(sources, behind, targets[num_full:])
+        return CompressedPrefix(
+            targets[:num_full],
+            full,
+            quantized_page_ids=targets[num_full:],
+            quantized_pages=quantized,
+        )
 
     def _on_device(self, blocks: Sequence[int]) -> torch.Tensor:
         """Block ids as int64, without waiting for the device."""
@@ -183,37 +213,6 @@ class Compressor:
             )
             scores[layer] = self._scorer.score_layer(inputs)
         return scores
-
-    def _allocate(
-        self, scores: torch.Tensor, plan: PrefixPlan, available: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Head pages per head, int64 ``[L, H]``; every page of the reserved blocks is used.
-
-        ``available`` says how many pages each head has to choose from; None: all its tokens.
-        """
-        geometry = self._geometry
-        total = plan.num_compressed_blocks * geometry.pages_per_block
-        min_pages = self._rule.min_pages_per_head(plan.boundary_tokens)
-        if self._budget in ("adaptive", "adaptive-per-layer"):
-            return budgeting.allocate_adaptive(
-                scores,
-                total,
-                geometry.block_size,
-                min_pages,
-                max_pages=available,
-                per_layer=self._budget == "adaptive-per-layer",
-            )
-        if self._head_fractions is not None:
-            fractions = torch.tensor(self._head_fractions(plan.share), dtype=torch.float64)
-            return budgeting.allocate_from_fractions(
-                fractions,
-                self._head_importance,
-                total,
-                min_pages,
-                plan.num_prefix_blocks,
-                None if available is None else available.cpu(),
-            )
-        return budgeting.allocate_uniform(total, geometry.num_layers, geometry.num_kv_heads)
 
 
 def _behind(

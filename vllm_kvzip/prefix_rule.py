@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 from vllm_kvzip import request_options
 from vllm_kvzip.core import PrefixPlan
+from vllm_kvzip.tiers import TierBlocks, TierRule
 
 if TYPE_CHECKING:
     from vllm_kvzip.request_options import RequestOptions
 
-_EPSILON = 1e-9  # 0.3 * 10 is 3.0000000000000004 in floating point, and must stay 3 blocks
 _SPARE_BLOCKS = 2  # vLLM's null block, and one for tokens behind the prompt
 
 
@@ -32,7 +32,8 @@ class PrefixRule:
     prompt with the same first tokens and the same keep ratio can share it.
 
     Attributes:
-        keep_ratio: kept / all KV pairs of the prefix, in (0, 1]; a request may name its own.
+        keep_ratio: kept / all KV pairs of the prefix, or bytes where ``tiers`` says so, in (0, 1];
+            a request may name its own.
         min_prompt_tokens: shorter prompts, or declared contexts, are left alone.
         sink_tokens: first tokens of the prefix that every head keeps.
         recent_tokens: last tokens of the prefix that every head keeps.
@@ -42,6 +43,7 @@ class PrefixRule:
         prefill_blocks: the prefill budget in blocks; None reads every prompt raw.
         pool_blocks: blocks of the whole pool; a prompt that would not fit into it together with
             its compressed prefix is left alone. None: not known.
+        tiers: how a keep ratio becomes blocks; None: all of them hold KV pairs as they are.
     """
 
     keep_ratio: float
@@ -52,6 +54,7 @@ class PrefixRule:
     min_output_tokens: int = 0
     prefill_blocks: int | None = None
     pool_blocks: int | None = None
+    tiers: TierRule | None = None
 
     def plan(
         self, num_prompt_tokens: int, options: RequestOptions = request_options.DEFAULT
@@ -66,12 +69,15 @@ class PrefixRule:
             return None
         num_blocks = self._num_prefix_blocks(num_prompt_tokens, options)
         boundary = num_blocks * self.block_size
+        blocks = self._compressed_blocks(num_blocks, options)
         return PrefixPlan(
             boundary_tokens=boundary,
             num_prefix_blocks=num_blocks,
-            num_compressed_blocks=self._num_compressed_blocks(num_blocks, options),
+            num_compressed_blocks=blocks.total,
             ready_tokens=num_prompt_tokens if options.context_tokens is None else boundary,
             keep_ratio=self.wanted_ratio(options),
+            num_quantized_blocks=blocks.quantized,
+            quantized_page_tokens=self.tiers.page_tokens if self.tiers and blocks.quantized else 0,
         )
 
     def next_plan(
@@ -187,12 +193,12 @@ class PrefixRule:
         num_output = options.max_output_tokens
         if context is None and num_output is not None and num_output < self.min_output_tokens:
             return "below_min_output_tokens"
-        num_compressed = self._num_compressed_blocks(num_blocks, options)
-        is_check = self.keep_ratio == self.wanted_ratio(options) == 1
-        if num_compressed >= num_blocks and not is_check:
+        blocks = self._compressed_blocks(num_blocks, options)
+        is_check = self.keep_ratio == self.wanted_ratio(options) == 1 and not blocks.quantized
+        if blocks.total >= num_blocks and not is_check:
             return "nothing_to_free"
         if self.pool_blocks is not None and self.prefill_blocks is None:
-            crossing = ceil(num_prompt_tokens / self.block_size) + num_compressed
+            crossing = ceil(num_prompt_tokens / self.block_size) + blocks.total
             if crossing > self.pool_blocks - _SPARE_BLOCKS:
                 return "no_room"
         return None
@@ -207,19 +213,21 @@ class PrefixRule:
         return num_sinks, min(self.recent_tokens, boundary_tokens - num_sinks)
 
     def min_pages_per_head(self, boundary_tokens: int) -> int:
-        """Head pages that every head needs for its protected tokens, at least one."""
+        """Ordinary head pages that every head needs for its protected tokens, at least one."""
         return max(1, ceil(sum(self.protected_in_prefix(boundary_tokens)) / self.block_size))
 
     def max_compressed_blocks(self, max_tokens: int) -> int:
         """The most blocks any prompt of up to ``max_tokens`` tokens needs, unless it says more."""
-        return self._num_compressed_blocks(max_tokens // self.block_size, request_options.DEFAULT)
+        return self._compressed_blocks(max_tokens // self.block_size, request_options.DEFAULT).total
 
     def _num_prefix_blocks(self, num_prompt_tokens: int, options: RequestOptions) -> int:
         end = num_prompt_tokens if options.context_tokens is None else options.context_tokens
         return min(end, num_prompt_tokens) // self.block_size
 
-    def _num_compressed_blocks(self, num_blocks: int, options: RequestOptions) -> int:
-        wanted = ceil(self.wanted_ratio(options) * num_blocks - _EPSILON)
-        floor = self.min_pages_per_head(num_blocks * self.block_size)
-        count = min(num_blocks, max(wanted, floor))
-        return count if self.prefill_blocks is None else min(count, self.prefill_blocks)
+    def _compressed_blocks(self, num_blocks: int, options: RequestOptions) -> TierBlocks:
+        tiers = self.tiers or TierRule("evict", self.block_size)
+        num_protected = sum(self.protected_in_prefix(num_blocks * self.block_size))
+        blocks = tiers.blocks(self.wanted_ratio(options), num_blocks, num_protected)
+        if self.prefill_blocks is None:
+            return blocks
+        return TierBlocks(min(blocks.full, self.prefill_blocks), blocks.quantized)

@@ -7,9 +7,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_kvzip.kernels.compaction import compact_pages
+from vllm_kvzip.kernels.quantized_pages import quantize_pages
+from vllm_kvzip.quantization.rotation import rotate
 
 if TYPE_CHECKING:
-    from vllm_kvzip.core import KeepPlan
+    from vllm_kvzip.core import KeepPlan, QuantizedKeepPlan
+    from vllm_kvzip.quantization import Quantization
+
+
+PAGES_AT_ONCE = 2048
+"""Quantized pages that are filled by one launch; bounds what lies in float32 beside the cache."""
 
 
 class RowPages:
@@ -19,10 +26,19 @@ class RowPages:
         pages: ``[num_pages, N * 2 * D]``, the pool; written in place.
         block_size: N.
         head_dim: D.
+        quantization: how :meth:`quantize` writes pages; None where it is never called.
     """
 
-    def __init__(self, pages: torch.Tensor, block_size: int, head_dim: int) -> None:
+    def __init__(
+        self,
+        pages: torch.Tensor,
+        block_size: int,
+        head_dim: int,
+        quantization: Quantization | None = None,
+    ) -> None:
         self.device = pages.device
+        self._bytes = pages.view(torch.uint8)
+        self._quantization = quantization
         rows = pages.view(len(pages), block_size, 2, head_dim)
         self._keys, self._values = rows[:, :, 0], rows[:, :, 1]
 
@@ -50,3 +66,32 @@ class RowPages:
             heads.repeat_interleave(keep.pages.flatten(), output_size=len(targets)),
             targets.to(torch.int32),
         )
+
+    def quantize(
+        self, sources: torch.Tensor, keep: QuantizedKeepPlan, targets: torch.Tensor
+    ) -> None:
+        """See :meth:`~vllm_kvzip.compaction.PageStore.quantize`; some pages at a time."""
+        assert self._quantization is not None
+        layout, code_book = self._quantization.layout, self._quantization.code_book
+        if code_book is not None:
+            code_book = code_book.to(self.device, non_blocking=True)
+        by_head = sources.flatten(0, 1)
+        heads = torch.arange(len(by_head), device=self.device)
+        heads = heads.repeat_interleave(keep.pages.flatten(), output_size=len(targets))
+        page_tokens, block_size = layout.page_tokens, self._keys.shape[1]
+        for first in range(0, len(targets), PAGES_AT_ONCE):
+            part = slice(first, first + PAGES_AT_ONCE)
+            positions = keep.positions[part]
+            index = positions.clamp(min=0)
+            pages = by_head[heads[part, None], index // block_size]
+            keys, values = (
+                self._rotated(half[pages, index % block_size].flatten(0, 1))
+                for half in (self._keys, self._values)
+            )
+            rows = torch.arange(positions.numel(), device=self.device).view(-1, page_tokens)
+            rows = torch.where(positions < 0, -1, rows)
+            quantize_pages(keys, values, rows, self._bytes, targets[part], layout, code_book)
+
+    def _rotated(self, rows: torch.Tensor) -> torch.Tensor:
+        assert self._quantization is not None
+        return rotate(rows) if self._quantization.rotated else rows

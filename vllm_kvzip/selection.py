@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_kvzip.core import KeepPlan
+from vllm_kvzip.core import KeepPlan, QuantizedKeepPlan
 
 
 def protect(scores: torch.Tensor, num_sinks: int, num_recent: int) -> torch.Tensor:
@@ -24,6 +24,24 @@ def protect(scores: torch.Tensor, num_sinks: int, num_recent: int) -> torch.Tens
     if num_recent:
         protected[:, :, -num_recent:] = best
     return protected
+
+
+def rank(scores: torch.Tensor, num_sinks: int, num_recent: int) -> torch.Tensor:
+    """Each head's tokens from the best to the worst; protected ones first, ties to the earlier.
+
+    Args:
+        scores: float32 ``[L, H, T]``.
+        num_sinks, num_recent: protected tokens at either end.
+
+    Returns:
+        int64 ``[L * H, T]``.
+    """
+    num_tokens = scores.shape[-1]
+    ranked = scores.reshape(-1, num_tokens).clone()
+    ranked[:, :num_sinks] = float("inf")
+    if num_recent:
+        ranked[:, num_tokens - num_recent :] = float("inf")
+    return ranked.argsort(dim=-1, descending=True, stable=True)
 
 
 def select(
@@ -47,22 +65,62 @@ def select(
     Raises:
         ValueError: if a score is NaN, a head has no page, or more pages than tokens.
     """
-    num_tokens = scores.shape[-1]
     budgets = (pages * block_size).flatten()
     if total_pages is None or scores.device.type == "cpu":
         _check(scores, budgets, num_sinks + num_recent)
-    ranked = scores.reshape(-1, num_tokens).clone()
-    ranked[:, :num_sinks] = float("inf")
-    if num_recent:
-        ranked[:, num_tokens - num_recent :] = float("inf")
-    order = ranked.argsort(dim=-1, descending=True, stable=True)
-    tokens = torch.arange(num_tokens, device=scores.device)
-    kept = torch.zeros(ranked.shape, dtype=torch.bool, device=scores.device)
+    order = rank(scores, num_sinks, num_recent)
+    return take_best(order, pages, block_size, total_pages)
+
+
+def take_best(
+    order: torch.Tensor, pages: torch.Tensor, block_size: int, total_pages: int | None = None
+) -> KeepPlan:
+    """Per head, the first tokens of an order that fill its pages.
+
+    Args:
+        order: int64 ``[L * H, T]``, of :func:`rank`.
+        pages, block_size, total_pages: see :func:`select`.
+    """
+    budgets = (pages * block_size).flatten()
+    tokens = torch.arange(order.shape[1], device=order.device)
+    kept = torch.zeros(order.shape, dtype=torch.bool, device=order.device)
     kept.scatter_(1, order, tokens < budgets[:, None])
-    offsets = torch.zeros(len(budgets) + 1, dtype=torch.int64, device=scores.device)
+    offsets = torch.zeros(len(budgets) + 1, dtype=torch.int64, device=order.device)
     torch.cumsum(budgets, 0, out=offsets[1:])
     total = block_size * (int(pages.sum()) if total_pages is None else total_pages)
     return KeepPlan(positions=_positions(kept, total), offsets=offsets, pages=pages)
+
+
+def take_behind(
+    order: torch.Tensor,
+    taken: torch.Tensor,
+    pages: torch.Tensor,
+    page_tokens: int,
+    total_pages: int,
+) -> QuantizedKeepPlan:
+    """Per head, the tokens of an order that fill its quantized pages, behind those placed already.
+
+    Args:
+        order: int64 ``[L * H, T]``, of :func:`rank`.
+        taken: int64 ``[L, H]``, how many of each head's tokens are placed.
+        pages: int64 ``[L, H]``, quantized pages of each head; may hold more than is left.
+        page_tokens: Q.
+        total_pages: sum of ``pages``.
+    """
+    rows, num_tokens = order.shape
+    first = taken.reshape(-1, 1)
+    ranks = torch.arange(num_tokens, device=order.device)
+    chosen = (ranks >= first) & (ranks < first + pages.reshape(-1, 1) * page_tokens)
+    kept = torch.zeros(order.shape, dtype=torch.bool, device=order.device)
+    kept.scatter_(1, order, chosen)
+    ends = (pages.flatten() * page_tokens).cumsum(0)
+    starts = ends - pages.flatten() * page_tokens  # of each head's tokens in the plan
+    total = total_pages * page_tokens
+    place = starts[:, None] + kept.cumsum(dim=1) - 1
+    place = torch.where(kept, place, total).flatten()  # what is not kept goes behind the end
+    columns = ranks.expand(rows, num_tokens).flatten()
+    positions = place.new_full((total + 1,), -1).scatter_(0, place, columns)[:total]
+    return QuantizedKeepPlan(positions.view(total_pages, page_tokens), pages)
 
 
 def _positions(kept: torch.Tensor, total: int) -> torch.Tensor:
@@ -78,10 +136,19 @@ def _positions(kept: torch.Tensor, total: int) -> torch.Tensor:
     return place.new_empty(total + 1).scatter_(0, place, columns)[:total]
 
 
-def _check(scores: torch.Tensor, budgets: torch.Tensor, num_protected: int) -> None:
-    num_tokens = scores.shape[-1]
+def check_scores(scores: torch.Tensor) -> None:
+    """Refuse scores that cannot be ranked.
+
+    Raises:
+        ValueError: if one is NaN.
+    """
     if torch.isnan(scores).any():
         raise ValueError("a scorer returned NaN")
+
+
+def _check(scores: torch.Tensor, budgets: torch.Tensor, num_protected: int) -> None:
+    num_tokens = scores.shape[-1]
+    check_scores(scores)
     least, most = int(budgets.min()), int(budgets.max())
     if least < max(1, num_protected) or most > num_tokens:
         raise ValueError(

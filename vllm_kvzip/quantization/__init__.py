@@ -1,10 +1,12 @@
 """Head pages with fewer bits per value, so that a page of the same bytes holds more tokens.
 
 One format a file; ``base.py`` has the contract, ``layout.py`` says what lies where in a page,
-``pages.py`` fills and reads pages, and ``rotation.py`` spreads outliers beforehand.
+``pages.py`` fills and reads pages, ``rotation.py`` spreads outliers beforehand, and ``choice.py``
+goes from names to all of it.
 """
 
 from vllm_kvzip.quantization.base import Encoded, Format
+from vllm_kvzip.quantization.choice import Quantization, choose_quantization, create_format
 from vllm_kvzip.quantization.int4 import Int4
 from vllm_kvzip.quantization.int8 import Int8
 from vllm_kvzip.quantization.layout import HalfPage, PageLayout
@@ -20,6 +22,9 @@ __all__ = [
     "Int8",
     "NormalFloat4",
     "PageLayout",
+    "Quantization",
+    "choose_quantization",
+    "create_format",
     "pack_pages",
     "rotate",
     "rotate_back",

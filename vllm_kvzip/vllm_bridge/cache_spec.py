@@ -49,7 +49,7 @@ class HeadPageSpec(FullAttentionSpec):
         return replace_as(
             spec,
             cls,
-            rule=settings.rule(spec.block_size),
+            rule=settings.rule(spec.block_size, spec.head_size, spec.dtype.itemsize),
             num_layers=num_layers,
             num_ranks=num_ranks,
             metrics_directory=settings.metrics_directory,

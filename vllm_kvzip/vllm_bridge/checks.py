@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+    from vllm_kvzip.config import KVzipConfig, Mode
+
 STOCK_WORKERS = ("auto", "vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker")
 GPU_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
 GPU_BLOCK_SIZES = (16, 32, 64, 128)
@@ -66,11 +68,14 @@ def model_fingerprint(vllm_config: VllmConfig) -> ModelFingerprint:
     )
 
 
-def check_prefill_budget(vllm_config: VllmConfig, scorer: str, scores_last: bool) -> None:
+def check_prefill_budget(
+    vllm_config: VllmConfig, mode: Mode, scorer: str, scores_last: bool
+) -> None:
     """Refuse what cannot be combined with a prefill budget.
 
     Args:
         vllm_config: of the engine.
+        mode: of compression.
         scorer: its name.
         scores_last: see :class:`~vllm_kvzip.scoring.Scorer`.
 
@@ -82,6 +87,11 @@ def check_prefill_budget(vllm_config: VllmConfig, scorer: str, scores_last: bool
             f"Scorer {scorer} does not work with prefill_budget: its scores of one part of a "
             f"prompt cannot be compared with those of another; choose keydiff, surrogate or "
             f"profile."
+        )
+    if mode != "evict":
+        raise ConfigError(
+            f"prefill_budget works with mode evict only, because KV pairs that were quantized "
+            f"cannot compete with new ones; remove prefill_budget or mode {mode}."
         )
     if vllm_config.speculative_config is not None:
         raise ConfigError(
@@ -219,13 +229,17 @@ def default_gpu_backend(vllm_config: VllmConfig) -> AttentionBackendEnum:
     return AttentionBackendEnum.FLASH_ATTN if flash else AttentionBackendEnum.TRITON_ATTN
 
 
-def check_attention_kernel(attention_kernel: str) -> None:
+def check_attention_kernel(config: KVzipConfig) -> None:
     """Refuse a choice where there is none.
 
     Raises:
         ConfigError: naming the setting.
     """
-    if attention_kernel != "auto" and current_platform.is_cpu():
+    kernel = config.attention_kernel
+    if kernel != "auto" and current_platform.is_cpu():
+        raise ConfigError(f"attention_kernel {kernel} is a choice for GPUs; remove it on the CPU.")
+    if kernel == "vllm" and config.mode != "evict":
         raise ConfigError(
-            f"attention_kernel {attention_kernel} is a choice for GPUs; remove it on the CPU."
+            f"attention_kernel vllm cannot read the quantized pages of mode {config.mode}; set it "
+            f"to auto or triton."
         )

@@ -30,7 +30,7 @@ from vllm.utils import random_uuid
 from vllm_kvzip.prefix_rule import PrefixRule
 from vllm_kvzip.request_options import CONTEXT_TOKENS, KEEP_RATIO, RequestOptions
 from vllm_kvzip.vllm_bridge.requests import checksum, prefix_seed
-from vllm_kvzip.vllm_bridge.settings import KEY, Settings
+from vllm_kvzip.vllm_bridge.settings import KEY, Settings, cache_shape
 
 PATH = "/v1/kvzip/contexts"
 
@@ -115,7 +115,8 @@ async def compress_context(body: ContextRequest, raw_request: Request) -> JSONRe
     begin = time.perf_counter()
     engine, settings = _engine(raw_request)
     cache = engine.vllm_config.cache_config
-    rule = dataclasses.replace(settings.rule(cache.block_size), pool_blocks=cache.num_gpu_blocks)
+    rule = settings.rule(*cache_shape(engine.vllm_config))
+    rule = dataclasses.replace(rule, pool_blocks=cache.num_gpu_blocks)
     if not cache.enable_prefix_caching:
         raise VLLMValidationError(
             "Prefix caching is off on this server, so no compressed context can be kept; start "

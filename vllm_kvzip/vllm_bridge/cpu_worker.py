@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from vllm_kvzip.clocks import Clock
     from vllm_kvzip.compaction import PageStore
+    from vllm_kvzip.quantization import Quantization
     from vllm_kvzip.vllm_bridge.batches import Batcher
     from vllm_kvzip.vllm_bridge.cache_spec import HeadPageSpec
     from vllm_kvzip.vllm_bridge.head_page_cache import HeadPageCache
@@ -33,10 +34,16 @@ class HeadPageCPUWorker(HeadPageWorker, CPUWorker):
     clock: ClassVar[Clock] = HostClock()
     score_columns = staticmethod(scores_from_normaliser)
 
-    def page_store(self, pages: torch.Tensor, spec: HeadPageSpec, builders: list[Any]) -> PageStore:
+    def page_store(
+        self,
+        pages: torch.Tensor,
+        spec: HeadPageSpec,
+        builders: list[Any],
+        quantization: Quantization | None,
+    ) -> PageStore:
         """See :class:`HeadPageWorker`; the kernel packs elements in an order that is found out."""
         codec = discover_codec(spec.block_size, spec.head_size, spec.dtype, builders[0].isa)
-        return PackedPages(pages, codec, spec.block_size, spec.head_size)
+        return PackedPages(pages, codec, spec.block_size, spec.head_size, quantization)
 
     def attach(self, cache: HeadPageCache, builders: list[Any]) -> Batcher:
         """See :class:`HeadPageWorker`."""

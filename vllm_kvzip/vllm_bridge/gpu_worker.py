@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from vllm_kvzip.clocks import Clock
     from vllm_kvzip.compaction import PageStore
+    from vllm_kvzip.quantization import Quantization
     from vllm_kvzip.vllm_bridge.batches import Batcher
     from vllm_kvzip.vllm_bridge.cache_spec import HeadPageSpec
     from vllm_kvzip.vllm_bridge.head_page_cache import HeadPageCache
@@ -80,9 +81,15 @@ class TritonPath(HeadPageWorker):
         logger.info("KV compression sets %.2f GiB aside for its own tensors.", needed / 2**30)
         return max(0, available - needed)
 
-    def page_store(self, pages: torch.Tensor, spec: HeadPageSpec, builders: list[Any]) -> PageStore:
+    def page_store(
+        self,
+        pages: torch.Tensor,
+        spec: HeadPageSpec,
+        builders: list[Any],
+        quantization: Quantization | None,
+    ) -> PageStore:
         """See :class:`HeadPageWorker`; a row holds a token's key and value."""
-        return RowPages(pages, spec.block_size, spec.head_size)
+        return RowPages(pages, spec.block_size, spec.head_size, quantization)
 
     def attach(self, cache: HeadPageCache, builders: list[Any]) -> Batcher:
         """See :class:`HeadPageWorker`; chooses whose kernel attends over compressed prefixes."""

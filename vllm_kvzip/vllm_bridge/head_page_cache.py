@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from vllm_kvzip.compaction import PageStore
     from vllm_kvzip.core import CacheGeometry
     from vllm_kvzip.head_pages import PagePool
+    from vllm_kvzip.quantization import Quantization
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class HeadPageCache:
         pages: ``[num_pages, 2 * N * D]``, vLLM's cache without a copy.
         store: reads and compacts them.
         layer_index: vLLM's layer name -> layer.
+        quantization: how quantized pages are written; None where there are none.
     """
 
     geometry: CacheGeometry
@@ -30,3 +32,4 @@ class HeadPageCache:
     pages: torch.Tensor
     store: PageStore
     layer_index: dict[str, int]
+    quantization: Quantization | None = None

@@ -25,7 +25,7 @@ from vllm_kvzip.vllm_bridge.checks import (
     default_gpu_backend,
     model_fingerprint,
 )
-from vllm_kvzip.vllm_bridge.settings import KEY, Settings
+from vllm_kvzip.vllm_bridge.settings import KEY, Settings, cache_shape
 from vllm_kvzip.vllm_bridge.versions import check_version, untested_warning
 
 if TYPE_CHECKING:
@@ -81,11 +81,11 @@ def configure(vllm_config: VllmConfig, config: KVzipConfig) -> None:
     """
     check_version()
     check_supported(vllm_config)
-    check_attention_kernel(config.attention_kernel)
+    check_attention_kernel(config)
     if warning := untested_warning():
         logger.warning(warning)
     settings = _resolve(vllm_config, config)
-    settings.prefill_blocks(vllm_config.cache_config.block_size)  # refuses one that is too small
+    settings.rule(*cache_shape(vllm_config))  # refuses what does not suit this cache
     from vllm_kvzip.vllm_bridge.admission import check_requests
 
     check_requests()
@@ -123,7 +123,7 @@ def _resolve(vllm_config: VllmConfig, config: KVzipConfig) -> Settings:
     if path is None:
         _refuse_what_needs_a_profile(scorer, scorer_type, budget)
     if config.prefill_budget is not None:
-        check_prefill_budget(vllm_config, scorer, scorer_type.scores_last)
+        check_prefill_budget(vllm_config, config.mode, scorer, scorer_type.scores_last)
     if repeats := scorer_type.needs_reconstruction:
         check_scoring_passes(vllm_config, scorer)
     surrogate = None

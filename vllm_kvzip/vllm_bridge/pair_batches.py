@@ -14,6 +14,7 @@ import torch
 from vllm_kvzip.head_pages import HeadPageTable
 from vllm_kvzip.vllm_bridge.batches import SplitBatch
 from vllm_kvzip.vllm_bridge.cpu_attention import PairBatch
+from vllm_kvzip.vllm_bridge.tiered_batches import QuantizedTier, TieredBatch, TieredReader
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,6 +38,7 @@ class _Members:
         surplus: int32 ``[L, R, H]``, tokens a pair attends over beyond its request's length;
             negative where something was evicted.
         room: int32 ``[R]``, length up to which the table knows a request's blocks.
+        quantized: quantized pages of the compressed ones; None when they have none.
         decode: query starts, pair rows and dense token rows of steps with one token per request.
     """
 
@@ -47,6 +49,7 @@ class _Members:
     table: HeadPageTable
     surplus: torch.Tensor
     room: torch.Tensor
+    quantized: QuantizedTier | None
     decode: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None = None
 
 
@@ -66,6 +69,7 @@ class PairBatcher:
         halves = cache.pages.view(shape).chunk(2, dim=2)
         self._page_halves = (halves[0], halves[1])
         self._members: _Members | None = None
+        self._reader = TieredReader(cache) if cache.quantization else None
 
     def split(
         self,
@@ -91,6 +95,9 @@ class PairBatcher:
         if members.dense_rows is not None:
             lengths = lengths[members.rows]
         self._append_tails(members, lengths, common.block_table_tensor)
+        seq_lens = (members.surplus + lengths[None, :, None]).flatten(1)
+        if members.quantized is not None:
+            return self._in_tiers(members, common, seq_lens)
         if common.max_query_len == 1:
             if members.decode is None:
                 members.decode = self._queries(members, common.query_start_loc, single=True)
@@ -100,7 +107,6 @@ class PairBatcher:
                 members, common.query_start_loc, single=False
             )
         geometry = self._geometry
-        seq_lens = (members.surplus + lengths[None, :, None]).flatten(1)
         pairs = PairBatch(
             pages=self._page_halves,
             tables=members.table.table,
@@ -114,6 +120,25 @@ class PairBatcher:
             isa=self._isa,
         )
         return SplitBatch(pairs, members.dense_rows, dense_tokens)
+
+    def _in_tiers(
+        self, members: _Members, common: CommonAttentionMetadata, seq_lens: torch.Tensor
+    ) -> SplitBatch:
+        """A batch in which somebody has quantized pages."""
+        assert members.quantized is not None and self._reader is not None
+        starts = common.query_start_loc
+        batch = TieredBatch(
+            reader=self._reader,
+            tables=members.table.table,
+            seq_lens=seq_lens,
+            starts=starts[members.rows].long(),
+            lengths=starts.diff()[members.rows].long(),
+            quantized=members.quantized,
+        )
+        dense_tokens = None
+        if members.dense_rows is not None:
+            dense_tokens = torch.cat(_token_rows(starts, members.dense_rows))
+        return SplitBatch(batch, members.dense_rows, dense_tokens)
 
     def _describe(
         self, request_ids: list[str], rows: list[int], states: tuple[PrefixState, ...]
@@ -144,6 +169,7 @@ class PairBatcher:
             table=table,
             surplus=surplus,
             room=boundaries + tails.to(torch.int32) * geometry.block_size,
+            quantized=self._reader.tier(states) if self._reader else None,
         )
 
     def _append_tails(

@@ -19,13 +19,16 @@ from vllm_kvzip.errors import ConfigError
 from vllm_kvzip.prefix_rule import PrefixRule
 from vllm_kvzip.profile import interpolate
 from vllm_kvzip.scoring import scorer_class
+from vllm_kvzip.tiers import TierRule
 from vllm_kvzip.vllm_bridge.stats_export import FOLDER_VARIABLE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from vllm_kvzip.quantization import Quantization
+
 KEY = "kvzip"
-PREFIX_FORMAT = 2  # how a compressed prefix lies in its blocks
+PREFIX_FORMAT = 3  # how a compressed prefix lies in its blocks
 SHAPING_SETTINGS = (
     "sink_tokens",
     "recent_tokens",
@@ -33,6 +36,11 @@ SHAPING_SETTINGS = (
     "scoring_chunk_tokens",
     "seed",
     "prefill_budget",
+    "mode",
+    "full_share",
+    "key_format",
+    "value_format",
+    "rotation",
 )
 
 
@@ -73,16 +81,66 @@ class Settings:
             return 0
         return max(self.config.observation_window_tokens, scorer.min_observation_tokens)
 
-    def rule(self, block_size: int) -> PrefixRule:
-        """What follows from a prompt's length and options; scheduler and workers use the same."""
+    def quantization(self, block_size: int, head_dim: int, itemsize: int) -> Quantization | None:
+        """How quantized pages are written; None in mode ``evict``.
+
+        Args:
+            block_size: N.
+            head_dim: D.
+            itemsize: bytes of a number of the KV cache.
+
+        Raises:
+            ConfigError: if a format does not suit the cache, or would save nothing.
+        """
+        config = self.config
+        if config.mode == "evict":
+            return None
+        from vllm_kvzip.quantization import choose_quantization
+
+        try:
+            chosen = choose_quantization(
+                page_bytes=2 * block_size * head_dim * itemsize,
+                head_dim=head_dim,
+                keys=config.key_format,
+                values=config.value_format,
+                rotation=config.rotation,
+            )
+        except ValueError as error:
+            raise ConfigError(
+                f"mode {config.mode} does not work here: {error}; choose another format."
+            ) from error
+        if chosen.layout.page_tokens <= block_size:
+            raise ConfigError(
+                f"mode {config.mode}: {config.key_format} keys and {config.value_format} values "
+                f"are no smaller than the KV cache's own; choose another format."
+            )
+        return chosen
+
+    def rule(self, block_size: int, head_dim: int, itemsize: int) -> PrefixRule:
+        """What follows from a prompt's length and options; scheduler and workers use the same.
+
+        Args:
+            block_size, head_dim, itemsize: see :meth:`quantization`.
+        """
+        quantization = self.quantization(block_size, head_dim, itemsize)
+        tiers = None
+        if quantization is not None:
+            tiers = TierRule(
+                self.config.mode,
+                block_size,
+                quantization.layout.page_tokens,
+                full_share=self.config.full_share,
+                by_bytes=self.config.keep_bytes_ratio is not None,
+            )
         return PrefixRule(
-            keep_ratio=self.config.keep_ratio,
+            keep_ratio=self.config.ratio,
             min_prompt_tokens=self.config.min_prompt_tokens,
             sink_tokens=self.config.sink_tokens,
             recent_tokens=self.config.recent_tokens,
             block_size=block_size,
             min_output_tokens=self.config.min_output_tokens,
             prefill_blocks=self.prefill_blocks(block_size),
+            tiers=tiers,
         )
 
     def prefill_blocks(self, block_size: int) -> int | None:
@@ -131,6 +189,7 @@ class Settings:
             "block_size": block_size,
             "scorer": self.scorer,
             "budget": self.budget,
+            "by_bytes": self.config.keep_bytes_ratio is not None,
             "head_budgets": self.head_budgets,
             "head_importance": self.head_importance,
             "repeat_ids": self.repeat_ids,
@@ -164,3 +223,12 @@ class Settings:
             **{**values, "config": KVzipConfig.model_validate(values["config"])},
             metrics_directory=os.environ.get(FOLDER_VARIABLE),
         )
+
+
+def cache_shape(vllm_config: VllmConfig) -> tuple[int, int, int]:
+    """Tokens per block, head size, and bytes per number of an engine's KV cache."""
+    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    dtype = kv_cache_dtype_str_to_dtype(cache.cache_dtype, model)
+    return int(cache.block_size), int(model.get_head_size()), dtype.itemsize

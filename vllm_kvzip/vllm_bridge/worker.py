@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
     from vllm_kvzip.clocks import Clock
     from vllm_kvzip.compaction import PageStore
+    from vllm_kvzip.quantization import Quantization
     from vllm_kvzip.vllm_bridge.batches import Batcher
 
 logger = init_logger("vllm." + __name__)
@@ -82,13 +83,20 @@ class HeadPageWorker(WorkerBase):
         """KVzip's scores; see :class:`~vllm_kvzip.vllm_bridge.scoring_pass.ScoringMetadata`."""
 
     @abstractmethod
-    def page_store(self, pages: torch.Tensor, spec: HeadPageSpec, builders: list[Any]) -> PageStore:
+    def page_store(
+        self,
+        pages: torch.Tensor,
+        spec: HeadPageSpec,
+        builders: list[Any],
+        quantization: Quantization | None,
+    ) -> PageStore:
         """Reads and compacts head pages as this worker's kernels store them.
 
         Args:
             pages: ``[num_pages, 2 * N * D]``.
             spec: of the KV cache group.
             builders: vLLM's metadata builders.
+            quantization: how quantized pages are written; None where there are none.
         """
 
     @abstractmethod
@@ -173,8 +181,9 @@ class HeadPageWorker(WorkerBase):
                 f"remove --attention-backend."
             )
         layer_index = {name: index for index, name in enumerate(layer_names)}
-        store = self.page_store(pages, spec, builders)
-        cache = HeadPageCache(geometry, pool, pages, store, layer_index)
+        quantization = settings.quantization(spec.block_size, spec.head_size, spec.dtype.itemsize)
+        store = self.page_store(pages, spec, builders, quantization)
+        cache = HeadPageCache(geometry, pool, pages, store, layer_index, quantization)
         scorer = create_scorer(
             settings.scorer,
             ScorerSettings(config.observation_window_tokens, settings.surrogate),
@@ -236,8 +245,10 @@ class HeadPageWorker(WorkerBase):
         for builder in builders:
             builder.runtime = runtime
         logger.info(
-            "KV compression is on: keep ratio %s, scorer %s, budget %s, prompts from %d tokens.",
-            config.keep_ratio,
+            "KV compression is on: mode %s, keep ratio %s, scorer %s, budget %s, prompts from %d "
+            "tokens.",
+            config.mode,
+            config.ratio,
             settings.scorer,
             settings.budget,
             config.min_prompt_tokens,

@@ -1,0 +1,177 @@
+"""Attention over prefixes with a quantized tier against its reference, in Triton's interpreter."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from kernel_cases import Asked, Shape, make_case
+from vllm_kvzip.kernels.flat_tables import flatten_tables
+from vllm_kvzip.kernels.head_page_attention import head_page_attention
+from vllm_kvzip.kernels.reference import head_page_attention_reference, quantized_pages_of
+
+from vllm_kvzip.quantization import Int4, Int8, NormalFloat4, rotate, rotate_back
+from vllm_kvzip.quantization.rotation import hadamard_matrix
+
+NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)  # the interpreter is slow
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted here")
+
+NF4 = NormalFloat4(32, double_quantization=True)
+FORMATS = st.sampled_from([NF4, NF4, NormalFloat4(16), Int4(32), Int8()])
+
+
+def run(case, layer, **how):
+    output = torch.full_like(case.query, float("nan"))
+    head_page_attention(
+        case.query, case.key_pages, case.value_pages, case.query_start_loc, case.tables, layer,
+        case.scale, max_query_len=case.max_query_len, max_tokens=int(case.tables.seq_lens.max()),
+        quantized=case.quantized, output=output, **how,
+    )  # fmt: skip
+    return output
+
+
+def reference(case, layer):
+    exact = case.as_float64()
+    return head_page_attention_reference(
+        exact.query, exact.key_pages, exact.value_pages, exact.query_start_loc, exact.tables,
+        layer, exact.scale, case.decoded(),
+    )  # fmt: skip
+
+
+def error(output, expected):
+    return ((output.double() - expected).norm() / expected.norm()).item()
+
+
+def tier_sizes(case):
+    """Quantized pages and tokens of every pair, ``[pairs, 2]``."""
+    tables, tokens = case.tables, case.quantized.layout.page_tokens
+    sizes = []
+    for layer in range(tables.num_layers):
+        for request in range(len(tables.slots)):
+            for head in range(tables.num_kv_heads):
+                ids, num_tokens = quantized_pages_of(tables, layer, request, head, tokens)
+                sizes.append((len(ids), num_tokens))
+    return torch.tensor(sizes)
+
+
+def two_tiers(seed=0, dtype=torch.float32, formats=(NF4, NF4), rotated=True, group_size=3):
+    """A mixed batch: both tiers, one of them alone, and no prefix; other memory is NaN."""
+    batch = [
+        Asked(190, 1, 10, 0.3, 0.2), Asked(45, 2), Asked(150, 5, 8, 0.0, 0.5),
+        Asked(170, 1, 9, 0.4), Asked(165, 19, 9, 0.1, 1.0),
+    ]  # fmt: skip
+    shape = Shape(num_layers=2, num_kv_heads=2, group_size=group_size)
+    layout = shape.page_layout(dtype, *formats)
+    return make_case(
+        batch, shape, dtype=dtype, seed=seed, poison=True, layout=layout, rotated=rotated
+    )
+
+
+@st.composite
+def requests(draw, page_tokens):
+    query_len = draw(st.sampled_from([1, 1, 2, 5, 19]))
+    blocks = draw(st.integers(0, 6))
+    tail = draw(st.integers(query_len, query_len + 2 * page_tokens))
+    ratio = draw(st.sampled_from([None, 0.0, 0.1, 0.5]))
+    if ratio is None or not blocks:
+        return Asked(blocks * page_tokens + tail, query_len)
+    share = draw(st.sampled_from([0.0, 0.2, 1.0]))
+    return Asked(blocks * page_tokens + tail, query_len, blocks, ratio, share)
+
+
+@settings(max_examples=12, deadline=None, phases=NO_SHRINKING)
+@given(data=st.data())
+def test_any_batch(data):
+    """Decode and several query tokens, all kinds of prefixes and formats; other memory is NaN."""
+    shape = Shape(
+        num_layers=data.draw(st.integers(1, 3)),
+        num_kv_heads=data.draw(st.integers(1, 2)),
+        group_size=data.draw(st.sampled_from([1, 3, 4])),
+        head_dim=data.draw(st.sampled_from([64, 96, 128])),
+        page_tokens=data.draw(st.sampled_from([16, 32])),
+    )
+    layout = shape.page_layout(torch.float32, data.draw(FORMATS), data.draw(FORMATS))
+    case = make_case(
+        data.draw(st.lists(requests(shape.page_tokens), min_size=1, max_size=3)),
+        shape,
+        seed=data.draw(st.integers(0, 99)),
+        poison=True,
+        layout=layout,
+        rotated=data.draw(st.booleans()),
+    )
+    layer = data.draw(st.integers(0, shape.num_layers - 1))
+    output = run(
+        case,
+        layer,
+        num_runs=data.draw(st.sampled_from([None, 1, 3])),
+        least_run=data.draw(st.sampled_from([32, 128])),
+        tokens=data.draw(st.sampled_from([32, 64])),
+    )
+    assert error(output, reference(case, layer)) < 1e-5
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("formats", [(NF4, NF4), (Int4(32), Int8()), (Int8(), NormalFloat4(64))])
+def test_tiers_are_one_softmax(formats, rotated):
+    case = two_tiers(formats=formats, rotated=rotated)
+    assert error(run(case, 1, num_runs=2, least_run=64), reference(case, 1)) < 1e-5
+
+
+@pytest.mark.parametrize("num_runs", [1, 2, 3, 7])
+def test_runs_leave_no_token_out(num_runs):
+    case = two_tiers(seed=1)
+    output = run(case, 0, num_runs=num_runs, least_run=32, tokens=32)
+    assert error(output, reference(case, 0)) < 1e-5
+
+
+def test_the_mixed_batch_has_what_it_should():
+    """Pairs without quantized pages, and with full ones, a part full one, and empty ones."""
+    case = two_tiers()
+    pages, tokens = tier_sizes(case).T
+    each = case.quantized.layout.page_tokens
+    assert (pages == 0).any()
+    assert ((pages > 0) & (tokens == pages * each)).any()
+    assert ((tokens % each > 0) & (tokens > (pages - 1) * each)).any()
+    assert ((tokens <= (pages - 1) * each) & (pages > 0)).any()
+    assert case.key_pages.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    case = two_tiers(seed=3, dtype=dtype)
+    assert error(run(case, 0, num_runs=4, least_run=64), reference(case, 0)) < 1e-2
+
+
+def test_an_empty_tier_changes_nothing():
+    """A batch without a quantized page, with the tier and without it."""
+    shape = Shape(num_layers=2)
+    batch = [Asked(190, 2, 10, 0.3), Asked(45)]
+    case = make_case(batch, shape, poison=True, layout=shape.page_layout(torch.float32, NF4, NF4))
+    plain = replace(case, quantized=None, tables=replace(case.tables, quantized_offsets=None))
+    assert torch.equal(run(case, 1, num_runs=2), run(plain, 1, num_runs=2))
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_the_matrix_is_the_rotation_that_pages_are_filled_with(head_dim):
+    matrix = hadamard_matrix(head_dim)
+    x = torch.randn(5, head_dim, dtype=torch.float64)
+    torch.testing.assert_close(x @ matrix.T, rotate(x))
+    torch.testing.assert_close(x @ matrix, rotate_back(x))
+
+
+def test_what_the_kernel_cannot_take_is_refused():
+    case = two_tiers()
+    tier = case.quantized
+    for other in (
+        replace(case, quantized=None),
+        replace(case, tables=replace(case.tables, quantized_offsets=None)),
+        replace(case, quantized=replace(tier, pages=tier.pages[:, :-16])),
+        replace(case, quantized=replace(tier, rotation=tier.rotation.bfloat16())),
+        replace(case, quantized=replace(tier, rotation=tier.rotation[:32, :32])),
+        replace(case, query=case.query[..., :32]),
+    ):
+        with pytest.raises(ValueError, match=r"go together|pages|rotation"):
+            run(other, 0)
+    with pytest.raises(ValueError, match="cannot be laid out"):
+        flatten_tables(case.tables, torch.zeros(2, 10, 9), torch.zeros(2, 10))

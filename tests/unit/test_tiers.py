@@ -1,0 +1,103 @@
+"""Blocks of two tiers from a ratio: nothing is lost, nothing exceeds what was asked for."""
+
+from math import ceil
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_kvzip.prefix_rule import PrefixRule
+from vllm_kvzip.request_options import RequestOptions
+from vllm_kvzip.tiers import TierBlocks, TierRule
+
+N, Q = 16, 60
+ratios = st.floats(0.01, 1.0)
+lengths = st.integers(1, 400)
+
+
+@given(ratios, lengths, st.integers(0, 40))
+def test_evict_knows_one_tier(ratio, num_blocks, protected):
+    blocks = TierRule("evict", N).blocks(ratio, num_blocks, protected)
+    wanted = max(ceil(ratio * num_blocks - 1e-9), ceil(protected / N), 1)
+    assert blocks == TierBlocks(min(num_blocks, wanted), 0)
+
+
+@given(ratios, lengths, st.integers(0, 40))
+def test_quantize_keeps_at_least_the_ratio_of_tokens(ratio, num_blocks, protected):
+    blocks = TierRule("quantize", N, Q).blocks(ratio, num_blocks, protected)
+    assert blocks.full == 0
+    room = blocks.quantized * Q
+    assert room >= min(num_blocks * N, max(ratio * num_blocks * N, protected)) - 1e-6
+    assert blocks.quantized <= ceil(num_blocks * N / Q)
+
+
+def test_without_eviction_a_prompt_needs_as_many_blocks_as_pages():
+    rule = TierRule("quantize", N, Q)
+    assert rule.blocks(1.0, 120, 20) == TierBlocks(0, 32)  # 1,920 tokens, 60 a page
+    assert rule.blocks(1.0, 121, 20) == TierBlocks(0, 33)
+
+
+@given(ratios, lengths, st.integers(0, 40), st.floats(0.01, 0.99), st.booleans())
+def test_mixed_keeps_what_the_ratio_says(ratio, num_blocks, protected, share, by_bytes):
+    rule = TierRule("mixed", N, Q, share, by_bytes)
+    blocks = rule.blocks(ratio, num_blocks, protected)
+    least = min(num_blocks, max(1, ceil(protected / N)))
+    assert blocks.full >= least  # protected tokens are kept as they are
+    assert blocks.total <= num_blocks
+    num_tokens = num_blocks * N
+    kept = blocks.full * N + blocks.quantized * Q
+    if by_bytes:
+        assert blocks.total <= max(ceil(ratio * num_blocks - 1e-9), least)
+        assert kept >= num_tokens or blocks.total == max(ceil(ratio * num_blocks - 1e-9), least)
+    else:
+        assert blocks.total == num_blocks or kept >= ratio * num_tokens - 1e-6
+    assert blocks.quantized <= ceil((num_blocks - blocks.full) * N / Q)
+
+
+@given(lengths, st.floats(0.01, 0.99))
+def test_all_bytes_are_all_in_full_precision(num_blocks, share):
+    blocks = TierRule("mixed", N, Q, share, by_bytes=True).blocks(1.0, num_blocks, 20)
+    assert blocks == TierBlocks(num_blocks, 0)
+
+
+def test_bytes_that_are_over_hold_more_in_full_precision():
+    rule = TierRule("mixed", N, Q, full_share=0.1, by_bytes=True)
+    blocks = rule.blocks(0.5, 240, 20)  # everything quantized would take 64 blocks
+    assert blocks.total == 120
+    assert blocks.full * N + blocks.quantized * Q >= 240 * N
+    assert blocks.full > 0.1 * 120
+
+
+def rule_of(mode, ratio, **tiers):
+    return PrefixRule(
+        ratio, 0, sink_tokens=4, recent_tokens=16, block_size=N, tiers=TierRule(mode, N, Q, **tiers)
+    )
+
+
+def test_the_plan_says_what_lies_in_which_tier():
+    plan = rule_of("mixed", 0.125, full_share=0.25, by_bytes=True).plan(120 * N + 3)
+    assert (plan.num_full_blocks, plan.num_quantized_blocks) == (4, 11)
+    assert plan.quantized_tokens == 11 * Q
+    assert plan.full_share == pytest.approx(4 / 120)
+    assert plan.share == pytest.approx((4 * N + 11 * Q) / (120 * N))
+    assert plan.num_freed_blocks == 105
+
+
+def test_quantized_tokens_are_never_more_than_there_are():
+    plan = rule_of("quantize", 1.0).plan(121 * N)
+    assert plan.num_quantized_blocks * Q > plan.boundary_tokens
+    assert plan.quantized_tokens == plan.boundary_tokens
+    assert plan.share == 1.0
+
+
+def test_a_prompt_that_would_not_shrink_is_left_alone():
+    assert rule_of("quantize", 1.0).skip_reason(N) == "nothing_to_free"
+    assert rule_of("quantize", 1.0).skip_reason(3 * N) is None
+
+
+def test_a_requests_ratio_is_in_the_servers_measure():
+    options = RequestOptions(keep_ratio=0.5)
+    by_bytes = rule_of("mixed", 0.125, full_share=0.25, by_bytes=True).plan(120 * N, options)
+    by_tokens = rule_of("mixed", 0.125, full_share=0.25).plan(120 * N, options)
+    assert by_bytes.num_compressed_blocks == 60
+    assert by_tokens.share == pytest.approx(0.5, abs=0.05)

@@ -1,0 +1,139 @@
+"""Which budget, with what it needs: pages of either tier for every head of one compression."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_kvzip import budgeting
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from vllm_kvzip.config import Budget
+    from vllm_kvzip.core import CacheGeometry, PrefixPlan
+    from vllm_kvzip.prefix_rule import PrefixRule
+
+
+class PageAllocator:
+    """Deals the pages that a plan has to heads; every page of the reserved blocks is used.
+
+    Args:
+        geometry: shape of the compressed layers.
+        rule: what follows from a prompt's length.
+        budget: one of :data:`~vllm_kvzip.config.Budget`.
+        head_fractions: keep ratio -> ``[L][H]``, share of its KV pairs each head keeps, for
+            budgets ``profile`` and ``retrieval``.
+        head_importance: ``[L][H]``, which heads come first; likewise.
+
+    Raises:
+        ValueError: for fractions that are missing or of another shape.
+    """
+
+    def __init__(
+        self,
+        geometry: CacheGeometry,
+        rule: PrefixRule,
+        budget: Budget,
+        head_fractions: Callable[[float], Sequence[Sequence[float]]] | None,
+        head_importance: Sequence[Sequence[float]] | None,
+    ) -> None:
+        self._geometry = geometry
+        self._rule = rule
+        self._budget = budget
+        self._head_fractions = None
+        if budget in ("profile", "retrieval"):
+            assert head_fractions is not None
+            self._head_fractions = head_fractions
+            self._head_importance = torch.tensor(head_importance, dtype=torch.float64)
+            wanted = (geometry.num_layers, geometry.num_kv_heads)
+            if self._head_importance.shape != wanted:
+                found = tuple(self._head_importance.shape)
+                raise ValueError(f"profile of {found} heads, not {wanted}")
+
+    def full(
+        self, scores: torch.Tensor, plan: PrefixPlan, available: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Pages of KV pairs as they are, int64 ``[L, H]``.
+
+        Args:
+            scores: float32 ``[L, H, T]``.
+            plan: of the prompt.
+            available: int64 ``[L, H]``, pages each head has to choose from; None: all its tokens.
+        """
+        geometry = self._geometry
+        total = plan.num_full_blocks * geometry.pages_per_block
+        if not total:
+            return torch.zeros(geometry.num_layers, geometry.num_kv_heads, dtype=torch.int64)
+        min_pages = self._rule.min_pages_per_head(plan.boundary_tokens)
+        if self._by_score:
+            return budgeting.allocate_adaptive(
+                scores,
+                total,
+                geometry.block_size,
+                min_pages,
+                max_pages=available,
+                per_layer=self._per_layer,
+            )
+        if self._head_fractions is not None:
+            return budgeting.allocate_from_fractions(
+                self._fractions(plan.full_share),
+                self._head_importance,
+                total,
+                min_pages,
+                plan.num_prefix_blocks,
+                None if available is None else available.cpu(),
+            )
+        return budgeting.allocate_uniform(total, geometry.num_layers, geometry.num_kv_heads)
+
+    def quantized(
+        self, scores: torch.Tensor, full_pages: torch.Tensor, plan: PrefixPlan
+    ) -> torch.Tensor:
+        """Pages of the quantized tier, int64 ``[L, H]``.
+
+        Args:
+            scores: float32 ``[L, H, T]``.
+            full_pages: int64 ``[L, H]``, pages that hold each head's best tokens already.
+            plan: of the prompt.
+        """
+        geometry = self._geometry
+        total = plan.num_quantized_blocks * geometry.pages_per_block
+        page_tokens = plan.quantized_page_tokens
+        least = 0
+        if not plan.num_full_blocks:
+            num_protected = sum(self._rule.protected_in_prefix(plan.boundary_tokens))
+            least = max(1, -(-num_protected // page_tokens))
+        taken = full_pages * geometry.block_size
+        if self._by_score:
+            return budgeting.allocate_behind(
+                scores, taken, total, page_tokens, least, per_layer=self._per_layer
+            )
+        if self._head_fractions is not None:
+            num_tokens = plan.boundary_tokens
+            taken = taken.cpu()
+            most = (num_tokens - taken + page_tokens - 1) // page_tokens
+            if int(most.sum()) < total:  # whole blocks can be a little more than there is to keep
+                most += 1
+            wanted = (self._fractions(plan.share) * num_tokens - taken).clamp_min(0)
+            return budgeting.allocate_from_fractions(
+                wanted / num_tokens,
+                self._head_importance,
+                total,
+                least,
+                num_tokens / page_tokens,
+                most,
+            )
+        return budgeting.allocate_uniform(total, geometry.num_layers, geometry.num_kv_heads)
+
+    @property
+    def _by_score(self) -> bool:
+        return self._budget in ("adaptive", "adaptive-per-layer")
+
+    @property
+    def _per_layer(self) -> bool:
+        return self._budget == "adaptive-per-layer"
+
+    def _fractions(self, keep_ratio: float) -> torch.Tensor:
+        assert self._head_fractions is not None
+        return torch.tensor(self._head_fractions(keep_ratio), dtype=torch.float64)

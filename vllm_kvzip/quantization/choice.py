@@ -1,0 +1,87 @@
+"""Formats by name, with the block sizes that suit a head size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm_kvzip.quantization.int4 import Int4
+from vllm_kvzip.quantization.int8 import Int8
+from vllm_kvzip.quantization.layout import PageLayout
+from vllm_kvzip.quantization.nf4 import NormalFloat4
+from vllm_kvzip.quantization.rotation import hadamard_matrix
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_kvzip.config import FormatName, Rotation
+    from vllm_kvzip.quantization.base import Format
+
+SMALLEST_BLOCK = 16
+
+
+def create_format(name: FormatName, head_dim: int) -> Format:
+    """A format for vectors of ``head_dim`` values.
+
+    Blocks of ``nf4`` have 32 values, with scales that are quantized too, those of ``int4`` 64;
+    fewer where the head size is no multiple.
+
+    Raises:
+        ValueError: if no block size of the format suits the head size.
+    """
+    if name == "int8":
+        return Int8()
+    size = 32 if name == "nf4" else 64
+    while size > SMALLEST_BLOCK and head_dim % size:
+        size //= 2
+    if head_dim % size:
+        raise ValueError(f"{name} does not suit head size {head_dim}, no multiple of {size}")
+    return NormalFloat4(size, double_quantization=True) if name == "nf4" else Int4(size)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the pages of the quantized tier are written.
+
+    Attributes:
+        layout: of a page.
+        rotated: whether keys and values are rotated first.
+    """
+
+    layout: PageLayout
+    rotated: bool
+
+    @property
+    def code_book(self) -> torch.Tensor | None:
+        """What kernels look codes up in, float16 ``[16]`` on the CPU; None when none is used."""
+        books = (half.format.code_book for half in (self.layout.keys, self.layout.values))
+        return next((book for book in books if book is not None), None)
+
+
+def choose_quantization(
+    *, page_bytes: int, head_dim: int, keys: FormatName, values: FormatName, rotation: Rotation
+) -> Quantization:
+    """Formats, layout and rotation for the pages of one cache.
+
+    Args:
+        page_bytes: of a head page.
+        head_dim: D.
+        keys, values: names of the formats.
+        rotation: ``auto`` rotates where the head size has a Hadamard matrix.
+
+    Raises:
+        ValueError: if a format or the rotation does not suit the head size, or the page is too
+            small.
+    """
+    layout = PageLayout(
+        page_bytes, head_dim, create_format(keys, head_dim), create_format(values, head_dim)
+    )
+    try:
+        if rotation != "none":
+            hadamard_matrix(head_dim)
+        rotated = rotation != "none"
+    except ValueError:
+        if rotation == "hadamard":
+            raise
+        rotated = False
+    return Quantization(layout, rotated)

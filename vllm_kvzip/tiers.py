@@ -1,0 +1,98 @@
+"""How many blocks of a compressed prefix hold KV pairs as they are, and how many quantized ones.
+
+Both follow from the prompt's length, like the number of blocks itself, so that scheduler and
+workers agree on them before any score is known. Scores then move pages of either tier between
+heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, floor
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm_kvzip.config import Mode
+
+EPSILON = 1e-9  # 0.3 * 10 is 3.0000000000000004 in floating point, and must stay 3 blocks
+
+
+@dataclass(frozen=True)
+class TierBlocks:
+    """Blocks of a compressed prefix: of KV pairs as they are, and of quantized ones."""
+
+    full: int
+    quantized: int
+
+    @property
+    def total(self) -> int:
+        """Blocks of the prefix."""
+        return self.full + self.quantized
+
+
+@dataclass(frozen=True)
+class TierRule:
+    """How a keep ratio becomes blocks of two tiers.
+
+    Attributes:
+        mode: ``quantize`` knows no full tier, ``mixed`` has both, ``evict`` no quantized one.
+        block_tokens: N, tokens of an ordinary head page.
+        page_tokens: Q, tokens of a quantized head page, more than N.
+        full_share: of the blocks, how many hold KV pairs as they are; mode ``mixed``.
+        by_bytes: whether the keep ratio counts bytes; it counts KV pairs otherwise.
+    """
+
+    mode: Mode
+    block_tokens: int
+    page_tokens: int = 0
+    full_share: float = 0.0
+    by_bytes: bool = False
+
+    def blocks(self, ratio: float, num_blocks: int, num_protected: int) -> TierBlocks:
+        """Blocks of the compressed form of ``num_blocks`` blocks, at most as many.
+
+        What is counted by bytes and fits quantized as a whole has more in full precision instead
+        of leaving blocks empty; what is counted by KV pairs takes fewer blocks then.
+
+        Args:
+            ratio: kept / all, in (0, 1].
+            num_blocks: before compression.
+            num_protected: tokens that every head keeps.
+        """
+        if self.mode == "evict":
+            wanted = ceil(ratio * num_blocks - EPSILON)
+            least = self.full_pages(num_protected)
+            return TierBlocks(min(num_blocks, max(wanted, least)), 0)
+        num_tokens = num_blocks * self.block_tokens
+        if self.mode == "quantize":
+            tokens = max(num_protected, 1, ratio * num_tokens - EPSILON)
+            wanted = ceil(tokens / self.page_tokens)
+            if self.by_bytes:
+                wanted = max(
+                    1, ceil(num_protected / self.page_tokens), ceil(ratio * num_blocks - EPSILON)
+                )
+            return TierBlocks(0, min(wanted, self._to_quantize(num_blocks, 0)))
+        least = self.full_pages(num_protected)
+        if not self.by_bytes:
+            mean = self.full_share * self.block_tokens + (1 - self.full_share) * self.page_tokens
+            wanted = max(least, round(self.full_share * ratio * num_tokens / mean))
+            full = min(num_blocks, wanted)
+            left = max(0.0, ratio * num_tokens - full * self.block_tokens - EPSILON)
+            return TierBlocks(full, min(ceil(left / self.page_tokens), num_blocks - full))
+        total = min(num_blocks, max(least, ceil(ratio * num_blocks - EPSILON)))
+        full = min(total, max(least, round(self.full_share * total)))
+        if total - full < self._to_quantize(num_blocks, full):
+            return TierBlocks(full, total - full)
+        spread = self.page_tokens - self.block_tokens
+        full = max(full, floor((total * self.page_tokens - num_tokens) / spread))
+        while full + self._to_quantize(num_blocks, full) > total:
+            full -= 1
+        return TierBlocks(full, self._to_quantize(num_blocks, full))
+
+    def full_pages(self, num_tokens: int) -> int:
+        """Head pages that some tokens of a head take as they are, at least one."""
+        return max(1, ceil(num_tokens / self.block_tokens))
+
+    def _to_quantize(self, num_blocks: int, full: int) -> int:
+        """Blocks for everything that ``full`` blocks leave over."""
+        return ceil((num_blocks - full) * self.block_tokens / self.page_tokens)

@@ -1,0 +1,218 @@
+"""Attention on the CPU over compressed requests that have quantized pages.
+
+Requests with few query tokens, which decode, are attended to together; a request that reads a
+prompt behind its compressed prefix is attended to head by head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm_kvzip.quantization.reading import PageReader
+from vllm_kvzip.tiered_attention import TieredAttention, TierPages, quantized_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm_kvzip.vllm_bridge.batches import PrefixState
+    from vllm_kvzip.vllm_bridge.head_page_cache import HeadPageCache
+
+FEW_QUERY_TOKENS = 8
+"""Requests with more are attended to one by one."""
+
+
+@dataclass(frozen=True)
+class QuantizedTier:
+    """Quantized pages of some requests; a (request, KV head) pair is a sequence.
+
+    Attributes:
+        layers: of each layer, ordered by pair ``r * H + h``.
+        num_tokens: int64 ``[L, R * H]``, tokens in them.
+    """
+
+    layers: list[TierPages]
+    num_tokens: torch.Tensor
+
+
+class TieredReader:
+    """Reads either tier of one cache.
+
+    Args:
+        cache: with quantized pages.
+    """
+
+    def __init__(self, cache: HeadPageCache) -> None:
+        assert cache.quantization is not None
+        self.geometry = cache.geometry
+        self.layer_index = cache.layer_index
+        self._store = cache.store
+        self._bytes = cache.pages.view(torch.uint8)
+        self._reader = PageReader(cache.quantization.layout)
+        self._rotated = cache.quantization.rotated
+
+    def attention(self, scale: float) -> TieredAttention:
+        """What attends, with that softmax scale."""
+        return TieredAttention(
+            reader=self._reader,
+            rotated=self._rotated,
+            read_quantized=lambda ids: self._bytes.index_select(0, ids),
+            read_full=self._read_full,
+            scale=scale,
+        )
+
+    def _read_full(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (len(ids), self.geometry.block_size, self.geometry.head_dim)
+        keys, values = self._store.read_keys(ids[None]), self._store.read_values(ids[None])
+        return keys.view(shape), values.view(shape)
+
+    def tier(self, states: Sequence[PrefixState]) -> QuantizedTier | None:
+        """Quantized pages of some requests; None when they have none.
+
+        Args:
+            states: in the order of the requests.
+        """
+        geometry, page_tokens = self.geometry, self._reader.layout.page_tokens
+        num_layers, num_heads = geometry.num_layers, geometry.num_kv_heads
+        num_tokens = torch.zeros(num_layers, len(states), num_heads, dtype=torch.int64)
+        ids, layers, owners, first = [], [], [], []
+        for number, state in enumerate(states):
+            prefix = state.prefix
+            if prefix.quantized_pages is None or prefix.quantized_page_ids is None:
+                continue
+            boundary = state.plan.boundary_tokens
+            num_tokens[:, number] = quantized_tokens(
+                prefix, boundary, geometry.block_size, page_tokens
+            )
+            counts = prefix.quantized_pages.flatten()
+            heads = torch.arange(len(counts)).repeat_interleave(counts)
+            index = torch.arange(len(heads)) - (counts.cumsum(0) - counts)[heads]
+            ids.append(prefix.quantized_page_ids)
+            layers.append(heads // num_heads)
+            owners.append(number * num_heads + heads % num_heads)
+            first.append(index * page_tokens)
+        if not ids:
+            return None
+        by_layer = torch.cat(layers)
+        order = by_layer.argsort(stable=True)
+        sizes = torch.bincount(by_layer, minlength=num_layers).tolist()
+        columns = [torch.cat(column)[order].split(sizes) for column in (ids, owners, first)]
+        tiers = [TierPages(*of_layer) for of_layer in zip(*columns, strict=True)]
+        return QuantizedTier(tiers, num_tokens.flatten(1))
+
+
+@dataclass(frozen=True)
+class TieredBatch:
+    """The compressed requests of one step, some of which have quantized pages.
+
+    Attributes:
+        reader: of their pages.
+        tables: int32 ``[L, R * H, W]``, ordinary pages of each (request, KV head) pair.
+        seq_lens: int32 ``[L, R * H]``, tokens in them.
+        starts, lengths: int64 ``[R]``, first token row of each request, and how many it has.
+        quantized: their quantized pages.
+    """
+
+    reader: TieredReader
+    tables: torch.Tensor
+    seq_lens: torch.Tensor
+    starts: torch.Tensor
+    lengths: torch.Tensor
+    quantized: QuantizedTier
+
+    def attend(self, impl: Any, layer: Any, query: torch.Tensor, output: torch.Tensor) -> None:
+        """Attention of one layer; see :class:`~.batches.AttendingBatch`.
+
+        Args:
+            impl: holds the scale.
+            layer: vLLM's attention layer.
+            query: ``[num_tokens, H * G, D]``.
+            output: like ``query``; rows of these requests are written.
+        """
+        index = self.reader.layer_index[layer.layer_name]
+        attention = self.reader.attention(impl.scale)
+        output = output.view(query.shape)
+        few = (self.lengths <= FEW_QUERY_TOKENS).nonzero().flatten()
+        if len(few):
+            self._attend_to_few(attention, index, few, query, output)
+        for request in (self.lengths > FEW_QUERY_TOKENS).nonzero().flatten().tolist():
+            self._attend_to_one(attention, index, request, query, output)
+
+    def _attend_to_few(
+        self,
+        attention: TieredAttention,
+        layer: int,
+        requests: torch.Tensor,
+        query: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """All requests with few query tokens, padded to the most of them."""
+        geometry = self.reader.geometry
+        num_heads, group, head_dim = geometry.num_kv_heads, geometry.group_size, geometry.head_dim
+        lengths = self.lengths[requests]
+        width = int(lengths.max())
+        steps = torch.arange(width)
+        there = steps < lengths[:, None]
+        rows = self.starts[requests, None] + torch.where(there, steps, 0)  # [R, W]
+        queries = query[rows].unflatten(2, (num_heads, group)).transpose(1, 2)
+        pairs = (requests[:, None] * num_heads + torch.arange(num_heads)).flatten()
+        seq_lens = self.seq_lens[layer, pairs].long()
+        seen = seq_lens.view(-1, num_heads, 1) - (lengths[:, None] - steps - 1)[:, None]
+        seen = seen.minimum(seq_lens.view(-1, num_heads, 1))  # [R, H, W]
+        attended = attention.attend_rows(
+            queries.reshape(len(pairs), width * group, head_dim),
+            self._own(self.quantized.layers[layer], pairs),
+            self.quantized.num_tokens[layer, pairs],
+            self._full_pages(layer, pairs, seq_lens),
+            seen.reshape(len(pairs), width, 1).expand(-1, -1, group).flatten(1),
+        )
+        by_token = attended.view(len(requests), num_heads, width, group, head_dim).transpose(1, 2)
+        output[rows[there]] = by_token.flatten(2, 3)[there].to(output.dtype)
+
+    def _attend_to_one(
+        self,
+        attention: TieredAttention,
+        layer: int,
+        request: int,
+        query: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """A request with many query tokens, KV head by KV head."""
+        geometry = self.reader.geometry
+        num_heads, group = geometry.num_kv_heads, geometry.group_size
+        start = int(self.starts[request])
+        rows = slice(start, start + int(self.lengths[request]))
+        tier = self.quantized.layers[layer]
+        for head in range(num_heads):
+            pair, heads = request * num_heads + head, slice(head * group, (head + 1) * group)
+            num_tokens = int(self.seq_lens[layer, pair])
+            num_pages = -(-num_tokens // geometry.block_size)
+            attended = attention.attend_causally(
+                query[rows, heads].transpose(0, 1),
+                tier.ids[tier.owners == pair],
+                int(self.quantized.num_tokens[layer, pair]),
+                self.tables[layer, pair, :num_pages].long(),
+                num_tokens,
+            )
+            output[rows, heads] = attended.transpose(0, 1).to(output.dtype)
+
+    def _own(self, tier: TierPages, pairs: torch.Tensor) -> TierPages:
+        """The pages of some pairs, which are numbered anew."""
+        if len(pairs) == self.tables.shape[1]:
+            return tier
+        number = torch.full((self.tables.shape[1],), -1)
+        number[pairs] = torch.arange(len(pairs))
+        owners = number[tier.owners]
+        mine = owners >= 0
+        return TierPages(tier.ids[mine], owners[mine], tier.first[mine])
+
+    def _full_pages(self, layer: int, pairs: torch.Tensor, seq_lens: torch.Tensor) -> TierPages:
+        """Ordinary pages of some pairs."""
+        size = self.reader.geometry.block_size
+        tables = self.tables[layer, pairs]
+        columns = torch.arange(tables.shape[1])
+        filled = columns < (seq_lens[:, None] + size - 1) // size
+        owners, column = filled.nonzero(as_tuple=True)
+        return TierPages(tables[filled].long(), owners, column * size)
