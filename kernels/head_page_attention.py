@@ -13,7 +13,6 @@ those of its other pages. Both are one softmax; ``quantized_attention.py`` has t
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,15 +23,13 @@ from .online_softmax import weigh_tile
 from .page_tables import find_pages, find_pair, find_quantized
 from .quantized_attention import attend_quantized, tier_arguments
 from .runtime import INTERPRETED, dot_precision
+from .tile_sizes import LEAST_RUN, MOST_RUNS, choose_num_runs, choose_tile, num_processors
 
 if TYPE_CHECKING:
     from .page_tables import PageTables
     from .quantized_attention import QuantizedPages
 
 LOG2_E = 1.4426950408889634
-LEAST_RUN = 256
-"""Tokens of the shortest run."""
-MOST_RUNS = 64
 
 
 @triton.jit
@@ -237,55 +234,6 @@ def join_runs(
     tl.store(output + place + dims, acc, mask=dims < D)
 
 
-def choose_num_runs(num_programs: int, most_tokens: int, num_processors: int, least: int) -> int:
-    """How many runs a pair is cut in at most: enough to keep the card busy, also when heads differ.
-
-    Sixteen programs a multiprocessor if every pair has that many, and four runs at least where one
-    tile holds all queries, so that a head that kept much does not hold up the others. A kernel
-    inside a CUDA graph cannot ask how long this step's pairs are, so it is told this number and
-    cuts each pair by its own length.
-
-    Args:
-        num_programs: tiles of query rows of all pairs.
-        most_tokens: no pair has more.
-        num_processors: multiprocessors of the card.
-        least: tokens of the shortest run; a shorter one costs more in the joining than it saves.
-
-    Returns:
-        1 to 64.
-    """
-    wanted = -(-16 * num_processors // num_programs)
-    return max(1, min(MOST_RUNS, max(4, wanted), -(-most_tokens // least)))
-
-
-def choose_tile(head_dim: int, dtype: torch.dtype, num_rows: int) -> tuple[int, int]:
-    """Query rows and tokens of a tile, so that registers do not spill and 99 KiB of memory suffice.
-
-    That is what a block can have on the smallest cards. float32, which has no tensor cores, keeps
-    its products in registers.
-
-    Args:
-        head_dim: D.
-        dtype: of queries and pages.
-        num_rows: (token, query head of the group) rows of the longest query.
-    """
-    if dtype is torch.float32 and not INTERPRETED:
-        return 16, 32 if head_dim <= 64 else 16
-    rows = min(64, max(16, triton.next_power_of_2(num_rows)))
-    tokens = 128 if head_dim <= 128 else 64
-    if rows > 32 or (rows > 16 and head_dim > 128):
-        tokens //= 2
-    return rows, tokens
-
-
-@functools.lru_cache
-def num_processors(device: torch.device) -> int:
-    """Multiprocessors of a card; 1 on the CPU."""
-    if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def head_page_attention(
     query: torch.Tensor,
     key_pages: torch.Tensor,
@@ -343,8 +291,12 @@ def head_page_attention(
     group = num_query_heads // num_heads
     if output is None:
         output = torch.empty_like(query)
-    most_rows, most_tokens = choose_tile(head_dim, query.dtype, group * max_query_len)
-    rows, tokens = rows or most_rows, tokens or most_tokens
+    tile = choose_tile(
+        head_dim, query.dtype, group * max_query_len, two_tiers=quantized is not None
+    )
+    rows, tokens = rows or tile.rows, tokens or tile.tokens
+    if num_warps is None:
+        num_warps = tile.num_warps if rows == tile.rows else 4 if rows <= 32 else 8
     one_tile = max_query_len * group <= rows
     tiles = num_requests if one_tile else num_tokens * group // rows + num_requests
     if num_runs is None:
@@ -366,7 +318,7 @@ def head_page_attention(
         "TOKENS": tokens,
         "LEAST": least_run,
     }
-    tier = tier_arguments(quantized, tables, quantized_tokens or tokens)
+    tier = tier_arguments(quantized, tables, quantized_tokens or tile.quantized_tokens)
     attend_runs[tiles, num_runs, num_heads](
         query, key_pages, value_pages, parts, log_sums,
         tables.offsets, tables.boundary_blocks, tables.slots, tables.seq_lens,
@@ -377,7 +329,7 @@ def head_page_attention(
         *parts.stride()[:3], *log_sums.stride()[:2], tables.block_table.stride(0),
         HEADS=num_heads, ROWS=rows, ONE_TILE=one_tile, ONE_RUN=num_runs == 1,
         UPCAST=INTERPRETED, PRECISION=dot_precision(query.dtype), **sizes, **tier,
-        num_warps=num_warps or (4 if rows <= 32 else 8), num_stages=num_stages,
+        num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     if num_runs > 1:
         join_runs[max_query_len, num_requests, num_query_heads](

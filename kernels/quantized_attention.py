@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from .quantized_tiles import PageLayout
 
 
+STAGES = tl.constexpr(5)
+"""Of the pipeline over tiles, which are small: two are on their way while one is worked on."""
+
+
 @dataclass(frozen=True)
 class QuantizedPages:
     """How the pages of the quantized tier are read.
@@ -129,7 +133,7 @@ def attend_quantized(
     turned = q
     if rotation is not None:
         turned = rotate_rows(q, rotation, False, D, D_PADDED, UPCAST, PRECISION).to(q.dtype)
-    for position in range(start, end, TOKENS):
+    for position in tl.range(start, end, TOKENS, num_stages=STAGES):
         tokens = position + tl.arange(0, TOKENS)
         wanted = tokens < end
         page = find_pages(

@@ -8,7 +8,7 @@ The 4-bit codes of a block lie two a byte, the second half of the block in the h
 bytes is unpacked by a mask and a shift into two tiles that share their scales; nothing moves
 between threads. NormalFloat codes are looked up in 16 half floats, which lie in one line of the L1
 cache. Triton's pipeliner leaves loads of two bytes alone; float32 levels it would stage in shared
-memory.
+memory. Scales, which are to be there in time, are taken out of words of four bytes.
 """
 
 from __future__ import annotations
@@ -78,10 +78,7 @@ def load_quantized(
             pages + place[:, None] + dims[None, :],
             mask=wanted[:, None] & (dims < D)[None, :], other=0,
         )  # fmt: skip
-        scales = pages.to(tl.pointer_type(tl.bfloat16))
-        scale = tl.load(
-            scales + page * (page_stride // 2) + SCALES // 2 + in_page, mask=wanted, other=0.0
-        ).to(tl.float32)
+        scale = load_bfloat16(pages, page * page_stride + SCALES + in_page * 2, wanted)
         tile = codes.to(tl.int8, bitcast=True).to(tl.float32) * scale[:, None]
     else:
         low, high = load_quantized_halves(
@@ -120,22 +117,34 @@ def load_quantized_halves(
             mask=wanted, other=0.0,
         )  # fmt: skip
         place = (page * page_stride + SCALES + in_page * (D // BLOCK))[:, None] + blocks[None, :]
-        stored = tl.load(pages + place, mask=there, other=0)
+        stored = load_word(pages, place, there) & 255
         scale = tl.where(there, decode_float8(stored) * group[:, None], 0.0)  # code 0 is not zero
     else:
         NUMBERS: tl.constexpr = D // BLOCK * (2 if FORMAT == "int4" else 1)
-        scales = pages.to(tl.pointer_type(tl.bfloat16))
-        place = (page * (page_stride // 2) + SCALES // 2 + in_page * NUMBERS)[:, None]
-        place = place + blocks[None, :]
-        scale = tl.load(scales + place, mask=there, other=0.0).to(tl.float32)
+        place = (page * page_stride + SCALES + in_page * (2 * NUMBERS))[:, None]
+        place = place + blocks[None, :] * 2
+        scale = load_bfloat16(pages, place, there)
     if FORMAT == "int4":
-        zero = tl.load(scales + place + D // BLOCK, mask=there, other=0.0).to(tl.float32)
+        zero = load_bfloat16(pages, place + D // BLOCK * 2, there)
         first = zero[:, :, None] + low.to(tl.float32) * scale[:, :, None]
         second = zero[:, :, None] + high.to(tl.float32) * scale[:, :, None]
     else:
         first = tl.load(code_book + low).to(tl.float32) * scale[:, :, None]
         second = tl.load(code_book + high).to(tl.float32) * scale[:, :, None]
     return first, second
+
+
+@triton.jit
+def load_word(pages, place, mask):
+    """Byte ``place`` (int64) of the pool in the low bits of an int32; bytes behind it above."""
+    words = tl.load(pages.to(tl.pointer_type(tl.int32)) + (place >> 2), mask=mask, other=0)
+    return words >> ((place & 3) * 8).to(tl.int32)
+
+
+@triton.jit
+def load_bfloat16(pages, place, mask):
+    """bfloat16 numbers from even bytes ``place`` (int64) of the pool on, as float32."""
+    return (load_word(pages, place, mask) << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit

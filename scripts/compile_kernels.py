@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +127,23 @@ def attention_case(dtype: torch.dtype, head_dim: int, page_tokens: int, query_le
     )
 
 
+def attend_two_tiers(head_dim: int, query_len: int, name: str, *, rotated: bool) -> None:
+    """As :func:`attend`, with a quantized tier; bfloat16, pages of 16."""
+    shape = Shape(2, 2, 4, head_dim)
+    layout = shape.page_layout(torch.bfloat16, FORMATS[name], FORMATS[name])
+    case = make_case(
+        [Asked(320 + query_len, query_len, 16, 0.5, 0.2), Asked(query_len + 40, query_len)],
+        shape,
+        dtype=torch.bfloat16,
+        layout=layout,
+        rotated=rotated,
+    )
+    head_page_attention(
+        case.query, case.key_pages, case.value_pages, case.query_start_loc, case.tables, 1,
+        case.scale, max_query_len=query_len, max_tokens=4096, num_runs=4, quantized=case.quantized,
+    )  # fmt: skip
+
+
 def attend(dtype: torch.dtype, head_dim: int, page_tokens: int, query_len: int) -> None:
     case = attention_case(dtype, head_dim, page_tokens, query_len)
     head_page_attention(
@@ -185,6 +203,23 @@ def launches(*, every: bool) -> dict[str, Callable[[], None]]:
                     )
     for page in pages:
         found[f"pages of {page}"] = lambda p=page: lay_out_tables(p)  # type: ignore[misc]
+    return found | two_tier_launches(every=every)
+
+
+def two_tier_launches(*, every: bool) -> dict[str, Callable[[], None]]:
+    """As :func:`launches`, of prefixes with a quantized tier; ``every`` adds sizes and formats."""
+    found: dict[str, Callable[[], None]] = {}
+    formats = [("int8", False), ("nf4 with double quantization", True)]
+    if every:
+        formats = list(product(FORMATS, (False, True)))
+    head_dims, query_lens = (HEAD_DIMS, (1, 6, 64)) if every else ((64, 128), (1, 64))
+    for head_dim, query_len, (name, rotated) in product(head_dims, query_lens, formats):
+        about = f"bfloat16, head size {head_dim}, {query_len} query tokens, "
+        found[about + ("rotated " if rotated else "") + name] = (
+            lambda h=head_dim, q=query_len, f=name, r=rotated: (  # type: ignore[misc]
+                attend_two_tiers(h, q, f, rotated=r)
+            )
+        )
     return found
 
 

@@ -1,12 +1,18 @@
 """What can still be answered from a compressed context? Accuracy by scorer, budget and keep ratio.
 
     python scripts/eval_quality.py --model tests/models/tiny-retriever
+    python scripts/eval_quality.py --model tests/models/tiny-retriever --scorers kvzip \\
+        --modes evict quantize mixed --keep-bytes-ratios 0.5 0.25 0.125 0.0625
 
 The context is compressed before any question is read (query-agnostic): each context is sent alone,
 then all questions about it start from its compressed prefix, and the run fails unless each of them
 did. With ``--query-aware`` each question also ends the context that is compressed, so the scorer
 has seen it, and is then asked again. Tasks are made of the words the tiny test models know, see
 ``quality_tasks.py``.
+
+With ``--keep-bytes-ratios`` rows are compared by bytes: every cell, the plot and the JSON say what
+the contexts' blocks came down to by the engine's own count, which is not quite what was asked for.
+The cache is bfloat16 then, because 4 bits save twice as much of a float32 one.
 
 Real vLLM, one engine per row and keep ratio. Prints accuracy with a 95 % interval in which the
 answers about one context count as a cluster.
@@ -18,16 +24,29 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
-from evaluation import accuracy_table, cell, counter, draw, start_engine, versions
+from evaluation import (
+    BLOCK_SIZE,
+    Counts,
+    accuracy_table,
+    cell,
+    counter,
+    draw,
+    start_engine,
+    versions,
+)
 from local_server import CPU_ENVIRONMENT
 from quality_tasks import TASKS, Document, known_tasks
 from rich.console import Console
 from tqdm import tqdm
 
+from vllm_kvzip.config import FormatName, Mode
 from vllm_kvzip.errors import KVzipError
 from vllm_kvzip.scoring import scorer_class
 
@@ -44,6 +63,92 @@ ROWS = (
     "random",
 )
 KEEP_RATIOS = (0.5, 0.3, 0.2, 0.1)
+NO_COMPRESSION = "no compression"
+ALL_PAIRS = "all"  # key of the cells that evict nothing, in place of a ratio
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: a scorer in a mode.
+
+    Attributes:
+        scorer: see :func:`settings_of`.
+        mode: what becomes of the rest.
+        formats: of quantized keys and values, ``nf4`` or ``int8+nf4``; "" for the default.
+        full_share: of mode ``mixed``; None for the default.
+        evicts: False for mode ``quantize`` with every KV pair in it, where no scorer matters.
+    """
+
+    scorer: str
+    mode: Mode = "evict"
+    formats: str = ""
+    full_share: float | None = None
+    evicts: bool = True
+
+    @property
+    def name(self) -> str:
+        """As it stands in the table."""
+        quantized = f"{self.mode} {self.formats}".strip()
+        if not self.evicts:
+            return f"{quantized}, nothing evicted"
+        share = "" if self.full_share is None else f", {self.full_share:g} full"
+        return f"{self.scorer}, {quantized}{share}"
+
+    def settings(self, ratio: float, by_bytes: bool) -> dict[str, Any]:
+        """The plugin's settings for this row.
+
+        Args:
+            ratio: kept / all, of KV pairs.
+            by_bytes: of bytes instead.
+        """
+        settings = settings_of(self.scorer, ratio if self.evicts else 1.0)
+        if by_bytes and self.evicts:
+            settings["keep_bytes_ratio"] = settings.pop("keep_ratio")
+        if self.mode == "evict":
+            return settings
+        settings["mode"] = self.mode
+        if self.formats:
+            keys, _, values = self.formats.partition("+")
+            settings |= {"key_format": keys, "value_format": values or keys}
+        if self.full_share is not None:
+            settings["full_share"] = self.full_share
+        return settings
+
+
+def make_rows(
+    scorers: Sequence[str],
+    modes: Sequence[Mode],
+    formats: Sequence[str],
+    full_shares: Sequence[float | None],
+) -> list[Row]:
+    """Every scorer in every mode, and mode ``quantize`` without eviction first, if it is asked for.
+
+    Args:
+        scorers, modes: see :class:`Row`.
+        formats: of the modes that quantize.
+        full_shares: of mode ``mixed``.
+    """
+    rows = []
+    if "quantize" in modes:
+        rows += [Row("default", "quantize", each, evicts=False) for each in formats]
+    for scorer, mode in product(scorers, modes):
+        quantized = formats if mode != "evict" else [""]
+        shares = full_shares if mode == "mixed" else [None]
+        rows += [Row(scorer, mode, each, share) for each, share in product(quantized, shares)]
+    return rows
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Answers from one engine.
+
+    Attributes:
+        counts: right tokens and all tokens of the answers about each document.
+        held: bytes of the contexts' blocks afterwards / before.
+    """
+
+    counts: Counts
+    held: float
 
 
 def settings_of(row: str, keep_ratio: float) -> dict[str, Any]:
@@ -83,10 +188,19 @@ def make_documents(args: argparse.Namespace) -> list[tuple[str, Document]]:
     return documents
 
 
+def held_share(documents: Sequence[Document], num_freed: float) -> float:
+    """Share of their bytes that contexts hold after so many of their blocks were freed."""
+    return 1 - num_freed / sum(len(document.tokens) // BLOCK_SIZE for document in documents)
+
+
 def measure(
-    model: str, documents: list[Document], settings: dict[str, Any] | None, num_ranks: int = 1
-) -> list[tuple[int, int]]:
-    """Right tokens and all tokens of the answers about each document, in an engine of its own.
+    model: str,
+    documents: list[Document],
+    settings: dict[str, Any] | None,
+    num_ranks: int = 1,
+    dtype: str = "float32",
+) -> Measured:
+    """Ask about each document, in an engine of its own.
 
     Raises:
         RuntimeError: if a question did not start from a compressed context.
@@ -104,9 +218,9 @@ def measure(
         # watches the last queries would not see them.
         return {"prompt_token_ids": tokens, "cache_salt": str(number)}
 
-    llm = start_engine(model, settings, num_ranks)
+    llm = start_engine(model, settings, num_ranks, dtype)
     lengths = [len(document.tokens) for document in documents]
-    before = counter("prefix_hits_total")
+    hits, freed = counter("prefix_hits_total"), counter("blocks_freed_total")
     if settings is not None:
         contexts = [prompt(number, document.tokens) for number, document in enumerate(documents)]
         llm.generate(contexts, [sampling(2, n) for n in lengths], use_tqdm=False)
@@ -118,7 +232,7 @@ def measure(
             answers.append(question.answer)
     results = iter(llm.generate(prompts, limits, use_tqdm=False))
     llm.llm_engine.engine_core.shutdown()
-    if settings is not None and counter("prefix_hits_total") - before != len(prompts):
+    if settings is not None and counter("prefix_hits_total") - hits != len(prompts):
         raise RuntimeError(f"not every question started from a compressed context: {settings}")
     counts = []
     for document in documents:
@@ -128,7 +242,20 @@ def measure(
             right += sum(a == b for a, b in zip(output, question.answer, strict=True))
             total += len(question.answer)
         counts.append((right, total))
-    return counts
+    return Measured(counts, held_share(documents, counter("blocks_freed_total") - freed))
+
+
+def formats(text: str) -> str:
+    """One format's name, or those of keys and values with a plus between.
+
+    Raises:
+        argparse.ArgumentTypeError: for another name.
+    """
+    names = text.split("+")
+    if len(names) > 2 or not set(names) <= set(get_args(FormatName)):
+        known = ", ".join(get_args(FormatName))
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {known}, nor two of them with a +")
+    return text
 
 
 def parse_args() -> argparse.Namespace:
@@ -138,6 +265,21 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--scorers", nargs="+", help="instead of a selection; may be default")
     parser.add_argument("--budgets", nargs="+", default=[""], help="default: what suits the scorer")
     parser.add_argument("--keep-ratios", nargs="+", type=float, default=list(KEEP_RATIOS))
+    parser.add_argument(
+        "--keep-bytes-ratios", nargs="+", type=float, help="bytes kept / all, instead"
+    )
+    parser.add_argument("--modes", nargs="+", choices=get_args(Mode), default=["evict"])
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        type=formats,
+        default=[""],
+        help="of what is quantized: nf4, int4, int8, or keys+values such as int8+nf4",
+    )
+    parser.add_argument("--full-shares", nargs="+", type=float, default=[None], help="mode mixed")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="default float32; by bytes bfloat16"
+    )
     parser.add_argument("--query-aware", action="store_true", help="the scorer sees the question")
     parser.add_argument("--prefill-budget", type=int, help="tokens; compress while reading")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks share the heads")
@@ -156,47 +298,59 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--model {args.model} is no folder of a model with a config.json")
     if unknown := [task for task in args.tasks if task not in known_tasks(vocabulary_size)]:
         parser.error(f"--model {args.model} does not know the words of the task {unknown[0]}")
+    args.dtype = args.dtype or ("float32" if args.keep_bytes_ratios is None else "bfloat16")
     return args
 
 
 def main() -> None:
     args = parse_args()
     os.environ.update({**CPU_ENVIRONMENT, "VLLM_LOGGING_LEVEL": "ERROR", **os.environ})
-    rows = list(ROWS)
+    scorers = list(ROWS)
     if args.scorers:
-        rows = [f"{s}+{b}" if b else s for s in args.scorers for b in args.budgets]
+        scorers = [f"{s}+{b}" if b else s for s in args.scorers for b in args.budgets]
+    by_bytes = args.keep_bytes_ratios is not None
+    by_mode = by_bytes or args.modes != ["evict"]
+    ratios = args.keep_bytes_ratios if by_bytes else args.keep_ratios
     named = make_documents(args)
     documents = [document for _, document in named]
-    cells = [("no compression", ratio) for ratio in args.keep_ratios[:1]]
-    cells += [(row, ratio) for row in rows for ratio in args.keep_ratios]
+    cells: list[tuple[str, Row | None, float]] = [(NO_COMPRESSION, None, 1.0)]
+    for row in make_rows(scorers, args.modes, args.formats, args.full_shares):
+        name = row.name if by_mode else row.scorer
+        cells += [(name, row, ratio) for ratio in (ratios if row.evicts else [1.0])]
     groups = {task: [t == task for t, _ in named] for task in args.tasks}
     groups = {"all tasks": [True] * len(named), **groups} if len(groups) > 1 else groups
     results: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in groups}
     bar = tqdm(cells, desc="engines")
-    for row, ratio in bar:
-        bar.set_postfix_str(f"{row}, keep ratio {ratio:g}")
-        settings = None if row == "no compression" else settings_of(row, ratio)
+    for name, row, ratio in bar:
+        bar.set_postfix_str(f"{name}, {ratio:g}")
+        settings = None if row is None else row.settings(ratio, by_bytes)
         if settings is not None and args.prefill_budget is not None:
             settings["prefill_budget"] = args.prefill_budget
         try:
-            counts = measure(args.model, documents, settings, args.tensor_parallel_size)
+            found = measure(args.model, documents, settings, args.tensor_parallel_size, args.dtype)
         except KVzipError as error:
-            sys.exit(f"\n{row}: {error}")
-        for name, members in groups.items():
-            chosen = [c for c, member in zip(counts, members, strict=True) if member]
-            for key in [ratio] if settings else args.keep_ratios:
-                results[name].setdefault(row, {})[f"{key:g}"] = cell(chosen)
+            sys.exit(f"\n{name}: {error}")
+        keys = [f"{ratio:g}"]
+        if row is None or not row.evicts:
+            keys = [ALL_PAIRS] if by_mode else [f"{each:g}" for each in ratios]
+        for group, members in groups.items():
+            chosen = [c for c, member in zip(found.counts, members, strict=True) if member]
+            shown = cell(chosen, found.held if by_mode else None)
+            results[group].setdefault(name, {}).update(dict.fromkeys(keys, shown))
+    columns = {ALL_PAIRS: "all KV pairs"} if by_mode else {}
+    columns |= {f"{ratio:g}": f"{'bytes' if by_bytes else 'keep'} {ratio:g}" for ratio in ratios}
     console = Console(width=118)
     about = "query-aware" if args.query_aware else "query-agnostic"
     if args.prefill_budget is not None:
         about += f", prefill budget {args.prefill_budget}"
     if args.tensor_parallel_size > 1:
         about += f", {args.tensor_parallel_size} ranks"
-    for name, members in groups.items():
+    about += f", {args.dtype}" if args.dtype != "float32" else ""
+    for group, members in groups.items():
         asked = [d for d, member in zip(documents, members, strict=True) if member]
         questions = sum(len(document.questions) for document in asked)
-        title = f"{name}: {questions} questions, {about}, contexts of {args.context_tokens}"
-        console.print(accuracy_table(title, args.keep_ratios, results[name]))
+        title = f"{group}: {questions} questions, {about}, contexts of {args.context_tokens}"
+        console.print(accuracy_table(title, columns, results[group]))
     console.print(versions())
     if args.json:
         args.json.write_text(json.dumps({"versions": versions(), **results}, indent=2) + "\n")

@@ -22,19 +22,22 @@ BLOCK_SIZE = 32  # what the plugin chooses on the CPU
 Counts = Sequence[tuple[int, int]]  # right and all answer tokens of each context
 
 
-def start_engine(model: str, settings: dict[str, Any] | None, num_ranks: int = 1) -> LLM:
+def start_engine(
+    model: str, settings: dict[str, Any] | None, num_ranks: int = 1, dtype: str = "float32"
+) -> LLM:
     """A small engine, with the plugin's settings or, when they are None, without compression.
 
     Args:
         model: its folder.
         settings: see above.
         num_ranks: tensor-parallel processes.
+        dtype: of the model and its KV cache.
     """
     from vllm import LLM
 
     return LLM(
         model=model,
-        dtype="float32",
+        dtype=dtype,
         enforce_eager=True,
         gpu_memory_utilization=0.3,
         disable_log_stats=True,
@@ -74,45 +77,75 @@ def interval(counts: Counts) -> tuple[float, float]:
     return (middle - half) / scale, (middle + half) / scale
 
 
-def cell(counts: Counts) -> dict[str, Any]:
-    """Accuracy and interval, for the table and for JSON."""
-    return {"accuracy": accuracy(counts), "interval": list(interval(counts))}
+def cell(counts: Counts, held: float | None = None) -> dict[str, Any]:
+    """Accuracy and interval, for the table and for JSON.
+
+    Args:
+        counts: see :data:`Counts`.
+        held: bytes held / bytes before; None: not measured.
+    """
+    found: dict[str, Any] = {"accuracy": accuracy(counts), "interval": list(interval(counts))}
+    return found if held is None else {**found, "held": held, "counts": [list(c) for c in counts]}
 
 
-def accuracy_table(title: str, ratios: Sequence[float], rows: dict[str, dict[str, Any]]) -> Table:
-    """One row per name, one column per keep ratio.
+def accuracy_table(title: str, columns: dict[str, str], rows: dict[str, dict[str, Any]]) -> Table:
+    """One row per name, one column per keep ratio; a cell may be missing.
 
     Args:
         title: of the table.
-        ratios: keep ratios.
-        rows: name -> keep ratio as text -> :func:`cell`.
+        columns: key of a cell, such as a keep ratio as text -> its heading.
+        rows: name -> key -> :func:`cell`; says how much is held where that was measured.
     """
     from rich.table import Table
 
     table = Table(title=title)
-    for column in ("scorer", *(f"keep {ratio:g}" for ratio in ratios)):
+    for column in ("scorer", *columns.values()):
         table.add_column(column)
     for name, cells in rows.items():
-        shown = []
-        for ratio in ratios:
-            found = cells[f"{ratio:g}"]
-            low, high = found["interval"]
-            shown.append(f"{found['accuracy']:.3f} [{low:.2f} {high:.2f}]")
-        table.add_row(name, *shown)
+        table.add_row(name, *(_shown(cells.get(key)) for key in columns))
     return table
 
 
+def _shown(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    low, high = found["interval"]
+    text = f"{found['accuracy']:.3f} [{low:.2f} {high:.2f}]"
+    return f"{text}\n({found['held']:.3f} held)" if "held" in found else text
+
+
+def curve(cells: dict[str, dict[str, Any]]) -> list[tuple[float, float]]:
+    """Points of a row's line: how much is kept, or is held where that was measured, and accuracy.
+
+    Args:
+        cells: keep ratio as text -> :func:`cell`.
+    """
+    return sorted(
+        (found["held"] if "held" in found else float(key), found["accuracy"])
+        for key, found in cells.items()
+    )
+
+
 def draw(path: Path, rows: dict[str, dict[str, Any]]) -> None:
-    """Accuracy against keep ratio, one line per row, into a PNG."""
+    """Accuracy against keep ratio, one line per row, into a PNG; or against bytes, as measured.
+
+    Args:
+        path: of the PNG.
+        rows: see :func:`accuracy_table`.
+    """
     from matplotlib.figure import Figure
 
+    by_bytes = any("held" in found for cells in rows.values() for found in cells.values())
     figure = Figure(figsize=(6.5, 4.2), layout="constrained")
     axes = figure.subplots()
     for name, cells in rows.items():
-        ratios = [float(ratio) for ratio in cells]
-        shares = [found["accuracy"] for found in cells.values()]
-        axes.plot(ratios, shares, marker="o", markersize=3, label=name)
+        shares, accuracies = zip(*curve(cells), strict=True)
+        axes.plot(shares, accuracies, marker="o", markersize=3, label=name)
     axes.set(xlabel="keep ratio", ylabel="accuracy", ylim=(0, 1.02))
+    if by_bytes:
+        axes.set_xlabel("bytes held / bytes before")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
     axes.legend(fontsize="x-small")
     figure.savefig(path, dpi=120)
 

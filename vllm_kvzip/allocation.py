@@ -65,7 +65,9 @@ class PageAllocator:
         geometry = self._geometry
         total = plan.num_full_blocks * geometry.pages_per_block
         if not total:
-            return torch.zeros(geometry.num_layers, geometry.num_kv_heads, dtype=torch.int64)
+            place = scores.device if self._by_score else None
+            shape = geometry.num_layers, geometry.num_kv_heads
+            return torch.zeros(shape, dtype=torch.int64, device=place)
         min_pages = self._rule.min_pages_per_head(plan.boundary_tokens)
         if self._by_score:
             return budgeting.allocate_adaptive(
@@ -94,7 +96,7 @@ class PageAllocator:
 
         Args:
             scores: float32 ``[L, H, T]``.
-            full_pages: int64 ``[L, H]``, pages that hold each head's best tokens already.
+            full_pages: int64 ``[L, H]``, of :meth:`full`.
             plan: of the prompt.
         """
         geometry = self._geometry
@@ -111,7 +113,6 @@ class PageAllocator:
             )
         if self._head_fractions is not None:
             num_tokens = plan.boundary_tokens
-            taken = taken.cpu()
             most = (num_tokens - taken + page_tokens - 1) // page_tokens
             if int(most.sum()) < total:  # whole blocks can be a little more than there is to keep
                 most += 1

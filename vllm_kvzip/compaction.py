@@ -11,12 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from vllm_kvzip.quantization.pages import pack_pages
-from vllm_kvzip.quantization.rotation import rotate
-
 if TYPE_CHECKING:
     from vllm_kvzip.core import KeepPlan, QuantizedKeepPlan
-    from vllm_kvzip.quantization import Quantization
 
 
 @dataclass(frozen=True)
@@ -100,6 +96,21 @@ class PageStore(Protocol):
         ...
 
 
+class PagePacker(Protocol):
+    """Makes quantized pages; see ``quantization/choice.py``."""
+
+    def pack(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Quantize tokens that fill whole pages.
+
+        Args:
+            keys, values: float32 ``[n, Q, D]``.
+
+        Returns:
+            uint8 ``[n, page_bytes]``.
+        """
+        ...
+
+
 class PackedPages:
     """A :class:`PageStore` over pages of N keys, then N values, each in an order of its own.
 
@@ -108,7 +119,7 @@ class PackedPages:
         codec: element order inside a page.
         block_size: N.
         head_dim: D.
-        quantization: how :meth:`quantize` writes pages; None where it is never called.
+        packer: for :meth:`quantize`; None where that is never called.
     """
 
     def __init__(
@@ -117,11 +128,11 @@ class PackedPages:
         codec: PageCodec,
         block_size: int,
         head_dim: int,
-        quantization: Quantization | None = None,
+        packer: PagePacker | None = None,
     ) -> None:
         self.device = pages.device
         self._bytes = pages.view(torch.uint8)
-        self._quantization = quantization
+        self._packer = packer
         keys, values = pages.view(len(pages), 2, block_size * head_dim).unbind(dim=1)
         self._keys = _HalfPages(keys, codec.key_order, block_size, head_dim)
         self._values = _HalfPages(values, codec.value_order, block_size, head_dim)
@@ -175,8 +186,7 @@ class PackedPages:
             ValueError: if a page is both source and target.
         """
         _check_apart(sources, targets)
-        assert self._quantization is not None
-        layout = self._quantization.layout
+        assert self._packer is not None
         bounds = [0, *keep.pages.sum(dim=1).cumsum(0).tolist()]
         for layer, pages in enumerate(sources):
             own = slice(bounds[layer], bounds[layer + 1])
@@ -185,16 +195,12 @@ class PackedPages:
             heads = torch.arange(len(pages)).repeat_interleave(keep.pages[layer])[:, None]
             positions = keep.positions[own]
             keys, values = (
-                self._rows(read(pages)[heads, positions.clamp(min=0)], positions < 0)
+                read(pages)[heads, positions.clamp(min=0)]
+                .float()
+                .masked_fill_(positions[..., None] < 0, 0.0)
                 for read in (self.read_keys, self.read_values)
             )
-            self._bytes[targets[own]] = pack_pages(keys, values, layout)
-
-    def _rows(self, kept: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
-        """Tokens of some pages ``[n, Q, D]`` as they are quantized, ``[n * Q, D]``."""
-        assert self._quantization is not None
-        rows = kept.float().masked_fill_(empty[..., None], 0.0).flatten(0, 1)
-        return rotate(rows) if self._quantization.rotated else rows
+            self._bytes[targets[own]] = self._packer.pack(keys, values)
 
 
 def _check_apart(sources: torch.Tensor, targets: torch.Tensor) -> None:

@@ -72,9 +72,18 @@ class PrefixPlan:
 
         A head that keeps everything may fill its last page in part, so it can be fewer.
         """
-        block_tokens = self.boundary_tokens // self.num_prefix_blocks
-        left = self.boundary_tokens - self.num_full_blocks * block_tokens
+        left = self.boundary_tokens - self.full_tokens
         return min(self.num_quantized_blocks * self.quantized_page_tokens, left)
+
+    @property
+    def full_tokens(self) -> int:
+        """Tokens a head keeps as they are, on average."""
+        return self.num_full_blocks * self.boundary_tokens // self.num_prefix_blocks
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens a head keeps in either tier, on average."""
+        return self.full_tokens + self.quantized_tokens
 
     @property
     def num_freed_blocks(self) -> int:
@@ -92,7 +101,7 @@ class PrefixPlan:
         """Kept / all KV pairs of either tier, as asked for or as the prefill budget allows."""
         full = self.num_full_blocks / self.num_prefix_blocks
         if self.num_quantized_blocks:
-            return full + self.quantized_tokens / self.boundary_tokens
+            return self.kept_tokens / self.boundary_tokens
         return full if self.is_round else min(self.keep_ratio, full)
 
     @property

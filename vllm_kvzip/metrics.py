@@ -32,7 +32,8 @@ SKIP_REASONS = (
     "ended_before_decode",
 )
 EVICTION_REASONS = ("lru", "ttl", "reset")
-KV_KINDS = ("full", "compressed")
+KV_KINDS = ("full", "compressed", "quantized")
+TIERS = ("full", "quantized")
 PHASES = ("prefill", "decode")
 
 
@@ -81,6 +82,14 @@ TOKENS_EVICTED = Metric(
     "counter",
     "Evicted tokens: KV pairs dropped, averaged over layers and KV heads.",
 )
+TOKENS_KEPT = Metric(
+    "vllm_kvzip_tokens_kept_total",
+    "counter",
+    "Tokens kept by compression: KV pairs kept as they are, or quantized, averaged over layers and "
+    "KV heads.",
+    label="tier",
+    label_values=TIERS,
+)
 KV_BYTES_SAVED = Metric(
     "vllm_kvzip_kv_bytes_saved",
     "gauge",
@@ -89,7 +98,8 @@ KV_BYTES_SAVED = Metric(
 KV_BYTES_HELD = Metric(
     "vllm_kvzip_kv_bytes_held",
     "gauge",
-    "Bytes of KV cache that running requests hold: compressed prefixes, and everything else.",
+    "Bytes of KV cache that running requests hold: compressed prefixes, but for their quantized "
+    "pages, these, and everything else.",
     label="kind",
     label_values=KV_KINDS,
 )
@@ -156,6 +166,7 @@ METRICS = (
     REQUESTS_SKIPPED,
     BLOCKS_FREED,
     TOKENS_EVICTED,
+    TOKENS_KEPT,
     KV_BYTES_SAVED,
     KV_BYTES_HELD,
     PREFILL_ROUNDS,

@@ -149,8 +149,9 @@ class Compressor:
                 check_scores(scores)
             num_sinks, num_recent = self._rule.protected_in_prefix(plan.boundary_tokens)
             ranked = protect(scores, num_sinks, num_recent)
-            full = self._to_device(self._allocator.full(ranked, plan))
+            full = self._allocator.full(ranked, plan)
             quantized = self._to_device(self._allocator.quantized(ranked, full, plan))
+            full = self._to_device(full)
             order = rank(scores, num_sinks, num_recent)
             keep = take_best(order, full, geometry.block_size, num_full)
             taken = full * geometry.block_size

@@ -39,6 +39,8 @@ class RowPages:
         self.device = pages.device
         self._bytes = pages.view(torch.uint8)
         self._quantization = quantization
+        code_book = quantization.code_book if quantization else None
+        self._code_book = None if code_book is None else code_book.to(self.device)
         rows = pages.view(len(pages), block_size, 2, head_dim)
         self._keys, self._values = rows[:, :, 0], rows[:, :, 1]
 
@@ -72,13 +74,11 @@ class RowPages:
     ) -> None:
         """See :meth:`~vllm_kvzip.compaction.PageStore.quantize`; some pages at a time."""
         assert self._quantization is not None
-        layout, code_book = self._quantization.layout, self._quantization.code_book
-        if code_book is not None:
-            code_book = code_book.to(self.device, non_blocking=True)
+        layout = self._quantization.layout
         by_head = sources.flatten(0, 1)
         heads = torch.arange(len(by_head), device=self.device)
         heads = heads.repeat_interleave(keep.pages.flatten(), output_size=len(targets))
-        page_tokens, block_size = layout.page_tokens, self._keys.shape[1]
+        block_size = self._keys.shape[1]
         for first in range(0, len(targets), PAGES_AT_ONCE):
             part = slice(first, first + PAGES_AT_ONCE)
             positions = keep.positions[part]
@@ -88,9 +88,9 @@ class RowPages:
                 self._rotated(half[pages, index % block_size].flatten(0, 1))
                 for half in (self._keys, self._values)
             )
-            rows = torch.arange(positions.numel(), device=self.device).view(-1, page_tokens)
+            rows = torch.arange(positions.numel(), device=self.device).view_as(positions)
             rows = torch.where(positions < 0, -1, rows)
-            quantize_pages(keys, values, rows, self._bytes, targets[part], layout, code_book)
+            quantize_pages(keys, values, rows, self._bytes, targets[part], layout, self._code_book)
 
     def _rotated(self, rows: torch.Tensor) -> torch.Tensor:
         assert self._quantization is not None

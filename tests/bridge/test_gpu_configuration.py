@@ -104,8 +104,8 @@ def test_other_platforms_are_refused(stock_config, monkeypatch):
 
 def test_a_choice_of_kernel_is_refused_on_the_cpu(stock_config):
     with pytest.raises(KVzipError, match="attention_kernel triton is a choice for GPUs"):
-        checks.check_attention_kernel("triton")
-    checks.check_attention_kernel("auto")
+        checks.check_attention_kernel(KVzipConfig(attention_kernel="triton"))
+    checks.check_attention_kernel(KVzipConfig(attention_kernel="auto"))
 
 
 @pytest.mark.parametrize(

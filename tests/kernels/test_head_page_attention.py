@@ -7,8 +7,9 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from kernel_cases import Asked, Shape, make_case
-from vllm_kvzip.kernels.head_page_attention import choose_num_runs, head_page_attention
+from vllm_kvzip.kernels.head_page_attention import head_page_attention
 from vllm_kvzip.kernels.reference import head_page_attention_reference
+from vllm_kvzip.kernels.tile_sizes import choose_num_runs
 
 NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)  # the interpreter is slow
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted here")

@@ -12,7 +12,12 @@ def scheduler_process(directory):
     recorder.saved(12_000)
     recorder.saved(-12_000)
     recorder.skipped("below_min_prompt_tokens")
-    recorder.holds(compressed_bytes=2_000, full_bytes=500, before_bytes=8_000)
+    recorder.compressed(
+        PrefixPlan(1024, 32, 9, 1030, 0.125, num_quantized_blocks=6, quantized_page_tokens=120),
+        1030,
+        32,
+    )
+    recorder.holds(500, 2_000, 700, kept_share=0.25)
 
 
 def worker_process(directory):

@@ -5,7 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_kvzip.budgeting import allocate_adaptive, allocate_from_fractions, allocate_uniform
+from vllm_kvzip.budgeting import (
+    allocate_adaptive,
+    allocate_behind,
+    allocate_from_fractions,
+    allocate_uniform,
+)
 
 
 @st.composite
@@ -97,3 +102,28 @@ def test_impossible_totals_are_refused(total):
         allocate_from_fractions(torch.ones(2, 2), torch.ones(2, 2), total, 1, 8)
     with pytest.raises(ValueError, match="the heads hold 4 to 32"):
         allocate_adaptive(torch.rand(2, 2, 32), total, 4, 1)
+
+
+@given(totals(), st.integers(0, 10**6), st.data())
+def test_pages_behind_others_are_the_best_of_what_is_left(case, seed, data):
+    num_layers, num_heads, min_pages, max_pages, total = case
+    page_tokens, rest = 4, data.draw(st.integers(0, 3))
+    num_tokens = max_pages * page_tokens - rest
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(num_layers, num_heads, num_tokens, generator=generator)
+    taken = torch.randint(0, num_tokens + 1, (num_layers, num_heads), generator=generator)
+    pages = allocate_behind(scores, taken, total, page_tokens, min_pages)
+    assert int(pages.sum()) == total
+    assert int(pages.min()) >= min_pages
+    best, found = [], 0.0
+    for layer in range(num_layers):
+        for head in range(num_heads):
+            left = scores[layer, head].sort(descending=True).values[taken[layer, head] :]
+            own = [
+                float(left[first : first + page_tokens].sum())
+                for first in range(0, max_pages * page_tokens, page_tokens)
+            ]
+            found += sum(own[: int(pages[layer, head])])
+            best += [value + 1e9 * (page < min_pages) for page, value in enumerate(own)]
+    floors = 1e9 * min_pages * num_layers * num_heads
+    assert found == pytest.approx(sum(sorted(best)[-total:]) - floors, abs=1e-3)

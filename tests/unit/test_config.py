@@ -31,7 +31,7 @@ def test_flag_may_be_a_file_or_a_mapping(tmp_path):
         ('{"keep_ratio": 2}', {}, {}, "--kv-compression-config: keep_ratio=2 is wrong, .* 1"),
         ('{"keep_ratio": "half"}', {}, {}, "keep_ratio='half' is wrong"),
         ('{"keep_ration": 0.5}', {}, {}, "no setting keep_ration; did you mean keep_ratio?"),
-        ('{"zzz": 1}', {}, {}, "no setting zzz; known are keep_ratio"),
+        ('{"zzz": 1}', {}, {}, "no setting zzz; known are mode, keep_ratio"),
         ('{"budget": "all"}', {}, {}, "budget='all' is wrong, .*'uniform', 'profile', .*or"),
         ("{broken", {}, {}, "--kv-compression-config: not valid JSON"),
         ("[1]", {}, {}, "neither JSON nor a file"),

@@ -27,14 +27,18 @@ def test_processes_add_up(tmp_path):
         process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0]
     value = collected(tmp_path)
-    assert value("vllm_kvzip_requests_compressed_total") == 4
-    assert value("vllm_kvzip_blocks_freed_total") == 2 * (24 + 12)
-    assert value("vllm_kvzip_tokens_evicted_total") == 2 * 36 * 32
+    assert value("vllm_kvzip_requests_compressed_total") == 6
+    assert value("vllm_kvzip_blocks_freed_total") == 2 * (24 + 12 + 23)
+    in_tiers = 3 * 32, 6 * 120
+    assert value("vllm_kvzip_tokens_evicted_total") == 2 * (36 * 32 + 1024 - sum(in_tiers))
+    kept = "vllm_kvzip_tokens_kept_total"
+    assert value(kept, {"tier": "full"}) == 2 * (8 * 32 + 4 * 32 + in_tiers[0])
+    assert value(kept, {"tier": "quantized"}) == 2 * in_tiers[1]
     assert value("vllm_kvzip_kv_bytes_saved") == 48_000
     skipped = "vllm_kvzip_requests_skipped_total"
     assert value(skipped, {"reason": "below_min_prompt_tokens"}) == 2
     assert value(skipped, {"reason": "nothing_to_free"}) == 0
-    assert value("vllm_kvzip_keep_ratio_count") == 4
+    assert value("vllm_kvzip_keep_ratio_count") == 6
     assert value("vllm_kvzip_compress_seconds_sum", {"stage": "score"}) == 0.5
     assert value("vllm_kvzip_compress_seconds_count", {"stage": "compact"}) == 1
 
@@ -46,11 +50,12 @@ def test_what_is_held_now_and_how_long_attention_took(tmp_path):
     value = collected(tmp_path)
     assert value("vllm_kvzip_kv_bytes_held", {"kind": "compressed"}) == 2_000
     assert value("vllm_kvzip_kv_bytes_held", {"kind": "full"}) == 500
+    assert value("vllm_kvzip_kv_bytes_held", {"kind": "quantized"}) == 700
     assert value("vllm_kvzip_eviction_ratio") == 0.75
     assert value("vllm_kvzip_attention_seconds_sum", {"phase": "decode"}) == 0.5
     assert value("vllm_kvzip_attention_seconds_count", {"phase": "prefill"}) == 0
     again = SchedulerRecorder(str(tmp_path))
-    again.holds(compressed_bytes=0, full_bytes=0, before_bytes=0)
+    again.holds(0, 0, 0, kept_share=1.0)
     assert collected(tmp_path)("vllm_kvzip_eviction_ratio") == 0.75  # the highest of two engines
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_kvzip.selection import protect, select
+from vllm_kvzip.selection import protect, rank, select, take_behind, take_best
 
 
 def kept(plan, head):
@@ -53,3 +53,31 @@ def test_nan_and_impossible_budgets_are_refused():
         select(torch.rand(1, 1, 8), pages, 4, 3, 2)
     with pytest.raises(ValueError, match="do not fit"):
         select(torch.rand(1, 1, 8), pages * 3, 4, 0, 0)
+
+
+@given(st.integers(1, 3), st.integers(1, 8), st.integers(0, 10**6), st.data())
+def test_two_tiers_share_each_heads_ranking(num_heads, num_pages, seed, data):
+    block_size, page_tokens = 4, 7
+    num_tokens = num_pages * block_size
+    count = 2 * num_heads
+    full = data.draw(st.lists(st.integers(0, num_pages), min_size=count, max_size=count))
+    most = -(-num_tokens // page_tokens) + 1  # a page more than there is to fill
+    more = data.draw(st.lists(st.integers(0, most), min_size=count, max_size=count))
+    scores = torch.randint(
+        0, 5, (2, num_heads, num_tokens), generator=torch.Generator().manual_seed(seed)
+    ).float()
+    order = rank(scores, 1, 2)
+    pages = torch.tensor(full).view(2, num_heads)
+    quantized = torch.tensor(more).view(2, num_heads)
+    first = take_best(order, pages, block_size, sum(full))
+    second = take_behind(order, pages * block_size, quantized, page_tokens, sum(more))
+    assert second.positions.shape == (sum(more), page_tokens)
+    start = 0
+    for head in range(count):
+        ranking = order[head].tolist()
+        taken = full[head] * block_size
+        assert kept(first, head) == sorted(ranking[:taken])
+        found = second.positions[start : start + more[head]].flatten().tolist()
+        start += more[head]
+        wanted = sorted(ranking[taken : taken + more[head] * page_tokens])
+        assert found == wanted + [-1] * (len(found) - len(wanted))

@@ -9,7 +9,8 @@ from vllm_kvzip.quantization.int4 import Int4
 from vllm_kvzip.quantization.int8 import Int8
 from vllm_kvzip.quantization.layout import PageLayout
 from vllm_kvzip.quantization.nf4 import NormalFloat4
-from vllm_kvzip.quantization.rotation import hadamard_matrix
+from vllm_kvzip.quantization.pages import pack_pages
+from vllm_kvzip.quantization.rotation import hadamard_matrix, rotate
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +51,19 @@ class Quantization:
 
     layout: PageLayout
     rotated: bool
+
+    def pack(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Quantize tokens that fill whole pages.
+
+        Args:
+            keys, values: float32 ``[n, Q, D]``.
+
+        Returns:
+            uint8 ``[n, page_bytes]``.
+        """
+        if self.rotated:
+            keys, values = rotate(keys), rotate(values)
+        return pack_pages(keys.flatten(0, 1), values.flatten(0, 1), self.layout)
 
     @property
     def code_book(self) -> torch.Tensor | None:

@@ -64,6 +64,7 @@ class SchedulerRecorder:
                 metrics.REQUESTS_SKIPPED,
                 metrics.BLOCKS_FREED,
                 metrics.TOKENS_EVICTED,
+                metrics.TOKENS_KEPT,
                 metrics.KV_BYTES_SAVED,
                 metrics.KV_BYTES_HELD,
                 metrics.PREFILL_ROUNDS,
@@ -76,34 +77,39 @@ class SchedulerRecorder:
             ),
             directory,
         )
-        self._held = (0, 0, 0)
+        self._held: tuple[float, ...] = (0, 0, 0, 1.0)
 
-    def holds(self, compressed_bytes: int, full_bytes: int, before_bytes: int) -> None:
+    def holds(
+        self, full_bytes: int, compressed_bytes: int, quantized_bytes: int, kept_share: float
+    ) -> None:
         """What running requests hold, after a step was scheduled.
 
         Args:
-            compressed_bytes: in compressed prefixes.
-            full_bytes: in all other blocks.
-            before_bytes: what those prefixes would take uncompressed.
+            full_bytes: in blocks of no compressed prefix.
+            compressed_bytes: in compressed prefixes, of KV pairs as they are.
+            quantized_bytes: in compressed prefixes, of quantized KV pairs.
+            kept_share: kept / all KV pairs of those prefixes; 1 when there is none.
         """
-        held = (compressed_bytes, full_bytes, before_bytes)
+        held = (full_bytes, compressed_bytes, quantized_bytes, kept_share)
         if held == self._held:
             return
         self._held = held
-        self._writer.set(metrics.KV_BYTES_HELD, compressed_bytes, "compressed")
-        self._writer.set(metrics.KV_BYTES_HELD, full_bytes, "full")
-        kept = compressed_bytes / before_bytes if before_bytes else 1.0
-        self._writer.set(metrics.EVICTION_RATIO, 1 - kept)
+        for kind, num_bytes in zip(metrics.KV_KINDS, held, strict=False):
+            self._writer.set(metrics.KV_BYTES_HELD, num_bytes, kind)
+        self._writer.set(metrics.EVICTION_RATIO, 1 - kept_share)
 
     def compressed(self, plan: PrefixPlan, num_prompt_tokens: int, block_size: int) -> None:
         """A prompt's blocks went back to the pool."""
         self._writer.add(metrics.BLOCKS_FREED, plan.num_freed_blocks)
-        self._writer.add(metrics.TOKENS_EVICTED, plan.num_freed_blocks * block_size)
+        held = plan.boundary_tokens // block_size - plan.start_blocks + plan.held_blocks
+        self._writer.add(metrics.TOKENS_EVICTED, held * block_size - plan.kept_tokens)
         if plan.is_round:
             self._writer.add(metrics.PREFILL_ROUNDS, 1)
             return
+        self._writer.add(metrics.TOKENS_KEPT, plan.full_tokens, "full")
+        self._writer.add(metrics.TOKENS_KEPT, plan.quantized_tokens, "quantized")
         self._writer.add(metrics.REQUESTS_COMPRESSED, 1)
-        evicted = plan.num_saved_blocks * block_size / num_prompt_tokens
+        evicted = (plan.boundary_tokens - plan.kept_tokens) / num_prompt_tokens
         self._writer.observe(metrics.KEEP_RATIO, 1 - evicted)
 
     def saved(self, num_bytes: int) -> None:
@@ -142,21 +148,26 @@ class HeldBytes:
         self._pool = pool
         self._block_bytes = block_bytes
         self._recorder = recorder
-        self._compressed_blocks = self._blocks_before = 0  # of prefixes in use
+        self._full_blocks = self._quantized_blocks = 0  # of prefixes in use
+        self._tokens_before = self._tokens_kept = 0
 
     def add(self, plan: PrefixPlan, count: int) -> None:
         """``count`` more prefixes of that plan are in use (or fewer, when negative)."""
-        self._compressed_blocks += count * plan.num_compressed_blocks
-        self._blocks_before += count * plan.num_prefix_blocks
+        self._full_blocks += count * plan.num_full_blocks
+        self._quantized_blocks += count * plan.num_quantized_blocks
+        self._tokens_before += count * plan.boundary_tokens
+        self._tokens_kept += count * plan.kept_tokens
         self._recorder.saved(count * plan.num_saved_blocks * self._block_bytes)
 
     def report(self) -> None:
         """Record what is held now."""
         held = self._pool.num_gpu_blocks - 1 - self._pool.get_num_free_blocks()
+        in_prefixes = self._full_blocks + self._quantized_blocks
         self._recorder.holds(
-            self._compressed_blocks * self._block_bytes,
-            (held - self._compressed_blocks) * self._block_bytes,
-            self._blocks_before * self._block_bytes,
+            (held - in_prefixes) * self._block_bytes,
+            self._full_blocks * self._block_bytes,
+            self._quantized_blocks * self._block_bytes,
+            self._tokens_kept / self._tokens_before if self._tokens_before else 1.0,
         )
 
 
