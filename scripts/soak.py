@@ -189,6 +189,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pool-blocks", type=int, default=70)
     parser.add_argument("--prefill-budget", type=int, help="tokens; compress while reading")
+    parser.add_argument("--mode", choices=["evict", "mixed"], default="evict")
     parser.add_argument("--scorer", default="keydiff")
     parser.add_argument("--budget", default="adaptive")
     parser.add_argument("--max-num-batched-tokens", type=int, default=384)
@@ -199,7 +200,8 @@ def main() -> int:
 
     from vllm import LLM
 
-    settings = {"keep_ratio": KEEP_RATIO, "scorer": arguments.scorer, "budget": arguments.budget}
+    settings = {"mode": arguments.mode, "scorer": arguments.scorer, "budget": arguments.budget}
+    settings["keep_ratio" if arguments.mode == "evict" else "keep_bytes_ratio"] = KEEP_RATIO
     must_happen, blocks = list(MUST_HAPPEN), None
     if arguments.prefill_budget is not None:
         settings["prefill_budget"] = arguments.prefill_budget

@@ -14,6 +14,8 @@ for name, value in {
     "HF_HUB_OFFLINE": "1",
 }.items():
     os.environ.setdefault(name, value)
+if "PYTEST_XDIST_WORKER" in os.environ:  # engines of several workers would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in [name for name in os.environ if name.startswith("LLM_KVZIP_")]:
     del os.environ[name]  # a developer's own settings must not decide a test
 

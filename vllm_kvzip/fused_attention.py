@@ -25,7 +25,11 @@ def attend_with_normaliser(
         ``[H, M, D]`` like the queries, and the log of each softmax's normaliser, float32
         ``[H, M]``.
     """
-    batch = queries[None], keys[None], values[None]
+    # The kernels take every vector for contiguous, whatever its strides say.
+    batch = tuple(
+        (half if half.stride(-1) == 1 else half.contiguous())[None]
+        for half in (queries, keys, values)
+    )
     aten = torch.ops.aten
     if queries.device.type == "cpu":
         flash = aten._scaled_dot_product_flash_attention_for_cpu

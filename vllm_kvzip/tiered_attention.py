@@ -184,7 +184,7 @@ class TieredAttention:
             float32, like ``queries``.
         """
         group, num_rows, head_dim = queries.shape
-        queries = queries.float()
+        queries = queries.float().contiguous()
         parts: list[tuple[torch.Tensor, torch.Tensor]] = []
         if num_quantized:
             keys, values = self.reader.read(self.read_quantized(quantized_ids))
@@ -213,7 +213,7 @@ class TieredAttention:
     def _inward(self, queries: torch.Tensor) -> torch.Tensor:
         """Queries as quantized keys want them."""
         turned = rotate(queries) if self.rotated else queries
-        return turned[..., self.reader.key_order]
+        return turned[..., self.reader.key_order].contiguous()
 
     def _outward(self, attended: torch.Tensor) -> torch.Tensor:
         """Weighted sums of quantized values as those of ordinary ones."""

@@ -105,15 +105,21 @@ def stock():
 
 @pytest.fixture(
     scope="module",
-    params=[(1.0, False), (1.0, True), (0.3, True)],
-    ids=["keep 1.0", "keep 1.0, asynchronous", "keep 0.3, asynchronous"],
+    params=[
+        ({"keep_ratio": 1.0}, False),
+        ({"keep_ratio": 1.0}, True),
+        ({"keep_ratio": 0.3}, True),
+        ({"mode": "mixed", "keep_bytes_ratio": 0.3}, True),
+    ],
+    ids=["keep 1.0", "keep 1.0, asynchronous", "keep 0.3, asynchronous", "mixed, asynchronous"],
 )
 def run(request):
     """The history with compression, in a pool that is too small for the loads at its end."""
-    keep_ratio, asynchronous = request.param
+    settings, asynchronous = request.param
+    keep_ratio = next(value for name, value in settings.items() if name != "mode")
     report = run_job(
         history(keep_ratio)[0],
-        kvzip={"keep_ratio": keep_ratio, "min_prompt_tokens": 64},
+        kvzip={**settings, "min_prompt_tokens": 64},
         watch_hashed_blocks=True,
         asynchronous=asynchronous,
         actions={SCRIBBLE: "scribble"},

@@ -28,8 +28,17 @@ def total(report, name):
     return report.metrics["vllm_kvzip_" + name]
 
 
+@pytest.fixture(
+    scope="module",
+    params=[{"keep_ratio": 0.25}, {"mode": "mixed", "keep_bytes_ratio": 0.25, "full_share": 0.6}],
+    ids=["evict", "mixed"],
+)
+def settings(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def ten_questions():
+def ten_questions(settings):
     """The context alone, then ten questions at once; three of them are aborted at some time."""
     context, questions = document()
     requests = [Request(context, 2, options=declared(CONTEXT))]
@@ -38,11 +47,12 @@ def ten_questions():
         request = Request(context + question, 40, arrives=8, options=declared(CONTEXT))
         request.aborts = aborts
         requests.append(request)
-    settings = {"keep_ratio": 0.25}
     return requests, run_job(requests, kvzip=settings, max_num_batched_tokens=CHUNK)
 
 
-def test_a_reused_context_gives_the_tokens_of_one_compressed_before_the_question(ten_questions):
+def test_a_reused_context_gives_the_tokens_of_one_compressed_before_the_question(
+    ten_questions, settings
+):
     """The other way: one request, whose context fills whole chunks and is compressed after them."""
     requests, reused = ten_questions
     alone = [
@@ -51,7 +61,7 @@ def test_a_reused_context_gives_the_tokens_of_one_compressed_before_the_question
     ]
     report = run_job(
         alone,
-        kvzip={"keep_ratio": 0.25},
+        kvzip=settings,
         max_num_batched_tokens=CHUNK,
         enable_prefix_caching=False,
     )

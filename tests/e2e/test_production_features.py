@@ -262,11 +262,18 @@ CHUNKS = {
 }
 
 
+@pytest.fixture(
+    scope="module",
+    params=[{"keep_ratio": 0.3}, {"mode": "mixed", "keep_bytes_ratio": 0.3, "full_share": 0.9}],
+    ids=["evict", "mixed"],
+)
+def settings(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def in_chunks():
-    return run_job(
-        staggered_copies(), kvzip={"keep_ratio": 0.3}, watch_hashed_blocks=True, **CHUNKS
-    )
+def in_chunks(settings):
+    return run_job(staggered_copies(), kvzip=settings, watch_hashed_blocks=True, **CHUNKS)
 
 
 def test_chunked_prefills_of_several_prompts_free_what_the_formula_says(in_chunks):
@@ -301,10 +308,10 @@ def test_chunked_prefills_of_several_prompts_free_what_the_formula_says(in_chunk
     assert report.written_hashed_blocks == []
 
 
-def test_asynchronous_scheduling_changes_no_token(in_chunks):
+def test_asynchronous_scheduling_changes_no_token(in_chunks, settings):
     ahead = run_job(
         staggered_copies(),
-        kvzip={"keep_ratio": 0.3},
+        kvzip=settings,
         asynchronous=True,
         watch_hashed_blocks=True,
         **CHUNKS,
@@ -317,7 +324,7 @@ def test_asynchronous_scheduling_changes_no_token(in_chunks):
     assert ahead.written_hashed_blocks == []
 
 
-def test_speculation_over_a_compressed_context_changes_no_token(in_chunks):
+def test_speculation_over_a_compressed_context_changes_no_token(in_chunks, settings):
     speculation = {
         "method": "ngram",
         "num_speculative_tokens": 4,
@@ -325,7 +332,7 @@ def test_speculation_over_a_compressed_context_changes_no_token(in_chunks):
         "prompt_lookup_min": 2,
     }
     requests = staggered_copies()
-    fast = run_job(requests, kvzip={"keep_ratio": 0.3}, speculative_config=speculation, **CHUNKS)
+    fast = run_job(requests, kvzip=settings, speculative_config=speculation, **CHUNKS)
     assert fast.outputs == in_chunks.outputs
     assert len({tuple(output) for output in fast.outputs}) == len(requests)
     assert (

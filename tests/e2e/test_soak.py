@@ -11,7 +11,11 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "soak.py"
 
 
-@pytest.mark.parametrize("flags", [(), ("--prefill-budget", "192")], ids=["", "prefill budget"])
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--prefill-budget", "192"), ("--mode", "mixed")],
+    ids=["", "prefill budget", "mixed"],
+)
 def test_everything_adds_up_after_every_step(flags):
     command = [sys.executable, SCRIPT, "--requests", "200", "--seed", "3", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)

@@ -58,8 +58,8 @@ def tier_sizes(case):
 def two_tiers(seed=0, dtype=torch.float32, formats=(NF4, NF4), rotated=True, group_size=3):
     """A mixed batch: both tiers, one of them alone, and no prefix; other memory is NaN."""
     batch = [
-        Asked(190, 1, 10, 0.3, 0.2), Asked(45, 2), Asked(150, 5, 8, 0.0, 0.5),
-        Asked(170, 1, 9, 0.4), Asked(165, 19, 9, 0.1, 1.0),
+        Asked(190, 1, 10, 0.3, 0.2), Asked(45, 2), Asked(150, 4, 8, 0.0, 0.5),
+        Asked(170, 1, 9, 0.4), Asked(165, 3, 9, 0.1, 1.0),
     ]  # fmt: skip
     shape = Shape(num_layers=2, num_kv_heads=2, group_size=group_size)
     layout = shape.page_layout(dtype, *formats)
@@ -70,7 +70,7 @@ def two_tiers(seed=0, dtype=torch.float32, formats=(NF4, NF4), rotated=True, gro
 
 @st.composite
 def requests(draw, page_tokens):
-    query_len = draw(st.sampled_from([1, 1, 2, 5, 19]))
+    query_len = draw(st.sampled_from([1, 1, 2, 5, 11]))
     blocks = draw(st.integers(0, 6))
     tail = draw(st.integers(query_len, query_len + 2 * page_tokens))
     ratio = draw(st.sampled_from([None, 0.0, 0.1, 0.5]))
@@ -107,6 +107,7 @@ def test_any_batch(data):
         num_runs=data.draw(st.sampled_from([None, 1, 3])),
         least_run=data.draw(st.sampled_from([32, 128])),
         tokens=data.draw(st.sampled_from([32, 64])),
+        quantized_tokens=data.draw(st.sampled_from([16, 32, 64])),
     )
     assert error(output, reference(case, layer)) < 1e-5
 
@@ -118,10 +119,20 @@ def test_tiers_are_one_softmax(formats, rotated):
     assert error(run(case, 1, num_runs=2, least_run=64), reference(case, 1)) < 1e-5
 
 
-@pytest.mark.parametrize("num_runs", [1, 2, 3, 7])
+@pytest.mark.parametrize("head_dim", [96, 256])
+def test_rotations_of_other_sizes(head_dim):
+    """That of 96 is padded and not its own inverse; that of 256 is multiplied piece by piece."""
+    shape = Shape(num_kv_heads=1, head_dim=head_dim)
+    layout = shape.page_layout(torch.float32, NF4, Int8())
+    case = make_case([Asked(90, 2, 5, 0.3, 0.3)], shape, poison=True, layout=layout, rotated=True)
+    assert error(run(case, 0, num_runs=1), reference(case, 0)) < 1e-5
+
+
+@pytest.mark.parametrize("num_runs", [1, 3, 7])
 def test_runs_leave_no_token_out(num_runs):
+    """Tiles of quantized tokens end elsewhere than runs do, and than the other tiles."""
     case = two_tiers(seed=1)
-    output = run(case, 0, num_runs=num_runs, least_run=32, tokens=32)
+    output = run(case, 0, num_runs=num_runs, least_run=32, tokens=32, quantized_tokens=64)
     assert error(output, reference(case, 0)) < 1e-5
 
 
@@ -149,7 +160,8 @@ def test_an_empty_tier_changes_nothing():
     batch = [Asked(190, 2, 10, 0.3), Asked(45)]
     case = make_case(batch, shape, poison=True, layout=shape.page_layout(torch.float32, NF4, NF4))
     plain = replace(case, quantized=None, tables=replace(case.tables, quantized_offsets=None))
-    assert torch.equal(run(case, 1, num_runs=2), run(plain, 1, num_runs=2))
+    how = {"num_runs": 2, "least_run": 64, "tokens": 64}
+    assert torch.equal(run(case, 1, **how), run(plain, 1, **how))
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128])

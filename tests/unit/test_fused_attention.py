@@ -30,3 +30,17 @@ def test_the_kernels_for_gpus_are_asked_for_the_same(dtype, num_keys):
     assert attended.shape == queries.shape
     assert log_normaliser.shape == (3, 40)
     assert log_normaliser.dtype is torch.float32
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_vectors_may_lie_dimension_by_dimension(causal):
+    """So lie the keys of a page of vLLM's CPU kernel."""
+    keys = torch.randn(2, 16, 11).transpose(1, 2)
+    values = torch.randn(2, 11, 16)
+    queries = torch.randn(2, 16, 11).transpose(1, 2)
+    found = attend_with_normaliser(queries, keys, values, 0.3, causal=causal)
+    dense = attend_with_normaliser(
+        queries.contiguous(), keys.contiguous(), values, 0.3, causal=causal
+    )
+    for one, other in zip(found, dense, strict=True):
+        torch.testing.assert_close(one, other)

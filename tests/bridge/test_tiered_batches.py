@@ -1,0 +1,76 @@
+"""Batches with quantized pages on the CPU: every query sees both tiers and its dense tail."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiered_world import BLOCK, DIM, IMPL, NAMES, TieredWorld
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+from vllm_kvzip.compaction import PackedPages
+from vllm_kvzip.vllm_bridge.cpu_attention import PairBatch
+from vllm_kvzip.vllm_bridge.cpu_pages import discover_codec
+from vllm_kvzip.vllm_bridge.pair_batches import PairBatcher
+from vllm_kvzip.vllm_bridge.tiered_batches import TieredBatch
+
+pytestmark = pytest.mark.vllm
+
+ISA = _get_attn_isa(torch.float32, BLOCK, DIM)
+
+
+def make_store(pages, quantization):
+    codec = discover_codec(BLOCK, DIM, torch.float32, ISA)
+    return PackedPages(pages, codec, BLOCK, DIM, quantization)
+
+
+def world(**settings):
+    torch.manual_seed(4)
+    made = TieredWorld(make_store, **settings)
+    made.add("a", 500, 530)
+    made.add("b", 320, 320 + 40)
+    made.add("plain", 0, 77, compressed=False)
+    made.add("c", 400, 411)
+    return made
+
+
+@pytest.mark.parametrize("settings", [{}, {"mode": "quantize", "ratio": 1.0, "rotation": "none"}])
+@pytest.mark.parametrize(
+    ("names", "query_lens"),
+    [
+        (["a"], [1]),
+        (["c", "a", "b"], [1, 1, 1]),
+        (["c", "plain", "a"], [1, 1, 1]),
+        (["a", "b"], [5, 3]),
+        (["b"], [29]),
+        (["plain", "a", "b", "c"], [20, 25, 1, 11]),
+    ],
+)
+def test_every_query_sees_what_its_request_keeps(settings, names, query_lens):
+    made = world(**settings)
+    batcher = PairBatcher(made.cache, ISA)
+    common, query = made.step(names, query_lens)
+    split = batcher.split(names, common, made.states)
+    assert isinstance(split.pairs, TieredBatch)
+    for name, layer in NAMES.items():
+        output = torch.full_like(query, float("nan"))
+        split.pairs.attend(IMPL, SimpleNamespace(layer_name=name), query, output)
+        wanted = made.expected(names, query_lens, query, layer)
+        start = 0
+        for request, count in zip(names, query_lens, strict=True):
+            rows = slice(start, start + count)
+            start += count
+            if request == "plain":
+                assert output[rows].isnan().all()  # left to vLLM's kernel
+            else:
+                torch.testing.assert_close(output[rows], wanted[rows], rtol=1e-3, atol=1e-4)
+
+
+def test_a_batch_without_quantized_pages_is_left_to_vllms_kernel():
+    made = world()
+    made.rule = made.press._rule = made.rule.__class__(1.0, 0, 2, 2, BLOCK)
+    made.add("whole", 200, 210)
+    batcher = PairBatcher(made.cache, ISA)
+    common, _ = made.step(["whole"], [1])
+    assert isinstance(batcher.split(["whole"], common, made.states).pairs, PairBatch)
+    common, _ = made.step(["whole", "a"], [1, 1])
+    assert isinstance(batcher.split(["whole", "a"], common, made.states).pairs, TieredBatch)

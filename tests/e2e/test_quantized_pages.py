@@ -1,0 +1,124 @@
+"""Modes quantize and mixed in real vLLM: blocks that come back, answers that stay right."""
+
+from math import ceil
+
+import numpy as np
+import pytest
+from engine_job import MODEL, Request, run_job
+from local_server import LocalServer
+from retrieval_task import VOCABULARY, copy_prompt, make_context, question_prompt
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+BLOCK, PAGE = 32, 120  # tokens of an ordinary and of a quantized page, bfloat16
+CONTEXT = 1920
+BFLOAT16 = {"dtype": "bfloat16", "max_num_batched_tokens": 512}
+
+
+def declared(num_tokens):
+    return {"extra_args": {"kvzip_context_tokens": num_tokens}}
+
+
+def questions_about(context, count):
+    """Prompts and right answers, of facts all over the context."""
+    keys = list(context.facts)
+    return [question_prompt(context, key) for key in keys[:: len(keys) // count][:count]]
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    """A copy task of one prompt, then questions about another, which is compressed before."""
+    rng = np.random.default_rng(1)
+    copied, expected = copy_prompt(make_context(rng, CONTEXT, 0.6), 600, num_answer_tokens=30)
+    context = make_context(rng, 1000, 0.4)
+    about = questions_about(context, 12)
+    long_tail = make_context(rng, 300, 0.4)
+    requests = [
+        Request(copied, 30),
+        Request(context.tokens.tolist(), 2, 60, options=declared(1000)),
+    ]
+    requests += [Request(prompt, 4, 66, options=declared(1000)) for prompt, _ in about]
+    behind = [*context.tokens.tolist(), *long_tail.tokens.tolist()]
+    requests += [
+        Request([*behind, *prompt[1000:]], 4, 90, options=declared(1000)) for prompt, _ in about
+    ]
+    settings = {"mode": "quantize", "scorer": "knorm", "profile": "none"}
+    answers = [expected[:30], [value for _, value in about]]
+    return requests, answers, run_job(requests, kvzip=settings, **BFLOAT16)
+
+
+def test_a_prompt_in_nf4_holds_a_3_5th_of_stocks_blocks(quantized):
+    requests, _, report = quantized
+    prompt = len(requests[0].prompt)
+    stock = ceil(prompt / BLOCK)
+    total = report.free_blocks[0]
+    prefilled = next(i for i, free in enumerate(report.free_blocks) if total - free >= stock)
+    held = total - report.free_blocks[prefilled + 2]
+    prefix = prompt // BLOCK
+    assert held == ceil(prefix * BLOCK / PAGE) + stock - prefix == 17
+    assert stock / held >= 3.5
+    assert report.free_blocks[-1] == total
+
+
+def test_quantizing_without_eviction_keeps_the_answers(quantized):
+    _, (copied, values), report = quantized
+    assert np.mean([a == b for a, b in zip(report.outputs[0], copied, strict=True)]) > 0.9
+    assert report.metrics["vllm_kvzip_prefix_hits_total"] == 2 * len(values)
+    right = [output[0] == value for output, value in zip(report.outputs[2:14], values, strict=True)]
+    assert np.mean(right) > 0.9
+    right = [output[0] == value for output, value in zip(report.outputs[14:], values, strict=True)]
+    assert np.mean(right) > 0.8  # many tokens lie between, and all of them attend to the prefix
+
+
+def test_metrics_tell_the_tiers(quantized):
+    requests, _, report = quantized
+    prefixes = [len(requests[0].prompt) // BLOCK * BLOCK, 1000 // BLOCK * BLOCK]
+    samples = {name.removeprefix("vllm_kvzip_"): n for name, n in report.metrics.items()}
+    assert samples["tokens_kept_total/quantized"] == sum(prefixes)
+    assert samples["tokens_kept_total/full"] == samples["tokens_evicted_total"] == 0
+    assert samples["compress_seconds_count/quantize"] == 2
+    freed = sum(n // BLOCK - ceil(n / PAGE) for n in prefixes)
+    assert samples["blocks_freed_total"] == freed
+    for kind in ("full", "compressed", "quantized"):
+        assert samples[f"kv_bytes_held/{kind}"] == 0
+
+
+def test_all_bytes_in_mode_mixed_are_stock():
+    rng = np.random.default_rng(2)
+    prompts = [make_context(rng, length, 0.5).tokens.tolist() for length in (900, 1001, 200, 640)]
+    requests = [Request(prompt, 30, 3 * number) for number, prompt in enumerate(prompts)]
+    stock = run_job(requests)
+    settings = {"mode": "mixed", "keep_bytes_ratio": 1.0}
+    whole = run_job(requests, kvzip=settings)
+    assert whole.outputs == stock.outputs
+    assert whole.metrics["vllm_kvzip_requests_compressed_total"] == 3
+    assert whole.free_blocks[-1] == whole.free_blocks[0]
+
+
+def test_a_server_in_mode_mixed_says_what_it_holds():
+    flags = ["--kv-compression", "kvzip", "--dtype", "bfloat16"]
+    for name, value in {"mode": "mixed", "keep_bytes_ratio": "0.125", "full_share": "0.5"}.items():
+        flags += [f"--kv-compression-config.{name}", value]
+    context = make_context(np.random.default_rng(3), CONTEXT - 4, fact_density=0.2)
+    (prompt, value), *_ = questions_about(context, 8)
+    with LocalServer(str(MODEL), *flags) as server:
+        answer = []
+        for piece in server.stream(prompt, 60):
+            answer += piece.split()
+            if len(answer) == 30:
+                samples = server.metrics()
+        after = server.metrics()
+        assert server.blocks_held() == 0
+    assert answer[0] == VOCABULARY.words[value]
+    block_bytes = BLOCK * 4 * 4 * 32 * 2 * 2  # tokens, layers, heads, head size, K and V, bfloat16
+    prefix = len(prompt) // BLOCK
+    total = ceil(prefix / 8)
+    full = round(total / 2)
+    held = {kind: samples[f'vllm_kvzip_kv_bytes_held{{kind="{kind}"}}'] for kind in
+            ("compressed", "quantized")}  # fmt: skip
+    assert held == {"compressed": full * block_bytes, "quantized": (total - full) * block_bytes}
+    kept = full * BLOCK + (total - full) * PAGE
+    assert samples["vllm_kvzip_eviction_ratio"] == pytest.approx(1 - kept / (prefix * BLOCK))
+    assert after['vllm_kvzip_tokens_kept_total{tier="full"}'] == full * BLOCK
+    assert after['vllm_kvzip_tokens_kept_total{tier="quantized"}'] == (total - full) * PAGE
+    assert after['vllm_kvzip_compress_seconds_sum{stage="quantize"}'] > 0
