@@ -4,8 +4,10 @@
 
 Each calibration context is read once and then repeated, chunk by chunk, under KVzip's
 reconstruction scoring. The mean score of a head's KV pairs is its importance, from which the
-budgets follow: the most important heads keep everything, the others sinks and recent tokens. A
-heat map (layers x KV heads) is drawn beside the JSON when matplotlib is installed. With
+budgets follow: the most important heads keep everything, the others sinks and recent tokens. For
+mode ``mixed`` it says besides what each head keeps as it is and what quantized, which follows from
+what quantizing these contexts' keys and values loses. A heat map (layers x KV heads) is drawn
+beside the JSON when matplotlib is installed. With
 ``--surrogate`` small networks are trained to predict the scores of single KV pairs (scorer
 ``surrogate``) and written beside the JSON as safetensors.
 """
@@ -20,7 +22,7 @@ import sys
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -29,9 +31,11 @@ from model_files import DEFAULT_REPEAT_PROMPT, repeat_prompts
 from reconstruction_probe import ReconstructionProbe
 from retrieval_task import BASIC_VOCABULARY_SIZE, VOCABULARY, make_context
 from surrogate_training import SurrogateTrainer, agreement, rotary_of
+from tier_budgets import TierBudgetBuilder
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
+from vllm_kvzip.config import FormatName
 from vllm_kvzip.errors import ProfileError
 from vllm_kvzip.profile import HeadProfile, Provenance, save_profile
 from vllm_kvzip.reconstruction import pair_fractions, retrieval_fractions
@@ -195,7 +199,9 @@ def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurr
         trainer = SurrogateTrainer(
             fingerprint.num_layers, SURROGATE_TOKENS, args.surrogate_width, args.seed
         )
-    importance = torch.zeros(fingerprint.num_layers, fingerprint.num_kv_heads, dtype=torch.float64)
+    shape = fingerprint.num_layers, fingerprint.num_kv_heads
+    tiers = tier_builder(args, *shape, fingerprint.head_dim)
+    importance = torch.zeros(shape, dtype=torch.float64)
     budgets = {ratio: torch.zeros_like(importance) for ratio in KEEP_RATIOS}
     with tqdm(total=passes, desc="forward passes") as bar:
         for number, context in enumerate(contexts):
@@ -212,6 +218,10 @@ def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurr
             importance += scores.mean(dim=-1) / len(contexts)
             for ratio in KEEP_RATIOS if args.budgets == "pairs" else ():
                 budgets[ratio] += pair_fractions(scores, ratio) / len(contexts)
+            if tiers is not None:
+                tiers.watch(cache)
+                if args.budgets == "pairs":
+                    tiers.solve(scores)
             if trainer is not None and number < len(contexts) - 1:
                 trainer.add(cache, scores, rotary)
         if trainer is not None:
@@ -227,6 +237,8 @@ def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurr
         )
     if args.budgets == "heads":
         budgets = {ratio: retrieval_fractions(importance, ratio) for ratio in KEEP_RATIOS}
+        if tiers is not None:  # all pairs of a head count as much as the head
+            tiers.solve(importance[..., None].expand(-1, -1, args.context_tokens))
     profile = HeadProfile(
         schema_version=1,
         model=fingerprint,
@@ -247,8 +259,22 @@ def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurr
         ),
         importance=importance.clamp(0, 1).tolist(),
         budgets={str(ratio): grid.clamp(0, 1).tolist() for ratio, grid in budgets.items()},
+        tiers=None if tiers is None else tiers.result(),
     )
     return profile, layers
+
+
+def tier_builder(
+    args: argparse.Namespace, num_layers: int, num_kv_heads: int, head_dim: int
+) -> TierBudgetBuilder | None:
+    """What makes budgets of two tiers; None when the formats do not suit the head size."""
+    try:
+        return TierBudgetBuilder(
+            num_layers, num_kv_heads, head_dim, args.key_format, args.value_format
+        )
+    except ValueError as error:
+        print(f"profile_heads: warning: no budgets for mode mixed: {error}", file=sys.stderr)
+        return None
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -268,6 +294,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="heads: the best heads keep everything (default); pairs: each head keeps its share of "
         "the best KV pairs, for scorers that rank a head's pairs well",
     )
+    for half in ("key", "value"):
+        parser.add_argument(
+            f"--{half}-format", choices=get_args(FormatName), default="nf4",
+            help=f"of quantized {half}s in mode mixed",
+        )  # fmt: skip
     parser.add_argument(
         "--surrogate", action="store_true", help="also train the networks of scorer surrogate"
     )

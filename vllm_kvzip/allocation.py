@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from vllm_kvzip.core import CacheGeometry, PrefixPlan
     from vllm_kvzip.prefix_rule import PrefixRule
 
+    Grid = Sequence[Sequence[float]]
+
 
 class PageAllocator:
     """Deals the pages that a plan has to heads; every page of the reserved blocks is used.
@@ -26,6 +28,8 @@ class PageAllocator:
         head_fractions: keep ratio -> ``[L][H]``, share of its KV pairs each head keeps, for
             budgets ``profile`` and ``retrieval``.
         head_importance: ``[L][H]``, which heads come first; likewise.
+        tier_fractions: bytes ratio -> ``[L][H]`` twice, shares of its KV pairs each head keeps as
+            they are and in either tier, for budget ``profile``; None: both by ``head_fractions``.
 
     Raises:
         ValueError: for fractions that are missing or of another shape.
@@ -38,10 +42,12 @@ class PageAllocator:
         budget: Budget,
         head_fractions: Callable[[float], Sequence[Sequence[float]]] | None,
         head_importance: Sequence[Sequence[float]] | None,
+        tier_fractions: Callable[[float], tuple[Grid, Grid]] | None = None,
     ) -> None:
         self._geometry = geometry
         self._rule = rule
         self._budget = budget
+        self._tier_fractions = tier_fractions
         self._head_fractions = None
         if budget in ("profile", "retrieval"):
             assert head_fractions is not None
@@ -80,7 +86,7 @@ class PageAllocator:
             )
         if self._head_fractions is not None:
             return budgeting.allocate_from_fractions(
-                self._fractions(plan.full_share),
+                self._fractions(plan, plan.full_share, tier=0),
                 self._head_importance,
                 total,
                 min_pages,
@@ -116,7 +122,8 @@ class PageAllocator:
             most = (num_tokens - taken + page_tokens - 1) // page_tokens
             if int(most.sum()) < total:  # whole blocks can be a little more than there is to keep
                 most += 1
-            wanted = (self._fractions(plan.share) * num_tokens - taken).clamp_min(0)
+            kept = self._fractions(plan, plan.share, tier=1)
+            wanted = (kept * num_tokens - taken).clamp_min(0)
             return budgeting.allocate_from_fractions(
                 wanted / num_tokens,
                 self._head_importance,
@@ -135,6 +142,10 @@ class PageAllocator:
     def _per_layer(self) -> bool:
         return self._budget == "adaptive-per-layer"
 
-    def _fractions(self, keep_ratio: float) -> torch.Tensor:
+    def _fractions(self, plan: PrefixPlan, keep_ratio: float, tier: int) -> torch.Tensor:
+        """Shares of each head as they are (tier 0), or in either tier (1)."""
+        if self._tier_fractions is not None and plan.num_quantized_blocks:
+            held = plan.num_compressed_blocks / plan.num_prefix_blocks
+            return torch.tensor(self._tier_fractions(held)[tier], dtype=torch.float64)
         assert self._head_fractions is not None
         return torch.tensor(self._head_fractions(keep_ratio), dtype=torch.float64)

@@ -28,6 +28,7 @@ FormatName = Literal["nf4", "int4", "int8"]
 Rotation = Literal["auto", "hadamard", "none"]
 
 DEFAULT_RATIOS: dict[Mode, float] = {"evict": 0.5, "quantize": 1.0, "mixed": 0.5}
+DEFAULT_FULL_SHARE = 0.25
 QUANTIZED_SETTINGS = ("key_format", "value_format", "rotation")
 
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"", "0", "false", "no", "off"}
@@ -56,8 +57,12 @@ class KVzipConfig(BaseModel):
     keep_bytes_ratio: float | None = Field(
         None, gt=0, le=1, description="bytes kept / all bytes, instead of keep_ratio"
     )
-    full_share: float = Field(
-        0.25, gt=0, lt=1, description="mode mixed: share of the bytes for KV pairs kept as they are"
+    full_share: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="mode mixed: share of the bytes for KV pairs kept as they are; default the "
+        "profile's, or 0.25",
     )
     key_format: FormatName = Field("nf4", description="of quantized keys")
     value_format: FormatName = Field("nf4", description="of quantized values")

@@ -15,6 +15,7 @@ from vllm_kvzip.selection import check_scores, protect, rank, select, take_behin
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from vllm_kvzip.allocation import Grid
     from vllm_kvzip.clocks import Clock
     from vllm_kvzip.compaction import PageStore
     from vllm_kvzip.config import Budget
@@ -42,7 +43,7 @@ class Compressor:
         budget: one of :data:`~vllm_kvzip.config.Budget`.
         head_fractions: keep ratio -> ``[L][H]``, share of its KV pairs each head keeps, for
             budgets ``profile`` and ``retrieval``.
-        head_importance: ``[L][H]``, which heads come first; likewise.
+        head_importance, tier_fractions: see :class:`~vllm_kvzip.allocation.PageAllocator`.
         rotary: of each layer, for scorers that want it.
         seed: mixed into each prompt's seed.
         clock: measures the stages.
@@ -62,6 +63,7 @@ class Compressor:
         budget: Budget,
         head_fractions: Callable[[float], Sequence[Sequence[float]]] | None = None,
         head_importance: Sequence[Sequence[float]] | None = None,
+        tier_fractions: Callable[[float], tuple[Grid, Grid]] | None = None,
         rotary: Sequence[RotaryTables | None] | None = None,
         seed: int = 0,
         clock: Clock | None = None,
@@ -74,7 +76,9 @@ class Compressor:
         self._store = store
         self._rule = rule
         self._seed = seed
-        self._allocator = PageAllocator(geometry, rule, budget, head_fractions, head_importance)
+        self._allocator = PageAllocator(
+            geometry, rule, budget, head_fractions, head_importance, tier_fractions
+        )
 
     def compress(
         self,

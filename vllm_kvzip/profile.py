@@ -67,6 +67,33 @@ class Provenance(_Strict):
     created: str
 
 
+class TierBudgets(_Strict):
+    """Which share of its KV pairs each head keeps as they are, and which in either tier.
+
+    Attributes:
+        key_format, value_format: of the quantized tier they were made for.
+        token_bytes: bytes of a quantized KV pair / of one as it is.
+        loss: share of its worth that a pair was taken to lose when it is quantized.
+        full, kept: bytes ratio -> ``[layers][KV heads]``; ``kept`` includes ``full``.
+    """
+
+    key_format: str
+    value_format: str
+    token_bytes: float = Field(gt=0, lt=1)
+    loss: float = Field(gt=0, lt=1)
+    full: dict[str, Grid] = Field(min_length=1)
+    kept: dict[str, Grid] = Field(min_length=1)
+
+    def shares(self) -> list[tuple[float, float, float]]:
+        """For each bytes ratio, ascending: itself, mean share kept, share of the bytes for full."""
+        points = []
+        for ratio in sorted(self.full, key=float):
+            full, kept = (_mean(grids[ratio]) for grids in (self.full, self.kept))
+            held = full + (kept - full) * self.token_bytes
+            points.append((float(ratio), kept, full / held if held else 0.0))
+        return points
+
+
 class HeadProfile(_Strict):
     """One ``profiles/<model>.json``.
 
@@ -76,6 +103,7 @@ class HeadProfile(_Strict):
         provenance: how.
         importance: ``[layers][KV heads]``, mean reconstruction score of a head's KV pairs.
         budgets: keep ratio -> ``[layers][KV heads]``, share of its KV pairs each head keeps.
+        tiers: the same for mode ``mixed``, by bytes; None when it was made without.
     """
 
     schema_version: Literal[1]
@@ -83,23 +111,30 @@ class HeadProfile(_Strict):
     provenance: Provenance
     importance: Grid
     budgets: dict[str, Grid] = Field(min_length=1)
+    tiers: TierBudgets | None = None
 
     @model_validator(mode="after")
     def _check_shapes(self) -> HeadProfile:
-        for name, grid in [("importance", self.importance), *self.budgets.items()]:
+        tables = {"budgets": self.budgets}
+        if self.tiers is not None:
+            tables |= {"tiers.full": self.tiers.full, "tiers.kept": self.tiers.kept}
+            if self.tiers.full.keys() != self.tiers.kept.keys():
+                raise ValueError("tiers must have the same ratios in full and kept")
+        grids = [(f"{name} at {r}", g) for name, table in tables.items() for r, g in table.items()]
+        for name, grid in [("importance", self.importance), *grids]:
             if len(grid) != self.model.num_layers or any(
                 len(row) != self.model.num_kv_heads for row in grid
             ):
                 raise ValueError(
                     f"{name} must have {self.model.num_layers} rows of {self.model.num_kv_heads}"
                 )
-        for ratio in self.budgets:
+        for name, ratio in ((name, ratio) for name, table in tables.items() for ratio in table):
             try:
                 valid = 0 < float(ratio) <= 1
             except ValueError:
                 valid = False
             if not valid:
-                raise ValueError(f"budgets has the key {ratio!r}, which is no ratio in (0, 1]")
+                raise ValueError(f"{name} has the key {ratio!r}, which is no ratio in (0, 1]")
         return self
 
     def fractions(self, keep_ratio: float) -> list[list[float]]:
@@ -196,17 +231,24 @@ def find_profile(running: ModelFingerprint, folders: list[Path]) -> Path | None:
 
 def save_profile(profile: HeadProfile, path: Path) -> None:
     """Write a profile with one layer a line, so that differences can be read."""
-    values = profile.model_dump(mode="json")
-    grids = {"importance": values.pop("importance"), "budgets": values.pop("budgets")}
-    head = json.dumps(values, indent=2)[:-2]
-    importance = _rows(grids["importance"], 2)
-    budgets = ",\n".join(f'    "{key}": {_rows(grid, 4)}' for key, grid in grids["budgets"].items())
-    text = f'{head},\n  "importance": {importance},\n  "budgets": {{\n{budgets}\n  }}\n}}\n'
+    values = profile.model_dump(mode="json", exclude_none=True)
+    values = {name: values[name] for name in type(profile).model_fields if name in values}
+    text = _text(values, 0) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 
 
-def _rows(grid: Grid, indent: int) -> str:
+def _text(value: Any, indent: int) -> str:
+    """JSON in which a grid has one row a line."""
     blank = " " * (indent + 2)
-    rows = ",\n".join(blank + json.dumps([round(value, 4) for value in row]) for row in grid)
-    return f"[\n{rows}\n{' ' * indent}]"
+    if isinstance(value, dict) and value:
+        items = [f"{json.dumps(key)}: {_text(part, indent + 2)}" for key, part in value.items()]
+        return "{\n" + ",\n".join(blank + item for item in items) + f"\n{' ' * indent}}}"
+    if isinstance(value, list) and value and isinstance(value[0], list):
+        rows = [json.dumps([round(number, 4) for number in row]) for row in value]
+        return "[\n" + ",\n".join(blank + row for row in rows) + f"\n{' ' * indent}]"
+    return json.dumps(value)
+
+
+def _mean(grid: Grid) -> float:
+    return sum(map(sum, grid)) / sum(map(len, grid))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vllm_kvzip.quantization import Quantization
 
 
-PAGES_AT_ONCE = 2048
+PAGES_AT_ONCE = 1024
 """Quantized pages that are filled by one launch; bounds what lies in float32 beside the cache."""
 
 

@@ -40,6 +40,8 @@ class TierRule:
         page_tokens: Q, tokens of a quantized head page, more than N.
         full_share: of the blocks, how many hold KV pairs as they are; mode ``mixed``.
         by_bytes: whether the keep ratio counts bytes; it counts KV pairs otherwise.
+        shares: keep ratio and its own full share, ascending; linear between them, and the first
+            and the last hold beyond. Empty: ``full_share`` everywhere.
     """
 
     mode: Mode
@@ -47,6 +49,16 @@ class TierRule:
     page_tokens: int = 0
     full_share: float = 0.0
     by_bytes: bool = False
+    shares: tuple[tuple[float, float], ...] = ()
+
+    def full_share_at(self, ratio: float) -> float:
+        """Share of the blocks that hold KV pairs as they are, at a keep ratio."""
+        if not self.shares:
+            return self.full_share
+        below = [point for point in self.shares if point[0] <= ratio] or [self.shares[0]]
+        above = [point for point in self.shares if point[0] >= ratio] or [self.shares[-1]]
+        (low, first), (high, last) = below[-1], above[0]
+        return first if high <= low else first + (last - first) * (ratio - low) / (high - low)
 
     def blocks(self, ratio: float, num_blocks: int, num_protected: int) -> TierBlocks:
         """Blocks of the compressed form of ``num_blocks`` blocks, at most as many.
@@ -72,15 +84,15 @@ class TierRule:
                     1, ceil(num_protected / self.page_tokens), ceil(ratio * num_blocks - EPSILON)
                 )
             return TierBlocks(0, min(wanted, self._to_quantize(num_blocks, 0)))
-        least = self.full_pages(num_protected)
+        least, share = self.full_pages(num_protected), self.full_share_at(ratio)
         if not self.by_bytes:
-            mean = self.full_share * self.block_tokens + (1 - self.full_share) * self.page_tokens
-            wanted = max(least, round(self.full_share * ratio * num_tokens / mean))
+            mean = share * self.block_tokens + (1 - share) * self.page_tokens
+            wanted = max(least, round(share * ratio * num_tokens / mean))
             full = min(num_blocks, wanted)
             left = max(0.0, ratio * num_tokens - full * self.block_tokens - EPSILON)
             return TierBlocks(full, min(ceil(left / self.page_tokens), num_blocks - full))
         total = min(num_blocks, max(least, ceil(ratio * num_blocks - EPSILON)))
-        full = min(total, max(least, round(self.full_share * total)))
+        full = min(total, max(least, round(share * total)))
         if total - full < self._to_quantize(num_blocks, full):
             return TierBlocks(full, total - full)
         spread = self.page_tokens - self.block_tokens

@@ -136,6 +136,7 @@ def test_room_for_compressing_grows_with_the_longest_prompt():
     """Of Llama-3.1-8B: 1.1 GiB for 32,768 tokens; more than the scores and their order alone."""
     room = compression_bytes(32, 8, 128, 32768)
     assert compression_bytes(32, 8, 128, 65536) == 2 * room
+    assert 2**28 < compression_bytes(32, 8, 128, 32768, page_tokens=60) - room < 2**29
     assert 32 * 8 * 32768 * 40 < room < 2 * 2**30
 
 

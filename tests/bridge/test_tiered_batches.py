@@ -1,4 +1,4 @@
-"""Batches with quantized pages on the CPU: every query sees both tiers and its dense tail."""
+"""Batches with quantized pages: every query sees both tiers and its dense tail."""
 
 from types import SimpleNamespace
 
@@ -8,8 +8,10 @@ from tiered_world import BLOCK, DIM, IMPL, NAMES, TieredWorld
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from vllm_kvzip.compaction import PackedPages
+from vllm_kvzip.row_pages import RowPages
 from vllm_kvzip.vllm_bridge.cpu_attention import PairBatch
 from vllm_kvzip.vllm_bridge.cpu_pages import discover_codec
+from vllm_kvzip.vllm_bridge.kernel_batches import KernelBatcher
 from vllm_kvzip.vllm_bridge.pair_batches import PairBatcher
 from vllm_kvzip.vllm_bridge.tiered_batches import TieredBatch
 
@@ -23,7 +25,11 @@ def make_store(pages, quantization):
     return PackedPages(pages, codec, BLOCK, DIM, quantization)
 
 
-def world(**settings):
+def make_rows(pages, quantization):
+    return RowPages(pages, BLOCK, DIM, quantization)
+
+
+def world(make_store=make_store, **settings):
     torch.manual_seed(4)
     made = TieredWorld(make_store, **settings)
     made.add("a", 500, 530)
@@ -74,3 +80,24 @@ def test_a_batch_without_quantized_pages_is_left_to_vllms_kernel():
     assert isinstance(batcher.split(["whole"], common, made.states).pairs, PairBatch)
     common, _ = made.step(["whole", "a"], [1, 1])
     assert isinstance(batcher.split(["whole", "a"], common, made.states).pairs, TieredBatch)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted here")
+@pytest.mark.parametrize("settings", [{}, {"mode": "quantize", "ratio": 1.0, "rotation": "none"}])
+def test_our_kernel_sees_the_same(settings):
+    """Requests come and go; slots are given anew, and one of them has no compressed prefix."""
+    made = world(make_rows, **settings)
+    batcher = KernelBatcher(made.cache, max_requests=3)
+    for names, query_lens in (
+        (["a"], [1]),
+        (["plain", "a", "b"], [1, 1, 1]),
+        (["c", "b", "plain"], [3, 1, 9]),
+    ):
+        common, query = made.step(names, query_lens)
+        split = batcher.split(names, common, made.states)
+        num_tokens = split.dense_tokens.start if split.dense_tokens else len(query)
+        output = torch.full_like(query[:num_tokens], float("nan"))
+        layer = SimpleNamespace(layer_name="second")
+        split.pairs.attend(IMPL, layer, query[:num_tokens], output)
+        wanted = made.expected(names, query_lens, query, 1)[:num_tokens]
+        torch.testing.assert_close(output, wanted, rtol=1e-3, atol=1e-4)

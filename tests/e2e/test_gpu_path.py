@@ -74,3 +74,15 @@ def test_runner_v1_reads_the_same_with_our_kernel():
     assert ours.classes["batcher"] == "KernelBatcher"
     assert ours.outputs == theirs.outputs
     assert ours.held_blocks == theirs.held_blocks
+
+
+def test_two_tiers_are_as_on_the_cpus_path():
+    """Quantized, rotated and attended to by our kernels; fewer bits leave the tokens alone here."""
+    settings = {"mode": "mixed", "keep_bytes_ratio": 0.5, "full_share": 0.5, "key_format": "int8"}
+    mine = on_the_gpus_path("auto", **settings)
+    theirs = on_the_cpus_path(**settings)
+    assert mine.classes["batcher"] == "KernelBatcher"
+    for name in ("blocks_freed_total", "tokens_kept_total/quantized", "prefix_hits_total"):
+        assert mine.metrics["vllm_kvzip_" + name] == theirs.metrics["vllm_kvzip_" + name] > 0
+    assert mine.outputs == theirs.outputs
+    assert mine.free_blocks[-1] == mine.free_blocks[0]

@@ -117,3 +117,34 @@ def test_every_shipped_profile_is_valid():
     assert shipped
     for path in shipped:
         assert load_profile(path).model.name == path.stem
+
+
+TIERS = {
+    "key_format": "nf4", "value_format": "nf4", "token_bytes": 0.25, "loss": 0.1,
+    "full": {"0.2": [[0.1, 0.0], [0.0, 0.0]], "0.1": [[0.0, 0.0], [0.0, 0.0]]},
+    "kept": {"0.2": [[1.0, 0.5], [0.5, 1.0]], "0.1": [[1.0, 0.5], [0.1, 0.0]]},
+}  # fmt: skip
+
+
+def test_tiers_are_saved_and_say_their_shares(tmp_path):
+    profile = HeadProfile.model_validate(profile_values(tiers=TIERS))
+    save_profile(profile, tmp_path / "one.json")
+    assert load_profile(tmp_path / "one.json") == profile
+    lower, upper = profile.tiers.shares()
+    assert lower == pytest.approx((0.1, 0.4, 0.0))
+    assert upper == pytest.approx((0.2, 0.75, 0.025 / (0.025 + 0.725 * 0.25)))
+
+
+@pytest.mark.parametrize(
+    ("tiers", "message"),
+    [
+        ({"full": {"0.3": [[0.1, 0.0], [0.0, 0.0]]}}, "same ratios in full and kept"),
+        ({"full": {"0.2": [[0.1]], "0.1": [[0.1]]}}, "tiers.full at 0.2 must have 2 rows of 2"),
+        ({"loss": 0}, "tiers.loss"),
+    ],
+)
+def test_broken_tiers_are_one_sentence(tmp_path, tiers, message):
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps(profile_values(tiers={**TIERS, **tiers})))
+    with pytest.raises(ProfileError, match=message):
+        load_profile(path)

@@ -42,6 +42,12 @@ def test_profile_is_written_with_its_picture(random_model, tmp_path, capsys):
     assert "warning: the model hardly repeats the contexts" in capsys.readouterr().err
     for ratio, grid in profile.budgets.items():
         assert np.mean(grid) == pytest.approx(float(ratio), abs=0.01)
+    tiers = profile.tiers
+    assert tiers.token_bytes == pytest.approx(16 / 60, abs=0.001)
+    assert 0.05 < tiers.loss < 0.15
+    for (held, kept, share), grid in zip(tiers.shares(), tiers.kept.values(), strict=True):
+        assert np.mean(grid) == pytest.approx(kept)
+        assert kept * (share + (1 - share) * tiers.token_bytes) <= held + 0.02 or kept == 1
     assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
 
 

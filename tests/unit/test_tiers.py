@@ -101,3 +101,12 @@ def test_a_requests_ratio_is_in_the_servers_measure():
     by_tokens = rule_of("mixed", 0.125, full_share=0.25).plan(120 * N, options)
     assert by_bytes.num_compressed_blocks == 60
     assert by_tokens.share == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_profiles_shares_are_linear_between_its_ratios():
+    rule = TierRule("mixed", N, Q, 0.25, by_bytes=True, shares=((0.1, 0.2), (0.3, 0.6)))
+    assert [rule.full_share_at(r) for r in (0.05, 0.1, 0.2, 0.3, 0.9)] == pytest.approx(
+        [0.2, 0.2, 0.4, 0.6, 0.6]
+    )
+    assert rule.blocks(0.1, 200, 20) == TierBlocks(4, 16)
+    assert TierRule("mixed", N, Q, 0.25).full_share_at(0.1) == 0.25

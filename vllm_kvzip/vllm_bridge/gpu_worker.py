@@ -12,7 +12,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_kvzip.clocks import CudaClock
 from vllm_kvzip.kernels.column_maximum import column_maximum
-from vllm_kvzip.row_pages import RowPages
+from vllm_kvzip.row_pages import PAGES_AT_ONCE, RowPages
 from vllm_kvzip.vllm_bridge.gpu_attention import (
     HeadPageBuilder,
     HeadPageFlashBackend,
@@ -26,6 +26,7 @@ from vllm_kvzip.vllm_bridge.kernel_choice import (
     vllms_kernel_is_faster,
     warm_up,
 )
+from vllm_kvzip.vllm_bridge.settings import cache_shape
 from vllm_kvzip.vllm_bridge.worker import HeadPageWorker
 
 if TYPE_CHECKING:
@@ -41,20 +42,29 @@ if TYPE_CHECKING:
 
 SELECT_BYTES = 56
 """Of each (layer, KV head, token): scores, their order, and what is kept, at their peak."""
+TIER_BYTES = 32
+"""The same of the order and the sums from which a second tier is chosen."""
+ROTATION_COPIES = 4
+"""How often quantized tokens exist in float32 while they are rotated, keys or values."""
 LAYER_BYTES = 20
 """Of each number of one layer's keys, or keys and values, while they are scored."""
 
 logger = init_logger("vllm." + __name__)
 
 
-def compression_bytes(num_layers: int, num_kv_heads: int, head_dim: int, num_tokens: int) -> int:
+def compression_bytes(
+    num_layers: int, num_kv_heads: int, head_dim: int, num_tokens: int, page_tokens: int = 0
+) -> int:
     """Bytes that compressing one prompt takes beside the KV cache, at most.
 
     Args:
         num_layers, num_kv_heads, head_dim: L, H of this worker, D.
         num_tokens: of the prompt.
+        page_tokens: of a quantized page; 0 where there is none.
     """
-    return num_kv_heads * num_tokens * (num_layers * SELECT_BYTES + head_dim * LAYER_BYTES)
+    of_pair = SELECT_BYTES + (TIER_BYTES if page_tokens else 0)
+    at_once = 4 * ROTATION_COPIES * PAGES_AT_ONCE * page_tokens * head_dim
+    return num_kv_heads * num_tokens * (num_layers * of_pair + head_dim * LAYER_BYTES) + at_once
 
 
 class TritonPath(HeadPageWorker):
@@ -72,11 +82,13 @@ class TritonPath(HeadPageWorker):
         if self.cache_config.kv_cache_memory_bytes is not None:
             return available
         model, parallel = self.model_config, self.parallel_config
+        quantization = self._kvzip_settings.quantization(*cache_shape(self.vllm_config))
         needed = compression_bytes(
             model.get_num_layers(parallel),
             model.get_num_kv_heads(parallel),
             model.get_head_size(),
             model.max_model_len,
+            quantization.layout.page_tokens if quantization else 0,
         )
         logger.info("KV compression sets %.2f GiB aside for its own tensors.", needed / 2**30)
         return max(0, available - needed)
@@ -102,7 +114,7 @@ class TritonPath(HeadPageWorker):
         kernel = self._kvzip_settings.config.attention_kernel
         tokens = min(CONTEXT_TOKENS, self.model_config.max_model_len)
         warm_up(batcher, geometry, layer, num_blocks, tokens)
-        if kernel == "auto":
+        if kernel == "auto" and batcher.quantized is None:
             step = make_up_step(
                 batcher, geometry, num_requests=min(REQUESTS, max_requests),
                 context_tokens=tokens, num_blocks=num_blocks,

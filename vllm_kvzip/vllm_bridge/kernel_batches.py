@@ -17,6 +17,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.kernels.head_page_attention import head_page_attention
 from vllm_kvzip.kernels.page_tables import PagePlace, PageTables
+from vllm_kvzip.kernels.quantized_attention import QuantizedPages
+from vllm_kvzip.quantization.rotation import hadamard_matrix
 from vllm_kvzip.vllm_bridge.batches import PrefixState, SplitBatch
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ class KernelBatch:
         query_start_loc: int32 ``[R + 1]``.
         max_query_len, max_tokens: of any request, or more.
         layer_index: vLLM layer name -> layer of ``tables``.
+        quantized: how quantized pages are read; None where there are none.
     """
 
     pages: tuple[torch.Tensor, torch.Tensor]
@@ -47,6 +50,7 @@ class KernelBatch:
     max_query_len: int
     max_tokens: int
     layer_index: dict[str, int]
+    quantized: QuantizedPages | None = None
 
     def attend(self, impl: Any, layer: Any, query: torch.Tensor, output: torch.Tensor) -> None:
         """Attention of one layer for these requests.
@@ -66,6 +70,7 @@ class KernelBatch:
             impl.scale,
             max_query_len=self.max_query_len,
             max_tokens=self.max_tokens,
+            quantized=self.quantized,
             output=output.view(query.shape),
         )
 
@@ -82,7 +87,7 @@ class KernelBatcher:
         max_requests: most requests of a batch.
 
     Attributes:
-        pages, layer_index: see :class:`KernelBatch`.
+        pages, layer_index, quantized: see :class:`KernelBatch`.
         place: of the pages of a block.
 
     Raises:
@@ -102,6 +107,8 @@ class KernelBatcher:
         self._offsets = torch.zeros(
             num_slots, geometry.pages_per_block + 1, dtype=torch.int32, device=device
         )
+        self.quantized = _read_quantized(cache)
+        self._quantized_offsets = None if self.quantized is None else self._offsets.clone()
         self._boundaries = torch.zeros(num_slots, dtype=torch.int32, device=device)
         self._slots = torch.zeros(max_requests, dtype=torch.int32, device=device)
         self._slot_of: dict[PrefixState, int] = {}
@@ -146,6 +153,7 @@ class KernelBatcher:
             place=self.place,
             num_kv_heads=self._geometry.num_kv_heads,
             page_tokens=self._geometry.block_size,
+            quantized_offsets=self._quantized_offsets,
         )
         return KernelBatch(
             self.pages,
@@ -154,6 +162,7 @@ class KernelBatcher:
             max_query_len,
             common.max_seq_len,
             self.layer_index,
+            self.quantized,
         )
 
     def _place_members(
@@ -178,5 +187,17 @@ class KernelBatcher:
         slot = next(slot for slot in range(1, len(self._offsets)) if slot not in in_batch)
         self._slot_of = {s: used for s, used in self._slot_of.items() if used != slot}
         self._offsets[slot].copy_(state.prefix.offsets, non_blocking=True)
+        if self._quantized_offsets is not None:
+            self._quantized_offsets[slot].copy_(state.prefix.quantized_offsets, non_blocking=True)
         self._boundaries[slot].fill_(state.plan.num_prefix_blocks)
         return slot
+
+
+def _read_quantized(cache: HeadPageCache) -> QuantizedPages | None:
+    """How the kernel reads the quantized pages of a cache."""
+    chosen, pages = cache.quantization, cache.pages
+    if chosen is None:
+        return None
+    code_book = None if chosen.code_book is None else chosen.code_book.to(pages.device)
+    rotation = hadamard_matrix(cache.geometry.head_dim).to(pages) if chosen.rotated else None
+    return QuantizedPages(pages.view(torch.uint8), chosen.layout, code_book, rotation)

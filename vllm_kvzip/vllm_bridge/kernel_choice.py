@@ -16,6 +16,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm_kvzip.kernels.column_maximum import column_maximum
 from vllm_kvzip.kernels.compaction import compact_pages
 from vllm_kvzip.kernels.page_tables import PageTables
+from vllm_kvzip.kernels.quantized_pages import quantize_pages
 from vllm_kvzip.vllm_bridge.kernel_batches import KernelBatch
 from vllm_kvzip.vllm_bridge.stock_pairs import StockPairs, fits
 
@@ -73,6 +74,7 @@ def make_up_step(
     device, size = keys.device, geometry.block_size
     prefix_blocks = context_tokens // size
     kept = max(1, round(KEEP_RATIO * prefix_blocks))
+    quantized = None
     width = prefix_blocks + -(-query_len // size)
     table = torch.arange(num_requests * width, dtype=torch.int32, device=device) % num_blocks
     table = table.view(num_requests, width)
@@ -80,6 +82,9 @@ def make_up_step(
     seq_lens = torch.full((num_requests,), seq_len, dtype=torch.int32, device=device)
     starts = torch.arange(num_requests + 1, dtype=torch.int32) * query_len
     pairs = torch.arange(geometry.pages_per_block + 1, dtype=torch.int32, device=device)
+    if batcher.quantized is not None:  # what else they have, quantized
+        rest = -(-(prefix_blocks - kept) * size // batcher.quantized.layout.page_tokens)
+        quantized = (kept * geometry.pages_per_block + rest * pairs)[None]
     tables = PageTables(
         offsets=kept * pairs[None],
         boundary_blocks=torch.full((1,), prefix_blocks, dtype=torch.int32, device=device),
@@ -89,6 +94,7 @@ def make_up_step(
         place=batcher.place,
         num_kv_heads=geometry.num_kv_heads,
         page_tokens=size,
+        quantized_offsets=quantized,
     )
     common = CommonAttentionMetadata(
         query_start_loc=starts.to(device),
@@ -107,8 +113,9 @@ def make_up_step(
         dtype=keys.dtype, device=device,
     )  # fmt: skip
     batch = KernelBatch(
-        batcher.pages, tables, common.query_start_loc, query_len, seq_len, batcher.layer_index
-    )
+        batcher.pages, tables, common.query_start_loc, query_len, seq_len, batcher.layer_index,
+        batcher.quantized,
+    )  # fmt: skip
     return MadeUpStep(batch, common, query, torch.empty_like(query))
 
 
@@ -132,6 +139,12 @@ def warm_up(
     keys, values = batcher.pages
     zeros = torch.zeros(geometry.block_size, dtype=torch.int32, device=keys.device)
     compact_pages(keys, values, zeros[:1, None], zeros, zeros[:1], zeros[:1])
+    if (chosen := batcher.quantized) is not None:
+        dense = torch.zeros(1, geometry.head_dim, device=keys.device)
+        empty = torch.full((1, chosen.layout.page_tokens), -1, device=keys.device)
+        page = torch.zeros(1, dtype=torch.int64, device=keys.device)
+        quantize_pages(dense, dense, empty, chosen.pages, page, chosen.layout, chosen.code_book)
+        chosen.pages[0].zero_()  # of block 0, which a kernel may read as numbers
     rows = keys[0][None].contiguous()
     column_maximum(rows, rows, rows[:, :, 0].float(), layer.impl.scale)
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -46,6 +47,7 @@ SCHEDULERS = {
 }
 CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 32, 16
 SURROGATE_SUFFIX = ".safetensors"  # beside the profile, of the same name
+MOST_TIER_MISMATCH = 0.1  # of the bytes of a quantized KV pair
 DEFAULT_SCORER = "keydiff"
 DEFAULT_BUDGET: Budget = "adaptive"
 
@@ -130,7 +132,7 @@ def _resolve(vllm_config: VllmConfig, config: KVzipConfig) -> Settings:
     if path is not None and scorer_type.needs_surrogate:
         surrogate = _surrogate_file(vllm_config, scorer, path)
     head_budgets, importance = _head_budgets(path, budget)
-    return Settings(
+    settings = Settings(
         config=config,
         scorer=scorer,
         budget=budget,
@@ -141,6 +143,28 @@ def _resolve(vllm_config: VllmConfig, config: KVzipConfig) -> Settings:
         surrogate_digest=hashlib.sha256(surrogate.read_bytes()).hexdigest() if surrogate else None,
         metrics_directory=open_metrics_directory(),
     )
+    if path is not None and budget == "profile" and config.mode == "mixed":
+        return replace(settings, head_tiers=_head_tiers(vllm_config, settings, path))
+    return settings
+
+
+def _head_tiers(vllm_config: VllmConfig, settings: Settings, path: Path) -> dict[str, Any] | None:
+    """What a profile says of two tiers, when they are of this cache and the user says nothing."""
+    tiers = load_profile(path).tiers
+    shape = cache_shape(vllm_config)
+    quantization = settings.quantization(*shape)
+    if tiers is None or quantization is None or settings.config.full_share is not None:
+        return None
+    token_bytes = shape[0] / quantization.layout.page_tokens
+    if abs(token_bytes - tiers.token_bytes) > MOST_TIER_MISMATCH * tiers.token_bytes:
+        logger.warning(
+            "The head profile's tiers were made for quantized KV pairs of %.0f %% of their bytes, "
+            "not %.0f %%, and are not used; build it again with scripts/profile_heads.py.",
+            100 * tiers.token_bytes,
+            100 * token_bytes,
+        )
+        return None
+    return {"full": tiers.full, "kept": tiers.kept, "shares": tiers.shares()}
 
 
 def _refuse_what_needs_a_profile(scorer: str, scorer_type: type[Scorer], budget: Budget) -> None:

@@ -109,6 +109,15 @@ class RequestTracker:
         """Ids of requests that lost their blocks, and of those that got new ones."""
         return {*(output.preempted_req_ids or ()), *output.scheduled_cached_reqs.resumed_req_ids}
 
+    def new_blocks(self, output: SchedulerOutput) -> Iterator[tuple[str, Sequence[int]]]:
+        """Blocks that a step gives to requests; the whole row of those that start or resume."""
+        for new in output.scheduled_new_reqs:
+            yield new.req_id, new.block_ids[self._group_id]
+        running = output.scheduled_cached_reqs
+        for rid, blocks in zip(running.req_ids, running.new_block_ids, strict=True):
+            if blocks is not None:
+                yield rid, blocks[self._group_id]
+
     def advance(
         self, output: SchedulerOutput, hits: Mapping[str, PrefixPlan] | None = None
     ) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_kvzip.head_pages import fold_row
 from vllm_kvzip.vllm_bridge.batches import PrefixState, QuerySpan
@@ -24,6 +25,8 @@ from vllm_kvzip.vllm_bridge.requests import checksum
 from vllm_kvzip.vllm_bridge.step_message import attached
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.core.sched.output import SchedulerOutput
 
@@ -110,6 +113,7 @@ class HeadPageRuntime:
         self._states: dict[str, PrefixState] = {}
         self._runs: dict[int, KeptRun] = {}
         self._pending: list[TrackedRequest] = []
+        self._quantized: set[int] = set()  # blocks that were filled with quantized pages
         self._observed: dict[str, dict[int, list[torch.Tensor]]] = {}
         self._spans_by_request: dict[str, tuple[int, int]] = {}
 
@@ -149,11 +153,14 @@ class HeadPageRuntime:
         message = attached(output)
         if message is None:
             self._tracker.advance(output)
+            self._clean_blocks(output, {})
         else:
             for serial in message.dropped:
                 self._runs.pop(serial, None)
             runs = {rid: self._runs[serial] for rid, serial in message.hits.items()}
-            self._tracker.advance(output, {rid: run.plan for rid, run in runs.items()})
+            plans = {rid: run.plan for rid, run in runs.items()}
+            self._tracker.advance(output, plans)
+            self._clean_blocks(output, plans)
             for request_id, run in runs.items():
                 self._states[request_id] = PrefixState(run.prefix, run.plan)
         self._spans_by_request = self._plan_observation(output) if self._window else {}
@@ -232,11 +239,34 @@ class HeadPageRuntime:
             earlier=self._states[request.request_id].prefix if plan.start_blocks else None,
         )
         self._tracker.folded(request, fold_row(row, plan, request.reserve_start, _NULL_BLOCK))
+        if plan.num_quantized_blocks:
+            self._quantized.update(compressed_blocks[plan.num_full_blocks :])
         self._rows.replace_row(request.request_id, request.block_ids)
         self._states[request.request_id] = PrefixState(prefix, plan)
         if request.kept_as is not None:
             self._runs[request.kept_as] = KeptRun(prefix, plan, request.seed)
         return stages
+
+    def _clean_blocks(self, output: SchedulerOutput, hits: Mapping[str, PrefixPlan]) -> None:
+        """Put zeros into blocks that held quantized pages and are handed out anew.
+
+        Read as numbers, quantized bytes can be NaN, and an attention kernel may multiply what lies
+        behind a sequence's last token by zero instead of leaving it alone.
+
+        Args:
+            output: the step.
+            hits: plans of requests whose rows begin with a compressed prefix.
+        """
+        if not self._quantized:
+            return
+        dirty = []
+        for rid, blocks in self._tracker.new_blocks(output):
+            fresh = blocks[hits[rid].num_compressed_blocks :] if rid in hits else blocks
+            dirty += [block for block in fresh if block in self._quantized]
+        if dirty:
+            self._quantized.difference_update(dirty)
+            pages = self._cache.pool.page_ids(torch.tensor(dirty)).flatten()
+            self._cache.pages.index_fill_(0, async_tensor_h2d(pages, self._cache.pages.device), 0)
 
     def _recorded_later(self, stages: Stopwatch) -> None:
         """Record how long a compression took, as soon as the device is through with it."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvzip import __version__
-from vllm_kvzip.config import Budget, KVzipConfig
+from vllm_kvzip.config import DEFAULT_FULL_SHARE, Budget, KVzipConfig
 from vllm_kvzip.errors import ConfigError
 from vllm_kvzip.prefix_rule import PrefixRule
 from vllm_kvzip.profile import interpolate
@@ -55,6 +55,9 @@ class Settings:
             (budget ``profile``); None for the other budgets.
         head_importance: ``[layers][KV heads]``, which heads come first (``profile`` and
             ``retrieval``); None for the other budgets.
+        head_tiers: bytes ratio -> ``[layers][KV heads]``, shares ``full`` and ``kept`` of budget
+            ``profile`` in mode ``mixed``, and the mean ``shares`` by ratio; None: full and
+            quantized pages are dealt by ``head_budgets``.
         repeat_ids: token ids that ask for the context, of its first chunk and of the later ones,
             for a scorer that lets the model repeat it.
         surrogate, surrogate_digest: file of the trained networks and its SHA-256, for a scorer that
@@ -68,6 +71,7 @@ class Settings:
     budget: Budget
     head_budgets: dict[str, list[list[float]]] | None = None
     head_importance: list[list[float]] | None = None
+    head_tiers: dict[str, Any] | None = None
     repeat_ids: list[list[int]] | None = None
     surrogate: str | None = None
     surrogate_digest: str | None = None
@@ -125,12 +129,15 @@ class Settings:
         quantization = self.quantization(block_size, head_dim, itemsize)
         tiers = None
         if quantization is not None:
+            by_bytes = self.config.keep_bytes_ratio is not None
+            points = self.head_tiers["shares"] if self.head_tiers else []
             tiers = TierRule(
                 self.config.mode,
                 block_size,
                 quantization.layout.page_tokens,
-                full_share=self.config.full_share,
-                by_bytes=self.config.keep_bytes_ratio is not None,
+                full_share=self.config.full_share or DEFAULT_FULL_SHARE,
+                by_bytes=by_bytes,
+                shares=tuple((held if by_bytes else kept, full) for held, kept, full in points),
             )
         return PrefixRule(
             keep_ratio=self.config.ratio,
@@ -177,6 +184,16 @@ class Settings:
         fractions: list[list[float]] = retrieval_fractions(importance, keep_ratio).tolist()
         return fractions
 
+    def tier_fractions(self, bytes_ratio: float) -> tuple[list[list[float]], list[list[float]]]:
+        """Shares of its KV pairs each head keeps as they are, and in either tier.
+
+        Returns:
+            ``[layers][KV heads]`` each, all ranks' heads.
+        """
+        assert self.head_tiers is not None
+        full, kept = (interpolate(self.head_tiers[name], bytes_ratio) for name in ("full", "kept"))
+        return full, kept
+
     def fingerprint(self, block_size: int) -> str:
         """Hexadecimal digest of everything that shapes a compressed prefix but its keep ratio.
 
@@ -192,6 +209,7 @@ class Settings:
             "by_bytes": self.config.keep_bytes_ratio is not None,
             "head_budgets": self.head_budgets,
             "head_importance": self.head_importance,
+            "head_tiers": self.head_tiers,
             "repeat_ids": self.repeat_ids,
             "surrogate": self.surrogate_digest,
             **{name: getattr(self.config, name) for name in SHAPING_SETTINGS},
@@ -206,6 +224,7 @@ class Settings:
             "budget": self.budget,
             "head_budgets": self.head_budgets,
             "head_importance": self.head_importance,
+            "head_tiers": self.head_tiers,
             "repeat_ids": self.repeat_ids,
             "surrogate": self.surrogate,
             "surrogate_digest": self.surrogate_digest,

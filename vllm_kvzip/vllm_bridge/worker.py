@@ -201,6 +201,7 @@ class HeadPageWorker(WorkerBase):
             budget=settings.budget,
             head_fractions=_own_fractions(settings, spec.num_kv_heads),
             head_importance=_own_heads(settings.head_importance, spec.num_kv_heads),
+            tier_fractions=_own_tiers(settings, spec.num_kv_heads),
             rotary=rotary,
             seed=config.seed,
             clock=self.clock,
@@ -268,6 +269,22 @@ def _own_fractions(
         own = _own_heads(settings.head_fractions(keep_ratio), num_kv_heads)
         assert own is not None
         return own
+
+    return at
+
+
+def _own_tiers(
+    settings: Settings, num_kv_heads: int
+) -> Callable[[float], tuple[list[list[float]], list[list[float]]]] | None:
+    """The same of either tier, by bytes ratio."""
+    if settings.head_tiers is None:
+        return None
+
+    @functools.lru_cache(maxsize=64)
+    def at(bytes_ratio: float) -> tuple[list[list[float]], list[list[float]]]:
+        full, kept = (_own_heads(g, num_kv_heads) for g in settings.tier_fractions(bytes_ratio))
+        assert full is not None and kept is not None
+        return full, kept
 
     return at
 
