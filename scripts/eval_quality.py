@@ -14,8 +14,8 @@ With ``--keep-bytes-ratios`` rows are compared by bytes: every cell, the plot an
 the contexts' blocks came down to by the engine's own count, which is not quite what was asked for.
 The cache is bfloat16 then, because 4 bits save twice as much of a float32 one.
 
-Real vLLM, one engine per row and keep ratio. Prints accuracy with a 95 % interval in which the
-answers about one context count as a cluster.
+Real vLLM, one engine per row; requests name their keep ratio. Prints accuracy with a 95 % interval
+in which the answers about one context count as a cluster.
 """
 
 from __future__ import annotations
@@ -24,24 +24,15 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
-from evaluation import (
-    BLOCK_SIZE,
-    Counts,
-    accuracy_table,
-    cell,
-    counter,
-    draw,
-    start_engine,
-    versions,
-)
+from evaluation import accuracy_table, cell, draw, versions
 from local_server import CPU_ENVIRONMENT
+from quality_run import measure
 from quality_tasks import TASKS, Document, known_tasks
 from rich.console import Console
 from tqdm import tqdm
@@ -49,6 +40,9 @@ from tqdm import tqdm
 from vllm_kvzip.config import FormatName, Mode
 from vllm_kvzip.errors import KVzipError
 from vllm_kvzip.scoring import scorer_class
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 ROWS = (
     "default",
@@ -138,19 +132,6 @@ def make_rows(
     return rows
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Answers from one engine.
-
-    Attributes:
-        counts: right tokens and all tokens of the answers about each document.
-        held: bytes of the contexts' blocks afterwards / before.
-    """
-
-    counts: Counts
-    held: float
-
-
 def settings_of(row: str, keep_ratio: float) -> dict[str, Any]:
     """The plugin's settings: ``default``, or a scorer with its own budget or a named one.
 
@@ -186,63 +167,6 @@ def make_documents(args: argparse.Namespace) -> list[tuple[str, Document]]:
                 seen = Document([*document.tokens, *question.tokens], [question])
                 documents.append((task, seen))
     return documents
-
-
-def held_share(documents: Sequence[Document], num_freed: float) -> float:
-    """Share of their bytes that contexts hold after so many of their blocks were freed."""
-    return 1 - num_freed / sum(len(document.tokens) // BLOCK_SIZE for document in documents)
-
-
-def measure(
-    model: str,
-    documents: list[Document],
-    settings: dict[str, Any] | None,
-    num_ranks: int = 1,
-    dtype: str = "float32",
-) -> Measured:
-    """Ask about each document, in an engine of its own.
-
-    Raises:
-        RuntimeError: if a question did not start from a compressed context.
-    """
-    from vllm import SamplingParams
-
-    def sampling(num_tokens: int, context: int) -> SamplingParams:
-        return SamplingParams(
-            temperature=0, max_tokens=num_tokens, ignore_eos=True,
-            extra_args={"kvzip_context_tokens": context},
-        )  # fmt: skip
-
-    def prompt(number: int, tokens: list[int]) -> dict[str, Any]:
-        # Contexts that differ in their last words only would share raw blocks, and a scorer that
-        # watches the last queries would not see them.
-        return {"prompt_token_ids": tokens, "cache_salt": str(number)}
-
-    llm = start_engine(model, settings, num_ranks, dtype)
-    lengths = [len(document.tokens) for document in documents]
-    hits, freed = counter("prefix_hits_total"), counter("blocks_freed_total")
-    if settings is not None:
-        contexts = [prompt(number, document.tokens) for number, document in enumerate(documents)]
-        llm.generate(contexts, [sampling(2, n) for n in lengths], use_tqdm=False)
-    prompts, limits, answers = [], [], []
-    for number, document in enumerate(documents):
-        for question in document.questions:
-            prompts.append(prompt(number, [*document.tokens, *question.tokens]))
-            limits.append(sampling(len(question.answer), lengths[number]))
-            answers.append(question.answer)
-    results = iter(llm.generate(prompts, limits, use_tqdm=False))
-    llm.llm_engine.engine_core.shutdown()
-    if settings is not None and counter("prefix_hits_total") - hits != len(prompts):
-        raise RuntimeError(f"not every question started from a compressed context: {settings}")
-    counts = []
-    for document in documents:
-        right = total = 0
-        for question in document.questions:
-            output = next(results).outputs[0].token_ids
-            right += sum(a == b for a, b in zip(output, question.answer, strict=True))
-            total += len(question.answer)
-        counts.append((right, total))
-    return Measured(counts, held_share(documents, counter("blocks_freed_total") - freed))
 
 
 def formats(text: str) -> str:
@@ -313,30 +237,39 @@ def main() -> None:
     ratios = args.keep_bytes_ratios if by_bytes else args.keep_ratios
     named = make_documents(args)
     documents = [document for _, document in named]
-    cells: list[tuple[str, Row | None, float]] = [(NO_COMPRESSION, None, 1.0)]
-    for row in make_rows(scorers, args.modes, args.formats, args.full_shares):
-        name = row.name if by_mode else row.scorer
-        cells += [(name, row, ratio) for ratio in (ratios if row.evicts else [1.0])]
+    rows: list[Row | None] = [None]
+    rows += make_rows(scorers, args.modes, args.formats, args.full_shares)
     groups = {task: [t == task for t, _ in named] for task in args.tasks}
     groups = {"all tasks": [True] * len(named), **groups} if len(groups) > 1 else groups
     results: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in groups}
-    bar = tqdm(cells, desc="engines")
-    for name, row, ratio in bar:
-        bar.set_postfix_str(f"{name}, {ratio:g}")
-        settings = None if row is None else row.settings(ratio, by_bytes)
+    bar = tqdm(rows, desc="engines")
+    for row in bar:
+        name = NO_COMPRESSION if row is None else row.name if by_mode else row.scorer
+        bar.set_postfix_str(name)
+        asked = ratios if row is not None and row.evicts else [1.0]
+        settings = None if row is None else row.settings(max(asked), by_bytes)
         if settings is not None and args.prefill_budget is not None:
             settings["prefill_budget"] = args.prefill_budget
         try:
-            found = measure(args.model, documents, settings, args.tensor_parallel_size, args.dtype)
+            measured = measure(
+                args.model,
+                documents,
+                settings,
+                asked,
+                num_ranks=args.tensor_parallel_size,
+                dtype=args.dtype,
+            )
         except KVzipError as error:
             sys.exit(f"\n{name}: {error}")
-        keys = [f"{ratio:g}"]
+        keys = [f"{ratio:g}" for ratio in asked]
         if row is None or not row.evicts:
-            keys = [ALL_PAIRS] if by_mode else [f"{each:g}" for each in ratios]
+            keys = [ALL_PAIRS] if by_mode else [f"{ratio:g}" for ratio in ratios]
+            measured *= len(keys)
         for group, members in groups.items():
-            chosen = [c for c, member in zip(found.counts, members, strict=True) if member]
-            shown = cell(chosen, found.held if by_mode else None)
-            results[group].setdefault(name, {}).update(dict.fromkeys(keys, shown))
+            for key, found in zip(keys, measured, strict=True):
+                chosen = [c for c, member in zip(found.counts, members, strict=True) if member]
+                shown = cell(chosen, found.held if by_mode else None)
+                results[group].setdefault(name, {})[key] = shown
     columns = {ALL_PAIRS: "all KV pairs"} if by_mode else {}
     columns |= {f"{ratio:g}": f"{'bytes' if by_bytes else 'keep'} {ratio:g}" for ratio in ratios}
     console = Console(width=118)
@@ -347,8 +280,8 @@ def main() -> None:
         about += f", {args.tensor_parallel_size} ranks"
     about += f", {args.dtype}" if args.dtype != "float32" else ""
     for group, members in groups.items():
-        asked = [d for d, member in zip(documents, members, strict=True) if member]
-        questions = sum(len(document.questions) for document in asked)
+        chosen = [d for d, member in zip(documents, members, strict=True) if member]
+        questions = sum(len(document.questions) for document in chosen)
         title = f"{group}: {questions} questions, {about}, contexts of {args.context_tokens}"
         console.print(accuracy_table(title, columns, results[group]))
     console.print(versions())

@@ -250,6 +250,41 @@ def test_prefill_budgets_that_cannot_work_are_refused(capsys, flags, message):
     assert message in refusal(capsys, *ON, *flags)
 
 
+QUANTIZE = ("--kv-compression-config.mode", "quantize")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((*QUANTIZE, "--kv-compression-config.prefill_budget", "640"),
+         "prefill_budget works with mode evict only"),
+        ((*QUANTIZE, "--kv-compression-config.key_format", "fp4"), "key_format='fp4' is wrong"),
+        ((*QUANTIZE, "--kv-compression-config.keep_ratio", "0.5",
+          "--kv-compression-config.keep_bytes_ratio", "0.5"), "give one of them"),
+    ],
+)  # fmt: skip
+def test_modes_that_cannot_work_are_refused(capsys, flags, message):
+    assert message in refusal(capsys, *ON, *flags)
+
+
+def test_a_profiles_tiers_are_for_the_cache_they_were_made_for(caplog, monkeypatch):
+    flags = [*ON, "--kv-compression-config", '{"mode": "mixed", "keep_bytes_ratio": 0.125}']
+    settings = Settings.from_vllm_config(engine_config(*flags, "--dtype", "bfloat16"))
+    rule = settings.rule(32, 32, 2)
+    assert rule.tiers.shares == tuple(
+        (held, full) for held, _, full in settings.head_tiers["shares"]
+    )
+    assert rule.tiers.full_share_at(0.9) > 0.5
+    full, kept = settings.tier_fractions(0.125)
+    assert sum(map(sum, full)) <= sum(map(sum, kept)) <= 16
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    with caplog.at_level(logging.WARNING):
+        settings = Settings.from_vllm_config(engine_config(*flags, "--dtype", "float32"))
+    assert settings.head_tiers is None
+    assert "made for quantized KV pairs of 27 %" in caplog.text
+    assert settings.rule(32, 32, 4).tiers.full_share_at(0.125) == 0.25
+
+
 def test_budget_retrieval_leaves_whole_heads_whatever_the_profile_says(tmp_path):
     """Like DuoAttention: from the importance alone."""
     profile = json.loads(Path("profiles/tiny-retriever.json").read_text())

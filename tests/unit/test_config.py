@@ -40,13 +40,41 @@ def test_flag_may_be_a_file_or_a_mapping(tmp_path):
         (None, {"LLM_KVZIP_KEEP_RATO": "1"}, {}, "LLM_KVZIP_KEEP_RATO: .*mean keep_ratio?"),
         (None, {}, {"kvzip": {"seed": "x"}}, r"additional_config\['kvzip'\]: seed='x' is wrong"),
         (None, {}, {"kvzip": "on"}, "must be a JSON object"),
+        ('{"mode": "drop"}', {}, {}, "mode='drop' is wrong, .*'evict', 'quantize' or 'mixed'"),
+        (
+            '{"keep_bytes_ratio": 0.2}', {"LLM_KVZIP_KEEP_RATIO": "0.5"}, {},
+            "keep_bytes_ratio stands in place of keep_ratio; give one of them",
+        ),
+        (
+            '{"key_format": "int8"}', {}, {},
+            "key_format has no effect in mode evict; set mode to quantize or mixed",
+        ),
+        (
+            '{"mode": "quantize", "full_share": 0.3}', {}, {},
+            "full_share has no effect in mode quantize; set mode to mixed",
+        ),
     ],
-)
+)  # fmt: skip
 def test_wrong_input_is_one_sentence(flag, environ, additional, message):
     with pytest.raises(ConfigError, match=message) as caught:
         load_config(flag, environ, additional)
     assert "\n" not in str(caught.value)
     assert str(caught.value)[-1] in ".?"
+
+
+@pytest.mark.parametrize(
+    ("settings", "ratio"),
+    [
+        ("{}", 0.5),
+        ('{"mode": "quantize"}', 1.0),
+        ('{"mode": "mixed"}', 0.5),
+        ('{"mode": "quantize", "keep_ratio": 0.4}', 0.4),
+        ('{"mode": "mixed", "keep_bytes_ratio": 0.1}', 0.1),
+        ('{"keep_bytes_ratio": 0.1}', 0.1),
+    ],
+)
+def test_the_ratio_that_counts(settings, ratio):
+    assert load_config(settings, {}, None).ratio == ratio
 
 
 def test_unreadable_files_and_odd_keys_are_one_sentence(tmp_path):

@@ -182,6 +182,11 @@ class HeadPageWorker(WorkerBase):
             )
         layer_index = {name: index for index, name in enumerate(layer_names)}
         quantization = settings.quantization(spec.block_size, spec.head_size, spec.dtype.itemsize)
+        if quantization is not None and first.impl.logits_soft_cap:
+            raise UnsupportedError(
+                f"Mode {config.mode} does not work with capped attention logits yet; set mode to "
+                f"evict."
+            )
         store = self.page_store(pages, spec, builders, quantization)
         cache = HeadPageCache(geometry, pool, pages, store, layer_index, quantization)
         scorer = create_scorer(

@@ -1,0 +1,126 @@
+"""What attention over quantized pages costs on the CPU, beside vLLM's kernel over ordinary ones.
+
+    python scripts/benchmark_quantized.py
+
+One layer, one decode step of requests that all keep their whole context: in ordinary pages by
+vLLM's CPU kernel, and in quantized pages as the plugin attends to them. Beside that, what it takes
+to dequantize those pages alone, which another way, scratch pages for vLLM's kernel, would need as
+well. The three take turns; medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from statistics import median
+from types import SimpleNamespace
+
+import torch
+from evaluation import versions
+from rich.console import Console
+from rich.table import Table
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+from vllm_kvzip.core import CacheGeometry
+from vllm_kvzip.quantization import choose_quantization
+from vllm_kvzip.quantization.reading import PageReader
+from vllm_kvzip.tiered_attention import TieredAttention, TierPages
+from vllm_kvzip.vllm_bridge.cpu_attention import PairBatch
+
+BLOCK = 32
+FORMATS = ("nf4", "int4", "int8")
+
+
+def ordinary(args: argparse.Namespace, geometry: CacheGeometry) -> PairBatch:
+    """Pairs whose pages hold everything as it is."""
+    num_pairs = args.requests * geometry.num_kv_heads
+    width = args.context_tokens // BLOCK
+    shape = (num_pairs * width, 1, 2 * BLOCK, geometry.head_dim)
+    halves = torch.randn(shape, dtype=torch.bfloat16).chunk(2, dim=2)
+    return PairBatch(
+        pages=(halves[0], halves[1]),
+        tables=torch.arange(num_pairs * width, dtype=torch.int32).view(1, num_pairs, width),
+        seq_lens=torch.full((1, num_pairs), args.context_tokens, dtype=torch.int32),
+        query_start_loc=torch.arange(num_pairs + 1, dtype=torch.int32),
+        pair_rows=None,
+        num_kv_heads=geometry.num_kv_heads,
+        group_size=geometry.group_size,
+        head_dim=geometry.head_dim,
+        layer_index={"layer": 0},
+        isa=_get_attn_isa(torch.bfloat16, BLOCK, geometry.head_dim),
+    )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--requests", type=int, default=4)
+    parser.add_argument("--context-tokens", type=int, default=3840)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--group-size", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=7)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    geometry = CacheGeometry(1, args.kv_heads, args.group_size, args.head_dim, BLOCK)
+    num_pairs = args.requests * args.kv_heads
+    query = torch.randn(args.requests, args.kv_heads * args.group_size, args.head_dim)
+    pairs = ordinary(args, geometry)
+    impl = SimpleNamespace(scale=args.head_dim**-0.5, logits_soft_cap=0)
+    layer = SimpleNamespace(layer_name="layer")
+    stock_query = query.bfloat16()
+    empty = TierPages(*(torch.zeros(0, dtype=torch.int64) for _ in range(3)))
+    calls = {"stock": lambda: pairs.attend(impl, layer, stock_query, torch.empty_like(stock_query))}
+    for name in FORMATS:
+        chosen = choose_quantization(
+            page_bytes=4 * BLOCK * args.head_dim, head_dim=args.head_dim, keys=name, values=name,
+            rotation="auto",
+        )  # fmt: skip
+        tokens = chosen.layout.page_tokens
+        count = -(-args.context_tokens // tokens)
+        some = torch.randn(2, 64, tokens, args.head_dim)
+        pages = chosen.pack(some[0], some[1]).repeat(-(-num_pairs * count // 64), 1)
+        reader = PageReader(chosen.layout)
+        attention = TieredAttention(
+            reader=reader,
+            rotated=chosen.rotated,
+            read_quantized=lambda ids, pages=pages: pages.index_select(0, ids),
+            read_full=lambda ids: (torch.zeros(0), torch.zeros(0)),
+            scale=impl.scale,
+        )
+        owners = torch.arange(num_pairs).repeat_interleave(count)
+        tier = TierPages(
+            torch.arange(num_pairs * count), owners, torch.arange(count).repeat(num_pairs) * tokens
+        )
+        held = torch.full((num_pairs,), args.context_tokens)
+        rows = query.view(num_pairs, args.group_size, args.head_dim)
+        seen = torch.zeros(num_pairs, args.group_size, dtype=torch.int64)
+        calls[name] = lambda a=attention, t=tier, h=held, r=rows, s=seen: a.attend_rows(
+            r, t, h, empty, s
+        )
+        calls[f"{name}, dequantized alone"] = lambda r=reader, p=pages, t=tier: [
+            r.read(p[part]) for part in t.ids.split(64)
+        ]
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(args.rounds + 1):  # the first round warms up
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - begin)
+    stock = median(seconds["stock"][1:])
+    table = Table("", "ms", "of stock", title="One layer, one decode step")
+    for name, values in seconds.items():
+        found = median(values[1:])
+        table.add_row(name, f"{1e3 * found:.1f}", f"{found / stock:.2f}")
+    console = Console(width=110)
+    console.print(table)
+    console.print(
+        f"{args.requests} requests of {args.context_tokens} tokens, {args.kv_heads} KV heads, "
+        f"groups of {args.group_size}, head size {args.head_dim}, bfloat16; {versions()}"
+    )
+
+
+if __name__ == "__main__":
+    main()
