@@ -58,14 +58,7 @@ def allocate_adaptive(
     _check_total(total_pages, num_all * min_pages, most)
     ranked = scores.sort(dim=-1, descending=True).values
     worth = ranked.view(num_layers, num_heads, num_pages, block_size).mean(dim=-1)
-    contested = worth[:, :, min_pages:]
-    spare = total_pages - num_all * min_pages
-    if per_layer:
-        if total_pages % num_layers:
-            raise ValueError(f"{total_pages} pages do not divide over {num_layers} layers")
-        counts = _best_counts(contested.flatten(1), spare // num_layers, contested.shape)
-        return counts + min_pages
-    return _best_counts(contested.reshape(1, -1), spare, contested.shape) + min_pages
+    return _best_pages(worth, total_pages, min_pages, per_layer=per_layer)
 
 
 def allocate_behind(
@@ -105,14 +98,7 @@ def allocate_behind(
     bounds = ends.gather(2, ranks.clamp(max=num_tokens))
     worth = bounds.diff(dim=-1)
     worth = torch.where(ranks[..., :-1] < num_tokens, worth, -torch.inf)
-    contested = worth[:, :, min_pages:]
-    spare = total_pages - num_all * min_pages
-    if per_layer:
-        if total_pages % num_layers:
-            raise ValueError(f"{total_pages} pages do not divide over {num_layers} layers")
-        counts = _best_counts(contested.flatten(1), spare // num_layers, contested.shape)
-        return counts + min_pages
-    return _best_counts(contested.reshape(1, -1), spare, contested.shape) + min_pages
+    return _best_pages(worth, total_pages, min_pages, per_layer=per_layer)
 
 
 def allocate_from_fractions(
@@ -158,6 +144,26 @@ def allocate_from_fractions(
     change = (abs(missing) - (room.cumsum(0) - room)).clamp_min(0).minimum(room)
     pages[order] = ranked + change if missing > 0 else ranked - change
     return pages.view(fractions.shape)
+
+
+def _best_pages(
+    worth: torch.Tensor, total_pages: int, min_pages: int, *, per_layer: bool
+) -> torch.Tensor:
+    """The floor of every head, and the best pages above it.
+
+    Args:
+        worth: ``[L, H, pages]``, falling along a head's pages.
+        total_pages, min_pages, per_layer: see :func:`allocate_adaptive`.
+    """
+    num_layers, num_heads, _ = worth.shape
+    contested = worth[:, :, min_pages:]
+    spare = total_pages - num_layers * num_heads * min_pages
+    if per_layer:
+        if total_pages % num_layers:
+            raise ValueError(f"{total_pages} pages do not divide over {num_layers} layers")
+        counts = _best_counts(contested.flatten(1), spare // num_layers, contested.shape)
+        return counts + min_pages
+    return _best_counts(contested.reshape(1, -1), spare, contested.shape) + min_pages
 
 
 def _best_counts(worth: torch.Tensor, count: int, shape: torch.Size) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""Attention over prefixes with a quantized tier against its reference, in Triton's interpreter."""
+"""Attention over prefixes with a quantized tier against its reference, in Triton's interpreter.
+
+The tier's part is ``quantized_attention.py``; the launch is that of ``head_page_attention.py``.
+"""
 
 from dataclasses import replace
 
