@@ -272,7 +272,7 @@ def main() -> None:
                 results[group].setdefault(name, {})[key] = shown
     columns = {ALL_PAIRS: "all KV pairs"} if by_mode else {}
     columns |= {f"{ratio:g}": f"{'bytes' if by_bytes else 'keep'} {ratio:g}" for ratio in ratios}
-    console = Console(width=118)
+    console = Console(width=140 if by_mode else 118)  # five columns, with what is held
     about = "query-aware" if args.query_aware else "query-agnostic"
     if args.prefill_budget is not None:
         about += f", prefill budget {args.prefill_budget}"
@@ -280,8 +280,8 @@ def main() -> None:
         about += f", {args.tensor_parallel_size} ranks"
     about += f", {args.dtype}" if args.dtype != "float32" else ""
     for group, members in groups.items():
-        chosen = [d for d, member in zip(documents, members, strict=True) if member]
-        questions = sum(len(document.questions) for document in chosen)
+        own = [d for d, member in zip(documents, members, strict=True) if member]
+        questions = sum(len(document.questions) for document in own)
         title = f"{group}: {questions} questions, {about}, contexts of {args.context_tokens}"
         console.print(accuracy_table(title, columns, results[group]))
     console.print(versions())

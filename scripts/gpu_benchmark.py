@@ -22,10 +22,14 @@ from vllm_kvzip.kernels.compaction import compact_pages
 from vllm_kvzip.kernels.flat_tables import flatten_tables
 from vllm_kvzip.kernels.head_page_attention import head_page_attention
 
+from vllm_kvzip.quantization import Int8, NormalFloat4
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from vllm_kvzip.kernels.page_tables import PageTables
+
+    from vllm_kvzip.quantization import Format
 
 KEEP_RATIOS = (1.0, 0.5, 0.25, 0.125)
 MOST_BYTES = 40 * 2**30
@@ -55,8 +59,23 @@ class Load:
         tail = self.page_tokens // 2
         blocks = self.context // self.page_tokens
         asked = Asked(self.context + tail, 1, blocks, keep_ratio)
-        shape = Shape(1, self.num_kv_heads, self.group, self.head_dim, self.page_tokens)
-        return make_case([asked] * self.batch, shape, dtype=self.dtype, device=device)
+        return make_case([asked] * self.batch, self.shape, dtype=self.dtype, device=device)
+
+    @property
+    def shape(self) -> Shape:
+        """Of one layer."""
+        return Shape(1, self.num_kv_heads, self.group, self.head_dim, self.page_tokens)
+
+    def quantized_case(self, page_format: Format, device: str) -> Case:
+        """The same batch with everything quantized, but for pages that heads leave to others."""
+        layout = self.shape.page_layout(self.dtype, page_format, page_format)
+        blocks = self.context // self.page_tokens
+        share = self.page_tokens / layout.page_tokens
+        asked = Asked(self.context + self.page_tokens // 2, 1, blocks, None, share)
+        return make_case(
+            [asked] * self.batch, self.shape, dtype=self.dtype, device=device, layout=layout,
+            rotated=True,
+        )  # fmt: skip
 
 
 LOADS = [
@@ -208,6 +227,31 @@ def decode_rows(loads: list[Load], device: str, bandwidth: float) -> list[dict[s
                 }
             )
             del case, flash
+    return rows
+
+
+def quantized_rows(loads: list[Load], device: str) -> list[dict[str, Any]]:
+    """Decode over quantized pages that hold as many tokens on average, over ordinary ones."""
+    formats = {"nf4": NormalFloat4(32, double_quantization=True), "int8": Int8()}
+    rows = []
+    for load in loads:
+        if load.cache_bytes > MOST_BYTES:
+            continue
+        ordinary = seconds(head_pages(load.case(1.0, device)), device)
+        for name, page_format in formats.items():
+            case = load.quantized_case(page_format, device)
+            taken = seconds(head_pages(case, quantized=case.quantized), device)
+            rows.append(
+                {
+                    "batch": load.batch,
+                    "context": load.context,
+                    "group": load.group,
+                    "format": name,
+                    "us": 1e6 * taken,
+                    "of_ordinary": taken / ordinary,
+                }
+            )
+            del case
     return rows
 
 

@@ -100,6 +100,42 @@ def check_attention(
     return Check(name, relative_error(output, expected), LIMITS[dtype])
 
 
+def tier_checks(device: str, *, small: bool) -> Iterator[Check]:
+    """Attention over prefixes with a quantized tier, and one without in the same batch."""
+    double = NormalFloat4(32, double_quantization=True)
+    formats = ((double, double), (Int8(), Int8()), (Int8(), Int4(32)))
+    blocks = 10 if small else 300
+    for head_dim in (64, 128) if small else (64, 96, 128, 256):
+        shape = Shape(2, 2, 4, head_dim, 16)
+        for key_format, value_format in formats[: 1 if small else None]:
+            layout = shape.page_layout(torch.bfloat16, key_format, value_format)
+            for query_len in (1, 40):
+                batch = [
+                    Asked(16 * blocks + query_len, query_len, blocks, 0.1, 0.3),
+                    Asked(16 * blocks + 9 + query_len, query_len, blocks, None, 1.0),
+                    Asked(90 + query_len, query_len),
+                ]
+                case = make_case(
+                    batch, shape, dtype=torch.bfloat16, device=device, seed=query_len,
+                    poison=True, layout=layout, rotated=True,
+                )  # fmt: skip
+                output = torch.full_like(case.query, float("nan"))
+                head_page_attention(
+                    case.query, case.key_pages, case.value_pages, case.query_start_loc,
+                    case.tables, 1, case.scale, max_query_len=query_len,
+                    max_tokens=16 * blocks + 9 + query_len, quantized=case.quantized,
+                    output=output,
+                )  # fmt: skip
+                exact = case.as_float64()
+                expected = head_page_attention_reference(
+                    exact.query, exact.key_pages, exact.value_pages, exact.query_start_loc,
+                    exact.tables, 1, exact.scale, case.decoded(),
+                )  # fmt: skip
+                formats_of = f"{key_format.name} {value_format.name}"
+                name = f"attention two tiers {formats_of} D{head_dim} q{query_len}"
+                yield Check(name, relative_error(output, expected), LIMITS[torch.bfloat16])
+
+
 def compaction_inputs(
     shape: Shape, blocks: int, keep_ratio: float, dtype: torch.dtype, device: str
 ) -> tuple[torch.Tensor, ...]:
@@ -207,5 +243,6 @@ def all_checks(device: str, *, small: bool) -> Iterator[Check]:
         quantization_checks,
         score_checks,
         attention_checks,
+        tier_checks,
     ):
         yield from checks(device, small=small)

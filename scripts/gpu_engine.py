@@ -30,6 +30,8 @@ from retrieval_task import make_context
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "tests" / "models" / "tiny-retriever"
 OUTPUT_TOKENS = 24
+LEAST_EQUAL = 0.8  # of the tokens in 8 bits, up to the first that differs
+MOST_HELD = {"keep 0.25": 0.6, "quantize int8": 0.8, "mixed 0.125": 0.5}  # of stock's blocks
 SETTINGS = {"scorer": "keydiff", "budget": "adaptive", "min_prompt_tokens": 64}
 
 
@@ -48,6 +50,9 @@ def jobs(*, small: bool) -> dict[str, dict[str, Any]]:
     for kernel in kernels:
         plugin[f"keep 1.0, kernel {kernel}"] = {"keep_ratio": 1.0, "attention_kernel": kernel}
     plugin["keep 0.25"] = {"keep_ratio": 0.25, "attention_kernel": kernels[0]}
+    plugin["quantize int8"] = {"mode": "quantize", "key_format": "int8", "value_format": "int8"}
+    if not small:
+        plugin["mixed 0.125"] = {"mode": "mixed", "keep_bytes_ratio": 0.125}
     found = {}
     for dtype in ("float32",) if small else ("float32", "bfloat16"):
         for name, settings in plugin.items():
@@ -113,7 +118,9 @@ def judge(found: dict[str, dict[str, Any]]) -> list[str]:
         if what.startswith("keep 1.0") and dtype == "float32":
             if answer["tokens"] != stock["tokens"]:
                 faults.append(f"{name}: {equal_share(answer, stock):.1%} of stock's tokens")
-        if what == "keep 0.25" and not answer["least_held"] < 0.6 * stock["least_held"]:
+        if what == "quantize int8" and equal_share(answer, stock) < LEAST_EQUAL:
+            faults.append(f"{name}: {equal_share(answer, stock):.1%} of stock's tokens")
+        if what in MOST_HELD and not answer["least_held"] < MOST_HELD[what] * stock["least_held"]:
             faults.append(f"{name}: holds {answer['least_held']} of {stock['least_held']} blocks")
     return faults
 

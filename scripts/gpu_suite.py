@@ -32,6 +32,7 @@ from gpu_benchmark import (
     compaction_row,
     copy_bandwidth,
     decode_rows,
+    quantized_rows,
     score_row,
     tuning_rows,
 )
@@ -101,6 +102,8 @@ def main() -> int:
     failed = [item for item in checks if "failed" in item]
     bandwidth = copy_bandwidth(device, 1 << (16 if ARGS.interpret else 32))
     rows = decode_rows(SMALL_LOADS if ARGS.interpret else LOADS, device, bandwidth)
+    loads = SMALL_LOADS[:1] if ARGS.interpret else [x for x in LOADS if x.context in (4096, 32768)]
+    quantized = quantized_rows(loads, device)
     compaction = compaction_row(device, bandwidth, small=ARGS.interpret)
     scores = score_row(device, small=ARGS.interpret)
     found: dict[str, Any] = {
@@ -108,6 +111,7 @@ def main() -> int:
         "checks": checks,
         "copy_bytes_per_second": bandwidth,
         "decode": rows,
+        "quantized": quantized,
         "compaction": compaction,
         "scores": scores,
     }
@@ -119,6 +123,12 @@ def main() -> int:
         ARGS.output_dir.mkdir(parents=True, exist_ok=True)
         (ARGS.output_dir / "gpu_suite.json").write_text(json.dumps(found) + "\n")
     say(f"\nDecode, time / fastest stock kernel (share of copy bandwidth)\n{decode_table(rows)}")
+    say("\nDecode over quantized pages, time / that over ordinary ones of as many tokens")
+    for row in quantized:
+        say(
+            f"| {row['group']} | {row['batch']} | {row['context']} | {row['format']} | "
+            f"{row['us']:.0f} us | {row['of_ordinary']:.2f} |"
+        )
     say(
         f"\ncopy {bandwidth / 1e12:.2f} TB/s; compaction {compaction['ms']:.2f} ms "
         f"({compaction['bandwidth_share']:.0%} of copy bandwidth); scores {scores['ms']:.2f} ms "

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_kvzip import budgeting
+from vllm_kvzip.tiers import EPSILON
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -123,14 +124,11 @@ class PageAllocator:
             if int(most.sum()) < total:  # whole blocks can be a little more than there is to keep
                 most += 1
             kept = self._fractions(plan, plan.share, tier=1)
-            wanted = (kept * num_tokens - taken).clamp_min(0)
+            # Rounded up: a head that shall keep everything must not miss its last few tokens.
+            wanted = ((kept * num_tokens - taken) / page_tokens - EPSILON).ceil().clamp_min(0)
+            num_pages = num_tokens / page_tokens
             return budgeting.allocate_from_fractions(
-                wanted / num_tokens,
-                self._head_importance,
-                total,
-                least,
-                num_tokens / page_tokens,
-                most,
+                wanted / num_pages, self._head_importance, total, least, num_pages, most
             )
         return budgeting.allocate_uniform(total, geometry.num_layers, geometry.num_kv_heads)
 

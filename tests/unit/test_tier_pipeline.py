@@ -137,6 +137,26 @@ def test_both_stores_write_the_same_bytes(budget):
     assert same > 0.999  # gaps between regions are left as they were
 
 
+@pytest.mark.parametrize("ratio", [0.4, 0.5, 0.7])
+def test_heads_that_shall_keep_everything_miss_no_token(ratio):
+    """Whole heads by importance, as profiles ask for: the least important ones pay."""
+    rule = rule_of("mixed", ratio, share=0.2, values="nf4")
+    shares = [[1.0, 1.0], [0.0, 0.0]]
+    press = Compressor(
+        geometry=GEOMETRY, pool=POOL, store=rows_of(torch.zeros(160, 512), quantization("nf4")),
+        rule=rule, scorer=create_scorer("knorm"), budget="profile",
+        head_fractions=lambda _: shares, head_importance=[[0.9, 0.8], [0.2, 0.1]],
+    )  # fmt: skip
+    plan = rule.plan(80)
+    write_prompt(press._store, None, *torch.randn(2, 2, 2, 80, D))
+    prefix, _ = press.compress(
+        source_blocks=SOURCE, target_blocks=TARGET[: plan.num_compressed_blocks], plan=plan,
+        observation_queries=None, scale=1.0, seed=0,
+    )  # fmt: skip
+    held = prefix.pages * N + prefix.quantized_pages * quantization("nf4").layout.page_tokens
+    assert (held[0] >= 80).all()
+
+
 def test_all_bytes_keep_everything_as_it_is():
     rule = rule_of("mixed", 1.0, by_bytes=True)
     assert rule.plan(len(SOURCE) * N).num_quantized_blocks == 0
