@@ -3,14 +3,15 @@
     python scripts/benchmark_quantized.py
 
 One layer, one decode step of requests that all keep their whole context: in ordinary pages by
-vLLM's CPU kernel, and in quantized pages as the plugin attends to them. Beside that, what it takes
-to dequantize those pages alone, which another way, scratch pages for vLLM's kernel, would need as
-well. The three take turns; medians.
+vLLM's CPU kernel, and in quantized pages as the plugin attends to them. Beside that the other way:
+what it takes to make ordinary scratch pages of the quantized ones, over which vLLM's kernel would
+go then. They take turns; medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from statistics import median
 from types import SimpleNamespace
@@ -21,14 +22,18 @@ from rich.console import Console
 from rich.table import Table
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
+from vllm_kvzip.compaction import PackedPages
 from vllm_kvzip.core import CacheGeometry
-from vllm_kvzip.quantization import choose_quantization
+from vllm_kvzip.quantization import Quantization, choose_quantization
 from vllm_kvzip.quantization.reading import PageReader
+from vllm_kvzip.quantization.rotation import rotate_back
 from vllm_kvzip.tiered_attention import TieredAttention, TierPages
 from vllm_kvzip.vllm_bridge.cpu_attention import PairBatch
+from vllm_kvzip.vllm_bridge.cpu_pages import discover_codec
 
 BLOCK = 32
 FORMATS = ("nf4", "int4", "int8")
+AT_ONCE = 64  # quantized pages
 
 
 def ordinary(args: argparse.Namespace, geometry: CacheGeometry) -> PairBatch:
@@ -49,6 +54,35 @@ def ordinary(args: argparse.Namespace, geometry: CacheGeometry) -> PairBatch:
         layer_index={"layer": 0},
         isa=_get_attn_isa(torch.bfloat16, BLOCK, geometry.head_dim),
     )
+
+
+def scratch_store(geometry: CacheGeometry) -> PackedPages:
+    """Ordinary pages for the tokens of some quantized ones, as vLLM's kernel stores them."""
+    isa = _get_attn_isa(torch.bfloat16, BLOCK, geometry.head_dim)
+    codec = discover_codec(BLOCK, geometry.head_dim, torch.bfloat16, isa)
+    pages = torch.empty(AT_ONCE * 8, 2 * BLOCK * geometry.head_dim, dtype=torch.bfloat16)
+    return PackedPages(pages, codec, BLOCK, geometry.head_dim)
+
+
+def write_scratch(
+    chosen: Quantization,
+    reader: PageReader,
+    pages: torch.Tensor,
+    ids: torch.Tensor,
+    store: PackedPages,
+) -> None:
+    """Quantized pages as ordinary ones, the same scratch pages again and again."""
+    for part in ids.split(AT_ONCE):
+        rows = []
+        read = reader.read(pages.index_select(0, part))
+        for half, order in zip(read, (reader.key_order, reader.value_order), strict=True):
+            tokens = torch.empty_like(half)
+            tokens[..., order] = half
+            tokens = rotate_back(tokens) if chosen.rotated else tokens
+            rows.append(tokens.flatten(0, 1).bfloat16())
+        num_pages = len(rows[0]) // BLOCK
+        whole = [half[: num_pages * BLOCK] for half in rows]
+        store.write(torch.arange(num_pages), *whole)
 
 
 def parse_args() -> argparse.Namespace:
@@ -100,9 +134,9 @@ def main() -> None:
         calls[name] = lambda a=attention, t=tier, h=held, r=rows, s=seen: a.attend_rows(
             r, t, h, empty, s
         )
-        calls[f"{name}, dequantized alone"] = lambda r=reader, p=pages, t=tier: [
-            r.read(p[part]) for part in t.ids.split(64)
-        ]
+        calls[f"{name}, scratch pages alone"] = functools.partial(
+            write_scratch, chosen, reader, pages, tier.ids, scratch_store(geometry)
+        )
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(args.rounds + 1):  # the first round warms up
         for name, call in calls.items():

@@ -3,8 +3,8 @@
 vLLM's CPU kernel tells no normaliser, so its result cannot be joined with that over quantized
 pages. Pages are therefore attended to here one by one, some at a time, as batched products, and
 every page's part goes into its sequence's running softmax (online softmax, arXiv 1805.02867). The
-other way is to write dequantized scratch pages for vLLM's kernel: the dequantization alone is most
-of the time that this takes.
+other way, dequantized scratch pages for vLLM's kernel, must also rotate every key and value back
+and pack them for that kernel, which takes several times as long (scripts/benchmark_quantized.py).
 """
 
 from __future__ import annotations

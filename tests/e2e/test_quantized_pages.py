@@ -83,33 +83,26 @@ def test_metrics_tell_the_tiers(quantized):
         assert samples[f"kv_bytes_held/{kind}"] == 0
 
 
-@pytest.fixture(scope="module")
-def four():
-    """Four requests, one of them below the threshold, in stock vLLM."""
+def test_blocks_that_held_quantized_pages_harm_nobody():
+    """Their bytes are no numbers, and a kernel reads the rest of a block that is filled in part."""
+    rng = np.random.default_rng(4)
+    short = [make_context(rng, 40, 0.5).tokens.tolist() for _ in range(20)]
+    long = [make_context(rng, 1000, 0.5).tokens.tolist() for _ in range(2)]
+    requests = [Request(prompt, 3, 5 * number) for number, prompt in enumerate(short)]
+    requests += [Request(prompt, 20, 110 + 30 * number) for number, prompt in enumerate(long)]
+    requests += [Request(prompt, 3, 180 + 5 * i) for i, prompt in enumerate([*short, *short])]
+    report = run_job(
+        requests, kvzip={"mode": "quantize"}, num_gpu_blocks_override=50, max_model_len=1100
+    )
+    assert report.metrics["vllm_kvzip_requests_compressed_total"] == 2
+    assert report.outputs[22:42] == report.outputs[42:] == report.outputs[:20]
+
+
+def test_all_bytes_in_mode_mixed_are_stock():
     rng = np.random.default_rng(2)
     prompts = [make_context(rng, length, 0.5).tokens.tolist() for length in (900, 1001, 200, 640)]
     requests = [Request(prompt, 30, 3 * number) for number, prompt in enumerate(prompts)]
-    return requests, run_job(requests)
-
-
-def test_blocks_that_held_quantized_pages_harm_nobody(four):
-    """Their bytes are no numbers; whoever gets them next must not see that."""
-    requests, stock = four
-    before = make_context(np.random.default_rng(4), 1000, 0.5).tokens.tolist()
-    off = {"extra_args": {"kvzip": "off"}}
-    again = [Request(r.prompt, 30, 60 + 40 * i, options=off) for i, r in enumerate(requests)]
-    report = run_job(
-        [Request(before, 20), Request(before[::-1], 20, 25), *again],
-        kvzip={"mode": "quantize", "key_format": "int8"},
-        num_gpu_blocks_override=50,
-        max_model_len=1100,
-    )
-    assert report.outputs[2:] == stock.outputs
-    assert report.metrics["vllm_kvzip_requests_compressed_total"] == 2
-
-
-def test_all_bytes_in_mode_mixed_are_stock(four):
-    requests, stock = four
+    stock = run_job(requests)
     settings = {"mode": "mixed", "keep_bytes_ratio": 1.0}
     whole = run_job(requests, kvzip=settings)
     assert whole.outputs == stock.outputs
