@@ -231,9 +231,7 @@ def find_profile(running: ModelFingerprint, folders: list[Path]) -> Path | None:
 
 def save_profile(profile: HeadProfile, path: Path) -> None:
     """Write a profile with one layer a line, so that differences can be read."""
-    values = profile.model_dump(mode="json", exclude_none=True)
-    values = {name: values[name] for name in type(profile).model_fields if name in values}
-    text = _text(values, 0) + "\n"
+    text = _text(profile.model_dump(mode="json", exclude_none=True), 0) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
 

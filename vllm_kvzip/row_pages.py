@@ -8,7 +8,6 @@ import torch
 
 from vllm_kvzip.kernels.compaction import compact_pages
 from vllm_kvzip.kernels.quantized_pages import quantize_pages
-from vllm_kvzip.quantization.rotation import rotate
 
 if TYPE_CHECKING:
     from vllm_kvzip.core import KeepPlan, QuantizedKeepPlan
@@ -85,13 +84,9 @@ class RowPages:
             index = positions.clamp(min=0)
             pages = by_head[heads[part, None], index // block_size]
             keys, values = (
-                self._rotated(half[pages, index % block_size].flatten(0, 1))
+                self._quantization.turn(half[pages, index % block_size].flatten(0, 1))
                 for half in (self._keys, self._values)
             )
             rows = torch.arange(positions.numel(), device=self.device).view_as(positions)
             rows = torch.where(positions < 0, -1, rows)
             quantize_pages(keys, values, rows, self._bytes, targets[part], layout, self._code_book)
-
-    def _rotated(self, rows: torch.Tensor) -> torch.Tensor:
-        assert self._quantization is not None
-        return rotate(rows) if self._quantization.rotated else rows

@@ -10,7 +10,12 @@ from vllm_kvzip.quantization.int8 import Int8
 from vllm_kvzip.quantization.layout import PageLayout
 from vllm_kvzip.quantization.nf4 import NormalFloat4
 from vllm_kvzip.quantization.pages import pack_pages
-from vllm_kvzip.quantization.rotation import hadamard_matrix, rotate
+from vllm_kvzip.quantization.rotation import (
+    check_rotation,
+    has_rotation,
+    rotate,
+    rotate_back,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -61,9 +66,16 @@ class Quantization:
         Returns:
             uint8 ``[n, page_bytes]``.
         """
-        if self.rotated:
-            keys, values = rotate(keys), rotate(values)
+        keys, values = self.turn(keys), self.turn(values)
         return pack_pages(keys.flatten(0, 1), values.flatten(0, 1), self.layout)
+
+    def turn(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Vectors ``[..., D]`` as pages hold them."""
+        return rotate(vectors) if self.rotated else vectors
+
+    def turn_back(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Undo :meth:`turn`."""
+        return rotate_back(vectors) if self.rotated else vectors
 
     @property
     def code_book(self) -> torch.Tensor | None:
@@ -90,12 +102,6 @@ def choose_quantization(
     layout = PageLayout(
         page_bytes, head_dim, create_format(keys, head_dim), create_format(values, head_dim)
     )
-    try:
-        if rotation != "none":
-            hadamard_matrix(head_dim)
-        rotated = rotation != "none"
-    except ValueError:
-        if rotation == "hadamard":
-            raise
-        rotated = False
-    return Quantization(layout, rotated)
+    if rotation == "hadamard":
+        check_rotation(head_dim)
+    return Quantization(layout, rotated=rotation != "none" and has_rotation(head_dim))

@@ -30,6 +30,24 @@ def hadamard_matrix(order: int) -> torch.Tensor:
     return matrix / math.sqrt(order)
 
 
+def check_rotation(order: int) -> None:
+    """Refuse head sizes without a rotation.
+
+    Raises:
+        ValueError: if the order is neither a power of two nor twelve times one.
+    """
+    _split(order)
+
+
+def has_rotation(order: int) -> bool:
+    """Whether :func:`check_rotation` passes."""
+    try:
+        check_rotation(order)
+    except ValueError:
+        return False
+    return True
+
+
 def rotate(vectors: torch.Tensor) -> torch.Tensor:
     """Rotate the last dimension by the fast Walsh-Hadamard transform, ``D log D`` additions.
 

@@ -39,14 +39,13 @@ class HeadPageLayer(AttentionImpl):
         if isinstance(attn_metadata, ScoringMetadata):
             attn_metadata.attend(layer, self.scale, query, key, value, output)
             return output
+        timer = self.timer if self.timer is not None and self.timer.running is not None else None
+        if timer is not None:
+            timer.layer_starts()
         scales = (output_scale, output_block_scale)
-        timer = self.timer
-        if timer is None or timer.running is None:
-            self.attend_step(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
-            return output
-        timer.layer_starts()
         self.attend_step(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
-        timer.layer_ends()
+        if timer is not None:
+            timer.layer_ends()
         return output
 
     @abstractmethod
