@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_kvzip import budgeting
-from vllm_kvzip.tiers import EPSILON
+from vllm_kvzip.tiers import EPSILON, pages_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -76,6 +76,10 @@ class PageAllocator:
             shape = geometry.num_layers, geometry.num_kv_heads
             return torch.zeros(shape, dtype=torch.int64, device=place)
         min_pages = self._rule.min_pages_per_head(plan.boundary_tokens)
+        if plan.num_quantized_blocks:
+            least = pages_for(self._num_protected(plan), plan.quantized_page_tokens)
+            if plan.num_quantized_blocks >= least:  # they may lie there
+                min_pages = 0
         if self._by_score:
             return budgeting.allocate_adaptive(
                 scores,
@@ -109,11 +113,9 @@ class PageAllocator:
         geometry = self._geometry
         total = plan.num_quantized_blocks * geometry.pages_per_block
         page_tokens = plan.quantized_page_tokens
-        least = 0
-        if not plan.num_full_blocks:
-            num_protected = sum(self._rule.protected_in_prefix(plan.boundary_tokens))
-            least = max(1, -(-num_protected // page_tokens))
         taken = full_pages * geometry.block_size
+        left = (max(1, self._num_protected(plan)) - taken).clamp_min(0)
+        least = (left + page_tokens - 1) // page_tokens
         if self._by_score:
             return budgeting.allocate_behind(
                 scores, taken, total, page_tokens, least, per_layer=self._per_layer
@@ -131,6 +133,10 @@ class PageAllocator:
                 wanted / num_pages, self._head_importance, total, least, num_pages, most
             )
         return budgeting.allocate_uniform(total, geometry.num_layers, geometry.num_kv_heads)
+
+    def _num_protected(self, plan: PrefixPlan) -> int:
+        """Tokens that every head keeps, in either tier."""
+        return sum(self._rule.protected_in_prefix(plan.boundary_tokens))
 
     @property
     def _by_score(self) -> bool:

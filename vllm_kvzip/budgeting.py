@@ -66,7 +66,7 @@ def allocate_behind(
     taken: torch.Tensor,
     total_pages: int,
     page_tokens: int,
-    min_pages: int,
+    min_pages: torch.Tensor,
     *,
     per_layer: bool = False,
 ) -> torch.Tensor:
@@ -80,16 +80,18 @@ def allocate_behind(
         taken: int64 ``[L, H]``, a head's tokens of the highest ranks, which have their place.
         total_pages: pages to hand out.
         page_tokens: tokens of a page.
-        min_pages: floor of every head.
+        min_pages: int64 ``[L, H]``, floor of each head; the total must cover them, in each layer
+            with ``per_layer``.
         per_layer: rank inside each layer; needs ``total_pages`` divisible by L.
 
     Raises:
-        ValueError: if the floors exceed the total, or pages of no token would be many.
+        ValueError: if pages of no token would be many, or (on the CPU, where it can be seen without
+            waiting) the floors exceed the total.
     """
     num_layers, num_heads, num_tokens = scores.shape
     num_pages = -(-num_tokens // page_tokens)
-    num_all = num_layers * num_heads
-    _check_total(total_pages, num_all * min_pages, num_all * num_pages)
+    floors = int(min_pages.sum()) if min_pages.device.type == "cpu" else 0
+    _check_total(total_pages, floors, num_layers * num_heads * num_pages)
     ranked = scores.sort(dim=-1, descending=True).values
     ends = torch.zeros(num_layers, num_heads, num_tokens + 1, dtype=torch.float64)
     ends = ends.to(scores.device)
@@ -98,14 +100,16 @@ def allocate_behind(
     bounds = ends.gather(2, ranks.clamp(max=num_tokens))
     worth = bounds.diff(dim=-1)
     worth = torch.where(ranks[..., :-1] < num_tokens, worth, -torch.inf)
-    return _best_pages(worth, total_pages, min_pages, per_layer=per_layer)
+    pages = torch.arange(num_pages, device=scores.device)
+    worth = torch.where(pages < min_pages[..., None], torch.inf, worth)
+    return _best_pages(worth, total_pages, 0, per_layer=per_layer)
 
 
 def allocate_from_fractions(
     fractions: torch.Tensor,
     importance: torch.Tensor,
     total_pages: int,
-    min_pages: int,
+    min_pages: int | torch.Tensor,
     num_pages: float,
     max_pages: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -120,7 +124,7 @@ def allocate_from_fractions(
         fractions: float ``[L, H]``, in [0, 1], share of its KV pairs each head should keep.
         importance: float ``[L, H]``, order in which heads give and take; ties by position.
         total_pages: pages to hand out.
-        min_pages: floor of every head.
+        min_pages: floor of every head, or int64 ``[L, H]`` of each.
         num_pages: pages of a head before compression, of which it gets a share; not whole where a
             head's tokens fill its last page in part.
         max_pages: int64 ``[L, H]``, what each head has; None: ``num_pages``, whole.
@@ -134,13 +138,14 @@ def allocate_from_fractions(
         else max_pages
     )
     most = most.flatten()
-    _check_total(total_pages, most.numel() * min_pages, int(most.sum()))
+    least = torch.as_tensor(min_pages).expand(fractions.shape).flatten()
+    _check_total(total_pages, int(least.sum()), int(most.sum()))
     wanted = fractions.to(torch.float64).flatten() * num_pages
-    pages = wanted.round().to(torch.int64).clamp_min(min_pages).minimum(most)
+    pages = wanted.round().to(torch.int64).maximum(least).minimum(most)
     missing = total_pages - int(pages.sum())
     order = importance.flatten().argsort(descending=missing > 0, stable=True)
     ranked = pages[order]
-    room = most[order] - ranked if missing > 0 else ranked - min_pages
+    room = most[order] - ranked if missing > 0 else ranked - least[order]
     change = (abs(missing) - (room.cumsum(0) - room)).clamp_min(0).minimum(room)
     pages[order] = ranked + change if missing > 0 else ranked - change
     return pages.view(fractions.shape)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from vllm_kvzip import request_options
 from vllm_kvzip.core import PrefixPlan
-from vllm_kvzip.tiers import TierBlocks, TierRule
+from vllm_kvzip.tiers import TierBlocks, TierRule, pages_for
 
 if TYPE_CHECKING:
     from vllm_kvzip.request_options import RequestOptions
@@ -213,8 +213,8 @@ class PrefixRule:
         return num_sinks, min(self.recent_tokens, boundary_tokens - num_sinks)
 
     def min_pages_per_head(self, boundary_tokens: int) -> int:
-        """Ordinary head pages that every head needs for its protected tokens, at least one."""
-        return max(1, ceil(sum(self.protected_in_prefix(boundary_tokens)) / self.block_size))
+        """Ordinary head pages that a head needs for its protected tokens, at least one."""
+        return pages_for(sum(self.protected_in_prefix(boundary_tokens)), self.block_size)
 
     def max_compressed_blocks(self, max_tokens: int) -> int:
         """The most blocks any prompt of up to ``max_tokens`` tokens needs, unless it says more."""

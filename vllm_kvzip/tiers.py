@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 EPSILON = 1e-9  # 0.3 * 10 is 3.0000000000000004 in floating point, and must stay 3 blocks
 
 
+def pages_for(num_tokens: int, page_tokens: int) -> int:
+    """Head pages that some tokens of a head take, at least one."""
+    return max(1, ceil(num_tokens / page_tokens))
+
+
 @dataclass(frozen=True)
 class TierBlocks:
     """Blocks of a compressed prefix: of KV pairs as they are, and of quantized ones."""
@@ -64,7 +69,9 @@ class TierRule:
         """Blocks of the compressed form of ``num_blocks`` blocks, at most as many.
 
         What is counted by bytes and fits quantized as a whole has more in full precision instead
-        of leaving blocks empty; what is counted by KV pairs takes fewer blocks then.
+        of leaving blocks empty; what is counted by KV pairs takes fewer blocks then. Either tier
+        can hold the tokens that every head keeps: there is a page for them in the quantized one
+        for every head, or in the other.
 
         Args:
             ratio: kept / all, in (0, 1].
@@ -73,26 +80,40 @@ class TierRule:
         """
         if self.mode == "evict":
             wanted = ceil(ratio * num_blocks - EPSILON)
-            least = self.full_pages(num_protected)
+            least = pages_for(num_protected, self.block_tokens)
             return TierBlocks(min(num_blocks, max(wanted, least)), 0)
         num_tokens = num_blocks * self.block_tokens
+        num_protected = min(num_protected, num_tokens)
+        least = pages_for(num_protected, self.page_tokens)
         if self.mode == "quantize":
-            tokens = max(num_protected, 1, ratio * num_tokens - EPSILON)
-            wanted = ceil(tokens / self.page_tokens)
+            wanted = ceil((ratio * num_tokens - EPSILON) / self.page_tokens)
             if self.by_bytes:
-                wanted = max(
-                    1, ceil(num_protected / self.page_tokens), ceil(ratio * num_blocks - EPSILON)
-                )
-            return TierBlocks(0, min(wanted, self._to_quantize(num_blocks, 0)))
-        least, share = self.full_pages(num_protected), self.full_share_at(ratio)
+                wanted = ceil(ratio * num_blocks - EPSILON)
+            return TierBlocks(0, min(max(least, wanted), self._to_quantize(num_blocks, 0)))
+        least_full = pages_for(num_protected, self.block_tokens)
+        blocks = self._mixed(ratio, num_blocks, least_full, least)
+        if blocks.full < least_full and blocks.quantized < least:
+            return TierBlocks(0, self._to_quantize(num_blocks, 0))
+        return blocks
+
+    def _mixed(self, ratio: float, num_blocks: int, least_full: int, least: int) -> TierBlocks:
+        """Blocks in mode ``mixed``.
+
+        Args:
+            ratio, num_blocks: see :meth:`blocks`.
+            least_full, least: pages for the tokens that a head keeps, in either tier.
+        """
+        num_tokens, share = num_blocks * self.block_tokens, self.full_share_at(ratio)
         if not self.by_bytes:
             mean = share * self.block_tokens + (1 - share) * self.page_tokens
-            wanted = max(least, round(share * ratio * num_tokens / mean))
-            full = min(num_blocks, wanted)
+            full = min(num_blocks, round(share * ratio * num_tokens / mean))
             left = max(0.0, ratio * num_tokens - full * self.block_tokens - EPSILON)
-            return TierBlocks(full, min(ceil(left / self.page_tokens), num_blocks - full))
+            quantized = max(ceil(left / self.page_tokens), least if full < least_full else 0)
+            return TierBlocks(full, min(quantized, self._to_quantize(num_blocks, full)))
         total = min(num_blocks, max(least, ceil(ratio * num_blocks - EPSILON)))
-        full = min(total, max(least, round(share * total)))
+        full = round(share * total)
+        if full < least_full:
+            full = min(full, total - least)
         if total - full < self._to_quantize(num_blocks, full):
             return TierBlocks(full, total - full)
         spread = self.page_tokens - self.block_tokens
@@ -100,10 +121,6 @@ class TierRule:
         while full + self._to_quantize(num_blocks, full) > total:
             full -= 1
         return TierBlocks(full, self._to_quantize(num_blocks, full))
-
-    def full_pages(self, num_tokens: int) -> int:
-        """Head pages that some tokens of a head take as they are, at least one."""
-        return max(1, ceil(num_tokens / self.block_tokens))
 
     def _to_quantize(self, num_blocks: int, full: int) -> int:
         """Blocks for everything that ``full`` blocks leave over."""

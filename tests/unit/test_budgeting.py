@@ -112,9 +112,10 @@ def test_pages_behind_others_are_the_best_of_what_is_left(case, seed, data):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(num_layers, num_heads, num_tokens, generator=generator)
     taken = torch.randint(0, num_tokens + 1, (num_layers, num_heads), generator=generator)
-    pages = allocate_behind(scores, taken, total, page_tokens, min_pages)
+    floors = torch.randint(0, min_pages + 1, (num_layers, num_heads), generator=generator)
+    pages = allocate_behind(scores, taken, total, page_tokens, floors)
     assert int(pages.sum()) == total
-    assert int(pages.min()) >= min_pages
+    assert (pages >= floors).all()
     best, found = [], 0.0
     for layer in range(num_layers):
         for head in range(num_heads):
@@ -124,6 +125,24 @@ def test_pages_behind_others_are_the_best_of_what_is_left(case, seed, data):
                 for first in range(0, max_pages * page_tokens, page_tokens)
             ]
             found += sum(own[: int(pages[layer, head])])
-            best += [value + 1e9 * (page < min_pages) for page, value in enumerate(own)]
-    floors = 1e9 * min_pages * num_layers * num_heads
-    assert found == pytest.approx(sum(sorted(best)[-total:]) - floors, abs=1e-3)
+            floor = int(floors[layer, head])
+            best += [value + 1e6 * (page < floor) for page, value in enumerate(own)]
+    expected = sum(sorted(best)[-total:]) - 1e6 * int(floors.sum())
+    assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_floors_beyond_the_total_are_refused():
+    with pytest.raises(ValueError, match="3 pages asked for, but the heads hold 4 to 8"):
+        allocate_behind(
+            torch.rand(1, 2, 16), torch.zeros(1, 2, dtype=torch.int64), 3, 4, torch.tensor([[2, 2]])
+        )
+    with pytest.raises(ValueError, match="3 pages asked for, but the heads hold 4 to 16"):
+        shares = torch.ones(1, 2)
+        allocate_from_fractions(shares, shares, 3, torch.tensor([[3, 1]]), 8)
+
+
+def test_each_head_has_its_own_floor():
+    importance = torch.tensor([[0.9, 0.1], [0.5, 0.2]])
+    floors = torch.tensor([[0, 3], [0, 1]])
+    pages = allocate_from_fractions(torch.full((2, 2), 0.5), importance, 8, floors, 8)
+    assert pages.tolist() == [[4, 3], [0, 1]]

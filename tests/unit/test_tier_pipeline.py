@@ -4,7 +4,10 @@ from typing import get_args
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from vllm_kvzip.allocation import PageAllocator
 from vllm_kvzip.compaction import PackedPages, PageCodec
 from vllm_kvzip.config import Budget
 from vllm_kvzip.core import CacheGeometry
@@ -79,7 +82,7 @@ def compress(make_store, budget, rule, values="int8", scorer="knorm"):
     return plan, prefix, store, pages, keys, vals, chosen
 
 
-def rule_of(mode, ratio, share=0.3, by_bytes=False, values="int8"):
+def rule_of(mode, ratio, share=0.6, by_bytes=False, values="int8"):
     tiers = TierRule(mode, N, quantization(values).layout.page_tokens, share, by_bytes)
     return PrefixRule(ratio, 0, sink_tokens=2, recent_tokens=2, block_size=N, tiers=tiers)
 
@@ -124,6 +127,40 @@ def test_what_lies_in_the_pages_of_either_tier(make_store, budget, mode, ratio):
             assert (decoded[count:].abs() < 1e-6).all()
 
 
+@pytest.mark.parametrize("budget", get_args(Budget))
+@given(st.integers(2, 40), st.floats(0.05, 1), st.floats(0.05, 0.95), st.booleans(), st.data())
+def test_every_head_has_its_protected_tokens_in_either_tier(
+    budget, num_blocks, ratio, share, by_bytes, data
+):
+    """Even a head of which scores and profile want nothing at all."""
+    sinks, recent = data.draw(st.integers(0, 30)), data.draw(st.integers(0, 30))
+    tiers = TierRule("mixed", N, 40, share, by_bytes)
+    rule = PrefixRule(ratio, 0, sinks, recent, block_size=N, tiers=tiers)
+    plan = rule.plan(num_blocks * N)
+    if plan is None or not plan.num_quantized_blocks:
+        return
+    shares = [[1.0, 0.0], [ratio, 0.0]]
+    allocator = PageAllocator(GEOMETRY, rule, budget, lambda _: shares, shares)
+    scores = torch.rand(2, 2, num_blocks * N)
+    scores[:, 1] = 0
+    full = allocator.full(scores, plan)
+    quantized = allocator.quantized(scores, full, plan)
+    assert int(full.sum()) == plan.num_full_blocks * 4
+    assert int(quantized.sum()) == plan.num_quantized_blocks * 4
+    protected = max(1, sum(rule.protected_in_prefix(plan.boundary_tokens)))
+    assert (full * N + quantized * 40 >= protected).all()
+
+
+def test_an_unimportant_head_needs_no_ordinary_page():
+    tiers = TierRule("mixed", N, 40, full_share=0.5)
+    rule = PrefixRule(0.9, 0, sink_tokens=2, recent_tokens=2, block_size=N, tiers=tiers)
+    shares = [[1.0, 0.0], [1.0, 0.0]]
+    allocator = PageAllocator(GEOMETRY, rule, "profile", lambda _: shares, shares)
+    plan = rule.plan(80)
+    full = allocator.full(torch.zeros(2, 2, 80), plan)
+    assert full[:, 1].tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("budget", ["adaptive", "uniform", "profile"])
 def test_both_stores_write_the_same_bytes(budget):
     written = []
@@ -139,12 +176,13 @@ def test_both_stores_write_the_same_bytes(budget):
 
 def test_heads_that_shall_keep_everything_miss_no_token():
     """Whole heads by importance, as profiles ask for: the least important ones pay."""
-    rule = rule_of("mixed", 0.5, share=0.2, values="nf4")
-    shares = [[1.0, 1.0], [0.6, 0.6]]
+    rule = rule_of("mixed", 0.5, share=0.6, values="nf4")
+    as_they_are, kept = [[0.2, 0.0], [0.1, 0.1]], [[1.0, 1.0], [0.6, 0.6]]
     press = Compressor(
         geometry=GEOMETRY, pool=POOL, store=rows_of(torch.zeros(160, 512), quantization("nf4")),
         rule=rule, scorer=create_scorer("knorm"), budget="profile",
-        head_fractions=lambda _: shares, head_importance=[[0.9, 0.8], [0.2, 0.1]],
+        head_fractions=lambda _: kept, head_importance=[[0.9, 0.8], [0.2, 0.1]],
+        tier_fractions=lambda _: (as_they_are, kept),
     )  # fmt: skip
     plan = rule.plan(80)
     assert (plan.num_full_blocks, plan.num_quantized_blocks) == (1, 1)

@@ -41,10 +41,11 @@ def test_without_eviction_a_prompt_needs_as_many_blocks_as_pages():
 def test_mixed_keeps_what_the_ratio_says(ratio, num_blocks, protected, share, by_bytes):
     rule = TierRule("mixed", N, Q, share, by_bytes)
     blocks = rule.blocks(ratio, num_blocks, protected)
-    least = min(num_blocks, max(1, ceil(protected / N)))
-    assert blocks.full >= least  # protected tokens are kept as they are
-    assert blocks.total <= num_blocks
     num_tokens = num_blocks * N
+    kept_by_all = max(1, min(protected, num_tokens))
+    least = ceil(kept_by_all / Q)
+    assert blocks.full * N >= kept_by_all or blocks.quantized >= least  # in either tier
+    assert blocks.total <= num_blocks
     kept = blocks.full * N + blocks.quantized * Q
     if by_bytes:
         assert blocks.total <= max(ceil(ratio * num_blocks - 1e-9), least)
