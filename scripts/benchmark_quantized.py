@@ -26,7 +26,6 @@ from vllm_kvzip.compaction import PackedPages
 from vllm_kvzip.core import CacheGeometry
 from vllm_kvzip.quantization import Quantization, choose_quantization
 from vllm_kvzip.quantization.reading import PageReader
-from vllm_kvzip.quantization.rotation import rotate_back
 from vllm_kvzip.tiered_attention import TieredAttention, TierPages
 from vllm_kvzip.vllm_bridge.cpu_attention import PairBatch
 from vllm_kvzip.vllm_bridge.cpu_pages import discover_codec
@@ -78,8 +77,7 @@ def write_scratch(
         for half, order in zip(read, (reader.key_order, reader.value_order), strict=True):
             tokens = torch.empty_like(half)
             tokens[..., order] = half
-            tokens = rotate_back(tokens) if chosen.rotated else tokens
-            rows.append(tokens.flatten(0, 1).bfloat16())
+            rows.append(chosen.turn_back(tokens).flatten(0, 1).bfloat16())
         num_pages = len(rows[0]) // BLOCK
         whole = [half[: num_pages * BLOCK] for half in rows]
         store.write(torch.arange(num_pages), *whole)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_kvzip.profile import TierBudgets
-from vllm_kvzip.quantization import choose_quantization, rotate_back, unpack_pages
+from vllm_kvzip.quantization import choose_quantization, unpack_pages
 from vllm_kvzip.tier_solver import solve_tiers
 
 if TYPE_CHECKING:
@@ -72,13 +72,17 @@ class TierBudgetBuilder:
             rows = [half[:, :whole].reshape(shape) for half in (keys, values)]
             found = unpack_pages(self._quantization.pack(*rows), self._quantization.layout)
             for before, after in zip(rows, found, strict=True):
-                back = rotate_back(after) if self._quantization.rotated else after
+                back = self._quantization.turn_back(after)
                 self._losses.append(float((back.view_as(before) - before).norm() / before.norm()))
 
     @property
     def loss(self) -> float:
-        """Norm of what quantizing changes over the norm, mean of keys and values of all layers."""
-        return sum(self._losses) / len(self._losses) if self._losses else 0.1
+        """Norm of what quantizing changes over the norm, mean of keys and values of all layers.
+
+        From 0.001 to 0.99: a profile cannot say that nothing or everything is lost.
+        """
+        mean = sum(self._losses) / len(self._losses) if self._losses else 0.1
+        return min(max(mean, 1e-3), 0.99)
 
     def solve(self, scores: torch.Tensor) -> None:
         """Take in the budgets of one context.
@@ -86,10 +90,9 @@ class TierBudgetBuilder:
         Args:
             scores: ``[L, H, T]``.
         """
-        loss = min(max(self.loss, 1e-3), 0.99)
         self._solved += 1
         for ratio in BYTES_RATIOS:
-            full, kept = solve_tiers(scores, ratio, self.token_bytes, loss)
+            full, kept = solve_tiers(scores, ratio, self.token_bytes, self.loss)
             self._full[ratio] += full
             self._kept[ratio] += kept
 
@@ -103,7 +106,7 @@ class TierBudgetBuilder:
             key_format=self._formats[0],
             value_format=self._formats[1],
             token_bytes=round(self.token_bytes, 4),
-            loss=round(min(max(self.loss, 1e-3), 0.99), 4),
+            loss=round(self.loss, 4),
             full=grids[0],
             kept=grids[1],
         )

@@ -86,10 +86,14 @@ class PrefixPlan:
         return self.full_tokens + self.quantized_tokens
 
     @property
+    def num_source_blocks(self) -> int:
+        """Blocks that this compression reads: what an earlier one kept, and raw ones."""
+        return self.held_blocks + self.num_prefix_blocks - self.start_blocks
+
+    @property
     def num_freed_blocks(self) -> int:
         """Blocks that this compression gives back."""
-        held = self.held_blocks + self.num_prefix_blocks - self.start_blocks
-        return held - self.num_compressed_blocks
+        return self.num_source_blocks - self.num_compressed_blocks
 
     @property
     def num_saved_blocks(self) -> int:
@@ -99,9 +103,9 @@ class PrefixPlan:
     @property
     def share(self) -> float:
         """Kept / all KV pairs of either tier, as asked for or as the prefill budget allows."""
-        full = self.num_full_blocks / self.num_prefix_blocks
         if self.num_quantized_blocks:
             return self.kept_tokens / self.boundary_tokens
+        full = self.num_full_blocks / self.num_prefix_blocks
         return full if self.is_round else min(self.keep_ratio, full)
 
     @property

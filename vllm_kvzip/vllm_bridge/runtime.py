@@ -150,19 +150,16 @@ class HeadPageRuntime:
             )
         for request_id in self._tracker.drop_ended(output):
             self._forget(request_id)
-        message = attached(output)
-        if message is None:
-            self._tracker.advance(output)
-            self._clean_blocks(output, {})
-        else:
+        runs: dict[str, KeptRun] = {}
+        if (message := attached(output)) is not None:
             for serial in message.dropped:
                 self._runs.pop(serial, None)
             runs = {rid: self._runs[serial] for rid, serial in message.hits.items()}
-            plans = {rid: run.plan for rid, run in runs.items()}
-            self._tracker.advance(output, plans)
-            self._clean_blocks(output, plans)
-            for request_id, run in runs.items():
-                self._states[request_id] = PrefixState(run.prefix, run.plan)
+        plans = {rid: run.plan for rid, run in runs.items()}
+        self._tracker.advance(output, plans)
+        self._clean_blocks(output, plans)
+        for request_id, run in runs.items():
+            self._states[request_id] = PrefixState(run.prefix, run.plan)
         self._spans_by_request = self._plan_observation(output) if self._window else {}
         if self._timer is not None:
             self._timer.step_starts(output)

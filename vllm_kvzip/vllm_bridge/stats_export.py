@@ -101,8 +101,8 @@ class SchedulerRecorder:
     def compressed(self, plan: PrefixPlan, num_prompt_tokens: int, block_size: int) -> None:
         """A prompt's blocks went back to the pool."""
         self._writer.add(metrics.BLOCKS_FREED, plan.num_freed_blocks)
-        held = plan.boundary_tokens // block_size - plan.start_blocks + plan.held_blocks
-        self._writer.add(metrics.TOKENS_EVICTED, held * block_size - plan.kept_tokens)
+        num_source_tokens = plan.num_source_blocks * block_size
+        self._writer.add(metrics.TOKENS_EVICTED, num_source_tokens - plan.kept_tokens)
         if plan.is_round:
             self._writer.add(metrics.PREFILL_ROUNDS, 1)
             return
