@@ -9,6 +9,9 @@ with few kept tokens has few runs: the work follows what is kept, head by head.
 
 Where a prefix has a quantized tier, a pair's tokens are those of its quantized pages first, then
 those of its other pages. Both are one softmax; ``quantized_attention.py`` has the first part.
+
+A cache of 8-bit numbers (``--kv-cache-dtype fp8``) is read as it is stored: what its numbers are
+multiplied with goes into the scale of the logits and the end of the weighted sum, once a program.
 """
 
 from __future__ import annotations
@@ -30,6 +33,11 @@ if TYPE_CHECKING:
     from .quantized_attention import QuantizedPages
 
 LOG2_E = 1.4426950408889634
+COMPUTE_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
 
 
 @triton.jit
@@ -88,11 +96,13 @@ def attend_runs(
     VALUE_FORMAT: tl.constexpr = None, VALUE_DOUBLE: tl.constexpr = None,
     VALUE_CODES: tl.constexpr = None, VALUE_GROUP: tl.constexpr = None,
     VALUE_SCALES: tl.constexpr = None, VALUE_BLOCK: tl.constexpr = None,
+    stored_scales=None, COMPUTE: tl.constexpr = None,
 ):  # fmt: skip
     """One tile of query rows of one pair over one run of tokens.
 
     Grid ``(tiles of all requests, runs, H)``; a tile each when ``ONE_TILE``. A row is a (token,
-    query head of the group). Without ``quantized_offsets`` nothing of that tier is compiled.
+    query head of the group). Without ``quantized_offsets`` nothing of that tier is compiled, and
+    nothing of 8-bit numbers, which are turned into ``COMPUTE``, without ``stored_scales``.
     """
     request, tile = tl.program_id(0), 0
     if not ONE_TILE:
@@ -131,6 +141,13 @@ def attend_runs(
     q = tl.load(query + row_start[:, None] + dims[None, :], mask=mask, other=0.0)
     if UPCAST:
         q = q.to(tl.float32)
+    elif stored_scales is not None:
+        q = q.to(COMPUTE)
+    key_log2_scale = log2_scale
+    if stored_scales is not None:
+        log2_scale *= tl.load(stored_scales + head)
+        key_log2_scale = log2_scale * tl.load(stored_scales + HEADS + head)
+        value_scale = tl.load(stored_scales + 2 * HEADS + head)
     table_row = block_table + request.to(tl.int64) * table_stride
     tail_page = layer_page + head
 
@@ -147,6 +164,8 @@ def attend_runs(
                 KEY_FORMAT, KEY_DOUBLE, KEY_CODES, KEY_GROUP, KEY_SCALES, KEY_BLOCK,
                 VALUE_FORMAT, VALUE_DOUBLE, VALUE_CODES, VALUE_GROUP, VALUE_SCALES, VALUE_BLOCK,
             )  # fmt: skip
+            if stored_scales is not None:
+                acc /= value_scale  # what follows is summed up as it is stored
         start = tl.maximum(start - quantized_tokens, 0)
         end -= quantized_tokens
         seen -= quantized_tokens
@@ -168,7 +187,10 @@ def attend_runs(
         if UPCAST:
             k = k.to(tl.float32)
             v = v.to(tl.float32)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * log2_scale
+        elif stored_scales is not None:
+            k = k.to(COMPUTE)
+            v = v.to(COMPUTE)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * key_log2_scale
         visible = tokens[None, :] < tl.minimum(seen, end)[:, None]
         logits = tl.where(visible, logits, float("-inf"))
         best, total, acc, weights = weigh_tile(best, total, acc, logits)
@@ -177,6 +199,8 @@ def attend_runs(
     out_start = row_token * output_token_stride + query_head * output_head_stride
     sums = tl.where(total > 0, total, 1.0)
     result = acc / sums[:, None]
+    if stored_scales is not None:
+        result *= value_scale
     if not ONE_RUN:
         out_start += run.to(tl.int64) * run_stride
         sums_place = run.to(tl.int64) * sums_run_stride + row_token * sums_token_stride + query_head
@@ -246,6 +270,7 @@ def head_page_attention(
     max_query_len: int,
     max_tokens: int,
     quantized: QuantizedPages | None = None,
+    stored_scales: torch.Tensor | None = None,
     output: torch.Tensor | None = None,
     num_runs: int | None = None,
     least_run: int = LEAST_RUN,
@@ -260,9 +285,10 @@ def head_page_attention(
     Nothing is read back from the device.
 
     Args:
-        query: float32, bfloat16 or float16 ``[tokens, H * G, D]``, last dimension contiguous.
-        key_pages, value_pages: ``[P, N, D]`` in the same dtype; views of any strides, contiguous
-            rows are read fastest.
+        query: float32, bfloat16 or float16 ``[tokens, H * G, D]``, last dimension contiguous; also
+            float8_e4m3fn with ``stored_scales``.
+        key_pages, value_pages: ``[P, N, D]`` in the same dtype, or float8_e4m3fn with
+            ``stored_scales``; views of any strides, contiguous rows are read fastest.
         query_start_loc: int32 ``[R + 1]``.
         tables: where each request's KV pairs lie.
         layer: which layer's pages.
@@ -270,7 +296,10 @@ def head_page_attention(
         max_query_len: of any request.
         max_tokens: no pair of the batch attends over more; the longest logical length will do.
         quantized: how the quantized pages of ``tables`` are read; None if it has none.
-        output: like ``query``; made when None.
+        stored_scales: float32 ``[3, H]``, contiguous, what the stored numbers of queries, keys and
+            values are multiplied with; None: nothing. Quantized pages hold numbers that are
+            multiplied already.
+        output: like ``query``, in the dtype of the model; made when None.
         num_runs, least_run, rows, tokens, quantized_tokens, num_warps, num_stages: how the work is
             cut; chosen when None. At most 64 runs.
 
@@ -278,21 +307,28 @@ def head_page_attention(
         ``output``.
 
     Raises:
-        ValueError: if only one of ``quantized`` and ``tables.quantized_offsets`` is given, or the
-            quantized pages do not suit the queries.
+        ValueError: if only one of ``quantized`` and ``tables.quantized_offsets`` is given, the
+            quantized pages do not suit the queries, or 8-bit numbers have no scales.
     """
     if (quantized is None) != (tables.quantized_offsets is None):
         raise ValueError("quantized pages and their offsets go together")
-    if quantized is not None:
-        quantized.check(query)
+    if output is None:
+        output = torch.empty_like(query)
+    dtype = output.dtype
+    if dtype.itemsize == 1 or (stored_scales is None and key_pages.dtype != dtype):
+        raise ValueError("8-bit numbers need an output in the dtype of the model, and scales")
     num_tokens, num_query_heads, head_dim = query.shape
+    if quantized is not None:
+        quantized.check(head_dim, dtype)
     num_heads = tables.num_kv_heads
     num_requests = len(tables.slots)
     group = num_query_heads // num_heads
-    if output is None:
-        output = torch.empty_like(query)
     tile = choose_tile(
-        head_dim, query.dtype, group * max_query_len, two_tiers=quantized is not None
+        head_dim,
+        dtype,
+        group * max_query_len,
+        two_tiers=quantized is not None,
+        eight_bits=stored_scales is not None,
     )
     rows, tokens = rows or tile.rows, tokens or tile.tokens
     if num_warps is None:
@@ -319,6 +355,9 @@ def head_page_attention(
         "LEAST": least_run,
     }
     tier = tier_arguments(quantized, tables, quantized_tokens or tile.quantized_tokens)
+    stored = {}
+    if stored_scales is not None:
+        stored = {"stored_scales": stored_scales, "COMPUTE": COMPUTE_DTYPES[dtype]}
     attend_runs[tiles, num_runs, num_heads](
         query, key_pages, value_pages, parts, log_sums,
         tables.offsets, tables.boundary_blocks, tables.slots, tables.seq_lens,
@@ -328,7 +367,7 @@ def head_page_attention(
         query.stride(0), query.stride(1), *key_pages.stride(), *value_pages.stride(),
         *parts.stride()[:3], *log_sums.stride()[:2], tables.block_table.stride(0),
         HEADS=num_heads, ROWS=rows, ONE_TILE=one_tile, ONE_RUN=num_runs == 1,
-        UPCAST=INTERPRETED, PRECISION=dot_precision(query.dtype), **sizes, **tier,
+        UPCAST=INTERPRETED, PRECISION=dot_precision(dtype), **sizes, **tier, **stored,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     if num_runs > 1:

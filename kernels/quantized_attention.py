@@ -36,7 +36,7 @@ class QuantizedPages:
         pages: uint8 ``[P, page_bytes]``, the pool as bytes, rows contiguous, 16 bytes aligned.
         layout: of a page.
         code_book: float16 ``[16]``, of the formats that have one; where the pages are.
-        rotation: ``[D, D]``, contiguous, in the dtype of the queries: orthonormal, and the pages
+        rotation: ``[D, D]``, contiguous, in the dtype of the model: orthonormal, and the pages
             hold ``keys @ rotation.T`` and ``values @ rotation.T``. None: they hold them as they
             are.
     """
@@ -46,14 +46,18 @@ class QuantizedPages:
     code_book: torch.Tensor | None = None
     rotation: torch.Tensor | None = None
 
-    def check(self, query: torch.Tensor) -> None:
+    def check(self, head_dim: int, dtype: torch.dtype) -> None:
         """Refuse what the kernel would read wrongly.
+
+        Args:
+            head_dim: of the queries.
+            dtype: in which is computed.
 
         Raises:
             ValueError: if the pages are not of the layout, or the layout or the rotation does not
                 suit the queries.
         """
-        layout, head_dim = self.layout, query.shape[-1]
+        layout = self.layout
         if layout.head_dim != head_dim:
             raise ValueError(f"pages of head size {layout.head_dim}, queries of {head_dim}")
         if self.pages.shape[1] != layout.page_bytes or self.pages.stride(1) != 1:
@@ -63,10 +67,10 @@ class QuantizedPages:
         rotation = self.rotation
         if rotation is not None and not (
             rotation.shape == (head_dim, head_dim)
-            and rotation.dtype is query.dtype
+            and rotation.dtype is dtype
             and rotation.is_contiguous()
         ):
-            raise ValueError(f"the rotation must be contiguous {query.dtype} [{head_dim}] * 2")
+            raise ValueError(f"the rotation must be contiguous {dtype} [{head_dim}] * 2")
 
 
 def tier_arguments(

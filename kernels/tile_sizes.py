@@ -33,7 +33,12 @@ class Tile:
 
 
 def choose_tile(
-    head_dim: int, dtype: torch.dtype, num_rows: int, *, two_tiers: bool = False
+    head_dim: int,
+    dtype: torch.dtype,
+    num_rows: int,
+    *,
+    two_tiers: bool = False,
+    eight_bits: bool = False,
 ) -> Tile:
     """A tile for which registers do not spill and 99 KiB of shared memory suffice.
 
@@ -44,9 +49,10 @@ def choose_tile(
 
     Args:
         head_dim: D.
-        dtype: of queries and pages.
+        dtype: in which is computed.
         num_rows: (token, query head of the group) rows of the longest query.
         two_tiers: there are quantized pages.
+        eight_bits: pages hold 8-bit numbers, which are turned into ``dtype`` in registers.
     """
     wide = head_dim > 128
     if dtype is torch.float32 and not INTERPRETED:
@@ -55,6 +61,8 @@ def choose_tile(
     tokens = 64 if wide else 128
     if rows > 32 or (rows > 16 and wide):
         tokens //= 2
+    if eight_bits and rows > 16:
+        tokens = min(tokens, 64)
     num_warps = 4 if rows <= 32 else 8
     if two_tiers:
         tokens = min(tokens, 32 if wide else 64)

@@ -26,6 +26,7 @@ os.environ["TRITON_INTERPRET"] = "0"  # before kernels are decorated
 import torch
 import triton
 from kernel_cases import Asked, Case, Shape, make_case
+from kernel_cases import attend as attend_case
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
@@ -223,6 +224,33 @@ def two_tier_launches(*, every: bool) -> dict[str, Callable[[], None]]:
     return found
 
 
+def attend_eight_bits(head_dim: int, query_len: int, *, two_tiers: bool) -> None:
+    """As :func:`attend`, over a cache of 8-bit numbers; bfloat16, pages of 16."""
+    shape = Shape(2, 2, 4, head_dim)
+    nf4 = FORMATS["nf4 with double quantization"]
+    case = make_case(
+        [Asked(320 + query_len, query_len, 16, 0.5, 0.2), Asked(query_len + 40, query_len)],
+        shape,
+        dtype=torch.bfloat16,
+        layout=shape.page_layout(torch.uint8, nf4, nf4) if two_tiers else None,
+        rotated=True,
+        eight_bits="queries too",
+    )
+    attend_case(case, 1, num_runs=4)
+
+
+def eight_bit_launches(*, every: bool) -> dict[str, Callable[[], None]]:
+    """As :func:`launches`, of caches of 8-bit numbers, which cards before 8.9 cannot read."""
+    found: dict[str, Callable[[], None]] = {}
+    head_dims, query_lens = (HEAD_DIMS, (1, 6, 64)) if every else ((64, 128), (1, 64))
+    for head_dim, query_len, two_tiers in product(head_dims, query_lens, (False, True)):
+        about = f"8 bits, head size {head_dim}, {query_len} query tokens"
+        found[about + ", two tiers" * two_tiers] = lambda h=head_dim, q=query_len, t=two_tiers: (  # type: ignore[misc]
+            attend_eight_bits(h, q, two_tiers=t)
+        )
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", type=int, nargs="+", default=list(TARGETS))
@@ -234,7 +262,10 @@ def main() -> int:
     rows = []
     for capability in args.targets:
         with compiling(capability) as compiled:
-            for name, launch in launches(every=args.every).items():
+            found = launches(every=args.every)
+            if capability >= 89:
+                found |= eight_bit_launches(every=args.every)
+            for name, launch in found.items():
                 compiled.clear()
                 launch()
                 rows += [

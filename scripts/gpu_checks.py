@@ -6,17 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from kernel_cases import Asked, Shape, make_case
+from kernel_cases import Asked, Shape, attend, attend_exactly, make_case, relative_error
 from vllm_kvzip.kernels.column_maximum import column_maximum
 from vllm_kvzip.kernels.compaction import compact_pages
 from vllm_kvzip.kernels.flat_tables import flatten_tables
-from vllm_kvzip.kernels.head_page_attention import head_page_attention
 from vllm_kvzip.kernels.quantized_pages import dequantize_pages, quantize_pages
 from vllm_kvzip.kernels.reference import (
     column_maximum_reference,
     compact_pages_reference,
     flatten_tables_reference,
-    head_page_attention_reference,
 )
 
 from vllm_kvzip.quantization import (
@@ -48,12 +46,6 @@ class Check:
         return self.error <= self.limit  # false for NaN
 
 
-def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """``|found - expected| / |expected|`` in float64."""
-    expected = expected.double().cpu()
-    return float((found.double().cpu() - expected).norm() / expected.norm())
-
-
 def attention_checks(device: str, *, small: bool) -> Iterator[Check]:
     """Decode, several query tokens, compressed and not, over the shapes we name.
 
@@ -83,21 +75,12 @@ def check_attention(
         Asked(query_len),
     ]
     case = make_case(batch, shape, dtype=dtype, device=device, seed=query_len, poison=True)
-    output = torch.full_like(case.query, float("nan"))
-    head_page_attention(
-        case.query, case.key_pages, case.value_pages, case.query_start_loc, case.tables, 1,
-        case.scale, max_query_len=query_len, max_tokens=length + query_len, output=output,
-    )  # fmt: skip
-    exact = case.as_float64()
-    expected = head_page_attention_reference(
-        exact.query, exact.key_pages, exact.value_pages, exact.query_start_loc, exact.tables, 1,
-        exact.scale,
-    )  # fmt: skip
+    error = relative_error(attend(case, 1), attend_exactly(case, 1))
     name = (
         f"attention {str(dtype)[6:]} D{shape.head_dim} G{shape.group_size} "
         f"N{shape.page_tokens} q{query_len}"
     )
-    return Check(name, relative_error(output, expected), LIMITS[dtype])
+    return Check(name, error, LIMITS[dtype])
 
 
 def tier_checks(device: str, *, small: bool) -> Iterator[Check]:
@@ -119,21 +102,32 @@ def tier_checks(device: str, *, small: bool) -> Iterator[Check]:
                     batch, shape, dtype=torch.bfloat16, device=device, seed=query_len,
                     poison=True, layout=layout, rotated=True,
                 )  # fmt: skip
-                output = torch.full_like(case.query, float("nan"))
-                head_page_attention(
-                    case.query, case.key_pages, case.value_pages, case.query_start_loc,
-                    case.tables, 1, case.scale, max_query_len=query_len,
-                    max_tokens=16 * blocks + 9 + query_len, quantized=case.quantized,
-                    output=output,
-                )  # fmt: skip
-                exact = case.as_float64()
-                expected = head_page_attention_reference(
-                    exact.query, exact.key_pages, exact.value_pages, exact.query_start_loc,
-                    exact.tables, 1, exact.scale, case.decoded(),
-                )  # fmt: skip
+                error = relative_error(attend(case, 1), attend_exactly(case, 1))
                 formats_of = f"{key_format.name} {value_format.name}"
                 name = f"attention two tiers {formats_of} D{head_dim} q{query_len}"
-                yield Check(name, relative_error(output, expected), LIMITS[torch.bfloat16])
+                yield Check(name, error, LIMITS[torch.bfloat16])
+
+
+def eight_bit_checks(device: str, *, small: bool) -> Iterator[Check]:
+    """Attention over a cache of 8-bit numbers, with one tier and with two."""
+    blocks = 10 if small else 300
+    double = NormalFloat4(32, double_quantization=True)
+    for head_dim in (64, 128) if small else (64, 96, 128, 256):
+        shape = Shape(2, 2, 4, head_dim, 16)
+        for two_tiers in (False, True):
+            layout = shape.page_layout(torch.uint8, double, double) if two_tiers else None
+            for query_len in (1, 40):
+                batch = [
+                    Asked(16 * blocks + query_len, query_len, blocks, 0.1, 0.3),
+                    Asked(90 + query_len, query_len),
+                ]
+                case = make_case(
+                    batch, shape, dtype=torch.bfloat16, device=device, seed=query_len, poison=True,
+                    layout=layout, rotated=True, eight_bits="queries too",
+                )  # fmt: skip
+                error = relative_error(attend(case, 1), attend_exactly(case, 1))
+                name = f"attention 8 bits{' two tiers' * two_tiers} D{head_dim} q{query_len}"
+                yield Check(name, error, LIMITS[torch.bfloat16])
 
 
 def compaction_inputs(
@@ -235,6 +229,11 @@ def quantization_checks(device: str, *, small: bool) -> Iterator[Check]:
             yield Check(name, 0.0 if same else float("inf"), 0.0)
 
 
+def can_read_eight_bits(device: str) -> bool:
+    """Whether kernels there can load float8_e4m3fn; cards from compute capability 8.9 on do."""
+    return device == "cpu" or torch.cuda.get_device_capability() >= (8, 9)
+
+
 def all_checks(device: str, *, small: bool) -> Iterator[Check]:
     """Every kernel."""
     for checks in (
@@ -244,5 +243,6 @@ def all_checks(device: str, *, small: bool) -> Iterator[Check]:
         score_checks,
         attention_checks,
         tier_checks,
+        *([eight_bit_checks] if can_read_eight_bits(device) else []),
     ):
         yield from checks(device, small=small)

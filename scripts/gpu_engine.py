@@ -30,6 +30,8 @@ from retrieval_task import make_context
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "tests" / "models" / "tiny-retriever"
 OUTPUT_TOKENS = 24
+EIGHT_BITS = "bfloat16 over fp8"
+EIGHT_BIT_JOBS = ("keep 1.0, kernel triton", "keep 0.25", "mixed 0.125")
 LEAST_EQUAL = 0.8  # of the tokens in 8 bits, up to the first that differs
 MOST_HELD = {"keep 0.25": 0.6, "quantize int8": 0.8, "mixed 0.125": 0.5}  # of stock's blocks
 SETTINGS = {"scorer": "keydiff", "budget": "adaptive", "min_prompt_tokens": 64}
@@ -54,11 +56,13 @@ def jobs(*, small: bool) -> dict[str, dict[str, Any]]:
     if not small:
         plugin["mixed 0.125"] = {"mode": "mixed", "keep_bytes_ratio": 0.125}
     found = {}
-    for dtype in ("float32",) if small else ("float32", "bfloat16"):
+    for numbers in ("float32",) if small else ("float32", "bfloat16", EIGHT_BITS):
         for name, settings in plugin.items():
+            if numbers == EIGHT_BITS and name not in ("stock", *EIGHT_BIT_JOBS):
+                continue
             engine: dict[str, Any] = {
-                "model": str(MODEL), "dtype": dtype, "max_model_len": 2048, "max_num_seqs": 32,
-                "max_num_batched_tokens": 512, "gpu_memory_utilization": 0.3,
+                "model": str(MODEL), "dtype": numbers.split()[0], "max_model_len": 2048,
+                "max_num_seqs": 32, "max_num_batched_tokens": 512, "gpu_memory_utilization": 0.3,
                 "block_size": 32 if small else 16, "num_gpu_blocks_override": 4097,
                 "enforce_eager": small, "disable_log_stats": True,
             }  # fmt: skip
@@ -66,7 +70,9 @@ def jobs(*, small: bool) -> dict[str, dict[str, Any]]:
                 engine["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
             if settings is not None:
                 engine["additional_config"] = {"kvzip": {**SETTINGS, **settings}}
-            found[f"{dtype}, {name}"] = {"engine": engine, "small": small}
+            if numbers == EIGHT_BITS:
+                engine["kv_cache_dtype"] = "fp8"
+            found[f"{numbers}, {name}"] = {"engine": engine, "small": small}
     return found
 
 
@@ -109,13 +115,13 @@ def judge(found: dict[str, dict[str, Any]]) -> list[str]:
     """What is wrong with the answers of the engines."""
     faults = []
     for name, answer in found.items():
-        dtype, what = name.split(", ", 1)
-        stock = found[f"{dtype}, stock"]
+        numbers, what = name.split(", ", 1)
+        stock = found[f"{numbers}, stock"]
         if answer["missing_blocks"]:
             faults.append(f"{name}: {answer['missing_blocks']} blocks are not back in the pool")
         if what != "stock" and not answer["compressed"]:
             faults.append(f"{name}: nothing was compressed")
-        if what.startswith("keep 1.0") and dtype == "float32":
+        if what.startswith("keep 1.0") and numbers == "float32":
             if answer["tokens"] != stock["tokens"]:
                 faults.append(f"{name}: {equal_share(answer, stock):.1%} of stock's tokens")
         if what == "quantize int8" and equal_share(answer, stock) < LEAST_EQUAL:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -14,9 +14,15 @@ import vllm_kvzip
 if str(Path(__file__).parent.parent) not in vllm_kvzip.__path__:
     vllm_kvzip.__path__.append(str(Path(__file__).parent.parent))
 
+from vllm_kvzip.kernels.head_page_attention import head_page_attention
 from vllm_kvzip.kernels.page_tables import PagePlace, PageTables
 from vllm_kvzip.kernels.quantized_attention import QuantizedPages
-from vllm_kvzip.kernels.reference import DecodedPages, pages_of, quantized_pages_of
+from vllm_kvzip.kernels.reference import (
+    DecodedPages,
+    head_page_attention_reference,
+    pages_of,
+    quantized_pages_of,
+)
 
 from vllm_kvzip.quantization import PageLayout, pack_pages, unpack_pages
 from vllm_kvzip.quantization.rotation import hadamard_matrix
@@ -73,6 +79,10 @@ class Case:
     scale: float
     max_query_len: int
     quantized: QuantizedPages | None = None
+    stored_scales: torch.Tensor | None = None
+    """Of a cache of 8-bit numbers, float32 ``[L, 3, H]``."""
+    dtype: torch.dtype = torch.float32
+    """Of the model: that of queries and pages, where those have no 8 bits."""
 
     def decoded(self) -> DecodedPages | None:
         """The quantized tier in float64 on the CPU, for references."""
@@ -99,6 +109,56 @@ class Case:
             query_start_loc=self.query_start_loc.cpu(),
             tables=replace(self.tables, **moved),
         )
+
+
+def attend(case: Case, layer: int, **how: Any) -> torch.Tensor:
+    """What the attention kernel makes of one layer, like the query; NaN where it writes nothing.
+
+    Args:
+        case: the batch.
+        layer: which layer's pages.
+        how: other arguments of the kernel, and other values than the case has.
+    """
+    arguments: dict[str, Any] = {
+        "max_query_len": case.max_query_len,
+        "max_tokens": int(case.tables.seq_lens.max()),
+        "quantized": case.quantized,
+        "output": torch.full_like(case.query, float("nan"), dtype=case.dtype),
+        "stored_scales": None if case.stored_scales is None else case.stored_scales[layer],
+    }
+    return head_page_attention(
+        case.query, case.key_pages, case.value_pages, case.query_start_loc, case.tables, layer,
+        case.scale, **arguments | how,
+    )  # fmt: skip
+
+
+def attend_exactly(case: Case, layer: int) -> torch.Tensor:
+    """What :func:`attend` should make of it, float64 on the CPU."""
+    exact = case.as_float64()
+    if case.stored_scales is not None:
+        _multiply(exact, case.stored_scales[layer].cpu().double(), layer)
+    return head_page_attention_reference(
+        exact.query, exact.key_pages, exact.value_pages, exact.query_start_loc, exact.tables,
+        layer, exact.scale, case.decoded(),
+    )  # fmt: skip
+
+
+def _multiply(case: Case, scales: torch.Tensor, layer: int) -> None:
+    """Turn what is stored of one layer into numbers, ``scales`` being ``[3, H]``."""
+    of_queries, of_keys, of_values = scales
+    group = case.query.shape[1] // len(of_queries)
+    case.query.mul_(of_queries.repeat_interleave(group)[:, None])
+    for request in range(len(case.tables.slots)):
+        for head in range(case.tables.num_kv_heads):
+            ids, _ = pages_of(case.tables, layer, request, head)
+            case.key_pages[ids] *= of_keys[head]
+            case.value_pages[ids] *= of_values[head]
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """``|found - expected| / |expected|`` in float64."""
+    expected = expected.double().cpu()
+    return float((found.double().cpu() - expected).norm() / expected.norm())
 
 
 def kept_pages(asked: Asked, shape: Shape, generator: torch.Generator) -> torch.Tensor:
@@ -138,6 +198,7 @@ def make_case(
     poison: bool = False,
     layout: PageLayout | None = None,
     rotated: bool = False,
+    eight_bits: Literal["none", "pages", "queries too"] = "none",
 ) -> Case:
     """A batch whose blocks and head pages lie anywhere in the pool.
 
@@ -150,6 +211,7 @@ def make_case(
         poison: what no request holds is bytes 0xFF, a NaN of any kind, the rest of a last page too.
         layout: of the pages of a quantized tier; there is none when None.
         rotated: that tier holds rotated keys and values.
+        eight_bits: what is stored as float8_e4m3fn, with scales of its own in each layer and head.
     """
     generator = torch.Generator().manual_seed(seed)
     page_tokens, per_block = shape.page_tokens, shape.num_layers * shape.num_kv_heads
@@ -203,6 +265,16 @@ def make_case(
         return torch.randn(*size, dtype=dtype, device=device, generator=on_device)
 
     pages = random(num_blocks * per_block, page_tokens, 2 * shape.head_dim)
+    query = random(int(lengths.sum()), num_query_heads, shape.head_dim)
+    scales = None
+    if eight_bits != "none":
+        scales = 0.05 + torch.rand(shape.num_layers, 3, shape.num_kv_heads, generator=generator)
+        pages = (4 * pages).to(torch.float8_e4m3fn)
+        if eight_bits == "queries too":
+            query = (4 * query).to(torch.float8_e4m3fn)
+        else:
+            scales[:, 0] = 1
+        scales = scales.to(device)
     if poison:
         _poison(pages, tables)
     tier = None
@@ -215,7 +287,7 @@ def make_case(
         tier = QuantizedPages(as_bytes, layout, book, rotation)
     key_pages, value_pages = pages.split(shape.head_dim, dim=-1)
     return Case(
-        query=random(int(lengths.sum()), num_query_heads, shape.head_dim),
+        query=query,
         key_pages=key_pages,
         value_pages=value_pages,
         query_start_loc=starts.to(device),
@@ -223,6 +295,8 @@ def make_case(
         scale=shape.head_dim**-0.5,
         max_query_len=int(lengths.max()),
         quantized=tier,
+        stored_scales=scales,
+        dtype=dtype,
     )
 
 

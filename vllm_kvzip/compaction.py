@@ -42,7 +42,7 @@ class PageCodec:
 
 
 class PageStore(Protocol):
-    """Reads and compacts head pages of a flat pool; moves elements bit for bit.
+    """Reads and compacts head pages of a flat pool; moves what is stored bit for bit.
 
     Attributes:
         device: where the pool lies.
@@ -58,18 +58,19 @@ class PageStore(Protocol):
         """
         ...
 
-    def read_keys(self, page_ids: torch.Tensor) -> torch.Tensor:
+    def read_keys(self, page_ids: torch.Tensor, layer: int) -> torch.Tensor:
         """Keys of runs of pages.
 
         Args:
-            page_ids: int64 ``[H, n]``.
+            page_ids: int64 ``[H, n]``, of every KV head of a layer.
+            layer: which one.
 
         Returns:
-            ``[H, n * N, D]`` in the pool's dtype, a copy.
+            ``[H, n * N, D]`` in the dtype of the model, a copy.
         """
         ...
 
-    def read_values(self, page_ids: torch.Tensor) -> torch.Tensor:
+    def read_values(self, page_ids: torch.Tensor, layer: int) -> torch.Tensor:
         """Values of runs of pages; see :meth:`read_keys`."""
         ...
 
@@ -141,12 +142,12 @@ class PackedPages:
         """See :class:`PageStore`."""
         return self._keys.view(), self._values.view()
 
-    def read_keys(self, page_ids: torch.Tensor) -> torch.Tensor:
-        """See :class:`PageStore`."""
+    def read_keys(self, page_ids: torch.Tensor, layer: int) -> torch.Tensor:
+        """See :class:`PageStore`; the same of any layer."""
         return self._keys.read(page_ids)
 
-    def read_values(self, page_ids: torch.Tensor) -> torch.Tensor:
-        """See :class:`PageStore`."""
+    def read_values(self, page_ids: torch.Tensor, layer: int) -> torch.Tensor:
+        """See :meth:`read_keys`."""
         return self._values.read(page_ids)
 
     def write(self, page_ids: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -174,7 +175,7 @@ class PackedPages:
         for layer, pages in enumerate(sources):
             tokens = slice(token_bounds[layer], token_bounds[layer + 1])
             index = heads[tokens], keep.positions[tokens]
-            kept = self.read_keys(pages)[index], self.read_values(pages)[index]
+            kept = self._keys.read(pages)[index], self._values.read(pages)[index]
             self.write(targets[page_bounds[layer] : page_bounds[layer + 1]], *kept)
 
     def quantize(
@@ -198,7 +199,7 @@ class PackedPages:
                 read(pages)[heads, positions.clamp(min=0)]
                 .float()
                 .masked_fill_(positions[..., None] < 0, 0.0)
-                for read in (self.read_keys, self.read_values)
+                for read in (self._keys.read, self._values.read)
             )
             self._bytes[targets[own]] = self._packer.pack(keys, values)
 

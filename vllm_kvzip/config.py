@@ -28,7 +28,7 @@ FormatName = Literal["nf4", "int4", "int8"]
 Rotation = Literal["auto", "hadamard", "none"]
 
 DEFAULT_RATIOS: dict[Mode, float] = {"evict": 0.5, "quantize": 1.0, "mixed": 0.5}
-DEFAULT_FULL_SHARE = 0.25
+DEFAULT_FULL_SHARE = 0.1
 QUANTIZED_SETTINGS = ("key_format", "value_format", "rotation")
 
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"", "0", "false", "no", "off"}

@@ -202,8 +202,8 @@ class Compressor:
             inputs = LayerInputs(
                 layer=layer,
                 num_layers=geometry.num_layers,
-                keys=store.read_keys(sources[layer]).float(),
-                values=store.read_values(sources[layer]).float()
+                keys=store.read_keys(sources[layer], layer).float(),
+                values=store.read_values(sources[layer], layer).float()
                 if self._scorer.needs_values
                 else None,
                 observation_queries=observation_queries[layer] if observation_queries else None,

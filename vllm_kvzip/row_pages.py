@@ -8,10 +8,12 @@ import torch
 
 from vllm_kvzip.kernels.compaction import compact_pages
 from vllm_kvzip.kernels.quantized_pages import quantize_pages
+from vllm_kvzip.stored_scales import KEYS, VALUES
 
 if TYPE_CHECKING:
     from vllm_kvzip.core import KeepPlan, QuantizedKeepPlan
     from vllm_kvzip.quantization import Quantization
+    from vllm_kvzip.stored_scales import StoredScales
 
 
 PAGES_AT_ONCE = 1024
@@ -26,6 +28,7 @@ class RowPages:
         block_size: N.
         head_dim: D.
         quantization: how :meth:`quantize` writes pages; None where it is never called.
+        scales: of a pool of 8-bit numbers; None where numbers are stored as they are.
     """
 
     def __init__(
@@ -34,26 +37,38 @@ class RowPages:
         block_size: int,
         head_dim: int,
         quantization: Quantization | None = None,
+        scales: StoredScales | None = None,
     ) -> None:
         self.device = pages.device
         self._bytes = pages.view(torch.uint8)
         self._quantization = quantization
         code_book = quantization.code_book if quantization else None
         self._code_book = None if code_book is None else code_book.to(self.device)
+        self._scales = scales
         rows = pages.view(len(pages), block_size, 2, head_dim)
         self._keys, self._values = rows[:, :, 0], rows[:, :, 1]
 
     def views(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of all pages, ``[num_pages, N, D]``, without a copy."""
-        return self._keys, self._values
+        """Keys and values of all pages as they are stored, ``[num_pages, N, D]``, no copy."""
+        if self._scales is None:
+            return self._keys, self._values
+        return self._keys.view(self._scales.stored), self._values.view(self._scales.stored)
 
-    def read_keys(self, page_ids: torch.Tensor) -> torch.Tensor:
-        """Pages ``[H, n]`` as ``[H, n * N, D]``, a copy."""
-        return self._keys[page_ids].flatten(1, 2)
+    def read_keys(self, page_ids: torch.Tensor, layer: int) -> torch.Tensor:
+        """See :class:`~vllm_kvzip.compaction.PageStore`."""
+        return self._read(self._keys, page_ids, layer, KEYS)
 
-    def read_values(self, page_ids: torch.Tensor) -> torch.Tensor:
-        """See :meth:`read_keys`."""
-        return self._values[page_ids].flatten(1, 2)
+    def read_values(self, page_ids: torch.Tensor, layer: int) -> torch.Tensor:
+        """See :class:`~vllm_kvzip.compaction.PageStore`."""
+        return self._read(self._values, page_ids, layer, VALUES)
+
+    def _read(
+        self, half: torch.Tensor, page_ids: torch.Tensor, layer: int, which: int
+    ) -> torch.Tensor:
+        stored = half[page_ids].flatten(1, 2)
+        if self._scales is None:
+            return stored
+        return self._scales.multiply(stored, self._scales.factors[which, layer][:, None])
 
     def compact(self, sources: torch.Tensor, keep: KeepPlan, targets: torch.Tensor) -> None:
         """See :meth:`~vllm_kvzip.compaction.PageStore.compact`; one launch for all layers."""
@@ -84,9 +99,24 @@ class RowPages:
             index = positions.clamp(min=0)
             pages = by_head[heads[part, None], index // block_size]
             keys, values = (
-                self._quantization.turn(half[pages, index % block_size].flatten(0, 1))
-                for half in (self._keys, self._values)
+                self._quantization.turn(self._rows(half, which, pages, index, heads[part]))
+                for half, which in ((self._keys, KEYS), (self._values, VALUES))
             )
             rows = torch.arange(positions.numel(), device=self.device).view_as(positions)
             rows = torch.where(positions < 0, -1, rows)
             quantize_pages(keys, values, rows, self._bytes, targets[part], layout, self._code_book)
+
+    def _rows(
+        self,
+        half: torch.Tensor,
+        which: int,
+        pages: torch.Tensor,
+        index: torch.Tensor,
+        heads: torch.Tensor,
+    ) -> torch.Tensor:
+        """Tokens ``[n, Q]`` of some heads, one after the other ``[n * Q, D]``."""
+        rows = half[pages, index % self._keys.shape[1]]
+        if self._scales is not None:
+            factors = self._scales.factors[which].flatten()[heads]
+            rows = self._scales.multiply(rows, factors[:, None])
+        return rows.flatten(0, 1)

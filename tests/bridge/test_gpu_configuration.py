@@ -76,6 +76,14 @@ def change(config, path, value):
         ("cache_config.block_size", 48, "--block-size 48 on GPUs"),
         ("attention_config.backend", AttentionBackendEnum.FLASHINFER, "--attention-backend FLASHI"),
         ("cache_config.cache_dtype", "float16", "--kv-cache-dtype float16 for a model in bfloat16"),
+        (
+            "cache_config.cache_dtype",
+            "fp8_per_token_head",
+            "--kv-cache-dtype fp8_per_token_head; use one of auto, fp8, fp8_e4m3",
+        ),
+        ("cache_config.cache_dtype", "turboquant_k8v4", "--kv-cache-dtype turboquant_k8v4; use"),
+        ("cache_config.cache_dtype", "fp8_e5m2", "--kv-cache-dtype fp8_e5m2; use one of auto"),
+        ("cache_config.kv_cache_dtype_skip_layers", ["0"], "remove --kv-cache-dtype-skip-layers"),
         ("parallel_config.enable_dbo", True, "--enable-dbo"),
         ("attention_config.backend_per_kind", {"full_attention": 1}, "backend_per_kind"),
     ],
@@ -84,6 +92,41 @@ def test_what_gpus_cannot_do_is_one_sentence(stock_config, on_a_card, path, valu
     change(stock_config, path, value)
     with pytest.raises(KVzipError, match=said):
         checks.check_supported(stock_config)
+
+
+def test_a_cache_of_eight_bits_needs_a_card_that_reads_it(stock_config, on_a_card, monkeypatch):
+    stock_config.cache_config.cache_dtype = "fp8"
+    checks.check_supported(stock_config)
+    monkeypatch.setattr(Hopper, "get_device_capability", lambda device_id=0: DeviceCapability(8, 6))
+    with pytest.raises(KVzipError, match="fp8 on GPUs before compute cap"):
+        checks.check_supported(stock_config)
+
+
+def test_flash_attention_is_not_taken_for_a_cache_that_it_does_not_read(
+    stock_config, on_a_card, monkeypatch
+):
+    from vllm.v1.attention.backends import fa_utils, flash_attn
+
+    monkeypatch.setattr(fa_utils, "is_flash_attn_varlen_func_available", lambda: True)
+    stock_config.cache_config.cache_dtype = "fp8"
+    for reads, wanted in ((False, "TRITON_ATTN"), (True, "FLASH_ATTN")):
+        monkeypatch.setattr(
+            flash_attn, "flash_attn_supports_kv_cache_dtype", lambda name, reads=reads: reads
+        )
+        assert checks.default_gpu_backend(stock_config).name == wanted
+
+
+def test_vllms_kernel_does_not_read_eight_bits_over_pairs(stock_config, on_a_card):
+    stock_config.cache_config.cache_dtype = "fp8"
+    with pytest.raises(KVzipError, match="attention_kernel vllm does not work with --kv-cache-dty"):
+        options.configure(stock_config, KVzipConfig(attention_kernel="vllm"))
+
+
+def test_formats_that_save_nothing_over_eight_bits_are_refused(stock_config, on_a_card):
+    stock_config.cache_config.cache_dtype = "fp8"
+    with pytest.raises(KVzipError, match="int8"):
+        wide = KVzipConfig(mode="quantize", key_format="int8", value_format="int8")
+        options.configure(stock_config, wide)
 
 
 def test_batch_invariance_is_refused(stock_config, on_a_card, monkeypatch):
@@ -104,8 +147,8 @@ def test_other_platforms_are_refused(stock_config, monkeypatch):
 
 def test_a_choice_of_kernel_is_refused_on_the_cpu(stock_config):
     with pytest.raises(KVzipError, match="attention_kernel triton is a choice for GPUs"):
-        checks.check_attention_kernel(KVzipConfig(attention_kernel="triton"))
-    checks.check_attention_kernel(KVzipConfig(attention_kernel="auto"))
+        checks.check_attention_kernel(KVzipConfig(attention_kernel="triton"), "auto")
+    checks.check_attention_kernel(KVzipConfig(attention_kernel="auto"), "auto")
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,15 @@ def test_registering_twice_is_harmless():
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2 yet; set it to 1"),
         (["--tensor-parallel-size", "8"], "--tensor-parallel-size 8 for 4 KV heads"),
         (["--block-size", "16"], "--block-size 16 on the CPU; use a multiple of 32"),
-        (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype fp8"),
+        (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype fp8 on the CPU; remove the flag"),
+        (
+            ["--kv-cache-dtype", "int8_per_token_head"],
+            "--kv-cache-dtype int8_per_token_head; use one of auto, fp8, fp8_e4m3",
+        ),
+        (
+            ["--kv-cache-dtype", "turboquant_4bit_nc"],
+            "--kv-cache-dtype turboquant_4bit_nc; use one of auto, fp8, fp8_e4m3",
+        ),
         (
             ["--kv-events-config", '{"enable_kv_cache_events": true, "publisher": "null"}'],
             "KV cache events, which know nothing of compressed prefixes; remove --kv-events-config",
@@ -282,7 +290,7 @@ def test_a_profiles_tiers_are_for_the_cache_they_were_made_for(caplog, monkeypat
         settings = Settings.from_vllm_config(engine_config(*flags, "--dtype", "float32"))
     assert settings.head_tiers is None
     assert "made for quantized KV pairs of 27 %" in caplog.text
-    assert settings.rule(32, 32, 4).tiers.full_share_at(0.125) == 0.25
+    assert settings.rule(32, 32, 4).tiers.full_share_at(0.125) == 0.1
 
 
 def test_budget_retrieval_leaves_whole_heads_whatever_the_profile_says(tmp_path):

@@ -76,6 +76,29 @@ def test_runner_v1_reads_the_same_with_our_kernel():
     assert ours.held_blocks == theirs.held_blocks
 
 
+def test_a_cache_of_eight_bits():
+    """Scored, compacted and read by our kernel as vLLM's own reads it where nothing is evicted."""
+    rng = np.random.default_rng(3)
+    contexts = [make_context(rng, length).tokens.tolist() for length in (70, 40)]
+    pair = [Request(context, 4, options={"logprobs": 0}) for context in contexts]
+    engine = {**ENGINE, "kv_cache_dtype": "fp8", "gpu_path": True}
+    jobs = [
+        {**SETTINGS, "min_prompt_tokens": 999, "keep_ratio": 0.4},
+        {**SETTINGS, "keep_ratio": 1.0},
+        {**SETTINGS, "keep_ratio": 0.5, "scorer": "kvzip", "sink_tokens": 2, "recent_tokens": 8},
+    ]
+    raw, whole, half = (run_job(pair, job, RUNNER_V2, **engine) for job in jobs)
+    assert raw.metrics["vllm_kvzip_requests_compressed_total"] == 0
+    assert whole.metrics["vllm_kvzip_requests_compressed_total"] == 2
+    assert whole.classes["batcher"] == "KernelBatcher"
+    assert whole.outputs == raw.outputs
+    for mine, theirs in zip(whole.logprobs, raw.logprobs, strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4)
+    assert half.metrics["vllm_kvzip_blocks_freed_total"] == 1
+    for report in (raw, whole, half):
+        assert report.free_blocks[-1] == report.free_blocks[0]
+
+
 def test_two_tiers_are_as_on_the_cpus_path():
     """Quantized, rotated and attended to by our kernels; fewer bits leave the tokens alone here."""
     settings = {"mode": "mixed", "keep_bytes_ratio": 0.5, "full_share": 0.5, "key_format": "int8"}

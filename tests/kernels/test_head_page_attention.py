@@ -6,35 +6,11 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from kernel_cases import Asked, Shape, make_case
-from vllm_kvzip.kernels.head_page_attention import head_page_attention
-from vllm_kvzip.kernels.reference import head_page_attention_reference
+from kernel_cases import Asked, Shape, attend, attend_exactly, make_case, relative_error
 from vllm_kvzip.kernels.tile_sizes import choose_num_runs
 
 NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)  # the interpreter is slow
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted here")
-
-
-def run(case, layer, **how):
-    output = torch.full_like(case.query, float("nan"))
-    longest = int(case.tables.seq_lens.max())
-    head_page_attention(
-        case.query, case.key_pages, case.value_pages, case.query_start_loc, case.tables, layer,
-        case.scale, max_query_len=case.max_query_len, max_tokens=longest, output=output, **how,
-    )  # fmt: skip
-    return output
-
-
-def reference(case, layer):
-    exact = case.as_float64()
-    return head_page_attention_reference(
-        exact.query, exact.key_pages, exact.value_pages, exact.query_start_loc, exact.tables,
-        layer, exact.scale,
-    )  # fmt: skip
-
-
-def error(output, expected):
-    return ((output.double() - expected).norm() / expected.norm()).item()
 
 
 @st.composite
@@ -62,14 +38,14 @@ def test_any_batch(data):
     batch = data.draw(st.lists(requests(shape.page_tokens), min_size=1, max_size=4))
     case = make_case(batch, shape, seed=data.draw(st.integers(0, 99)), poison=True)
     layer = data.draw(st.integers(0, shape.num_layers - 1))
-    output = run(
+    output = attend(
         case,
         layer,
         num_runs=data.draw(st.sampled_from([None, 1, 3])),
         least_run=data.draw(st.sampled_from([32, 128])),
         tokens=data.draw(st.sampled_from([32, 64])),
     )
-    assert error(output, reference(case, layer)) < 1e-5
+    assert relative_error(output, attend_exactly(case, layer)) < 1e-5
 
 
 @pytest.mark.parametrize("num_runs", [1, 2, 3, 7])
@@ -77,8 +53,8 @@ def test_runs_leave_no_token_out(num_runs):
     case = make_case(
         [Asked(300), Asked(200, 1, 8, 0.5), Asked(33, 2)], Shape(), seed=1, poison=True
     )
-    output = run(case, 0, num_runs=num_runs, least_run=32, tokens=64)
-    assert error(output, reference(case, 0)) < 1e-5
+    output = attend(case, 0, num_runs=num_runs, least_run=32, tokens=64)
+    assert relative_error(output, attend_exactly(case, 0)) < 1e-5
 
 
 @pytest.mark.parametrize("rows", [16, 32])
@@ -87,7 +63,7 @@ def test_a_long_query_beside_short_ones(rows):
     lengths = (1, 40, 1, 7, 16, 1, 33)
     batch = [Asked(90 + n, n, 4, 0.5) if n % 2 else Asked(60 + n, n) for n in lengths]
     case = make_case(batch, Shape(group_size=3), seed=5, poison=True)
-    assert error(run(case, 0, rows=rows, least_run=32), reference(case, 0)) < 1e-5
+    assert relative_error(attend(case, 0, rows=rows, least_run=32), attend_exactly(case, 0)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -95,7 +71,7 @@ def test_half_precision(dtype):
     case = make_case(
         [Asked(200, 1, 8, 0.4), Asked(70, 3), Asked(333, 2, 20, 0.2)], Shape(), dtype=dtype, seed=3
     )
-    assert error(run(case, 0, num_runs=4, least_run=64), reference(case, 0)) < 1e-2
+    assert relative_error(attend(case, 0, num_runs=4, least_run=64), attend_exactly(case, 0)) < 1e-2
 
 
 def test_nothing_but_the_wanted_rows_is_written():
@@ -104,11 +80,8 @@ def test_nothing_but_the_wanted_rows_is_written():
     padded = torch.full((5, *case.query.shape[1:]), float("nan"))
     padded[:2] = case.query
     output = torch.full_like(padded, 7.0)
-    head_page_attention(
-        padded, case.key_pages, case.value_pages, case.query_start_loc, case.tables, 0, case.scale,
-        max_query_len=1, max_tokens=90, output=output, num_runs=3, least_run=32,
-    )  # fmt: skip
-    assert error(output[:2], reference(case, 0)) < 1e-5
+    attend(replace(case, query=padded), 0, output=output, num_runs=3, least_run=32)
+    assert relative_error(output[:2], attend_exactly(case, 0)) < 1e-5
     assert (output[2:] == 7.0).all()
 
 
@@ -117,11 +90,9 @@ def test_a_slice_of_the_queries_may_be_strided():
     case = make_case([Asked(77, 2, 2, 0.5)], Shape(), seed=2)
     wide = torch.randn(2, 3 * case.query.shape[1], case.query.shape[2])
     wide[:, : case.query.shape[1]] = case.query
-    output = head_page_attention(
-        wide[:, : case.query.shape[1]], case.key_pages, case.value_pages, case.query_start_loc,
-        case.tables, 0, case.scale, max_query_len=2, max_tokens=77,
-    )  # fmt: skip
-    assert error(output, reference(case, 0)) < 1e-5
+    strided = replace(case, query=wide[:, : case.query.shape[1]])
+    output = attend(strided, 0, output=None)
+    assert relative_error(output, attend_exactly(case, 0)) < 1e-5
 
 
 def test_pages_may_have_any_strides():
@@ -130,7 +101,8 @@ def test_pages_may_have_any_strides():
     by_dimension = case.key_pages.transpose(1, 2).contiguous().transpose(1, 2)
     other = replace(case, key_pages=by_dimension, value_pages=case.value_pages.contiguous())
     assert other.key_pages.stride() != other.value_pages.stride()
-    assert error(run(other, 0, num_runs=2, least_run=32), reference(case, 0)) < 1e-5
+    output = attend(other, 0, num_runs=2, least_run=32)
+    assert relative_error(output, attend_exactly(case, 0)) < 1e-5
 
 
 @given(

@@ -9,10 +9,9 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from kernel_cases import Asked, Shape, make_case
+from kernel_cases import Asked, Shape, attend, attend_exactly, make_case, relative_error
 from vllm_kvzip.kernels.flat_tables import flatten_tables
-from vllm_kvzip.kernels.head_page_attention import head_page_attention
-from vllm_kvzip.kernels.reference import head_page_attention_reference, quantized_pages_of
+from vllm_kvzip.kernels.reference import quantized_pages_of
 
 from vllm_kvzip.quantization import Int4, Int8, NormalFloat4, rotate, rotate_back
 from vllm_kvzip.quantization.rotation import hadamard_matrix
@@ -22,28 +21,6 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are i
 
 NF4 = NormalFloat4(32, double_quantization=True)
 FORMATS = st.sampled_from([NF4, NF4, NormalFloat4(16), Int4(32), Int8()])
-
-
-def run(case, layer, **how):
-    output = torch.full_like(case.query, float("nan"))
-    head_page_attention(
-        case.query, case.key_pages, case.value_pages, case.query_start_loc, case.tables, layer,
-        case.scale, max_query_len=case.max_query_len, max_tokens=int(case.tables.seq_lens.max()),
-        quantized=case.quantized, output=output, **how,
-    )  # fmt: skip
-    return output
-
-
-def reference(case, layer):
-    exact = case.as_float64()
-    return head_page_attention_reference(
-        exact.query, exact.key_pages, exact.value_pages, exact.query_start_loc, exact.tables,
-        layer, exact.scale, case.decoded(),
-    )  # fmt: skip
-
-
-def error(output, expected):
-    return ((output.double() - expected).norm() / expected.norm()).item()
 
 
 def tier_sizes(case):
@@ -104,7 +81,7 @@ def test_any_batch(data):
         rotated=data.draw(st.booleans()),
     )
     layer = data.draw(st.integers(0, shape.num_layers - 1))
-    output = run(
+    output = attend(
         case,
         layer,
         num_runs=data.draw(st.sampled_from([None, 1, 3])),
@@ -112,14 +89,14 @@ def test_any_batch(data):
         tokens=data.draw(st.sampled_from([32, 64])),
         quantized_tokens=data.draw(st.sampled_from([16, 32, 64])),
     )
-    assert error(output, reference(case, layer)) < 1e-5
+    assert relative_error(output, attend_exactly(case, layer)) < 1e-5
 
 
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("formats", [(NF4, NF4), (Int4(32), Int8()), (Int8(), NormalFloat4(64))])
 def test_tiers_are_one_softmax(formats, rotated):
     case = two_tiers(formats=formats, rotated=rotated)
-    assert error(run(case, 1, num_runs=2, least_run=64), reference(case, 1)) < 1e-5
+    assert relative_error(attend(case, 1, num_runs=2, least_run=64), attend_exactly(case, 1)) < 1e-5
 
 
 @pytest.mark.parametrize("head_dim", [96, 256])
@@ -128,15 +105,15 @@ def test_rotations_of_other_sizes(head_dim):
     shape = Shape(num_kv_heads=1, head_dim=head_dim)
     layout = shape.page_layout(torch.float32, NF4, Int8())
     case = make_case([Asked(90, 2, 5, 0.3, 0.3)], shape, poison=True, layout=layout, rotated=True)
-    assert error(run(case, 0, num_runs=1), reference(case, 0)) < 1e-5
+    assert relative_error(attend(case, 0, num_runs=1), attend_exactly(case, 0)) < 1e-5
 
 
 @pytest.mark.parametrize("num_runs", [1, 3, 7])
 def test_runs_leave_no_token_out(num_runs):
     """Tiles of quantized tokens end elsewhere than runs do, and than the other tiles."""
     case = two_tiers(seed=1)
-    output = run(case, 0, num_runs=num_runs, least_run=32, tokens=32, quantized_tokens=64)
-    assert error(output, reference(case, 0)) < 1e-5
+    output = attend(case, 0, num_runs=num_runs, least_run=32, tokens=32, quantized_tokens=64)
+    assert relative_error(output, attend_exactly(case, 0)) < 1e-5
 
 
 def test_the_mixed_batch_has_what_it_should():
@@ -154,7 +131,7 @@ def test_the_mixed_batch_has_what_it_should():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
     case = two_tiers(seed=3, dtype=dtype)
-    assert error(run(case, 0, num_runs=4, least_run=64), reference(case, 0)) < 1e-2
+    assert relative_error(attend(case, 0, num_runs=4, least_run=64), attend_exactly(case, 0)) < 1e-2
 
 
 def test_an_empty_tier_changes_nothing():
@@ -164,7 +141,7 @@ def test_an_empty_tier_changes_nothing():
     case = make_case(batch, shape, poison=True, layout=shape.page_layout(torch.float32, NF4, NF4))
     plain = replace(case, quantized=None, tables=replace(case.tables, quantized_offsets=None))
     how = {"num_runs": 2, "least_run": 64, "tokens": 64}
-    assert torch.equal(run(case, 1, **how), run(plain, 1, **how))
+    assert torch.equal(attend(case, 1, **how), attend(plain, 1, **how))
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
@@ -187,6 +164,6 @@ def test_what_the_kernel_cannot_take_is_refused():
         replace(case, query=case.query[..., :32]),
     ):
         with pytest.raises(ValueError, match=r"go together|pages|rotation"):
-            run(other, 0)
+            attend(other, 0)
     with pytest.raises(ValueError, match="cannot be laid out"):
         flatten_tables(case.tables, torch.zeros(2, 10, 9), torch.zeros(2, 10))

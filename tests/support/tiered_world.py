@@ -111,7 +111,8 @@ class TieredWorld:
             layer, head = divmod(pair, HEADS)
             full = dealt[prefix.offsets[pair] : prefix.offsets[pair + 1]]
             ids = dealt[prefix.quantized_offsets[pair] : prefix.quantized_offsets[pair + 1]]
-            kept = self.store.read_keys(full[None])[0], self.store.read_values(full[None])[0]
+            store = self.store
+            kept = store.read_keys(full[None], layer)[0], store.read_values(full[None], layer)[0]
             if count := int(counts[layer, head]):
                 halves = unpack_pages(self.pages.view(torch.uint8)[ids], self.quantization.layout)
                 halves = [half[:count] for half in halves]

@@ -47,8 +47,8 @@ def test_pages_are_written_in_the_codecs_order_and_read_back(dtype, order):
     ids = torch.tensor([[7, 3], [11, 5]])
     store_of(pages, codec).write(ids.flatten(), keys.view(-1, 8), values.view(-1, 8))
     store = store_of(pages, codec)
-    assert torch.equal(store.read_keys(ids), keys)
-    assert torch.equal(store.read_values(ids), values)
+    assert torch.equal(store.read_keys(ids, 0), keys)
+    assert torch.equal(store.read_values(ids, 0), values)
     page = pages[3]  # head 0, tokens 4..7
     for stored, logical in enumerate(codec.key_order.tolist()):
         assert page[stored] == keys[0, 4 + logical // 8, logical % 8]
@@ -118,7 +118,8 @@ def test_kept_pairs_lie_in_the_dealt_pages(budget, keep_ratio):
             ids = prefix.page_ids[start : start + count]
             start += count
             store = store_of(pages, codec)
-            kept_keys, kept_values = store.read_keys(ids[None]), store.read_values(ids[None])
+            kept_keys = store.read_keys(ids[None], layer)
+            kept_values = store.read_values(ids[None], layer)
             norms = keys[layer, head].norm(dim=-1)
             norms[:2] = norms[-2:] = -1.0  # sinks and recent tokens
             best = norms.argsort(stable=True)[: count * 4].sort().values
@@ -199,8 +200,10 @@ def test_what_was_kept_competes_with_what_is_new(budget):
             ids = prefix.page_ids[start : start + count // 4]
             scores = prefix.scores[start * 4 : start * 4 + count]
             start += count // 4
-            assert torch.equal(store.read_keys(ids[None])[0], keys[layer, head, positions])
-            assert torch.equal(store.read_values(ids[None])[0], values[layer, head, positions])
+            assert torch.equal(store.read_keys(ids[None], layer)[0], keys[layer, head, positions])
+            assert torch.equal(
+                store.read_values(ids[None], layer)[0], values[layer, head, positions]
+            )
             assert torch.allclose(scores, norms[layer, head, positions])
         done = plan
     assert done.num_prefix_blocks == 10

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.attention.backend import AttentionImpl
 
+from vllm_kvzip.vllm_bridge.fp8_cache import queries_of_model
 from vllm_kvzip.vllm_bridge.scoring_pass import ScoringMetadata
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class HeadPageLayer(AttentionImpl):
     ) -> torch.Tensor:
         """Attention of one layer into ``output``; shapes as in vLLM's implementation."""
         if isinstance(attn_metadata, ScoringMetadata):
+            query = queries_of_model(layer, query, output.dtype)
             attn_metadata.attend(layer, self.scale, query, key, value, output)
             return output
         timer = self.timer if self.timer is not None and self.timer.running is not None else None

@@ -9,6 +9,7 @@ from vllm.platforms import current_platform
 
 from vllm_kvzip.errors import ConfigError, UnsupportedError
 from vllm_kvzip.profile import ModelFingerprint
+from vllm_kvzip.vllm_bridge.fp8_cache import FP8_CACHES, FP8_CAPABILITY
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -148,8 +149,12 @@ def _engine_problems(vllm_config: VllmConfig) -> list[str]:
             "KV cache events, which know nothing of compressed prefixes; remove --kv-events-config",
         ),
         (
-            cache.cache_dtype not in ("auto", "float32", "float16", "bfloat16"),
-            f"--kv-cache-dtype {cache.cache_dtype} yet; remove the flag",
+            cache.cache_dtype not in ("auto", "float32", "float16", "bfloat16", *FP8_CACHES),
+            f"--kv-cache-dtype {cache.cache_dtype}; use one of auto, {', '.join(FP8_CACHES)}",
+        ),
+        (
+            bool(cache.kv_cache_dtype_skip_layers),
+            "layers of different dtypes; remove --kv-cache-dtype-skip-layers",
         ),
         (
             speculative is not None and speculative.method != "ngram",
@@ -175,9 +180,16 @@ def _engine_problems(vllm_config: VllmConfig) -> list[str]:
 
 
 def _cpu_problems(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
-    block_size = vllm_config.cache_config.block_size
+    cache = vllm_config.cache_config
     return [
-        (block_size % 32 != 0, f"--block-size {block_size} on the CPU; use a multiple of 32"),
+        (
+            cache.block_size % 32 != 0,
+            f"--block-size {cache.block_size} on the CPU; use a multiple of 32",
+        ),
+        (
+            cache.cache_dtype in FP8_CACHES,
+            f"--kv-cache-dtype {cache.cache_dtype} on the CPU; remove the flag",
+        ),
     ]
 
 
@@ -196,8 +208,14 @@ def _gpu_problems(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             f"{', '.join(GPU_BACKENDS)} or none",
         ),
         (
-            cache.cache_dtype not in ("auto", dtype),
+            cache.cache_dtype not in ("auto", dtype, *FP8_CACHES),
             f"--kv-cache-dtype {cache.cache_dtype} for a model in {dtype}; remove the flag",
+        ),
+        (
+            cache.cache_dtype in FP8_CACHES
+            and not current_platform.has_device_capability(FP8_CAPABILITY),
+            f"--kv-cache-dtype {cache.cache_dtype} on GPUs before compute capability "
+            f"{FP8_CAPABILITY / 10}; remove the flag",
         ),
         (
             bool(vllm_config.attention_config.backend_per_kind),
@@ -225,12 +243,17 @@ def default_gpu_backend(vllm_config: VllmConfig) -> AttentionBackendEnum:
         and FlashAttentionBackend.supports_compute_capability(capability)
         and FlashAttentionBackend.supports_dtype(model.dtype)
         and FlashAttentionBackend.supports_head_size(model.get_head_size())
+        and FlashAttentionBackend.supports_kv_cache_dtype(vllm_config.cache_config.cache_dtype)
     )
     return AttentionBackendEnum.FLASH_ATTN if flash else AttentionBackendEnum.TRITON_ATTN
 
 
-def check_attention_kernel(config: KVzipConfig) -> None:
+def check_attention_kernel(config: KVzipConfig, cache_dtype: str) -> None:
     """Refuse a choice where there is none.
+
+    Args:
+        config: of compression.
+        cache_dtype: vLLM's name of it.
 
     Raises:
         ConfigError: naming the setting.
@@ -238,6 +261,11 @@ def check_attention_kernel(config: KVzipConfig) -> None:
     kernel = config.attention_kernel
     if kernel != "auto" and current_platform.is_cpu():
         raise ConfigError(f"attention_kernel {kernel} is a choice for GPUs; remove it on the CPU.")
+    if kernel == "vllm" and cache_dtype in FP8_CACHES:
+        raise ConfigError(
+            f"attention_kernel vllm does not work with --kv-cache-dtype {cache_dtype} yet; set it "
+            f"to auto or triton."
+        )
     if kernel == "vllm" and config.mode != "evict":
         raise ConfigError(
             f"attention_kernel vllm cannot read the quantized pages of mode {config.mode}; set it "

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vllm_kvzip.clocks import Clock
     from vllm_kvzip.compaction import PageStore
     from vllm_kvzip.quantization import Quantization
+    from vllm_kvzip.stored_scales import StoredScales
     from vllm_kvzip.vllm_bridge.batches import Batcher
     from vllm_kvzip.vllm_bridge.cache_spec import HeadPageSpec
     from vllm_kvzip.vllm_bridge.head_page_cache import HeadPageCache
@@ -40,8 +41,10 @@ class HeadPageCPUWorker(HeadPageWorker, CPUWorker):
         spec: HeadPageSpec,
         builders: list[Any],
         quantization: Quantization | None,
+        scales: StoredScales | None,
     ) -> PageStore:
         """See :class:`HeadPageWorker`; the kernel packs elements in an order that is found out."""
+        assert scales is None  # refused at start-up
         codec = discover_codec(spec.block_size, spec.head_size, spec.dtype, builders[0].isa)
         return PackedPages(pages, codec, spec.block_size, spec.head_size, quantization)
 

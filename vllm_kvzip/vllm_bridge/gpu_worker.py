@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from vllm_kvzip.clocks import Clock
     from vllm_kvzip.compaction import PageStore
     from vllm_kvzip.quantization import Quantization
+    from vllm_kvzip.stored_scales import StoredScales
     from vllm_kvzip.vllm_bridge.batches import Batcher
     from vllm_kvzip.vllm_bridge.cache_spec import HeadPageSpec
     from vllm_kvzip.vllm_bridge.head_page_cache import HeadPageCache
@@ -99,9 +100,10 @@ class TritonPath(HeadPageWorker):
         spec: HeadPageSpec,
         builders: list[Any],
         quantization: Quantization | None,
+        scales: StoredScales | None,
     ) -> PageStore:
         """See :class:`HeadPageWorker`; a row holds a token's key and value."""
-        return RowPages(pages, spec.block_size, spec.head_size, quantization)
+        return RowPages(pages, spec.block_size, spec.head_size, quantization, scales)
 
     def attach(self, cache: HeadPageCache, builders: list[Any]) -> Batcher:
         """See :class:`HeadPageWorker`; chooses whose kernel attends over compressed prefixes."""
@@ -114,7 +116,7 @@ class TritonPath(HeadPageWorker):
         kernel = self._kvzip_settings.config.attention_kernel
         tokens = min(CONTEXT_TOKENS, self.model_config.max_model_len)
         warm_up(batcher, geometry, layer, num_blocks, tokens)
-        if kernel == "auto" and batcher.quantized is None:
+        if kernel == "auto" and batcher.quantized is None and cache.scales is None:
             step = make_up_step(
                 batcher, geometry, num_requests=min(REQUESTS, max_requests),
                 context_tokens=tokens, num_blocks=num_blocks,

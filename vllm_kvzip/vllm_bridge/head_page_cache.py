@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vllm_kvzip.core import CacheGeometry
     from vllm_kvzip.head_pages import PagePool
     from vllm_kvzip.quantization import Quantization
+    from vllm_kvzip.stored_scales import StoredScales
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class HeadPageCache:
         store: reads and compacts them.
         layer_index: vLLM's layer name -> layer.
         quantization: how quantized pages are written; None where there are none.
+        scales: of a cache of 8-bit numbers; None where numbers are stored as they are.
     """
 
     geometry: CacheGeometry
@@ -33,3 +35,4 @@ class HeadPageCache:
     store: PageStore
     layer_index: dict[str, int]
     quantization: Quantization | None = None
+    scales: StoredScales | None = None

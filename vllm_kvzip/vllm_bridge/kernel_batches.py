@@ -42,6 +42,7 @@ class KernelBatch:
         max_query_len, max_tokens: of any request, or more.
         layer_index: vLLM layer name -> layer of ``tables``.
         quantized: how quantized pages are read; None where there are none.
+        scales: of each layer of a cache of 8-bit numbers, float32 ``[3, H]``; None of any other.
     """
 
     pages: tuple[torch.Tensor, torch.Tensor]
@@ -51,6 +52,7 @@ class KernelBatch:
     max_tokens: int
     layer_index: dict[str, int]
     quantized: QuantizedPages | None = None
+    scales: tuple[torch.Tensor, ...] | None = None
 
     def attend(self, impl: Any, layer: Any, query: torch.Tensor, output: torch.Tensor) -> None:
         """Attention of one layer for these requests.
@@ -61,16 +63,18 @@ class KernelBatch:
             query: ``[num_tokens, H * G, D]``; rows behind the last request are not looked at.
             output: ``[num_tokens, H * G * D]`` or like ``query``; written.
         """
+        index = self.layer_index[layer.layer_name]
         head_page_attention(
             query,
             *self.pages,
             self.query_start_loc,
             self.tables,
-            self.layer_index[layer.layer_name],
+            index,
             impl.scale,
             max_query_len=self.max_query_len,
             max_tokens=self.max_tokens,
             quantized=self.quantized,
+            stored_scales=None if self.scales is None else self.scales[index],
             output=output.view(query.shape),
         )
 
@@ -87,7 +91,8 @@ class KernelBatcher:
         max_requests: most requests of a batch.
 
     Attributes:
-        pages, layer_index, quantized: see :class:`KernelBatch`.
+        pages, layer_index, quantized, scales: see :class:`KernelBatch`.
+        query_dtype, dtype: of queries and of outputs.
         place: of the pages of a block.
 
     Raises:
@@ -103,11 +108,16 @@ class KernelBatcher:
             self.pages = cache.store.views()
         except ValueError as error:
             raise UnsupportedError(f"Our kernel cannot read vLLM's cache here: {error}.") from error
+        self.dtype = self.query_dtype = cache.pages.dtype
+        self.scales = None
+        if cache.scales is not None:
+            self.dtype, self.query_dtype = cache.scales.dtype, cache.scales.query_dtype
+            self.scales = tuple(cache.scales.factors.transpose(0, 1).contiguous())
         num_slots = 1 + max_requests
         self._offsets = torch.zeros(
             num_slots, geometry.pages_per_block + 1, dtype=torch.int32, device=device
         )
-        self.quantized = _read_quantized(cache)
+        self.quantized = _read_quantized(cache, self.dtype)
         self._quantized_offsets = None if self.quantized is None else self._offsets.clone()
         self._boundaries = torch.zeros(num_slots, dtype=torch.int32, device=device)
         self._slots = torch.zeros(max_requests, dtype=torch.int32, device=device)
@@ -163,6 +173,7 @@ class KernelBatcher:
             common.max_seq_len,
             self.layer_index,
             self.quantized,
+            self.scales,
         )
 
     def _place_members(
@@ -193,11 +204,13 @@ class KernelBatcher:
         return slot
 
 
-def _read_quantized(cache: HeadPageCache) -> QuantizedPages | None:
-    """How the kernel reads the quantized pages of a cache."""
+def _read_quantized(cache: HeadPageCache, dtype: torch.dtype) -> QuantizedPages | None:
+    """How the kernel reads the quantized pages of a cache for a model of some dtype."""
     chosen, pages = cache.quantization, cache.pages
     if chosen is None:
         return None
     code_book = None if chosen.code_book is None else chosen.code_book.to(pages.device)
-    rotation = hadamard_matrix(cache.geometry.head_dim).to(pages) if chosen.rotated else None
+    rotation = None
+    if chosen.rotated:
+        rotation = hadamard_matrix(cache.geometry.head_dim).to(pages.device, dtype)
     return QuantizedPages(pages.view(torch.uint8), chosen.layout, code_book, rotation)

@@ -74,7 +74,6 @@ def make_up_step(
     device, size = keys.device, geometry.block_size
     prefix_blocks = context_tokens // size
     kept = max(1, round(KEEP_RATIO * prefix_blocks))
-    quantized = None
     width = prefix_blocks + -(-query_len // size)
     table = torch.arange(num_requests * width, dtype=torch.int32, device=device) % num_blocks
     table = table.view(num_requests, width)
@@ -82,7 +81,8 @@ def make_up_step(
     seq_lens = torch.full((num_requests,), seq_len, dtype=torch.int32, device=device)
     starts = torch.arange(num_requests + 1, dtype=torch.int32) * query_len
     pairs = torch.arange(geometry.pages_per_block + 1, dtype=torch.int32, device=device)
-    if batcher.quantized is not None:  # what else they have, quantized
+    quantized = None  # what else they have
+    if batcher.quantized is not None:
         rest = -(-(prefix_blocks - kept) * size // batcher.quantized.layout.page_tokens)
         quantized = (kept * geometry.pages_per_block + rest * pairs)[None]
     tables = PageTables(
@@ -110,13 +110,13 @@ def make_up_step(
     num_query_heads = geometry.num_kv_heads * geometry.group_size
     query = torch.zeros(
         num_requests * query_len, num_query_heads, geometry.head_dim,
-        dtype=keys.dtype, device=device,
+        dtype=batcher.query_dtype, device=device,
     )  # fmt: skip
     batch = KernelBatch(
         batcher.pages, tables, common.query_start_loc, query_len, seq_len, batcher.layer_index,
-        batcher.quantized,
+        batcher.quantized, batcher.scales,
     )  # fmt: skip
-    return MadeUpStep(batch, common, query, torch.empty_like(query))
+    return MadeUpStep(batch, common, query, torch.empty_like(query, dtype=batcher.dtype))
 
 
 def warm_up(
@@ -138,14 +138,15 @@ def warm_up(
             step.batch.attend(layer.impl, layer, step.query, step.output)
     keys, values = batcher.pages
     zeros = torch.zeros(geometry.block_size, dtype=torch.int32, device=keys.device)
-    compact_pages(keys, values, zeros[:1, None], zeros, zeros[:1], zeros[:1])
+    stored = (half.view(torch.uint8) if batcher.scales else half for half in (keys, values))
+    compact_pages(*stored, zeros[:1, None], zeros, zeros[:1], zeros[:1])
     if (chosen := batcher.quantized) is not None:
         dense = torch.zeros(1, geometry.head_dim, device=keys.device)
         empty = torch.full((1, chosen.layout.page_tokens), -1, device=keys.device)
         page = torch.zeros(1, dtype=torch.int64, device=keys.device)
         quantize_pages(dense, dense, empty, chosen.pages, page, chosen.layout, chosen.code_book)
         chosen.pages[0].zero_()  # of block 0, which a kernel may read as numbers
-    rows = keys[0][None].contiguous()
+    rows = keys[0][None].to(batcher.dtype).contiguous()
     column_maximum(rows, rows, rows[:, :, 0].float(), layer.impl.scale)
 
 

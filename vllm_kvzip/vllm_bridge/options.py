@@ -83,7 +83,7 @@ def configure(vllm_config: VllmConfig, config: KVzipConfig) -> None:
     """
     check_version()
     check_supported(vllm_config)
-    check_attention_kernel(config)
+    check_attention_kernel(config, vllm_config.cache_config.cache_dtype)
     if warning := untested_warning():
         logger.warning(warning)
     settings = _resolve(vllm_config, config)

@@ -126,8 +126,8 @@ class ScoringMetadata:
         sink_pages = pages[:, : -(-num_sinks // size)]
         parts = []
         for read in (self.store.read_keys, self.store.read_values):
-            sinks = read(sink_pages)[:, :num_sinks]
-            parts.append(torch.cat([sinks, read(pages[:, first:last])[:, inside]], dim=1))
+            sinks = read(sink_pages, layer)[:, :num_sinks]
+            parts.append(torch.cat([sinks, read(pages[:, first:last], layer)[:, inside]], dim=1))
         return parts[0], parts[1]
 
 

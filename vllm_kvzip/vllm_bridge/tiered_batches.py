@@ -7,6 +7,7 @@ prompt behind its compressed prefix is attended to head by head.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,19 +54,20 @@ class TieredReader:
         self._reader = PageReader(cache.quantization.layout)
         self._rotated = cache.quantization.rotated
 
-    def attention(self, scale: float) -> TieredAttention:
-        """What attends, with that softmax scale."""
+    def attention(self, layer: int, scale: float) -> TieredAttention:
+        """What attends in one layer, with that softmax scale."""
         return TieredAttention(
             reader=self._reader,
             rotated=self._rotated,
             read_quantized=lambda ids: self._bytes.index_select(0, ids),
-            read_full=self._read_full,
+            read_full=lambda ids: self._read_full(ids, layer),
             scale=scale,
         )
 
-    def _read_full(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read_full(self, ids: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (len(ids), self.geometry.block_size, self.geometry.head_dim)
-        keys, values = self._store.read_keys(ids[None]), self._store.read_values(ids[None])
+        store = self._store
+        keys, values = store.read_keys(ids[None], layer), store.read_values(ids[None], layer)
         return keys.view(shape), values.view(shape)
 
     def tier(self, states: Sequence[PrefixState]) -> QuantizedTier | None:
@@ -104,6 +106,23 @@ class TieredReader:
 
 
 @dataclass(frozen=True)
+class FewQueries:
+    """The S requests of a batch with few query tokens, padded to the most of them, W.
+
+    Attributes:
+        pairs: int64 ``[S * H]``, which (request, KV head) pairs they are.
+        rows: int64 ``[S, W]``, their token rows; the first again where one has no more.
+        there: bool ``[S, W]``, where that is not so.
+        later: int64 ``[S, 1, W]``, tokens of the request behind each; 0 where there is none.
+    """
+
+    pairs: torch.Tensor
+    rows: torch.Tensor
+    there: torch.Tensor
+    later: torch.Tensor
+
+
+@dataclass(frozen=True)
 class TieredBatch:
     """The compressed requests of one step, some of which have quantized pages.
 
@@ -132,35 +151,51 @@ class TieredBatch:
             output: like ``query``; rows of these requests are written.
         """
         index = self.reader.layer_index[layer.layer_name]
-        attention = self.reader.attention(impl.scale)
+        attention = self.reader.attention(index, impl.scale)
         output = output.view(query.shape)
-        few = (self.lengths <= FEW_QUERY_TOKENS).nonzero().flatten()
-        if len(few):
+        if (few := self._few) is not None:
             self._attend_to_few(attention, index, few, query, output)
-        for request in (self.lengths > FEW_QUERY_TOKENS).nonzero().flatten().tolist():
+        for request in self._many:
             self._attend_to_one(attention, index, request, query, output)
+
+    @cached_property
+    def _few(self) -> FewQueries | None:
+        """Requests with few query tokens; None when there are none. The same for all layers."""
+        requests = (self.lengths <= FEW_QUERY_TOKENS).nonzero().flatten()
+        if not len(requests):
+            return None
+        num_heads, lengths = self.reader.geometry.num_kv_heads, self.lengths[requests]
+        steps = torch.arange(int(lengths.max()))
+        there = steps < lengths[:, None]
+        return FewQueries(
+            pairs=(requests[:, None] * num_heads + torch.arange(num_heads)).flatten(),
+            rows=self.starts[requests, None] + torch.where(there, steps, 0),
+            there=there,
+            later=(lengths[:, None] - steps - 1).clamp(min=0)[:, None],
+        )
+
+    @cached_property
+    def _many(self) -> list[int]:
+        """Requests with more."""
+        found: list[int] = (self.lengths > FEW_QUERY_TOKENS).nonzero().flatten().tolist()
+        return found
 
     def _attend_to_few(
         self,
         attention: TieredAttention,
         layer: int,
-        requests: torch.Tensor,
+        few: FewQueries,
         query: torch.Tensor,
         output: torch.Tensor,
     ) -> None:
-        """All requests with few query tokens, padded to the most of them."""
+        """All requests with few query tokens."""
         geometry = self.reader.geometry
         num_heads, group, head_dim = geometry.num_kv_heads, geometry.group_size, geometry.head_dim
-        lengths = self.lengths[requests]
-        width = int(lengths.max())
-        steps = torch.arange(width)
-        there = steps < lengths[:, None]
-        rows = self.starts[requests, None] + torch.where(there, steps, 0)  # [R, W]
+        pairs, rows, there = few.pairs, few.rows, few.there
+        width = rows.shape[1]
         queries = query[rows].unflatten(2, (num_heads, group)).transpose(1, 2)
-        pairs = (requests[:, None] * num_heads + torch.arange(num_heads)).flatten()
         seq_lens = self.seq_lens[layer, pairs].long()
-        seen = seq_lens.view(-1, num_heads, 1) - (lengths[:, None] - steps - 1)[:, None]
-        seen = seen.minimum(seq_lens.view(-1, num_heads, 1))  # [R, H, W]
+        seen = seq_lens.view(-1, num_heads, 1) - few.later  # [S, H, W]
         attended = attention.attend_rows(
             queries.reshape(len(pairs), width * group, head_dim),
             self._own(self.quantized.layers[layer], pairs),
@@ -168,7 +203,7 @@ class TieredBatch:
             self._full_pages(layer, pairs, seq_lens),
             seen.reshape(len(pairs), width, 1).expand(-1, -1, group).flatten(1),
         )
-        by_token = attended.view(len(requests), num_heads, width, group, head_dim).transpose(1, 2)
+        by_token = attended.view(len(rows), num_heads, width, group, head_dim).transpose(1, 2)
         output[rows[there]] = by_token.flatten(2, 3)[there].to(output.dtype)
 
     def _attend_to_one(

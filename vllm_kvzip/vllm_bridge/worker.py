@@ -29,6 +29,7 @@ from vllm_kvzip.scoring import ScorerSettings, create_scorer
 from vllm_kvzip.vllm_bridge.attention_timer import AttentionTimer
 from vllm_kvzip.vllm_bridge.cache_spec import HeadPageSpec, as_head_page_specs
 from vllm_kvzip.vllm_bridge.cache_view import map_head_pages
+from vllm_kvzip.vllm_bridge.fp8_cache import read_scales
 from vllm_kvzip.vllm_bridge.head_page_cache import HeadPageCache
 from vllm_kvzip.vllm_bridge.requests import RequestTracker
 from vllm_kvzip.vllm_bridge.rotary import find_rotary
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from vllm_kvzip.clocks import Clock
     from vllm_kvzip.compaction import PageStore
     from vllm_kvzip.quantization import Quantization
+    from vllm_kvzip.stored_scales import StoredScales
     from vllm_kvzip.vllm_bridge.batches import Batcher
 
 logger = init_logger("vllm." + __name__)
@@ -89,6 +91,7 @@ class HeadPageWorker(WorkerBase):
         spec: HeadPageSpec,
         builders: list[Any],
         quantization: Quantization | None,
+        scales: StoredScales | None,
     ) -> PageStore:
         """Reads and compacts head pages as this worker's kernels store them.
 
@@ -97,6 +100,7 @@ class HeadPageWorker(WorkerBase):
             spec: of the KV cache group.
             builders: vLLM's metadata builders.
             quantization: how quantized pages are written; None where there are none.
+            scales: of a cache of 8-bit numbers.
         """
 
     @abstractmethod
@@ -187,8 +191,9 @@ class HeadPageWorker(WorkerBase):
                 f"Mode {config.mode} does not work with capped attention logits yet; set mode to "
                 f"evict."
             )
-        store = self.page_store(pages, spec, builders, quantization)
-        cache = HeadPageCache(geometry, pool, pages, store, layer_index, quantization)
+        scales = read_scales(list(layers.values()), spec.num_kv_heads, self.model_config.dtype)
+        store = self.page_store(pages, spec, builders, quantization, scales)
+        cache = HeadPageCache(geometry, pool, pages, store, layer_index, quantization, scales)
         scorer = create_scorer(
             settings.scorer,
             ScorerSettings(config.observation_window_tokens, settings.surrogate),
