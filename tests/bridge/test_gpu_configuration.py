@@ -79,10 +79,10 @@ def change(config, path, value):
         (
             "cache_config.cache_dtype",
             "fp8_per_token_head",
-            "--kv-cache-dtype fp8_per_token_head; use one of auto, fp8, fp8_e4m3",
+            "--kv-cache-dtype fp8_per_token_head; use one of bfloat16, fp8, fp8_e4m3",
         ),
         ("cache_config.cache_dtype", "turboquant_k8v4", "--kv-cache-dtype turboquant_k8v4; use"),
-        ("cache_config.cache_dtype", "fp8_e5m2", "--kv-cache-dtype fp8_e5m2; use one of auto"),
+        ("cache_config.cache_dtype", "fp8_e5m2", "--kv-cache-dtype fp8_e5m2; use one of bf"),
         ("cache_config.kv_cache_dtype_skip_layers", ["0"], "remove --kv-cache-dtype-skip-layers"),
         ("parallel_config.enable_dbo", True, "--enable-dbo"),
         ("attention_config.backend_per_kind", {"full_attention": 1}, "backend_per_kind"),

@@ -134,6 +134,8 @@ def _engine_problems(vllm_config: VllmConfig) -> list[str]:
     }
     problems = [(size > 1, f"{flag} {size} yet; set it to 1") for flag, size in sizes.items()]
     num_kv_heads = vllm_config.model_config.get_total_num_kv_heads()
+    plain = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    plain = "auto" if plain == "float32" else plain  # a checkpoint may say more than its dtype
     problems += [
         (
             num_kv_heads % parallel.tensor_parallel_size != 0,
@@ -150,7 +152,7 @@ def _engine_problems(vllm_config: VllmConfig) -> list[str]:
         ),
         (
             cache.cache_dtype not in ("auto", "float32", "float16", "bfloat16", *FP8_CACHES),
-            f"--kv-cache-dtype {cache.cache_dtype}; use one of auto, {', '.join(FP8_CACHES)}",
+            f"--kv-cache-dtype {cache.cache_dtype}; use one of {plain}, {', '.join(FP8_CACHES)}",
         ),
         (
             bool(cache.kv_cache_dtype_skip_layers),
