@@ -73,6 +73,7 @@ def find_tile(query_start_loc, program, num_requests, GROUP: tl.constexpr, ROWS:
         "num_requests",
         "run_stride",
         "sums_run_stride",
+        "stored_scales",  # of some layers they are aligned, of others not
     ]
 )
 def attend_runs(

@@ -10,6 +10,7 @@ only, so equal prefixes are compressed equally whatever follows them.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING
@@ -218,7 +219,7 @@ class PrefixRule:
 
     def max_compressed_blocks(self, max_tokens: int) -> int:
         """The most blocks any prompt of up to ``max_tokens`` tokens needs, unless it says more."""
-        return self._compressed_blocks(max_tokens // self.block_size, request_options.DEFAULT).total
+        return _most_compressed_blocks(self, max_tokens // self.block_size)
 
     def _num_prefix_blocks(self, num_prompt_tokens: int, options: RequestOptions) -> int:
         end = num_prompt_tokens if options.context_tokens is None else options.context_tokens
@@ -231,3 +232,16 @@ class PrefixRule:
         if self.prefill_blocks is None:
             return blocks
         return TierBlocks(min(blocks.full, self.prefill_blocks), blocks.quantized)
+
+
+@functools.lru_cache(maxsize=8)
+def _most_compressed_blocks(rule: PrefixRule, num_blocks: int) -> int:
+    """The most of any prefix of up to so many blocks.
+
+    With two tiers a shorter prefix can need more than a longer one: where protected tokens need
+    ordinary pages.
+    """
+    mixed = rule.tiers is not None and rule.tiers.mode == "mixed"
+    lengths = range(1 if mixed else num_blocks, num_blocks + 1)
+    found = (rule._compressed_blocks(length, request_options.DEFAULT).total for length in lengths)
+    return max(found, default=0)

@@ -90,33 +90,40 @@ class TierRule:
             if self.by_bytes:
                 wanted = ceil(ratio * num_blocks - EPSILON)
             return TierBlocks(0, min(max(least, wanted), self._to_quantize(num_blocks, 0)))
-        least_full = pages_for(num_protected, self.block_tokens)
-        blocks = self._mixed(ratio, num_blocks, least_full, least)
-        if blocks.full < least_full and blocks.quantized < least:
-            return TierBlocks(0, self._to_quantize(num_blocks, 0))
-        return blocks
-
-    def _mixed(self, ratio: float, num_blocks: int, least_full: int, least: int) -> TierBlocks:
-        """Blocks in mode ``mixed``.
-
-        Args:
-            ratio, num_blocks: see :meth:`blocks`.
-            least_full, least: pages for the tokens that a head keeps, in either tier.
-        """
-        num_tokens, share = num_blocks * self.block_tokens, self.full_share_at(ratio)
-        if not self.by_bytes:
+        least_full, share = pages_for(num_protected, self.block_tokens), self.full_share_at(ratio)
+        if self.by_bytes:
+            total = min(num_blocks, max(least, ceil(ratio * num_blocks - EPSILON)))
+            wanted = round(share * total)
+            others = [total - least, least_full]
+            found = [
+                self._by_bytes(total, num_blocks, full)
+                for full in (wanted, *others)
+                if 0 <= full <= total
+            ]
+        else:
             mean = share * self.block_tokens + (1 - share) * self.page_tokens
-            full = min(num_blocks, round(share * ratio * num_tokens / mean))
-            left = max(0.0, ratio * num_tokens - full * self.block_tokens - EPSILON)
-            quantized = max(ceil(left / self.page_tokens), least if full < least_full else 0)
-            return TierBlocks(full, min(quantized, self._to_quantize(num_blocks, full)))
-        total = min(num_blocks, max(least, ceil(ratio * num_blocks - EPSILON)))
-        full = round(share * total)
-        if full < least_full:
-            full = min(full, total - least)
+            wanted = min(num_blocks, round(share * ratio * num_tokens / mean))
+            found = [
+                self._by_tokens(ratio * num_tokens, num_blocks, full, more)
+                for full, more in ((wanted, 0), (wanted, least), (least_full, 0))
+            ]
+        fit = [b for b in found if b.full >= least_full or b.quantized >= least]
+        if found[0] in fit:
+            return found[0]
+        everything = TierBlocks(0, self._to_quantize(num_blocks, 0))
+        return min(fit, key=lambda blocks: blocks.total, default=everything)
+
+    def _by_tokens(self, tokens: float, num_blocks: int, full: int, least: int) -> TierBlocks:
+        """So many full blocks, and quantized ones until that many tokens a head are kept."""
+        left = max(0.0, tokens - full * self.block_tokens - EPSILON)
+        quantized = max(least, ceil(left / self.page_tokens))
+        return TierBlocks(full, min(quantized, self._to_quantize(num_blocks, full)))
+
+    def _by_bytes(self, total: int, num_blocks: int, full: int) -> TierBlocks:
+        """So many full blocks of a total; more of them when the rest would stay empty."""
         if total - full < self._to_quantize(num_blocks, full):
             return TierBlocks(full, total - full)
-        spread = self.page_tokens - self.block_tokens
+        num_tokens, spread = num_blocks * self.block_tokens, self.page_tokens - self.block_tokens
         full = max(full, floor((total * self.page_tokens - num_tokens) / spread))
         while full + self._to_quantize(num_blocks, full) > total:
             full -= 1

@@ -75,14 +75,26 @@ def change(config, path, value):
     [
         ("cache_config.block_size", 48, "--block-size 48 on GPUs"),
         ("attention_config.backend", AttentionBackendEnum.FLASHINFER, "--attention-backend FLASHI"),
-        ("cache_config.cache_dtype", "float16", "--kv-cache-dtype float16 for a model in bfloat16"),
+        (
+            "cache_config.cache_dtype",
+            "float16",
+            "float16 for this model; set it to bf",
+        ),
         (
             "cache_config.cache_dtype",
             "fp8_per_token_head",
-            "--kv-cache-dtype fp8_per_token_head; use one of bfloat16, fp8, fp8_e4m3",
+            "--kv-cache-dtype fp8_per_token_head for this model; set it to bfloat16 or fp8",
         ),
-        ("cache_config.cache_dtype", "turboquant_k8v4", "--kv-cache-dtype turboquant_k8v4; use"),
-        ("cache_config.cache_dtype", "fp8_e5m2", "--kv-cache-dtype fp8_e5m2; use one of bf"),
+        (
+            "cache_config.cache_dtype",
+            "turboquant_k8v4",
+            "turboquant_k8v4 for this model",
+        ),
+        (
+            "cache_config.cache_dtype",
+            "fp8_e5m2",
+            "fp8_e5m2 for this model; set it to bf",
+        ),
         ("cache_config.kv_cache_dtype_skip_layers", ["0"], "remove --kv-cache-dtype-skip-layers"),
         ("parallel_config.enable_dbo", True, "--enable-dbo"),
         ("attention_config.backend_per_kind", {"full_attention": 1}, "backend_per_kind"),
@@ -98,7 +110,7 @@ def test_a_cache_of_eight_bits_needs_a_card_that_reads_it(stock_config, on_a_car
     stock_config.cache_config.cache_dtype = "fp8"
     checks.check_supported(stock_config)
     monkeypatch.setattr(Hopper, "get_device_capability", lambda device_id=0: DeviceCapability(8, 6))
-    with pytest.raises(KVzipError, match="fp8 on GPUs before compute cap"):
+    with pytest.raises(KVzipError, match=r"before compute capability 8\.9; set it to bf"):
         checks.check_supported(stock_config)
 
 
@@ -111,7 +123,9 @@ def test_flash_attention_is_not_taken_for_a_cache_that_it_does_not_read(
     stock_config.cache_config.cache_dtype = "fp8"
     for reads, wanted in ((False, "TRITON_ATTN"), (True, "FLASH_ATTN")):
         monkeypatch.setattr(
-            flash_attn, "flash_attn_supports_kv_cache_dtype", lambda name, reads=reads: reads
+            flash_attn,
+            "flash_attn_supports_kv_cache_dtype",
+            lambda *cache, reads=reads, **how: reads,
         )
         assert checks.default_gpu_backend(stock_config).name == wanted
 

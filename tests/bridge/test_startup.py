@@ -141,14 +141,14 @@ def test_registering_twice_is_harmless():
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2 yet; set it to 1"),
         (["--tensor-parallel-size", "8"], "--tensor-parallel-size 8 for 4 KV heads"),
         (["--block-size", "16"], "--block-size 16 on the CPU; use a multiple of 32"),
-        (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype fp8 on the CPU; remove the flag"),
+        (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype fp8 on the CPU; set it to auto"),
         (
             ["--kv-cache-dtype", "int8_per_token_head"],
-            "--kv-cache-dtype int8_per_token_head; use one of auto, fp8, fp8_e4m3",
+            "--kv-cache-dtype int8_per_token_head on the CPU; set it to auto",
         ),
         (
             ["--kv-cache-dtype", "turboquant_4bit_nc"],
-            "--kv-cache-dtype turboquant_4bit_nc; use one of auto, fp8, fp8_e4m3",
+            "--kv-cache-dtype turboquant_4bit_nc on the CPU; set it to auto",
         ),
         (
             ["--kv-events-config", '{"enable_kv_cache_events": true, "publisher": "null"}'],

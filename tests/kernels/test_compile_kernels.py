@@ -42,3 +42,26 @@ def test_every_kernel_compiles_for_every_card(rows):
 @pytest.mark.slow
 def test_no_register_is_spilled(rows):
     assert [row for row in rows if row["local"]] == []
+
+
+@pytest.mark.slow
+def test_layers_share_a_kernel_wherever_their_scales_lie():
+    """Those of two heads are 24 bytes apart: aligned in every other layer."""
+    program = """
+import compile_kernels as script, torch
+from kernel_cases import Asked, Shape, make_case
+case = make_case(
+    [Asked(340, 1, 16, 0.5)], Shape(2, 2, 4, 64), dtype=torch.bfloat16, eight_bits="queries too"
+)
+found = set()
+with script.compiling(90) as compiled:
+    for layer in range(2):
+        script.attend_case(case, layer, num_runs=4)
+        found.add(compiled["attend_runs"].hash)
+print(len(found))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=SCRIPT.parent, check=True, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["1"]

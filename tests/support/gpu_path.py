@@ -7,7 +7,7 @@ is the card: FlashAttention, CUDA graphs and streams. For tests only.
 from typing import ClassVar
 
 import torch
-from vllm.model_executor.layers.attention import attention
+from gpu_engine import use_other_scales
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.ops import triton_reshape_and_cache_flash
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -17,20 +17,10 @@ from vllm_kvzip.vllm_bridge import checks, gpu_worker, options
 from vllm_kvzip.vllm_bridge.gpu_attention import HeadPageTritonBackend
 from vllm_kvzip.vllm_bridge.gpu_worker import TritonPath
 
-stock_quant_scales = attention.set_default_quant_scales
-
 
 class GPUPathWorker(TritonPath, CPUWorker):
     backends: ClassVar = {AttentionBackendEnum.CPU_ATTN: HeadPageTritonBackend}
     clock = HostClock()
-
-
-def set_quant_scales(layer, register_buffer=False):
-    """vLLM's, but for a cache of 8-bit numbers other scales than 1, as a checkpoint has them."""
-    stock_quant_scales(layer, register_buffer)
-    if layer.kv_cache_dtype.startswith("fp8"):
-        layer._k_scale.fill_(0.5)
-        layer._v_scale.fill_(0.25)
 
 
 def take_gpu_path():
@@ -39,6 +29,6 @@ def take_gpu_path():
     options.CPU_WORKER = f"{__name__}.{GPUPathWorker.__qualname__}"
     options.check_attention_kernel = lambda *choice: None
     checks._cpu_problems = lambda config: []  # cards can have caches of 8-bit numbers
-    attention.set_default_quant_scales = set_quant_scales
+    use_other_scales()
     triton_reshape_and_cache_flash._is_supported_kv_cache_dtype = lambda name: True
     gpu_worker.REQUESTS, gpu_worker.CONTEXT_TOKENS = 2, 96  # the interpreter is slow

@@ -55,6 +55,27 @@ def test_mixed_keeps_what_the_ratio_says(ratio, num_blocks, protected, share, by
     assert blocks.quantized <= ceil((num_blocks - blocks.full) * N / Q)
 
 
+def test_protected_tokens_take_the_cheaper_tier():
+    """Of one ordinary page more, or of quantized pages for all heads."""
+    blocks = TierRule("mixed", N, 28, 0.9).blocks(0.3, 64, 260)
+    assert blocks == TierBlocks(17, 2)  # 10 quantized blocks would do in place of one of the 17
+
+
+def test_a_short_prompt_uses_the_bytes_it_may():
+    blocks = TierRule("mixed", N, 57, 0.25, by_bytes=True).blocks(0.9, 10, 132)
+    assert blocks == TierBlocks(9, 0)  # 3 quantized blocks would hold everything, less exactly
+
+
+@given(ratios, lengths, st.integers(0, 300), st.floats(0.01, 1.0), st.booleans(), st.data())
+def test_no_shorter_prompt_needs_more_than_the_most(ratio, most, protected, share, by_bytes, data):
+    rule = PrefixRule(
+        ratio, 0, protected, 0, block_size=N, tiers=TierRule("mixed", N, 28, share, by_bytes)
+    )
+    shorter = data.draw(st.integers(1, most))
+    plan = rule.plan(shorter * N)
+    assert plan is None or plan.num_compressed_blocks <= rule.max_compressed_blocks(most * N)
+
+
 @given(lengths, st.floats(0.01, 0.99))
 def test_all_bytes_are_all_in_full_precision(num_blocks, share):
     blocks = TierRule("mixed", N, Q, share, by_bytes=True).blocks(1.0, num_blocks, 20)

@@ -134,8 +134,6 @@ def _engine_problems(vllm_config: VllmConfig) -> list[str]:
     }
     problems = [(size > 1, f"{flag} {size} yet; set it to 1") for flag, size in sizes.items()]
     num_kv_heads = vllm_config.model_config.get_total_num_kv_heads()
-    plain = str(vllm_config.model_config.dtype).removeprefix("torch.")
-    plain = "auto" if plain == "float32" else plain  # a checkpoint may say more than its dtype
     problems += [
         (
             num_kv_heads % parallel.tensor_parallel_size != 0,
@@ -149,14 +147,6 @@ def _engine_problems(vllm_config: VllmConfig) -> list[str]:
         (
             bool(getattr(vllm_config.kv_events_config, "enable_kv_cache_events", False)),
             "KV cache events, which know nothing of compressed prefixes; remove --kv-events-config",
-        ),
-        (
-            cache.cache_dtype not in ("auto", "float32", "float16", "bfloat16", *FP8_CACHES),
-            f"--kv-cache-dtype {cache.cache_dtype}; use one of {plain}, {', '.join(FP8_CACHES)}",
-        ),
-        (
-            bool(cache.kv_cache_dtype_skip_layers),
-            "layers of different dtypes; remove --kv-cache-dtype-skip-layers",
         ),
         (
             speculative is not None and speculative.method != "ngram",
@@ -178,6 +168,12 @@ def _engine_problems(vllm_config: VllmConfig) -> list[str]:
     problems += (
         _cpu_problems(vllm_config) if current_platform.is_cpu() else _gpu_problems(vllm_config)
     )
+    problems += [  # last, because vLLM itself adds such layers to some caches named above
+        (
+            bool(cache.kv_cache_dtype_skip_layers),
+            "layers of different dtypes; remove --kv-cache-dtype-skip-layers",
+        ),
+    ]
     return [text for present, text in problems if present]
 
 
@@ -189,8 +185,8 @@ def _cpu_problems(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             f"--block-size {cache.block_size} on the CPU; use a multiple of 32",
         ),
         (
-            cache.cache_dtype in FP8_CACHES,
-            f"--kv-cache-dtype {cache.cache_dtype} on the CPU; remove the flag",
+            cache.cache_dtype not in ("auto", "float32", "float16", "bfloat16"),
+            f"--kv-cache-dtype {cache.cache_dtype} on the CPU; set it to {_own_dtype(vllm_config)}",
         ),
     ]
 
@@ -198,7 +194,8 @@ def _cpu_problems(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
 def _gpu_problems(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
     cache, model = vllm_config.cache_config, vllm_config.model_config
     block_size, backend = cache.block_size, vllm_config.attention_config.backend
-    dtype = str(model.dtype).removeprefix("torch.")
+    own = _own_dtype(vllm_config)
+    reads_fp8 = current_platform.has_device_capability(FP8_CAPABILITY)
     return [
         (
             block_size not in GPU_BLOCK_SIZES,
@@ -210,14 +207,14 @@ def _gpu_problems(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             f"{', '.join(GPU_BACKENDS)} or none",
         ),
         (
-            cache.cache_dtype not in ("auto", dtype, *FP8_CACHES),
-            f"--kv-cache-dtype {cache.cache_dtype} for a model in {dtype}; remove the flag",
+            cache.cache_dtype not in ("auto", own, *FP8_CACHES),
+            f"--kv-cache-dtype {cache.cache_dtype} for this model; set it to "
+            f"{' or '.join([own, *FP8_CACHES[:reads_fp8]])}",
         ),
         (
-            cache.cache_dtype in FP8_CACHES
-            and not current_platform.has_device_capability(FP8_CAPABILITY),
+            cache.cache_dtype in FP8_CACHES and not reads_fp8,
             f"--kv-cache-dtype {cache.cache_dtype} on GPUs before compute capability "
-            f"{FP8_CAPABILITY / 10}; remove the flag",
+            f"{FP8_CAPABILITY / 10}; set it to {own}",
         ),
         (
             bool(vllm_config.attention_config.backend_per_kind),
@@ -229,8 +226,15 @@ def _gpu_problems(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
     ]
 
 
+def _own_dtype(vllm_config: VllmConfig) -> str:
+    """A name of vLLM's for a KV cache in the model's dtype, whatever its checkpoint says."""
+    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    return "auto" if dtype == "float32" else dtype
+
+
 def default_gpu_backend(vllm_config: VllmConfig) -> AttentionBackendEnum:
     """FlashAttention where it runs; else vLLM's Triton attention, which runs everywhere."""
+    from vllm.config import set_current_vllm_config
     from vllm.v1.attention.backends.fa_utils import is_flash_attn_varlen_func_available
     from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -245,8 +249,21 @@ def default_gpu_backend(vllm_config: VllmConfig) -> AttentionBackendEnum:
         and FlashAttentionBackend.supports_compute_capability(capability)
         and FlashAttentionBackend.supports_dtype(model.dtype)
         and FlashAttentionBackend.supports_head_size(model.get_head_size())
-        and FlashAttentionBackend.supports_kv_cache_dtype(vllm_config.cache_config.cache_dtype)
     )
+    if flash:
+        with set_current_vllm_config(vllm_config):  # it may name a version of FlashAttention
+            refusal = FlashAttentionBackend.supports_combination(
+                head_size=model.get_head_size(),
+                dtype=model.dtype,
+                kv_cache_dtype=vllm_config.cache_config.cache_dtype,
+                block_size=vllm_config.cache_config.block_size,
+                use_mla=False,
+                has_sink=False,
+                use_sparse=False,
+                use_mm_prefix=False,
+                device_capability=capability,
+            )
+        flash = refusal is None
     return AttentionBackendEnum.FLASH_ATTN if flash else AttentionBackendEnum.TRITON_ATTN
 
 

@@ -223,7 +223,7 @@ class HeadPageCPUImpl(HeadPageLayer, CPUAttentionBackendImpl):
             pairs = attn_metadata.pairs
             if attn_metadata.spans:
                 assert attn_metadata.runtime is not None
-                attn_metadata.runtime.observe(layer.layer_name, query, attn_metadata.spans)
+                attn_metadata.runtime.observe(layer, query, attn_metadata.spans, query.dtype)
         if pairs is None:
             self.vllms_forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
             return

@@ -30,7 +30,6 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.vllm_bridge import stock_pairs
 from vllm_kvzip.vllm_bridge.attention_layer import HeadPageLayer
-from vllm_kvzip.vllm_bridge.fp8_cache import queries_of_model
 from vllm_kvzip.vllm_bridge.kernel_batches import KernelBatch
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings
 
@@ -176,8 +175,7 @@ class HeadPageImpl(HeadPageLayer):
         """See :class:`HeadPageLayer`."""
         step: HeadPageStep | None = getattr(attn_metadata, _STEP, None)
         if step is not None and step.spans:
-            queries = queries_of_model(layer, query, output.dtype)
-            step.runtime.observe(layer.layer_name, queries, step.spans)
+            step.runtime.observe(layer, query, step.spans, output.dtype)
         if step is None or step.pairs is None:
             self.vllms_forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
             return

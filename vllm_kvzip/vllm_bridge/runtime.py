@@ -21,6 +21,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_kvzip.head_pages import fold_row
 from vllm_kvzip.vllm_bridge.batches import PrefixState, QuerySpan
+from vllm_kvzip.vllm_bridge.fp8_cache import queries_of_model
 from vllm_kvzip.vllm_bridge.requests import checksum
 from vllm_kvzip.vllm_bridge.step_message import attached
 
@@ -174,18 +175,22 @@ class HeadPageRuntime:
             request.kept_as = message.kept.get(request.request_id) if message else None
             self._pending.append(request)
 
-    def observe(self, layer_name: str, query: torch.Tensor, spans: tuple[QuerySpan, ...]) -> None:
+    def observe(
+        self, layer: Any, query: torch.Tensor, spans: tuple[QuerySpan, ...], dtype: torch.dtype
+    ) -> None:
         """Keep the queries of one layer for the scorer.
 
         Args:
-            layer_name: vLLM's name of the layer.
+            layer: vLLM's.
             query: ``[num_tokens, H * G, D]``.
             spans: which rows belong to whom.
+            dtype: of the model.
         """
-        layer = self._cache.layer_index[layer_name]
+        index = self._cache.layer_index[layer.layer_name]
         for span in spans:
             by_layer = self._observed.setdefault(span.request_id, defaultdict(list))
-            by_layer[layer].append(query[span.start : span.end].clone())
+            rows = query[span.start : span.end].clone()
+            by_layer[index].append(queries_of_model(layer, rows, dtype))
 
     def describe_step(self, common: CommonAttentionMetadata) -> Step | None:
         """Split the batch into compressed and other requests; None when vLLM's path serves all.
