@@ -62,7 +62,7 @@ class KVzipConfig(BaseModel):
         gt=0,
         lt=1,
         description="mode mixed: share of the bytes for KV pairs kept as they are; default the "
-        "profile's, or 0.25",
+        f"profile's, or {DEFAULT_FULL_SHARE}",
     )
     key_format: FormatName = Field("nf4", description="of quantized keys")
     value_format: FormatName = Field("nf4", description="of quantized values")

@@ -85,33 +85,40 @@ class TierRule:
         num_tokens = num_blocks * self.block_tokens
         num_protected = min(num_protected, num_tokens)
         least = pages_for(num_protected, self.page_tokens)
+        everything = TierBlocks(0, self._to_quantize(num_blocks, 0))
         if self.mode == "quantize":
             wanted = ceil((ratio * num_tokens - EPSILON) / self.page_tokens)
             if self.by_bytes:
                 wanted = ceil(ratio * num_blocks - EPSILON)
-            return TierBlocks(0, min(max(least, wanted), self._to_quantize(num_blocks, 0)))
-        least_full, share = pages_for(num_protected, self.block_tokens), self.full_share_at(ratio)
-        if self.by_bytes:
-            total = min(num_blocks, max(least, ceil(ratio * num_blocks - EPSILON)))
-            wanted = round(share * total)
-            others = [total - least, least_full]
-            found = [
-                self._by_bytes(total, num_blocks, full)
-                for full in (wanted, *others)
-                if 0 <= full <= total
-            ]
-        else:
-            mean = share * self.block_tokens + (1 - share) * self.page_tokens
-            wanted = min(num_blocks, round(share * ratio * num_tokens / mean))
-            found = [
-                self._by_tokens(ratio * num_tokens, num_blocks, full, more)
-                for full, more in ((wanted, 0), (wanted, least), (least_full, 0))
-            ]
+            return TierBlocks(0, min(max(least, wanted), everything.quantized))
+        least_full = pages_for(num_protected, self.block_tokens)
+        found = self._mixed(ratio, num_blocks, least_full, least)
         fit = [b for b in found if b.full >= least_full or b.quantized >= least]
         if found[0] in fit:
             return found[0]
-        everything = TierBlocks(0, self._to_quantize(num_blocks, 0))
         return min(fit, key=lambda blocks: blocks.total, default=everything)
+
+    def _mixed(
+        self, ratio: float, num_blocks: int, least_full: int, least: int
+    ) -> list[TierBlocks]:
+        """What the full share says, and next to it what has more of one tier.
+
+        Args:
+            ratio, num_blocks: see :meth:`blocks`.
+            least_full, least: pages for a head's protected tokens, in either tier.
+        """
+        share = self.full_share_at(ratio)
+        if self.by_bytes:
+            total = min(num_blocks, max(least, ceil(ratio * num_blocks - EPSILON)))
+            shares = (round(share * total), total - least, least_full)
+            return [self._by_bytes(total, num_blocks, full) for full in shares if full <= total]
+        tokens = ratio * num_blocks * self.block_tokens
+        mean = share * self.block_tokens + (1 - share) * self.page_tokens
+        wanted = min(num_blocks, round(share * tokens / mean))
+        return [
+            self._by_tokens(tokens, num_blocks, full, more)
+            for full, more in ((wanted, 0), (wanted, least), (least_full, 0))
+        ]
 
     def _by_tokens(self, tokens: float, num_blocks: int, full: int, least: int) -> TierBlocks:
         """So many full blocks, and quantized ones until that many tokens a head are kept."""
