@@ -19,14 +19,13 @@ import tempfile
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 os.environ["TRITON_INTERPRET"] = "0"  # before kernels are decorated
 
 import torch
 import triton
-from kernel_cases import Asked, Case, Shape, make_case
-from kernel_cases import attend as attend_case
+from kernel_cases import Asked, Case, Shape, attend, make_case
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
@@ -34,7 +33,6 @@ from triton.runtime.jit import JITFunction
 from vllm_kvzip.kernels.column_maximum import column_maximum
 from vllm_kvzip.kernels.compaction import compact_pages
 from vllm_kvzip.kernels.flat_tables import flatten_tables
-from vllm_kvzip.kernels.head_page_attention import head_page_attention
 from vllm_kvzip.kernels.quantized_pages import dequantize_pages, quantize_pages
 
 from vllm_kvzip.quantization import Int4, Int8, NormalFloat4, PageLayout
@@ -128,29 +126,28 @@ def attention_case(dtype: torch.dtype, head_dim: int, page_tokens: int, query_le
     )
 
 
-def attend_two_tiers(head_dim: int, query_len: int, name: str, *, rotated: bool) -> None:
-    """As :func:`attend`, with a quantized tier; bfloat16, pages of 16."""
+def tier_case(
+    head_dim: int,
+    query_len: int,
+    name: str | None = None,
+    *,
+    rotated: bool = True,
+    eight_bits: Literal["none", "queries too"] = "none",
+) -> Case:
+    """As :func:`attention_case`, bfloat16, pages of 16, with a quantized tier if it has a name."""
     shape = Shape(2, 2, 4, head_dim)
-    layout = shape.page_layout(torch.bfloat16, FORMATS[name], FORMATS[name])
-    case = make_case(
+    layout = None
+    if name is not None:
+        stored = torch.bfloat16 if eight_bits == "none" else torch.uint8
+        layout = shape.page_layout(stored, FORMATS[name], FORMATS[name])
+    return make_case(
         [Asked(320 + query_len, query_len, 16, 0.5, 0.2), Asked(query_len + 40, query_len)],
         shape,
         dtype=torch.bfloat16,
         layout=layout,
         rotated=rotated,
+        eight_bits=eight_bits,
     )
-    head_page_attention(
-        case.query, case.key_pages, case.value_pages, case.query_start_loc, case.tables, 1,
-        case.scale, max_query_len=query_len, max_tokens=4096, num_runs=4, quantized=case.quantized,
-    )  # fmt: skip
-
-
-def attend(dtype: torch.dtype, head_dim: int, page_tokens: int, query_len: int) -> None:
-    case = attention_case(dtype, head_dim, page_tokens, query_len)
-    head_page_attention(
-        case.query, case.key_pages, case.value_pages, case.query_start_loc, case.tables, 1,
-        case.scale, max_query_len=query_len, max_tokens=4096, num_runs=4,
-    )  # fmt: skip
 
 
 def compact(dtype: torch.dtype, head_dim: int, page_tokens: int) -> None:
@@ -200,7 +197,7 @@ def launches(*, every: bool) -> dict[str, Callable[[], None]]:
                 for query_len in (1, 64):
                     key = f"{about}, {query_len} query tokens"
                     found[key] = lambda d=dtype, h=head_dim, p=page, q=query_len: (  # type: ignore[misc]
-                        attend(d, h, p, q)
+                        attend(attention_case(d, h, p, q), 1, num_runs=4)
                     )
     for page in pages:
         found[f"pages of {page}"] = lambda p=page: lay_out_tables(p)  # type: ignore[misc]
@@ -218,35 +215,21 @@ def two_tier_launches(*, every: bool) -> dict[str, Callable[[], None]]:
         about = f"bfloat16, head size {head_dim}, {query_len} query tokens, "
         found[about + ("rotated " if rotated else "") + name] = (
             lambda h=head_dim, q=query_len, f=name, r=rotated: (  # type: ignore[misc]
-                attend_two_tiers(h, q, f, rotated=r)
+                attend(tier_case(h, q, f, rotated=r), 1, num_runs=4)
             )
         )
     return found
-
-
-def attend_eight_bits(head_dim: int, query_len: int, *, two_tiers: bool) -> None:
-    """As :func:`attend`, over a cache of 8-bit numbers; bfloat16, pages of 16."""
-    shape = Shape(2, 2, 4, head_dim)
-    nf4 = FORMATS["nf4 with double quantization"]
-    case = make_case(
-        [Asked(320 + query_len, query_len, 16, 0.5, 0.2), Asked(query_len + 40, query_len)],
-        shape,
-        dtype=torch.bfloat16,
-        layout=shape.page_layout(torch.uint8, nf4, nf4) if two_tiers else None,
-        rotated=True,
-        eight_bits="queries too",
-    )
-    attend_case(case, 1, num_runs=4)
 
 
 def eight_bit_launches(*, every: bool) -> dict[str, Callable[[], None]]:
     """As :func:`launches`, of caches of 8-bit numbers, which cards before 8.9 cannot read."""
     found: dict[str, Callable[[], None]] = {}
     head_dims, query_lens = (HEAD_DIMS, (1, 6, 64)) if every else ((64, 128), (1, 64))
-    for head_dim, query_len, two_tiers in product(head_dims, query_lens, (False, True)):
+    formats = (None, "nf4 with double quantization")
+    for head_dim, query_len, name in product(head_dims, query_lens, formats):
         about = f"8 bits, head size {head_dim}, {query_len} query tokens"
-        found[about + ", two tiers" * two_tiers] = lambda h=head_dim, q=query_len, t=two_tiers: (  # type: ignore[misc]
-            attend_eight_bits(h, q, two_tiers=t)
+        found[about + (f", {name}" if name else "")] = lambda h=head_dim, q=query_len, f=name: (  # type: ignore[misc]
+            attend(tier_case(h, q, f, eight_bits="queries too"), 1, num_runs=4)
         )
     return found
 

@@ -91,8 +91,9 @@ class TierBudgetBuilder:
             scores: ``[L, H, T]``.
         """
         self._solved += 1
+        loss = self.loss
         for ratio in BYTES_RATIOS:
-            full, kept = solve_tiers(scores, ratio, self.token_bytes, self.loss)
+            full, kept = solve_tiers(scores, ratio, self.token_bytes, loss)
             self._full[ratio] += full
             self._kept[ratio] += kept
 

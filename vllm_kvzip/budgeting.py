@@ -100,9 +100,7 @@ def allocate_behind(
     bounds = ends.gather(2, ranks.clamp(max=num_tokens))
     worth = bounds.diff(dim=-1)
     worth = torch.where(ranks[..., :-1] < num_tokens, worth, -torch.inf)
-    pages = torch.arange(num_pages, device=scores.device)
-    worth = torch.where(pages < min_pages[..., None], torch.inf, worth)
-    return _best_pages(worth, total_pages, 0, per_layer=per_layer)
+    return _best_pages(worth, total_pages, min_pages[..., None], per_layer=per_layer)
 
 
 def allocate_from_fractions(
@@ -152,23 +150,23 @@ def allocate_from_fractions(
 
 
 def _best_pages(
-    worth: torch.Tensor, total_pages: int, min_pages: int, *, per_layer: bool
+    worth: torch.Tensor, total_pages: int, min_pages: int | torch.Tensor, *, per_layer: bool
 ) -> torch.Tensor:
     """The floor of every head, and the best pages above it.
 
     Args:
         worth: ``[L, H, pages]``, falling along a head's pages.
-        total_pages, min_pages, per_layer: see :func:`allocate_adaptive`.
+        min_pages: floor of every head, or int64 ``[L, H, 1]`` of each.
+        total_pages, per_layer: see :func:`allocate_adaptive`.
     """
-    num_layers, num_heads, _ = worth.shape
-    contested = worth[:, :, min_pages:]
-    spare = total_pages - num_layers * num_heads * min_pages
+    num_layers, _, num_pages = worth.shape
+    on_floor = torch.arange(num_pages, device=worth.device) < min_pages
+    worth = worth.masked_fill(on_floor, torch.inf)
     if per_layer:
         if total_pages % num_layers:
             raise ValueError(f"{total_pages} pages do not divide over {num_layers} layers")
-        counts = _best_counts(contested.flatten(1), spare // num_layers, contested.shape)
-        return counts + min_pages
-    return _best_counts(contested.reshape(1, -1), spare, contested.shape) + min_pages
+        return _best_counts(worth.flatten(1), total_pages // num_layers, worth.shape)
+    return _best_counts(worth.reshape(1, -1), total_pages, worth.shape)
 
 
 def _best_counts(worth: torch.Tensor, count: int, shape: torch.Size) -> torch.Tensor:

@@ -78,7 +78,7 @@ def change(config, path, value):
         (
             "cache_config.cache_dtype",
             "float16",
-            "float16 for this model; set it to bf",
+            "--kv-cache-dtype float16 for this model; set it to bfloat16 or fp8",
         ),
         (
             "cache_config.cache_dtype",
@@ -88,12 +88,12 @@ def change(config, path, value):
         (
             "cache_config.cache_dtype",
             "turboquant_k8v4",
-            "turboquant_k8v4 for this model",
+            "--kv-cache-dtype turboquant_k8v4 for this model; set it to bfloat16 or fp8",
         ),
         (
             "cache_config.cache_dtype",
             "fp8_e5m2",
-            "fp8_e5m2 for this model; set it to bf",
+            "--kv-cache-dtype fp8_e5m2 for this model; set it to bfloat16 or fp8",
         ),
         ("cache_config.kv_cache_dtype_skip_layers", ["0"], "remove --kv-cache-dtype-skip-layers"),
         ("parallel_config.enable_dbo", True, "--enable-dbo"),

@@ -56,7 +56,7 @@ case = make_case(
 found = set()
 with script.compiling(90) as compiled:
     for layer in range(2):
-        script.attend_case(case, layer, num_runs=4)
+        script.attend(case, layer, num_runs=4)
         found.add(compiled["attend_runs"].hash)
 print(len(found))
 """
