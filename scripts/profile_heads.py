@@ -28,9 +28,8 @@ import numpy as np
 import torch
 import transformers
 from model_files import DEFAULT_REPEAT_PROMPT, repeat_prompts
-from reconstruction_probe import ReconstructionProbe
+from reconstruction_probe import ReconstructionProbe, layers_of, rotary_of
 from retrieval_task import BASIC_VOCABULARY_SIZE, VOCABULARY, make_context
-from surrogate_training import SurrogateTrainer, agreement, rotary_of
 from tier_budgets import TierBudgetBuilder
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
@@ -40,6 +39,7 @@ from vllm_kvzip.errors import ProfileError
 from vllm_kvzip.profile import HeadProfile, Provenance, save_profile
 from vllm_kvzip.reconstruction import pair_fractions, retrieval_fractions
 from vllm_kvzip.surrogate import LayerSurrogate, save_surrogate
+from vllm_kvzip.surrogate_training import SurrogateTrainer, agreement
 
 KEEP_RATIOS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 CALIBRATION_TEXT = Path(__file__).with_name("calibration.txt")
@@ -223,10 +223,10 @@ def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurr
                 if args.budgets == "pairs":
                     tiers.solve(scores)
             if trainer is not None and number < len(contexts) - 1:
-                trainer.add(cache, scores, rotary)
+                trainer.add(layers_of(cache), scores, rotary)
         if trainer is not None:
             layers = trainer.fit(bar.update)
-            share = agreement(layers, cache, scores, rotary, keep_ratio=0.3)
+            share = agreement(layers, layers_of(cache), scores, rotary, keep_ratio=0.3)
             print(f"surrogate: {share:.1%} of the pairs that KVzip would keep at 0.3, on a context")
     print(f"the model repeats {probe.repeated_share:.1%} of the tokens right")
     if probe.repeated_share < MIN_REPEATED_SHARE:

@@ -12,6 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from vllm_kvzip.reconstruction import Chunk, iter_chunks, reconstruction_scores
+from vllm_kvzip.rotary import RotaryTables
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -158,3 +159,21 @@ def _part_of(cache: Any, positions: list[int]) -> DynamicCache:
     for index, layer in enumerate(cache.layers):
         part.update(layer.keys[:, :, positions], layer.values[:, :, positions], index)
     return part
+
+
+def layers_of(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of each layer of a cache that holds one context, ``[H, T, D]``."""
+    return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+
+
+def rotary_of(model: Any, num_tokens: int) -> RotaryTables | None:
+    """The rotary angles of a transformers model, for its first positions; None if it has none."""
+    embedding = getattr(model.get_decoder(), "rotary_emb", None)
+    if embedding is None:
+        return None
+    cos, sin = embedding(torch.zeros(1), torch.arange(num_tokens)[None])
+    cos, sin = cos[0].float(), sin[0].float()  # [T, R], every angle twice
+    half = cos.shape[-1] // 2
+    if torch.equal(cos[:, :half], cos[:, half:]):
+        return RotaryTables(cos[:, :half], sin[:, :half])
+    return RotaryTables(cos[:, ::2], sin[:, ::2], interleaved=True)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 from engine_job import MODEL, engine_scores
+from reconstruction_probe import rotary_of
 from retrieval_task import make_context
-from surrogate_training import rotary_of
 from transformers import AutoModelForCausalLM
 
 from vllm_kvzip.surrogate import MIN_LOG_SCORE, load_surrogate, token_features

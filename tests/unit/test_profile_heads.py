@@ -5,13 +5,13 @@ import json
 import numpy as np
 import profile_heads
 import pytest
-import surrogate_training
 import torch
 import train_tiny_model
 from engine_job import MODEL
 from reconstruction_probe import ReconstructionProbe
 from transformers import DeepseekV3Config, MistralConfig, Qwen3Config
 
+from vllm_kvzip import surrogate_training
 from vllm_kvzip.profile import load_profile
 from vllm_kvzip.reconstruction import iter_chunks
 from vllm_kvzip.surrogate import load_surrogate

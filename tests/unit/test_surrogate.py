@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 from engine_job import MODEL
-from reconstruction_probe import ReconstructionProbe
+from reconstruction_probe import ReconstructionProbe, layers_of, rotary_of
 from retrieval_task import VOCABULARY, make_context
 from safetensors.torch import save_file
-from surrogate_training import SurrogateTrainer, agreement, rotary_of
 
 from vllm_kvzip.errors import ProfileError
 from vllm_kvzip.profile import ModelFingerprint, find_profile, profile_folders
@@ -20,6 +19,7 @@ from vllm_kvzip.surrogate import (
     save_surrogate,
     token_features,
 )
+from vllm_kvzip.surrogate_training import SurrogateTrainer, agreement
 
 SHAPE = ModelFingerprint(
     architecture="A", num_layers=2, num_query_heads=4, num_kv_heads=2, head_dim=4
@@ -87,17 +87,11 @@ def test_wrong_files_are_one_sentence(tmp_path):
 def test_training_finds_scores_that_the_features_tell():
     """Scores that are a function of keys and values: the fit must find it."""
 
-    class Cache:
-        class Layer:
-            keys, values = torch.randn(1, 2, 900, 4), torch.randn(1, 2, 900, 4)
-
-        layers = (Layer,)
-
-    layer = Cache.layers[0]
-    scores = torch.sigmoid(2 * layer.keys[0, :, :, 0] + layer.values[0, [1, 0], :, 2])[None]
+    keys, values = torch.randn(2, 900, 4), torch.randn(2, 900, 4)
+    scores = torch.sigmoid(2 * keys[:, :, 0] + values[[1, 0], :, 2])[None]
     trainer = SurrogateTrainer(1, 800, width=8, seed=0)
-    trainer.add(Cache, scores, None)
-    assert agreement(trainer.fit(), Cache, scores, None, keep_ratio=0.3) > 0.93
+    trainer.add([(keys, values)], scores, None)
+    assert agreement(trainer.fit(), [(keys, values)], scores, None, keep_ratio=0.3) > 0.93
 
 
 def test_the_shipped_networks_choose_what_kvzip_chooses():
@@ -109,5 +103,5 @@ def test_the_shipped_networks_choose_what_kvzip_chooses():
     cache = probe.read(context)
     scores = probe.score(context, 512, repeat, repeat, cache=cache)
     rotary = rotary_of(probe.model, len(context))
-    shares = [agreement(layers, cache, scores, rotary, ratio) for ratio in (0.2, 0.3)]
+    shares = [agreement(layers, layers_of(cache), scores, rotary, ratio) for ratio in (0.2, 0.3)]
     assert min(shares) > 0.85  # by chance 0.2 and 0.3

@@ -1,6 +1,6 @@
 """Train the networks of scorer ``surrogate`` on a model's own reconstruction scores.
 
-Used by ``profile_heads.py --surrogate``. One small network per layer learns, by least squares, the
+One small network per layer learns, by least squares, the
 log of the score that each KV head's pair got (see :mod:`vllm_kvzip.surrogate`).
 """
 
@@ -10,28 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_kvzip.rotary import RotaryTables
 from vllm_kvzip.surrogate import MIN_LOG_SCORE, LayerSurrogate, token_features
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
+
+    from vllm_kvzip.rotary import RotaryTables
+
+    Cached = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 STEPS = 1500
 BATCH_TOKENS = 512
 LEARNING_RATE = 3e-3
-
-
-def rotary_of(model: Any, num_tokens: int) -> RotaryTables | None:
-    """The rotary angles of a transformers model, for its first positions; None if it has none."""
-    embedding = getattr(model.get_decoder(), "rotary_emb", None)
-    if embedding is None:
-        return None
-    cos, sin = embedding(torch.zeros(1), torch.arange(num_tokens)[None])
-    cos, sin = cos[0].float(), sin[0].float()  # [T, R], every angle twice
-    half = cos.shape[-1] // 2
-    if torch.equal(cos[:, :half], cos[:, half:]):
-        return RotaryTables(cos[:, :half], sin[:, :half])
-    return RotaryTables(cos[:, ::2], sin[:, ::2], interleaved=True)
 
 
 class SurrogateTrainer:
@@ -52,19 +42,19 @@ class SurrogateTrainer:
         self._width = width
         self._generator = torch.Generator().manual_seed(seed)
 
-    def add(self, cache: Any, scores: torch.Tensor, rotary: RotaryTables | None) -> None:
+    def add(self, cache: Cached, scores: torch.Tensor, rotary: RotaryTables | None) -> None:
         """Take in one context.
 
         Args:
-            cache: transformers' cache after the prefill.
+            cache: each layer's keys and values after the prefill, ``[H, T, D]``.
             scores: float32 ``[L, H, T]``, its reconstruction scores.
             rotary: of the model.
         """
         chosen = torch.randperm(scores.shape[-1], generator=self._generator)
         chosen = chosen[: self._tokens_per_context]
         targets = scores.log().clamp(MIN_LOG_SCORE, 0.0)
-        for index, layer in enumerate(cache.layers):
-            features = token_features(layer.keys[0].float(), layer.values[0].float(), rotary)
+        for index, (keys, values) in enumerate(cache):
+            features = token_features(keys.float(), values.float(), rotary)
             self._features[index].append(features[chosen].half())
             self._targets[index].append(targets[index, :, chosen].t())
 
@@ -98,7 +88,7 @@ class SurrogateTrainer:
             predicted = LayerSurrogate(*parameters).log_scores(features[rows])
             loss = torch.nn.functional.mse_loss(predicted, targets[rows])
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
         mix, mix_bias, out, out_bias = (parameter.detach() for parameter in parameters)
@@ -107,8 +97,8 @@ class SurrogateTrainer:
 
 
 def agreement(
-    layers: list[LayerSurrogate],
-    cache: Any,
+    layers: Sequence[LayerSurrogate],
+    cache: Cached,
     scores: torch.Tensor,
     rotary: RotaryTables | None,
     keep_ratio: float,
@@ -117,15 +107,15 @@ def agreement(
 
     Args:
         layers: the networks.
-        cache: transformers' cache after the prefill.
+        cache: each layer's keys and values after the prefill, ``[H, T, D]``.
         scores: float32 ``[L, H, T]``, reconstruction scores.
         rotary: of the model.
         keep_ratio: how many pairs are the best.
     """
     predicted = torch.stack(
         [
-            network.log_scores_of(part.keys[0], part.values[0], rotary).t()
-            for network, part in zip(layers, cache.layers, strict=True)
+            network.log_scores_of(keys.float(), values.float(), rotary).t()
+            for network, (keys, values) in zip(layers, cache, strict=True)
         ]
     )
     count = max(1, round(keep_ratio * scores.numel()))
