@@ -33,8 +33,8 @@ SHAPE = {
     "head_dim": 64,
 }
 STAGES = ("score", "select", "compact")
-SCORERS = ("keydiff", "surrogate", "window", "expected-attention", "kvzip")
-WIDTH = 32
+SCORERS = ("contrast", "surrogate", "window", "expected-attention", "kvzip")
+WIDTH = 16
 
 
 def write_model(folder: Path) -> None:
@@ -59,8 +59,8 @@ def write_model(folder: Path) -> None:
         schema_version=1, model=model, provenance=made, importance=grid, budgets={"0.5": grid}
     )
     save_profile(profile, folder / "profile.json")
-    inputs = 2 * heads * model.head_dim + len(RECENCY_TOKENS)
-    shapes = ((inputs, WIDTH), (WIDTH,), (WIDTH, heads), (heads,))
+    inputs = 2 * model.head_dim + len(RECENCY_TOKENS)
+    shapes = ((heads, inputs, WIDTH), (heads, WIDTH), (heads, WIDTH), (heads,))
     networks = [LayerSurrogate(*(torch.randn(s) * 0.01 for s in shapes)) for _ in range(layers)]
     save_surrogate(folder / "profile.safetensors", networks, model, {})
 

@@ -302,7 +302,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--surrogate", action="store_true", help="also train the networks of scorer surrogate"
     )
-    parser.add_argument("--surrogate-width", type=int, default=32, help="hidden units per layer")
+    parser.add_argument("--surrogate-width", type=int, default=16, help="hidden units per KV head")
     parser.add_argument("--seed", type=int, default=0, help="of --task and --surrogate")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)

@@ -71,10 +71,10 @@ class KVzipConfig(BaseModel):
         description="spread outliers before quantizing; auto: where the head size allows it",
     )
     scorer: str | None = Field(
-        None, description="what makes a KV pair important; default profile or keydiff"
+        None, description="what makes a KV pair important; default surrogate or contrast"
     )
     budget: Budget | None = Field(
-        None, description="how pages are shared between heads; default profile or adaptive"
+        None, description="how pages are shared between heads; default what suits the scorer"
     )
     profile: str | None = Field(
         "auto", description="head-budget profile: a path, auto (match the model) or none"

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_kvzip.rotary import unrotated
+
 if TYPE_CHECKING:
     from vllm_kvzip.rotary import RotaryTables
 
@@ -139,6 +141,7 @@ class LayerInputs:
         seed: equal for equal prefixes.
         first_position: position of the first key; not 0 when what lies before it was compressed
             earlier. T counts from there.
+        keep_ratio: share of the KV pairs that will be kept, in (0, 1].
     """
 
     layer: int
@@ -154,6 +157,11 @@ class LayerInputs:
     recent_tokens: int
     seed: int
     first_position: int = 0
+    keep_ratio: float = 1.0
+
+    def unrotated_keys(self) -> torch.Tensor:
+        """Keys before rotary embedding, float32 ``[H, T, D]``."""
+        return unrotated(self.keys, self.rotary, self.first_position)
 
 
 @dataclass(frozen=True)

@@ -215,6 +215,8 @@ class Compressor:
                 recent_tokens=self._rule.recent_tokens,
                 seed=seed + self._seed,
                 first_position=first,
+                # Rounds of a prefill budget compete with one another: the same for all of them.
+                keep_ratio=plan.share if plan.num_quantized_blocks else plan.keep_ratio,
             )
             scores[layer] = self._scorer.score_layer(inputs)
         return scores

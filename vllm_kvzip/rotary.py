@@ -63,3 +63,16 @@ class RotaryTables:
         if self.interleaved:
             return x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
         return x[..., :half], x[..., half : 2 * half]
+
+
+def unrotated(keys: torch.Tensor, rotary: RotaryTables | None, first: int = 0) -> torch.Tensor:
+    """Keys before rotary embedding.
+
+    Args:
+        keys: float32 ``[H, T, D]``.
+        rotary: of the model; None when it has none, and keys are what they were.
+        first: position of the first key.
+    """
+    if rotary is None:
+        return keys
+    return rotary.unrotate(keys, torch.arange(first, first + keys.shape[1], device=keys.device))

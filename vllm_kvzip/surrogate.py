@@ -1,13 +1,13 @@
-"""A learned stand-in for KVzip's scores, a few thousand weights per layer.
+"""A learned stand-in for KVzip's scores, a few thousand weights per KV head.
 
 After KVzap (arXiv 2601.07891), which predicts the log of a KV pair's score from the hidden state
-of its token. An attention layer does not see that state, but it sees the keys and values of all its
-KV heads, which are linear maps of it. One small network per layer reads them, with the rotation
-taken off the keys, and how near the token is to the end of the context (some heads look for the
-last token of a kind), and predicts the log score of each KV head's pair.
+of its token. An attention layer does not see that state, but it sees keys and values, which are
+linear maps of it. One small network per KV head reads the head's own key, with the rotation taken
+off, and value, and how near the token is to the end of the context (some heads look for the last
+token of a kind), and predicts the log score of the pair. A network that reads all heads of a layer
+chooses no better on the real test model, and could not be used where ranks share the heads.
 
-The file is safetensors, beside the model's head profile; ``scripts/profile_heads.py --surrogate``
-makes it.
+The file is safetensors, beside the model's head profile; ``scripts/profile_heads.py`` makes it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ from vllm_kvzip.profile import ModelFingerprint
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from vllm_kvzip.rotary import RotaryTables
-
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 MIN_LOG_SCORE = -6.0  # an attention of 0.0025; differences below it decide nothing
 RECENCY_TOKENS = (16.0, 64.0, 256.0)  # lengths by which nearness to the end decays
 _PARTS = ("mix", "mix_bias", "out", "out_bias")
@@ -37,12 +35,12 @@ _PARTS = ("mix", "mix_bias", "out", "out_bias")
 
 @dataclass(frozen=True)
 class LayerSurrogate:
-    """The network of one layer; M is its width, F the length of :func:`token_features`.
+    """The networks of one layer's H KV heads; M is their width, D the head dim.
 
     Attributes:
-        mix: float32 ``[F, M]``.
-        mix_bias: float32 ``[M]``.
-        out: float32 ``[M, H]``.
+        mix: float32 ``[H, 2 * D + 3, M]``: of the key, the value, and recency.
+        mix_bias: float32 ``[H, M]``.
+        out: float32 ``[H, M]``.
         out_bias: float32 ``[H]``.
     """
 
@@ -52,64 +50,61 @@ class LayerSurrogate:
     out_bias: torch.Tensor
 
     def to(self, device: torch.device) -> LayerSurrogate:
-        """The same network on a device."""
+        """The same networks on a device."""
         return LayerSurrogate(*(getattr(self, part).to(device) for part in _PARTS))
 
+    def of_heads(self, first: int, count: int) -> LayerSurrogate:
+        """The networks of ``count`` neighbouring heads, as a tensor-parallel rank has them."""
+        heads = slice(first, first + count)
+        return LayerSurrogate(*(getattr(self, part)[heads] for part in _PARTS))
+
     def log_scores(self, features: torch.Tensor) -> torch.Tensor:
-        """Predicted log scores, float32 ``[T, H]``.
+        """Predicted log scores, float32 ``[H, T]``.
 
         Args:
-            features: float32 ``[T, F]``, from :func:`token_features`.
+            features: float32 ``[H, T, 2 * D + 3]``, from :func:`token_features`.
         """
-        return self._log_scores(torch.addmm(self.mix_bias, features, self.mix))
+        return self._log_scores(torch.bmm(features, self.mix))
 
-    def log_scores_of(
-        self, keys: torch.Tensor, values: torch.Tensor, rotary: RotaryTables | None
-    ) -> torch.Tensor:
-        """The same, head by head, so that the features need not be copied together.
+    def log_scores_of(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """The same, part by part, so that the features need not be copied together.
 
         Args:
-            keys, values: float32 ``[H, T, D]``, of the first T tokens.
-            rotary: of the model; None when it has none.
+            keys: float32 ``[H, T, D]``, without their rotation.
+            values: float32 ``[H, T, D]``.
         """
         head_dim = keys.shape[2]
-        keys = _unrotated(keys, rotary)
-        recency = _recency(keys.shape[1], keys.device)
-        mixed = torch.addmm(self.mix_bias, recency, self.mix[-len(RECENCY_TOKENS) :])
-        for part, weights in zip((*keys, *values), torch.split(self.mix, head_dim), strict=False):
-            mixed.addmm_(part, weights)
+        of_keys, of_values, of_recency = torch.split(
+            self.mix, [head_dim, head_dim, len(RECENCY_TOKENS)], dim=1
+        )
+        mixed = torch.bmm(keys, of_keys)
+        mixed.baddbmm_(values, of_values)
+        mixed += _recency(keys.shape[1], keys.device) @ of_recency
         return self._log_scores(mixed)
 
     def _log_scores(self, mixed: torch.Tensor) -> torch.Tensor:
-        return torch.addmm(self.out_bias, gelu(mixed, approximate="tanh"), self.out)
+        hidden = gelu(mixed + self.mix_bias[:, None], approximate="tanh")
+        return torch.baddbmm(self.out_bias[:, None, None], hidden, self.out[..., None]).squeeze(-1)
 
 
-def token_features(
-    keys: torch.Tensor, values: torch.Tensor, rotary: RotaryTables | None
-) -> torch.Tensor:
-    """What the network reads of each token: keys without their rotation, values, recency.
+def token_features(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """What a head's network reads of each token: key without its rotation, value, recency.
 
     Args:
-        keys, values: float32 ``[H, T, D]``, of the first T tokens.
-        rotary: of the model; None when it has none.
+        keys: float32 ``[H, T, D]``, without their rotation.
+        values: float32 ``[H, T, D]``.
 
     Returns:
-        float32 ``[T, 2 * H * D + 3]``.
+        float32 ``[H, T, 2 * D + 3]``.
     """
-    pairs = torch.cat([_unrotated(keys, rotary), values]).transpose(0, 1).flatten(1)
-    return torch.cat([pairs, _recency(len(pairs), pairs.device)], dim=1)
+    recency = _recency(keys.shape[1], keys.device).expand(len(keys), -1, -1)
+    return torch.cat([keys, values, recency], dim=2)
 
 
 def _recency(num_tokens: int, device: torch.device) -> torch.Tensor:
     """How near each token is to the end, float32 ``[T, 3]``, in (0, 1]."""
     distance = torch.arange(num_tokens - 1, -1, -1, dtype=torch.float32, device=device)
     return torch.stack([torch.exp(distance / -length) for length in RECENCY_TOKENS], dim=1)
-
-
-def _unrotated(keys: torch.Tensor, rotary: RotaryTables | None) -> torch.Tensor:
-    if rotary is None:
-        return keys
-    return rotary.unrotate(keys, torch.arange(keys.shape[1], device=keys.device))
 
 
 def save_surrogate(
@@ -155,23 +150,23 @@ def load_surrogate(path: Path, running: ModelFingerprint | None = None) -> list[
             LayerSurrogate(*(tensors[f"layers.{index}.{part}"].float() for part in _PARTS))
             for index in range(model.num_layers)
         ]
-        width = 2 * model.num_kv_heads * model.head_dim + len(RECENCY_TOKENS)
-        if any(layer.mix.shape[0] != width for layer in layers):
-            raise ValueError(f"its networks do not read {width} numbers per token")
+        shape = model.num_kv_heads, 2 * model.head_dim + len(RECENCY_TOKENS)
+        if any(layer.mix.shape[:2] != shape for layer in layers):
+            raise ValueError(f"it has no {shape[0]} networks a layer that read {shape[1]} numbers")
     except FileNotFoundError as error:
         raise ProfileError(
-            f"Scorer surrogate needs {path}; build it with scripts/profile_heads.py --surrogate."
+            f"Scorer surrogate needs {path}; build it with scripts/profile_heads.py."
         ) from error
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ProfileError(
             f"{path} is no surrogate that can be read ({reason}); build it again with "
-            f"scripts/profile_heads.py --surrogate."
+            f"scripts/profile_heads.py."
         ) from error
     if running is not None and (difference := model.mismatch(running)):
         field, theirs, mine = difference
         raise ProfileError(
             f"Surrogate {path} was made for another model: its {field} is {theirs}, the running "
-            f"model's is {mine}; build one with scripts/profile_heads.py --surrogate."
+            f"model's is {mine}; build one with scripts/profile_heads.py."
         )
     return layers

@@ -1,7 +1,7 @@
 """Train the networks of scorer ``surrogate`` on a model's own reconstruction scores.
 
-One small network per layer learns, by least squares, the
-log of the score that each KV head's pair got (see :mod:`vllm_kvzip.surrogate`).
+One small network per KV head learns, by least squares, the log of the score that the head's pairs
+got (see :mod:`vllm_kvzip.surrogate`). The heads of a layer are fitted side by side.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_kvzip.rotary import unrotated
 from vllm_kvzip.surrogate import MIN_LOG_SCORE, LayerSurrogate, token_features
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ LEARNING_RATE = 3e-3
 
 
 class SurrogateTrainer:
-    """Collects tokens of some contexts, then fits one network per layer.
+    """Collects tokens of some contexts, then fits one network per KV head.
 
     Args:
         num_layers: of the model.
@@ -54,9 +55,9 @@ class SurrogateTrainer:
         chosen = chosen[: self._tokens_per_context]
         targets = scores.log().clamp(MIN_LOG_SCORE, 0.0)
         for index, (keys, values) in enumerate(cache):
-            features = token_features(keys.float(), values.float(), rotary)
-            self._features[index].append(features[chosen].half())
-            self._targets[index].append(targets[index, :, chosen].t())
+            features = token_features(unrotated(keys.float(), rotary), values.float())
+            self._features[index].append(features[:, chosen].half())
+            self._targets[index].append(targets[index][:, chosen])
 
     def fit(self, progress: Callable[[], Any] = lambda: None) -> list[LayerSurrogate]:
         """Fit all layers.
@@ -66,34 +67,40 @@ class SurrogateTrainer:
         """
         layers = []
         for features, targets in zip(self._features, self._targets, strict=True):
-            layers.append(self._fit_layer(torch.cat(features).float(), torch.cat(targets)))
+            layers.append(self._fit_layer(torch.cat(features, 1).float(), torch.cat(targets, 1)))
             progress()
         return layers
 
     def _fit_layer(self, features: torch.Tensor, targets: torch.Tensor) -> LayerSurrogate:
-        mean, spread = features.mean(0), features.std(0) + 1e-6
-        features = (features - mean) / spread
-        num_inputs, num_heads = features.shape[1], targets.shape[1]
-        shapes = [(num_inputs, self._width), (self._width,), (self._width, num_heads)]
-        mix, mix_bias, out = (
-            torch.randn(shape, generator=self._generator) * num_inputs**-0.5 for shape in shapes
-        )
-        parameters = [mix, mix_bias, out, targets.mean(0)]
+        """Networks for features ``[H, n, F]`` and log scores ``[H, n]``."""
+        mean, spread = features.mean(1), features.std(1) + 1e-6
+        features = (features - mean[:, None]) / spread[:, None]
+        num_heads, num_tokens, num_inputs = features.shape
+        mix = self._random(num_heads, num_inputs, self._width) * num_inputs**-0.5
+        mix_bias = self._random(num_heads, self._width) * num_inputs**-0.5
+        out = self._random(num_heads, self._width) * self._width**-0.5
+        parameters = [mix, mix_bias, out, targets.mean(1)]
         for parameter in parameters:
             parameter.requires_grad_(True)
         optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=1e-3)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
         for _ in range(STEPS):
-            rows = torch.randint(len(features), (BATCH_TOKENS,), generator=self._generator)
-            predicted = LayerSurrogate(*parameters).log_scores(features[rows])
-            loss = torch.nn.functional.mse_loss(predicted, targets[rows])
+            rows = torch.randint(num_tokens, (BATCH_TOKENS,), generator=self._generator)
+            rows = rows.to(features.device)
+            predicted = LayerSurrogate(*parameters).log_scores(features[:, rows])
+            # Heads do not share weights, so each learns as if it were alone.
+            loss = (predicted - targets[:, rows]).square().mean(dim=1).sum()
             optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
         mix, mix_bias, out, out_bias = (parameter.detach() for parameter in parameters)
-        mix = mix / spread[:, None]  # so that the network reads plain keys and values
-        return LayerSurrogate(mix, mix_bias - mean @ mix, out, out_bias)
+        mix = mix / spread[..., None]  # so that the network reads plain keys and values
+        mix_bias = mix_bias - torch.bmm(mean[:, None], mix).squeeze(1)
+        return LayerSurrogate(mix, mix_bias, out, out_bias)
+
+    def _random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self._generator).to(self._features[0][0].device)
 
 
 def agreement(
@@ -114,7 +121,7 @@ def agreement(
     """
     predicted = torch.stack(
         [
-            network.log_scores_of(keys.float(), values.float(), rotary).t()
+            network.log_scores_of(unrotated(keys.float(), rotary), values.float())
             for network, (keys, values) in zip(layers, cache, strict=True)
         ]
     )

@@ -228,9 +228,17 @@ def test_scorer_surrogate_takes_the_networks_beside_the_profile(tmp_path, capsys
     assert f"Scorer surrogate needs {tmp_path}/alone.safetensors; build it with" in message
 
 
-def test_scorer_surrogate_needs_all_heads_on_one_rank(capsys):
-    flags = ("--kv-compression-config.scorer", "surrogate", "--tensor-parallel-size", "2")
-    assert "--tensor-parallel-size 2 spreads them" in refusal(capsys, *ON, *flags)
+def test_the_scorer_is_chosen_by_what_lies_beside_the_profile(tmp_path):
+    assert Settings.from_vllm_config(engine_config(*ON)).scorer == "surrogate"
+    none = ("--kv-compression-config.profile", "none")
+    settings = Settings.from_vllm_config(engine_config(*ON, *none))
+    assert (settings.scorer, settings.budget) == ("contrast", "adaptive")
+    profile = profile_folders()[-1] / "tiny-retriever.json"
+    alone = tmp_path / "alone.json"
+    alone.write_bytes(profile.read_bytes())
+    flags = ("--kv-compression-config.profile", str(alone))
+    settings = Settings.from_vllm_config(engine_config(*ON, *flags))
+    assert (settings.scorer, settings.budget) == ("contrast", "adaptive")
 
 
 @pytest.mark.parametrize(

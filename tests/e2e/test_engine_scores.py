@@ -8,6 +8,7 @@ from reconstruction_probe import rotary_of
 from retrieval_task import make_context
 from transformers import AutoModelForCausalLM
 
+from vllm_kvzip.rotary import unrotated
 from vllm_kvzip.surrogate import MIN_LOG_SCORE, load_surrogate, token_features
 from vllm_kvzip.vllm_bridge.requests import prefix_seed
 
@@ -44,7 +45,7 @@ def test_surrogate(plain, tmp_path):
     rotary = rotary_of(model, num_tokens)
     for layer, (network, part) in enumerate(zip(networks, cache.layers, strict=True)):
         keys, values = part.keys[0, :, :num_tokens], part.values[0, :, :num_tokens]
-        wanted = network.log_scores(token_features(keys, values, rotary)).t()
+        wanted = network.log_scores(token_features(unrotated(keys, rotary), values))
         torch.testing.assert_close(
             got[layer].log(), wanted.clamp(MIN_LOG_SCORE, 0), atol=2e-3, rtol=1e-3
         )

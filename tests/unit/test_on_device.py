@@ -18,6 +18,7 @@ from vllm_kvzip.prefix_rule import PrefixRule
 from vllm_kvzip.quantization import choose_quantization
 from vllm_kvzip.rotary import RotaryTables
 from vllm_kvzip.scoring import create_scorer
+from vllm_kvzip.scoring.base import Scorer, ScorerSettings
 from vllm_kvzip.scoring.surrogate import SurrogateScorer
 from vllm_kvzip.surrogate import LayerSurrogate
 from vllm_kvzip.tiers import TierRule
@@ -25,7 +26,16 @@ from vllm_kvzip.tiers import TierRule
 GEOMETRY = CacheGeometry(num_layers=3, num_kv_heads=2, group_size=2, head_dim=8, block_size=4)
 POOL = PagePool(num_blocks=64, num_layers=3, num_kv_heads=2)
 DEVICE = torch.device("meta")
-SCORERS = ("keydiff", "knorm", "kvzip", "window", "expected-attention", "streaming", "profile")
+SCORERS = (
+    "contrast",
+    "keydiff",
+    "knorm",
+    "kvzip",
+    "window",
+    "expected-attention",
+    "streaming",
+    "profile",
+)
 
 
 @pytest.fixture
@@ -120,9 +130,10 @@ def test_quantizing_does_not_wait_either(launched, monkeypatch, mode, budget):
 
 
 def test_the_surrogate_follows_the_keys(launched):
-    scorer, width = object.__new__(SurrogateScorer), 2 * 2 * 8 + 3
+    scorer = object.__new__(SurrogateScorer)
+    Scorer.__init__(scorer, ScorerSettings())
     network = LayerSurrogate(
-        torch.zeros(width, 5), torch.zeros(5), torch.zeros(5, 2), torch.zeros(2)
+        torch.zeros(2, 2 * 8 + 3, 5), torch.zeros(2, 5), torch.zeros(2, 5), torch.zeros(2)
     )
     scorer._layers = [network] * 3
     _, prefix, _ = compress(scorer, "adaptive")

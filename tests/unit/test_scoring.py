@@ -1,6 +1,7 @@
 """Scorers against what their papers say, written out the slow way."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,7 +51,12 @@ def settings(tmp_path):
         architecture="A", num_layers=3, num_query_heads=6, num_kv_heads=HEADS, head_dim=DIM
     )
     layers = [
-        LayerSurrogate(torch.randn(35, 4), torch.randn(4), torch.randn(4, HEADS), torch.zeros(2))
+        LayerSurrogate(
+            torch.randn(HEADS, 2 * DIM + 3, 4),
+            torch.randn(HEADS, 4),
+            torch.randn(HEADS, 4),
+            torch.zeros(HEADS),
+        )
         for _ in range(3)
     ]
     save_surrogate(tmp_path / "a.safetensors", layers, model, {})
@@ -155,12 +161,51 @@ def test_expected_attention_is_that_of_many_drawn_queries():
         ("window", {}, "needs the queries"),
         ("expected-attention", {}, "needs values and the last queries"),
         ("surrogate", {"values": None}, "needs values"),
+        ("contrast", {"values": None}, "needs values"),
         ("kvzip", {"reconstruction": None}, "needs the attention of a repeated context"),
     ],
 )
 def test_a_scorer_says_what_it_misses(name, changes, message, settings):
     with pytest.raises(ValueError, match=message):
         create_scorer(name, settings).score_layer(layer_inputs(**changes))
+
+
+def test_contrast_is_what_it_says_token_by_token():
+    angles = torch.arange(20.0)[:, None] * torch.tensor([1.0, 0.5, 0.2, 0.1])
+    rotary = RotaryTables(angles.cos(), angles.sin())
+    inputs = layer_inputs(rotary=rotary, first_position=3)
+    got = create_scorer("contrast").score_layer(inputs)
+    for head in range(HEADS):
+        keys = [
+            rotary.unrotate(key[None], torch.tensor([3 + t]))[0]
+            for t, key in enumerate(inputs.keys[head])
+        ]
+        anchor = sum(key / key.norm() for key in keys)
+        for token, key in enumerate(keys):
+            cosine = float(key @ anchor / (key.norm() * anchor.norm()))
+            wanted = (1 - cosine) * float(inputs.values[head, token].norm()) ** 0.5
+            assert float(got[head, token]) == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+
+
+def test_the_less_is_kept_the_more_the_contrast_counts(settings):
+    scorer = create_scorer("surrogate", settings)
+    by_ratio = {
+        ratio: scorer.score_layer(layer_inputs(keep_ratio=ratio)).log()
+        for ratio in (1.0, 0.4, 0.25, 0.1, 0.05)
+    }
+    torch.testing.assert_close(by_ratio[1.0], by_ratio[0.4])
+    contrast = create_scorer("contrast").score_layer(layer_inputs()).log()
+    for ratio, power in ((0.25, 1.0), (0.1, 2.0), (0.05, 2.0)):
+        torch.testing.assert_close(by_ratio[ratio], by_ratio[1.0] + power * contrast)
+
+
+def test_a_rank_scores_its_own_heads_only(settings):
+    everything = create_scorer("surrogate", settings).score_layer(layer_inputs())
+    for head in range(HEADS):
+        own = create_scorer("surrogate", replace(settings, first_kv_head=head))
+        part = layer_inputs()
+        part = replace(part, keys=part.keys[head : head + 1], values=part.values[head : head + 1])
+        torch.testing.assert_close(own.score_layer(part), everything[head : head + 1])
 
 
 def test_the_surrogate_needs_its_file():

@@ -1,6 +1,7 @@
 """The surrogate's file: what comes back, what is refused, and what the shipped one is worth."""
 
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from safetensors.torch import save_file
 
 from vllm_kvzip.errors import ProfileError
 from vllm_kvzip.profile import ModelFingerprint, find_profile, profile_folders
-from vllm_kvzip.rotary import RotaryTables
 from vllm_kvzip.surrogate import (
     LayerSurrogate,
     load_surrogate,
@@ -30,7 +30,7 @@ def networks(width=3):
     torch.manual_seed(0)
     return [
         LayerSurrogate(
-            torch.randn(19, width), torch.randn(width), torch.randn(width, 2), torch.randn(2)
+            torch.randn(2, 11, width), torch.randn(2, width), torch.randn(2, width), torch.randn(2)
         )
         for _ in range(2)
     ]
@@ -44,22 +44,20 @@ def test_what_is_saved_comes_back(tmp_path):
             assert torch.equal(getattr(got, part), getattr(wanted, part))
 
 
-def test_features_hold_every_heads_keys_and_values_token_by_token():
+def test_features_hold_a_heads_own_key_and_value_token_by_token():
     keys, values = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
-    features = token_features(keys, values, None)
-    for token in range(5):
-        wanted = torch.cat([keys[0, token], keys[1, token], values[0, token], values[1, token]])
-        assert torch.equal(features[token, :16], wanted)
+    features = token_features(keys, values)
+    for head, token in product(range(2), range(5)):
+        wanted = torch.cat([keys[head, token], values[head, token]])
+        assert torch.equal(features[head, token, :8], wanted)
         recency = [math.exp(-(4 - token) / length) for length in (16, 64, 256)]
-        assert features[token, 16:].tolist() == pytest.approx(recency)
+        assert features[head, token, 8:].tolist() == pytest.approx(recency)
 
 
 def test_both_ways_to_compute_are_one():
     keys, values = torch.randn(2, 5, 4), torch.randn(2, 5, 4)
-    angles = torch.arange(5.0)[:, None] * torch.tensor([1.0, 0.2])
-    for rotary in (None, RotaryTables(angles.cos(), angles.sin())):
-        wanted = networks()[0].log_scores(token_features(keys, values, rotary))
-        torch.testing.assert_close(networks()[0].log_scores_of(keys, values, rotary), wanted)
+    wanted = networks()[0].log_scores(token_features(keys, values))
+    torch.testing.assert_close(networks()[0].log_scores_of(keys, values), wanted)
 
 
 def test_wrong_files_are_one_sentence(tmp_path):
@@ -80,7 +78,7 @@ def test_wrong_files_are_one_sentence(tmp_path):
     with pytest.raises(ProfileError, match="its head_dim is 4, the running model's is 8"):
         load_surrogate(path, other)
     save_surrogate(path, networks(), other, {})
-    with pytest.raises(ProfileError, match="do not read 35 numbers per token"):
+    with pytest.raises(ProfileError, match="no 2 networks a layer that read 19 numbers"):
         load_surrogate(path)
 
 
@@ -88,7 +86,7 @@ def test_training_finds_scores_that_the_features_tell():
     """Scores that are a function of keys and values: the fit must find it."""
 
     keys, values = torch.randn(2, 900, 4), torch.randn(2, 900, 4)
-    scores = torch.sigmoid(2 * keys[:, :, 0] + values[[1, 0], :, 2])[None]
+    scores = torch.sigmoid(2 * keys[:, :, 0] + values[:, :, 2])[None]
     trainer = SurrogateTrainer(1, 800, width=8, seed=0)
     trainer.add([(keys, values)], scores, None)
     assert agreement(trainer.fit(), [(keys, values)], scores, None, keep_ratio=0.3) > 0.93

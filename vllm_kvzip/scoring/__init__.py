@@ -1,6 +1,7 @@
 """How important is each KV pair? One scorer a file; ``base.py`` has the contract."""
 
 from vllm_kvzip.scoring import (
+    contrast,
     expected_attention,
     keydiff,
     knorm,
@@ -24,6 +25,7 @@ __all__ = [
     "Scorer",
     "ScorerSettings",
     "available_scorers",
+    "contrast",
     "create_scorer",
     "expected_attention",
     "keydiff",

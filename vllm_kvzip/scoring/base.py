@@ -33,10 +33,13 @@ class ScorerSettings:
     Attributes:
         observation_window_tokens: how many of the last prompt queries ``window`` looks at.
         surrogate: file of the trained networks, for scorers that want it.
+        first_kv_head: of the model's KV heads the first one that this worker has, as ranks share
+            them.
     """
 
     observation_window_tokens: int = 32
     surrogate: str | None = None
+    first_kv_head: int = 0
 
 
 class Scorer(ABC):

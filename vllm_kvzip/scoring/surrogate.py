@@ -1,4 +1,4 @@
-"""A network that was trained to predict KVzip's scores (after KVzap, arXiv 2601.07891)."""
+"""Networks that were trained to predict KVzip's scores (after KVzap, arXiv 2601.07891)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from vllm_kvzip.scoring.base import Scorer, ScorerSettings, register_scorer
+from vllm_kvzip.scoring.contrast import contrast
 from vllm_kvzip.surrogate import MIN_LOG_SCORE, load_surrogate
 
 if TYPE_CHECKING:
@@ -14,10 +15,25 @@ if TYPE_CHECKING:
     from vllm_kvzip.config import Budget
     from vllm_kvzip.core import LayerInputs
 
+MOST_CONTRAST = 2.0  # power of the contrast where little is kept
+CONTRAST_FROM, CONTRAST_FULLY = 0.4, 0.1  # keep ratios between which it comes in
+
+
+def contrast_power(keep_ratio: float) -> float:
+    """How much the contrast counts beside the predicted score: nothing from keep ratio 0.4 on.
+
+    Who keeps half of the pairs wants those that the model needs to repeat its context. Where only
+    the best few are kept, nearly all of them score high, and those that stand out are worth more.
+    """
+    share = (CONTRAST_FROM - keep_ratio) / (CONTRAST_FROM - CONTRAST_FULLY)
+    return MOST_CONTRAST * min(max(share, 0.0), 1.0)
+
 
 @register_scorer
 class SurrogateScorer(Scorer):
     """The predicted score of scorer ``kvzip``, for a small part of its cost.
+
+    Where little is kept it is multiplied by a power of scorer ``contrast``.
 
     Raises:
         ProfileError: if the file that the settings name is missing or broken.
@@ -37,11 +53,16 @@ class SurrogateScorer(Scorer):
         self._layers = load_surrogate(Path(settings.surrogate))
 
     def score_layer(self, inputs: LayerInputs) -> torch.Tensor:
-        """Float32 ``[H, T]``, in (0, 1]; ValueError when the values were not collected."""
+        """Float32 ``[H, T]``, positive; ValueError when the values were not collected."""
         if inputs.values is None:
             raise ValueError("Scorer 'surrogate' needs values.")
         network = self._layers[inputs.layer]
-        if network.mix.device != inputs.keys.device:
-            network = self._layers[inputs.layer] = network.to(inputs.keys.device)
-        predicted = network.log_scores_of(inputs.keys, inputs.values, inputs.rotary)
-        return predicted.clamp_(MIN_LOG_SCORE, 0.0).exp_().t().contiguous()
+        num_heads = len(inputs.keys)
+        if network.mix.device != inputs.keys.device or len(network.mix) != num_heads:
+            own = network.of_heads(self.settings.first_kv_head, num_heads)
+            network = self._layers[inputs.layer] = own.to(inputs.keys.device)
+        keys = inputs.unrotated_keys()
+        predicted = network.log_scores_of(keys, inputs.values).clamp_(MIN_LOG_SCORE, 0.0)
+        if power := contrast_power(inputs.keep_ratio):
+            predicted.add_(contrast(keys, inputs.values).log_(), alpha=power)
+        return predicted.exp_()

@@ -48,7 +48,7 @@ SCHEDULERS = {
 CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 32, 16
 SURROGATE_SUFFIX = ".safetensors"  # beside the profile, of the same name
 MOST_TIER_MISMATCH = 0.1  # of the bytes of a quantized KV pair
-DEFAULT_SCORER = "keydiff"
+DEFAULT_SCORER = "contrast"
 DEFAULT_BUDGET: Budget = "adaptive"
 
 
@@ -110,18 +110,19 @@ def _resolve(vllm_config: VllmConfig, config: KVzipConfig) -> Settings:
     if path is None and config.profile == "auto" and config.scorer is None:
         logger.warning(
             "No head profile matches this model, so scorer %s chooses; build one with "
-            "scripts/profile_heads.py for much better quality.",
+            "scripts/profile_heads.py for better quality.",
             DEFAULT_SCORER,
         )
     else:
         logger.info("Head profile: %s", path or "none")
-    scorer = config.scorer or ("profile" if path else DEFAULT_SCORER)
+    scorer = config.scorer or _default_scorer(path)
     try:
         scorer_type = scorer_class(scorer)
     except ValueError as error:
         raise ConfigError(f"scorer: {error}") from error
-    fallback: Budget = "profile" if path else DEFAULT_BUDGET
-    budget = config.budget or scorer_type.default_budget or fallback
+    budget = config.budget or scorer_type.default_budget
+    if budget is None:
+        budget = "profile" if path else DEFAULT_BUDGET
     if path is None:
         _refuse_what_needs_a_profile(scorer, scorer_type, budget)
     if config.prefill_budget is not None:
@@ -130,7 +131,7 @@ def _resolve(vllm_config: VllmConfig, config: KVzipConfig) -> Settings:
         check_scoring_passes(vllm_config, scorer)
     surrogate = None
     if path is not None and scorer_type.needs_surrogate:
-        surrogate = _surrogate_file(vllm_config, scorer, path)
+        surrogate = _surrogate_file(vllm_config, path)
     head_budgets, importance = _head_budgets(path, budget)
     settings = Settings(
         config=config,
@@ -179,16 +180,29 @@ def _refuse_what_needs_a_profile(scorer: str, scorer_type: type[Scorer], budget:
         )
 
 
-def _surrogate_file(vllm_config: VllmConfig, scorer: str, profile: Path) -> Path:
+def _default_scorer(profile: Path | None) -> str:
+    """The best scorer that costs next to nothing: trained networks, else none that need training.
+
+    The head budgets of a profile are no reason to take scorer ``profile``: on the real test model
+    they keep no more answers than chance does.
+    """
+    if profile is None:
+        return DEFAULT_SCORER
+    if profile.with_suffix(SURROGATE_SUFFIX).is_file():
+        return "surrogate"
+    logger.warning(
+        "Head profile %s has no networks of scorer surrogate beside it, so scorer %s chooses; "
+        "build it again with scripts/profile_heads.py for better quality.",
+        profile,
+        DEFAULT_SCORER,
+    )
+    return DEFAULT_SCORER
+
+
+def _surrogate_file(vllm_config: VllmConfig, profile: Path) -> Path:
     """The trained networks beside a head profile, once they are known to fit."""
     from vllm_kvzip.surrogate import load_surrogate
 
-    ranks = vllm_config.parallel_config.tensor_parallel_size
-    if ranks > 1:
-        raise ConfigError(
-            f"Scorer {scorer} reads all KV heads of a layer, and --tensor-parallel-size {ranks} "
-            f"spreads them; choose another scorer."
-        )
     path = profile.with_suffix(SURROGATE_SUFFIX).absolute()
     load_surrogate(path, model_fingerprint(vllm_config))
     return path

@@ -196,7 +196,11 @@ class HeadPageWorker(WorkerBase):
         cache = HeadPageCache(geometry, pool, pages, store, layer_index, quantization, scales)
         scorer = create_scorer(
             settings.scorer,
-            ScorerSettings(config.observation_window_tokens, settings.surrogate),
+            ScorerSettings(
+                config.observation_window_tokens,
+                settings.surrogate,
+                first_kv_head=get_tensor_model_parallel_rank() * spec.num_kv_heads,
+            ),
         )
         rotary = None
         if scorer.needs_rotary:

@@ -1,0 +1,56 @@
+"""How much a key stands out from its head's other keys, times how much its value carries."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch.nn.functional import normalize
+
+from vllm_kvzip.scoring.base import Scorer, register_scorer
+
+if TYPE_CHECKING:
+    from vllm_kvzip.config import Budget
+    from vllm_kvzip.core import LayerInputs
+
+SMALLEST = 1e-6  # a score's logarithm is taken where scores are combined
+
+
+def contrast(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Distance of each key from its head's mean direction, times the root of its value's norm.
+
+    Args:
+        keys: float32 ``[H, T, D]``, without their rotation.
+        values: float32 ``[H, T, D]``.
+
+    Returns:
+        float32 ``[H, T]``, positive.
+    """
+    keys = normalize(keys, dim=-1)
+    anchor = normalize(keys.mean(dim=1), dim=-1)
+    distance = 1.0 - torch.bmm(keys, anchor[..., None]).squeeze(-1)
+    weight: torch.Tensor = values.norm(dim=-1).sqrt_()
+    return distance.mul_(weight).clamp_(min=SMALLEST)
+
+
+@register_scorer
+class ContrastScorer(Scorer):
+    """KeyDiff's distance (arXiv 2504.15364, eq. 3) of keys without their rotation, and the value.
+
+    Rotation turns equal keys into different ones, so the distance of rotated keys says as much of
+    positions as of tokens. Taken off first, what stands out is what the token said. The norm of
+    the value weighs how much attending to it can change, and makes heads comparable. Needs neither
+    queries, nor a forward pass, nor training.
+    """
+
+    name: ClassVar[str] = "contrast"
+    scores_last: ClassVar[bool] = True
+    default_budget: ClassVar[Budget | None] = "adaptive"
+    needs_values: ClassVar[bool] = True
+    needs_rotary: ClassVar[bool] = True
+
+    def score_layer(self, inputs: LayerInputs) -> torch.Tensor:
+        """Float32 ``[H, T]``; ValueError when the values were not collected."""
+        if inputs.values is None:
+            raise ValueError("Scorer 'contrast' needs values.")
+        return contrast(inputs.unrotated_keys(), inputs.values)
