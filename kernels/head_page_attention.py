@@ -91,7 +91,8 @@ def attend_runs(
     ONE_TILE: tl.constexpr, ONE_RUN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     quantized_offsets=None, quantized_pages=None, code_book=None, rotation=None,
     key_transforms=None, quantized_stride=None, Q: tl.constexpr = None,
-    SPLIT: tl.constexpr = None, QUANTIZED_TOKENS: tl.constexpr = None,
+    SPLIT: tl.constexpr = None, FIRST: tl.constexpr = None,
+    QUANTIZED_TOKENS: tl.constexpr = None,
     KEY_FORMAT: tl.constexpr = None, KEY_DOUBLE: tl.constexpr = None,
     KEY_CODES: tl.constexpr = None, KEY_GROUP: tl.constexpr = None,
     KEY_SCALES: tl.constexpr = None, KEY_BLOCK: tl.constexpr = None,
@@ -161,10 +162,10 @@ def attend_runs(
             transform_row = tl.load(slots + request).to(tl.int64) * PAIRS + first_pair + head
             best, total, acc = attend_quantized(
                 q, best, total, acc, start, tl.minimum(end, quantized_tokens),
-                quantized_begin, key_transforms + transform_row * (2 * D),
+                quantized_begin, key_transforms + transform_row * ((2 + FIRST) * D),
                 quantized_pages, quantized_stride, code_book,
                 rotation, table_row, first_page, layer_stride, block_stride, log2_scale,
-                HEADS, PAIRS, D, D_PADDED, QUANTIZED_TOKENS, UPCAST, PRECISION, Q, SPLIT,
+                HEADS, PAIRS, D, D_PADDED, QUANTIZED_TOKENS, UPCAST, PRECISION, Q, SPLIT, FIRST,
                 KEY_FORMAT, KEY_DOUBLE, KEY_CODES, KEY_GROUP, KEY_SCALES, KEY_BLOCK,
                 VALUE_FORMAT, VALUE_DOUBLE, VALUE_CODES, VALUE_GROUP, VALUE_SCALES, VALUE_BLOCK,
             )  # fmt: skip

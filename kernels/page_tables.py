@@ -10,7 +10,8 @@ no page and boundary 0.
 A prefix may have a second tier, of quantized pages, S of which share a head page. The first page
 of that tier follows the last full-precision page of the last head, and its pages are dealt to the
 heads in the same order; that takes ``L * H + 1`` more numbers. Its keys lack the mean of their head
-and have their channels scaled, which takes ``2 * D`` numbers a head.
+and have their channels scaled, and its first W tokens lack a vector of their own in place of the
+mean, which takes ``(2 + W) * D`` numbers a head.
 
 Letters: L layers, H KV heads, G query heads per KV head, D head dim, N tokens per page, Q tokens
 per quantized page, S quantized pages per head page, R requests.
@@ -63,8 +64,9 @@ class PageTables:
         quantized_offsets: int32 ``[slots, L * H + 1]``, where each head's quantized pages begin in
             its prefix, counted in quantized pages; the first entry is S times the last one of
             ``offsets``. None: no quantized tier.
-        key_transforms: float32 ``[slots, L * H, 2, D]``, contiguous: mean and scale of the keys in
-            the quantized tier, which holds ``(key - mean) / scale``. None: no quantized tier.
+        key_transforms: float32 ``[slots, L * H, 2 + W, D]``, contiguous: mean and scale of the keys
+            in the quantized tier, which holds ``(key - mean) / scale``, and what stands in the
+            place of the mean for the head's first W quantized tokens. None: no quantized tier.
         split: S.
     """
 

@@ -87,6 +87,7 @@ def tier_arguments(
         "quantized_offsets": tables.quantized_offsets,
         "key_transforms": tables.key_transforms,
         "SPLIT": tables.split,
+        "FIRST": 0 if tables.key_transforms is None else tables.key_transforms.shape[2] - 2,
         "quantized_pages": quantized.pages,
         "code_book": book,
         "rotation": quantized.rotation,
@@ -128,7 +129,7 @@ def attend_quantized(
     block_stride, log2_scale,
     HEADS: tl.constexpr, PAIRS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
     TOKENS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLIT: tl.constexpr, FIRST: tl.constexpr,
     KEY_FORMAT: tl.constexpr, KEY_DOUBLE: tl.constexpr, KEY_CODES: tl.constexpr,
     KEY_GROUP: tl.constexpr, KEY_SCALES: tl.constexpr, KEY_BLOCK: tl.constexpr,
     VALUE_FORMAT: tl.constexpr, VALUE_DOUBLE: tl.constexpr, VALUE_CODES: tl.constexpr,
@@ -136,7 +137,7 @@ def attend_quantized(
 ):  # fmt: skip
     """Quantized tokens ``start`` to ``end`` of a pair, one at least; every row sees all of them.
 
-    ``q`` ``[ROWS, D_PADDED]``; ``key_transform`` points to mean and scale of the pair's keys.
+    ``q`` ``[ROWS, D_PADDED]``; ``key_transform`` points to mean, scale and first keys of the pair.
     Nothing may have been summed up before, as ``acc`` is rotated back. Returns ``best``, ``total``
     and ``acc``, see :func:`weigh_tile`.
     """
@@ -166,6 +167,13 @@ def attend_quantized(
             D, D_PADDED,
         ).to(q.dtype)  # fmt: skip
         logits = tl.dot(turned, tl.trans(k), input_precision=PRECISION) + offset[:, None]
+        if FIRST > 0:
+            if position < FIRST:  # of the first run alone
+                for number in tl.static_range(FIRST):
+                    row = key_transform + (2 + number) * D
+                    own = tl.load(row + dims, mask=dims < D, other=0.0) - mean
+                    more = tl.sum(wide * own[None, :], 1)
+                    logits += tl.where((tokens == number)[None, :], more[:, None], 0.0)
         logits *= log2_scale
         logits = tl.where(wanted[None, :], logits, float("-inf"))
         best, total, acc, weights = weigh_tile(best, total, acc, logits)

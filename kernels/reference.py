@@ -19,7 +19,7 @@ class DecodedPages:
     Attributes:
         keys, values: ``[P * S, Q, D]``, as the pages hold them, so rotated where they are.
         rotation: ``[D, D]``, by whose transpose keys and values were multiplied; None: by nothing.
-        transforms: ``[slots, L * H, 2, D]``, mean and scale that were taken off keys before.
+        transforms: ``[slots, L * H, 2 + W, D]``, what keys lack; see ``PageTables``.
     """
 
     keys: torch.Tensor
@@ -34,8 +34,11 @@ class DecodedPages:
         found = [gather_pages(half, page_ids, num_tokens) for half in (self.keys, self.values)]
         if self.rotation is not None:
             found = [half @ self.rotation for half in found]
-        mean, scale = self.transforms[slot, pair]
-        return found[0] * scale + mean, found[1]
+        mean, scale, *first = self.transforms[slot, pair]
+        means = mean.repeat(num_tokens, 1)
+        for number, own in enumerate(first[:num_tokens]):
+            means[number] = own
+        return found[0] * scale + means, found[1]
 
 
 def dealt_pages(tables: PageTables, request: int, index: torch.Tensor) -> torch.Tensor:

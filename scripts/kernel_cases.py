@@ -205,6 +205,7 @@ def make_case(
     poison: bool = False,
     layout: PageLayout | None = None,
     rotated: bool = False,
+    num_first: int = 4,
     eight_bits: Literal["none", "pages", "queries too"] = "none",
 ) -> Case:
     """A batch whose blocks and head pages lie anywhere in the pool.
@@ -219,6 +220,7 @@ def make_case(
         layout: of the pages of a quantized tier, a head page or an equal part of one; there is no
             such tier when None.
         rotated: that tier holds rotated keys and values.
+        num_first: W, tokens of that tier with a mean of their own.
         eight_bits: what is stored as float8_e4m3fn, with scales of its own in each layer and head.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -260,9 +262,10 @@ def make_case(
         quantized_offsets[slots[row]] = split * int(kept[row].sum())
         quantized_offsets[slots[row], 1:] += quantized[row].flatten().cumsum(0).int()
         boundaries[slots[row]] = asked.boundary_blocks
-    transforms = torch.full((len(offsets), per_block, 2, shape.head_dim), float("nan"))
+    transforms = torch.full((len(offsets), per_block, 2 + num_first, shape.head_dim), float("nan"))
     in_use = (len(slots), per_block, shape.head_dim)
-    transforms[slots, :, 0] = 3 * torch.randn(in_use, generator=generator)
+    for row in range(2 + num_first):
+        transforms[slots, :, row] = 3 * torch.randn(in_use, generator=generator)
     transforms[slots, :, 1] = 2.0 ** torch.randint(4, in_use, generator=generator)
     lens = torch.tensor([asked.seq_len for asked in requests], dtype=torch.int32)
     tables = PageTables(

@@ -71,7 +71,7 @@ class TierBudgetBuilder:
             whole = keys.shape[1] // page_tokens * page_tokens
             if not whole:
                 continue
-            keys = KeyTransform.fit(keys).apply(keys)
+            keys = KeyTransform.fit(keys).apply(keys, torch.arange(keys.shape[1]))
             shape = (-1, page_tokens, keys.shape[2])
             rows = [half[:, :whole].reshape(shape) for half in (keys, values)]
             found = unpack_pages(self._quantization.pack(*rows), self._quantization.layout)

@@ -221,10 +221,9 @@ class PackedPages:
                 read(pages)[heads[:, None], positions.clamp(min=0)].float()
                 for read in (self._keys.read, self._values.read)
             )
-            keys = transform.at(layer).at(heads).apply(keys)
-            empty = positions[..., None] < 0
-            packed = self._packer.pack(keys.masked_fill_(empty, 0), values.masked_fill_(empty, 0))
-            self._quantized[targets[own]] = packed
+            keys = transform.at(layer).at(heads).apply(keys, positions)
+            values.masked_fill_(positions[..., None] < 0, 0.0)
+            self._quantized[targets[own]] = self._packer.pack(keys, values)
         return targets
 
 

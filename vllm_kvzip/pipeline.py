@@ -166,6 +166,7 @@ class Compressor:
             behind = take_behind(order, taken, quantized, page_tokens, num_quantized)
             total = plan.num_compressed_blocks * geometry.pages_per_block
             targets = deal_pages(self._on_device(target_blocks), total, self._pool)
+            transform = transform.where_first(full == 0)  # else those are kept as they are
         with stages.stage("compact"):
             self._store.compact(sources, keep, targets[:num_full])
         with stages.stage("quantize"):
@@ -200,7 +201,7 @@ class Compressor:
     ) -> tuple[torch.Tensor, KeyTransform | None]:
         """Scores of the raw blocks, float32 ``[L, H, T]``; what quantized keys are freed of.
 
-        Sinks are left out of the latter: their keys are unlike all others.
+        Sinks are left out of the mean.
         """
         geometry, store = self._geometry, self._store
         num_sinks, _ = self._rule.protected_in_prefix(plan.boundary_tokens)
@@ -228,7 +229,7 @@ class Compressor:
             )
             scores[layer] = self._scorer.score_layer(inputs)
             if plan.num_quantized_blocks:
-                transforms.append(KeyTransform.fit(inputs.keys[:, num_sinks:]))
+                transforms.append(KeyTransform.fit(inputs.keys, num_sinks))
         return scores, KeyTransform.stack(transforms) if transforms else None
 
 

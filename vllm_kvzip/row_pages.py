@@ -8,11 +8,11 @@ import torch
 
 from vllm_kvzip.kernels.compaction import compact_pages
 from vllm_kvzip.kernels.quantized_pages import quantize_pages
-from vllm_kvzip.key_transform import KeyTransform
 from vllm_kvzip.stored_scales import KEYS, VALUES
 
 if TYPE_CHECKING:
     from vllm_kvzip.core import KeepPlan, QuantizedKeepPlan
+    from vllm_kvzip.key_transform import KeyTransform
     from vllm_kvzip.quantization import Quantization
     from vllm_kvzip.stored_scales import StoredScales
 
@@ -95,7 +95,7 @@ class RowPages:
         assert self._quantization is not None and self._quantized is not None
         layout, turn = self._quantization.layout, self._quantization.turn
         targets = self._quantization.page_ids(targets)
-        by_pair = KeyTransform(transform.mean.flatten(0, 1), transform.scale.flatten(0, 1))
+        by_pair = transform.flat
         by_head = sources.flatten(0, 1)
         heads = torch.arange(len(by_head), device=self.device)
         heads = heads.repeat_interleave(keep.pages.flatten(), output_size=len(targets))
@@ -109,7 +109,7 @@ class RowPages:
                 self._rows(half, which, pages, index, heads[part])
                 for half, which in ((self._keys, KEYS), (self._values, VALUES))
             )
-            keys = by_pair.at(heads[part]).apply(keys.float())
+            keys = by_pair.at(heads[part]).apply(keys.float(), positions)
             keys, values = (turn(half.flatten(0, 1)) for half in (keys, values))
             rows = torch.arange(positions.numel(), device=self.device).view_as(positions)
             rows = torch.where(positions < 0, -1, rows)

@@ -140,7 +140,7 @@ class TieredAttention:
             queries: ``[S, M, D]``.
             quantized: quantized pages; every row sees their tokens.
             num_quantized: int64 ``[S]``, tokens in them.
-            transform: ``[S, D]``, of their keys.
+            transform: ``[S]``, of their keys.
             full: ordinary pages, the sequence's own latest tokens included.
             seen: int64 ``[S, M]``, how many tokens of these each row sees.
 
@@ -151,9 +151,13 @@ class TieredAttention:
         reader = self.reader
         softmax = RunningSoftmax(self._inward(transform.queries(scaled)), transform.offsets(scaled))
         page_tokens, head_dim = reader.layout.page_tokens, reader.layout.head_dim
+        shift = self._inward(transform.first_shift())
+        width = min(shift.shape[1], page_tokens)
         for part in _parts(len(quantized.ids), page_tokens * head_dim):
             keys, values = reader.read(self.read_quantized(quantized.ids[part]))
             owners = quantized.owners[part]
+            begins = (quantized.first[part] == 0).nonzero().flatten()
+            keys[begins, :width] += shift[owners[begins], :width]
             tokens = num_quantized[owners] - quantized.first[part]
             softmax.add(keys, values, owners, tokens[:, None])
         softmax.queries, softmax.offsets = scaled, None
@@ -185,7 +189,7 @@ class TieredAttention:
             queries: ``[G, M, D]``, query heads that share the sequence's KV head.
             quantized_ids: int64, its quantized pages.
             num_quantized: tokens in them.
-            transform: ``[D]``, of their keys.
+            transform: of their keys.
             full_ids: int64, its ordinary pages, those of the query rows included.
             num_full: tokens in them.
 
@@ -196,11 +200,14 @@ class TieredAttention:
         queries = queries.float().contiguous()
         parts: list[tuple[torch.Tensor, torch.Tensor]] = []
         if num_quantized:
-            keys, values = self.reader.read(self.read_quantized(quantized_ids))
+            read = self.reader.read(self.read_quantized(quantized_ids))
+            keys, values = (half.flatten(0, 1)[:num_quantized] for half in read)
+            shift = self._inward(transform.first_shift())[:num_quantized]
+            keys[: len(shift)] += shift
             attended, log = attend_with_normaliser(
                 self._inward(transform.queries(queries)).view(1, -1, head_dim),
-                keys.view(1, -1, head_dim)[:, :num_quantized],
-                values.view(1, -1, head_dim)[:, :num_quantized],
+                keys[None],
+                values[None],
                 self.scale,
                 causal=False,
             )
@@ -221,7 +228,7 @@ class TieredAttention:
         return _join(parts)
 
     def _inward(self, queries: torch.Tensor) -> torch.Tensor:
-        """Queries as quantized keys want them."""
+        """Queries as quantized keys want them, or what is added to such keys."""
         turned = rotate(queries) if self.rotated else queries
         return turned[..., self.reader.key_order].contiguous()
 

@@ -41,7 +41,9 @@ class TieredWorld:
         )  # fmt: skip
         self.pages = torch.full((NUM_BLOCKS * LAYERS * HEADS, 2 * BLOCK * DIM), float("nan"))
         self.store = make_store(self.pages, self.quantization)
-        self.cache = HeadPageCache(GEOMETRY, POOL, self.pages, self.store, NAMES, self.quantization)
+        self.cache = HeadPageCache(
+            GEOMETRY, POOL, self.pages, self.store, NAMES, self.quantization, num_first=2
+        )
         tiers = TierRule(
             mode, BLOCK, self.quantization.layout.page_tokens, full_share=0.6,
             split=self.quantization.split,

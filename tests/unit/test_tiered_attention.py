@@ -50,12 +50,11 @@ class Pool:
         self.transform = KeyTransform(
             torch.randn(num_sequences, head_dim) * 5,
             2.0 ** torch.randint(3, (num_sequences, head_dim)),
+            torch.randn(num_sequences, 3, head_dim) * 5,
         )
         for number in range(num_sequences):
             of_keys = self.transform.at(number)
             keys, values = torch.randn(2, quantized[number], head_dim) * 2
-            exact = keys * of_keys.scale + of_keys.mean
-            keys = of_keys.apply(exact)
             own = torch.arange(first, first + num_pages[number])
             first += num_pages[number]
             held = keys, values

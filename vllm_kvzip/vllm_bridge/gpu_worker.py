@@ -12,6 +12,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_kvzip.clocks import CudaClock
 from vllm_kvzip.kernels.column_maximum import column_maximum
+from vllm_kvzip.key_transform import num_first
 from vllm_kvzip.row_pages import PAGES_AT_ONCE, RowPages
 from vllm_kvzip.vllm_bridge.gpu_attention import (
     HeadPageBuilder,
@@ -68,15 +69,16 @@ def compression_bytes(
     return num_kv_heads * num_tokens * (num_layers * of_pair + head_dim * LAYER_BYTES) + at_once
 
 
-def transform_bytes(max_requests: int, num_pairs: int, head_dim: int) -> int:
+def transform_bytes(max_requests: int, num_pairs: int, head_dim: int, num_first: int) -> int:
     """Bytes of what quantized keys were freed of, which kernels read from buffers by request.
 
     Args:
         max_requests: most requests of a batch; one more slot is for requests without a prefix.
         num_pairs: L * H of this worker.
         head_dim: D.
+        num_first: W, first tokens with a mean of their own.
     """
-    return 2 * 4 * (1 + max_requests) * num_pairs * head_dim
+    return (2 + num_first) * 4 * (1 + max_requests) * num_pairs * head_dim
 
 
 class TritonPath(HeadPageWorker):
@@ -105,7 +107,10 @@ class TritonPath(HeadPageWorker):
         if quantization is not None:
             pairs = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
             needed += transform_bytes(
-                self.scheduler_config.max_num_seqs, pairs, model.get_head_size()
+                self.scheduler_config.max_num_seqs,
+                pairs,
+                model.get_head_size(),
+                num_first(self._kvzip_settings.config.sink_tokens),
             )
         logger.info("KV compression sets %.2f GiB aside for its own tensors.", needed / 2**30)
         return max(0, available - needed)

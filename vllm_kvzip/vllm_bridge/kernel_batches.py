@@ -95,6 +95,7 @@ class KernelBatcher:
         query_dtype, dtype: of queries and of outputs.
         place: of the pages of a block.
         quantized_split: quantized pages of a head page.
+        num_first: see :class:`HeadPageCache`.
 
     Raises:
         UnsupportedError: for an element order that is no view of ``[N, D]``.
@@ -120,11 +121,13 @@ class KernelBatcher:
         )
         self.quantized = _read_quantized(cache, self.dtype)
         self._quantized_offsets = self._key_transforms = None
+        self.num_first = cache.num_first
         self.quantized_split = 1
         if cache.quantization is not None:
             self.quantized_split = cache.quantization.split
             self._quantized_offsets = self._offsets.clone()
-            shape = (num_slots, geometry.pages_per_block, 2, geometry.head_dim)
+            rows = 2 + cache.num_first
+            shape = (num_slots, geometry.pages_per_block, rows, geometry.head_dim)
             self._key_transforms = torch.zeros(shape, dtype=torch.float32, device=device)
         self._boundaries = torch.zeros(num_slots, dtype=torch.int32, device=device)
         self._slots = torch.zeros(max_requests, dtype=torch.int32, device=device)
@@ -211,8 +214,7 @@ class KernelBatcher:
             self._quantized_offsets[slot].copy_(state.prefix.quantized_offsets, non_blocking=True)
         if (transform := state.prefix.key_transform) is not None:
             assert self._key_transforms is not None
-            for number, part in enumerate((transform.mean, transform.scale)):
-                self._key_transforms[slot, :, number].copy_(part.flatten(0, 1), non_blocking=True)
+            self._key_transforms[slot].copy_(transform.flat.packed, non_blocking=True)
         self._boundaries[slot].fill_(state.plan.num_prefix_blocks)
         return slot
 

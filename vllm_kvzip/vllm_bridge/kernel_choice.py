@@ -85,7 +85,7 @@ def make_up_step(
     if batcher.quantized is not None:
         rest = -(-(prefix_blocks - kept) * size // batcher.quantized.layout.page_tokens)
         quantized = (batcher.quantized_split * kept * geometry.pages_per_block + rest * pairs)[None]
-        shape = (1, geometry.pages_per_block, 2, geometry.head_dim)
+        shape = (1, geometry.pages_per_block, 2 + batcher.num_first, geometry.head_dim)
         transforms = torch.ones(shape, dtype=torch.float32, device=device)
     tables = PageTables(
         offsets=kept * pairs[None],

@@ -33,7 +33,7 @@ class QuantizedTier:
     Attributes:
         layers: of each layer, ordered by pair ``r * H + h``.
         num_tokens: int64 ``[L, R * H]``, tokens in them.
-        transform: ``[L, R * H, D]``, of their keys; changes nothing where there are none.
+        transform: ``[L, R * H]``, of their keys; changes nothing where there are none.
     """
 
     layers: list[TierPages]
@@ -54,6 +54,11 @@ class TieredReader:
         self.layer_index = cache.layer_index
         self._store = cache.store
         self._bytes = cache.quantization.pages_of(cache.pages)
+        geometry = cache.geometry
+        keys = torch.zeros(
+            geometry.num_layers, geometry.num_kv_heads, cache.num_first, geometry.head_dim
+        )
+        self._unchanged = KeyTransform.fit(keys, cache.num_first)
         self._reader = PageReader(cache.quantization.layout)
         self._rotated = cache.quantization.rotated
 
@@ -82,20 +87,17 @@ class TieredReader:
         geometry, page_tokens = self.geometry, self._reader.layout.page_tokens
         num_layers, num_heads = geometry.num_layers, geometry.num_kv_heads
         num_tokens = torch.zeros(num_layers, len(states), num_heads, dtype=torch.int64)
-        mean = torch.zeros(*num_tokens.shape, geometry.head_dim)
-        scale = torch.ones_like(mean)
+        parts = []
         ids, layers, owners, first = [], [], [], []
         for number, state in enumerate(states):
             prefix = state.prefix
+            parts.append(prefix.key_transform or self._unchanged)
             if prefix.quantized_pages is None or prefix.quantized_page_ids is None:
                 continue
             boundary = state.plan.boundary_tokens
             num_tokens[:, number] = quantized_tokens(
                 prefix, boundary, geometry.block_size, page_tokens
             )
-            assert prefix.key_transform is not None
-            mean[:, number] = prefix.key_transform.mean
-            scale[:, number] = prefix.key_transform.scale
             counts = prefix.quantized_pages.flatten()
             heads = torch.arange(len(counts)).repeat_interleave(counts)
             index = torch.arange(len(heads)) - (counts.cumsum(0) - counts)[heads]
@@ -110,8 +112,7 @@ class TieredReader:
         sizes = torch.bincount(by_layer, minlength=num_layers).tolist()
         columns = [torch.cat(column)[order].split(sizes) for column in (ids, owners, first)]
         tiers = [TierPages(*of_layer) for of_layer in zip(*columns, strict=True)]
-        transform = KeyTransform(mean.flatten(1, 2), scale.flatten(1, 2))
-        return QuantizedTier(tiers, num_tokens.flatten(1), transform)
+        return QuantizedTier(tiers, num_tokens.flatten(1), KeyTransform.join(parts))
 
 
 @dataclass(frozen=True)
