@@ -90,7 +90,9 @@ def attend_runs(
     ROWS: tl.constexpr, TOKENS: tl.constexpr, LEAST: tl.constexpr,
     ONE_TILE: tl.constexpr, ONE_RUN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     quantized_offsets=None, quantized_pages=None, code_book=None, rotation=None,
-    quantized_stride=None, Q: tl.constexpr = None, QUANTIZED_TOKENS: tl.constexpr = None,
+    key_transforms=None, quantized_stride=None, Q: tl.constexpr = None,
+    SPLIT: tl.constexpr = None, FIRST: tl.constexpr = None,
+    QUANTIZED_TOKENS: tl.constexpr = None,
     KEY_FORMAT: tl.constexpr = None, KEY_DOUBLE: tl.constexpr = None,
     KEY_CODES: tl.constexpr = None, KEY_GROUP: tl.constexpr = None,
     KEY_SCALES: tl.constexpr = None, KEY_BLOCK: tl.constexpr = None,
@@ -117,7 +119,7 @@ def attend_runs(
         offsets, boundaries, slots, seq_lens, request, first_pair + head, PAIRS, N
     )
     if quantized_offsets is not None:
-        quantized_begin, num_quantized, quantized_tokens = find_quantized(
+        quantized_begin, quantized_tokens = find_quantized(
             quantized_offsets, slots, request, first_pair + head, num_pages, boundary, PAIRS, N, Q
         )
         num_tokens += quantized_tokens
@@ -157,11 +159,13 @@ def attend_runs(
     acc = tl.zeros([ROWS, D_PADDED], tl.float32)
     if quantized_offsets is not None:
         if start < quantized_tokens:
+            transform_row = tl.load(slots + request).to(tl.int64) * PAIRS + first_pair + head
             best, total, acc = attend_quantized(
                 q, best, total, acc, start, tl.minimum(end, quantized_tokens),
-                quantized_begin, num_quantized, quantized_pages, quantized_stride, code_book,
+                quantized_begin, key_transforms + transform_row * ((2 + FIRST) * D),
+                quantized_pages, quantized_stride, code_book,
                 rotation, table_row, first_page, layer_stride, block_stride, log2_scale,
-                HEADS, PAIRS, D, D_PADDED, QUANTIZED_TOKENS, UPCAST, PRECISION, Q,
+                HEADS, PAIRS, D, D_PADDED, QUANTIZED_TOKENS, UPCAST, PRECISION, Q, SPLIT, FIRST,
                 KEY_FORMAT, KEY_DOUBLE, KEY_CODES, KEY_GROUP, KEY_SCALES, KEY_BLOCK,
                 VALUE_FORMAT, VALUE_DOUBLE, VALUE_CODES, VALUE_GROUP, VALUE_SCALES, VALUE_BLOCK,
             )  # fmt: skip
@@ -235,7 +239,7 @@ def join_runs(
         offsets, boundaries, slots, seq_lens, request, pair, PAIRS, N
     )
     if quantized_offsets is not None:
-        _, _, quantized_tokens = find_quantized(
+        _, quantized_tokens = find_quantized(
             quantized_offsets, slots, request, pair, num_pages, boundary, PAIRS, N, Q
         )
         num_tokens += quantized_tokens
@@ -308,11 +312,13 @@ def head_page_attention(
         ``output``.
 
     Raises:
-        ValueError: if only one of ``quantized`` and ``tables.quantized_offsets`` is given, the
-            quantized pages do not suit the queries, or 8-bit numbers have no scales.
+        ValueError: if only some of ``quantized``, ``tables.quantized_offsets`` and
+            ``tables.key_transforms`` are given, the quantized pages do not suit the queries, or
+            8-bit numbers have no scales.
     """
-    if (quantized is None) != (tables.quantized_offsets is None):
-        raise ValueError("quantized pages and their offsets go together")
+    of_tier = quantized, tables.quantized_offsets, tables.key_transforms
+    if len({part is None for part in of_tier}) > 1:
+        raise ValueError("quantized pages, their offsets and key transforms go together")
     if output is None:
         output = torch.empty_like(query)
     dtype = output.dtype

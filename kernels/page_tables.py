@@ -7,12 +7,14 @@ stored of a prefix is where each head's share begins: ``L * H + 1`` numbers. Ker
 rest; nothing is laid out per layer or per step. A request without a compressed prefix has shares of
 no page and boundary 0.
 
-A prefix may have a second tier, of quantized pages. The first page of that tier follows the last
-full-precision page of the last head, and its pages are dealt to the heads in the same order; that
-takes ``L * H + 1`` more numbers.
+A prefix may have a second tier, of quantized pages, S of which share a head page. The first page
+of that tier follows the last full-precision page of the last head, and its pages are dealt to the
+heads in the same order; that takes ``L * H + 1`` more numbers. Its keys lack the mean of their head
+and have their channels scaled, and its first W tokens lack a vector of their own in place of the
+mean, which takes ``(2 + W) * D`` numbers a head.
 
 Letters: L layers, H KV heads, G query heads per KV head, D head dim, N tokens per page, Q tokens
-per quantized page, R requests.
+per quantized page, S quantized pages per head page, R requests.
 """
 
 from __future__ import annotations
@@ -44,9 +46,10 @@ class PageTables:
     ``offsets[s, l * H + h]`` to ``offsets[s, l * H + h + 1]`` of its prefix, all of them full, then
     over the blocks of ``block_table[r]`` from ``boundary_blocks[s]`` on.
 
-    With a quantized tier it attends over pages ``quantized_offsets[s, l * H + h]`` to
-    ``quantized_offsets[s, l * H + h + 1]`` besides. All are full, but that no head has more tokens
-    in its prefix than ``N * boundary_blocks[s]``: its last quantized pages hold fewer, or none.
+    With a quantized tier it attends over quantized pages ``quantized_offsets[s, l * H + h]`` to
+    ``quantized_offsets[s, l * H + h + 1]`` besides; number ``i`` of them is part ``i % S`` of head
+    page ``i // S`` of the prefix. All are full, but that no head has more tokens in its prefix than
+    ``N * boundary_blocks[s]``: its last quantized pages hold fewer, or none.
 
     Attributes:
         offsets: int32 ``[slots, L * H + 1]``, where each head's pages begin in its prefix.
@@ -59,7 +62,12 @@ class PageTables:
         num_kv_heads: H.
         page_tokens: N.
         quantized_offsets: int32 ``[slots, L * H + 1]``, where each head's quantized pages begin in
-            its prefix; the first entry is the last one of ``offsets``. None: no quantized tier.
+            its prefix, counted in quantized pages; the first entry is S times the last one of
+            ``offsets``. None: no quantized tier.
+        key_transforms: float32 ``[slots, L * H, 2 + W, D]``, contiguous: mean and scale of the keys
+            in the quantized tier, which holds ``(key - mean) / scale``, and what stands in the
+            place of the mean for the head's first W quantized tokens. None: no quantized tier.
+        split: S.
     """
 
     offsets: torch.Tensor
@@ -71,6 +79,8 @@ class PageTables:
     num_kv_heads: int
     page_tokens: int
     quantized_offsets: torch.Tensor | None = None
+    key_transforms: torch.Tensor | None = None
+    split: int = 1
 
     @property
     def pages_per_block(self) -> int:
@@ -105,7 +115,7 @@ def find_quantized(
     quantized_offsets, slots, request, pair, num_pages, boundary,
     PAIRS: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
-    """Where a pair's quantized pages begin, how many there are, and the tokens in them.
+    """Where a pair's quantized pages begin, and how many tokens are in them.
 
     ``num_pages`` and ``boundary`` are what :func:`find_pair` found.
     """
@@ -113,7 +123,7 @@ def find_quantized(
     begin = tl.load(row)
     num_quantized = tl.load(row + 1) - begin
     room = tl.maximum((boundary - num_pages) * N, 0)
-    return begin, num_quantized, tl.minimum(num_quantized * Q, room)
+    return begin, tl.minimum(num_quantized * Q, room)
 
 
 @triton.jit
@@ -132,3 +142,17 @@ def find_pages(
     local = index % PAIRS
     owner = first_page + (local // HEADS).to(tl.int64) * layer_stride + local % HEADS
     return block.to(tl.int64) * block_stride + tl.where(compressed, owner, tail_page)
+
+
+@triton.jit
+def find_quantized_pages(
+    page, wanted, begin, table_row, first_page, layer_stride, block_stride,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Ids, int64, of the quantized pages number ``page`` of a pair whose first is ``begin``."""
+    index = begin + page
+    whole = index // SPLIT
+    block = tl.load(table_row + whole // PAIRS, mask=wanted, other=0)
+    local = whole % PAIRS
+    owner = first_page + (local // HEADS).to(tl.int64) * layer_stride + local % HEADS
+    return (block.to(tl.int64) * block_stride + owner) * SPLIT + index % SPLIT

@@ -3,6 +3,8 @@
 Tiles of bytes are decoded where they are used and multiplied in the dtype of the queries. Rotated
 pages keep keys and values rotated: queries are rotated once before the first tile, so that their
 products with keys are the same, and the weighted sum of values is rotated back once after the last.
+Keys lack their mean, and their channels are scaled: queries are scaled the other way before they
+are rotated, and their products with the mean go to the logits, once a program.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .online_softmax import weigh_tile
-from .page_tables import find_pages
+from .page_tables import find_quantized_pages
 from .quantized_tiles import load_quantized, page_constants
 
 if TYPE_CHECKING:
@@ -33,12 +35,12 @@ class QuantizedPages:
     """How the pages of the quantized tier are read.
 
     Attributes:
-        pages: uint8 ``[P, page_bytes]``, the pool as bytes, rows contiguous, 16 bytes aligned.
+        pages: uint8 ``[P * S, page_bytes]``, the pool as bytes, rows contiguous, 16 bytes aligned.
         layout: of a page.
         code_book: float16 ``[16]``, of the formats that have one; where the pages are.
         rotation: ``[D, D]``, contiguous, in the dtype of the model: orthonormal, and the pages
-            hold ``keys @ rotation.T`` and ``values @ rotation.T``. None: they hold them as they
-            are.
+            hold ``keys @ rotation.T`` and ``values @ rotation.T``, with the keys' mean and scale
+            taken off before. None: without rotation.
     """
 
     pages: torch.Tensor
@@ -83,6 +85,9 @@ def tier_arguments(
     book = quantized.pages if quantized.code_book is None else quantized.code_book
     return {
         "quantized_offsets": tables.quantized_offsets,
+        "key_transforms": tables.key_transforms,
+        "SPLIT": tables.split,
+        "FIRST": 0 if tables.key_transforms is None else tables.key_transforms.shape[2] - 2,
         "quantized_pages": quantized.pages,
         "code_book": book,
         "rotation": quantized.rotation,
@@ -119,11 +124,12 @@ def rotate_rows(
 
 @triton.jit
 def attend_quantized(
-    q, best, total, acc, start, end, begin, num_pages,
+    q, best, total, acc, start, end, begin, key_transform,
     quantized_pages, quantized_stride, code_book, rotation, table_row, first_page, layer_stride,
     block_stride, log2_scale,
     HEADS: tl.constexpr, PAIRS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
     TOKENS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr,
+    SPLIT: tl.constexpr, FIRST: tl.constexpr,
     KEY_FORMAT: tl.constexpr, KEY_DOUBLE: tl.constexpr, KEY_CODES: tl.constexpr,
     KEY_GROUP: tl.constexpr, KEY_SCALES: tl.constexpr, KEY_BLOCK: tl.constexpr,
     VALUE_FORMAT: tl.constexpr, VALUE_DOUBLE: tl.constexpr, VALUE_CODES: tl.constexpr,
@@ -131,18 +137,24 @@ def attend_quantized(
 ):  # fmt: skip
     """Quantized tokens ``start`` to ``end`` of a pair, one at least; every row sees all of them.
 
-    ``q`` ``[ROWS, D_PADDED]``. Nothing may have been summed up before, as ``acc`` is rotated back.
-    Returns ``best``, ``total`` and ``acc``, see :func:`weigh_tile`.
+    ``q`` ``[ROWS, D_PADDED]``; ``key_transform`` points to mean, scale and first keys of the pair.
+    Nothing may have been summed up before, as ``acc`` is rotated back. Returns ``best``, ``total``
+    and ``acc``, see :func:`weigh_tile`.
     """
-    turned = q
+    dims = tl.arange(0, D_PADDED)
+    mean = tl.load(key_transform + dims, mask=dims < D, other=0.0)
+    factor = tl.load(key_transform + D + dims, mask=dims < D, other=0.0)
+    wide = q.to(tl.float32)
+    offset = tl.sum(wide * mean[None, :], 1)
+    turned = (wide * factor[None, :]).to(q.dtype)
     if rotation is not None:
-        turned = rotate_rows(q, rotation, False, D, D_PADDED, UPCAST, PRECISION).to(q.dtype)
+        turned = rotate_rows(turned, rotation, False, D, D_PADDED, UPCAST, PRECISION).to(q.dtype)
     for position in tl.range(start, end, TOKENS, num_stages=STAGES):
         tokens = position + tl.arange(0, TOKENS)
         wanted = tokens < end
-        page = find_pages(
-            tokens // Q, wanted, begin, num_pages, 0, table_row, first_page, first_page,
-            layer_stride, block_stride, HEADS, PAIRS,
+        page = find_quantized_pages(
+            tokens // Q, wanted, begin, table_row, first_page, layer_stride, block_stride,
+            HEADS, PAIRS, SPLIT,
         )  # fmt: skip
         in_page = tokens % Q
         k = load_quantized(
@@ -154,7 +166,15 @@ def attend_quantized(
             VALUE_FORMAT, VALUE_DOUBLE, VALUE_CODES, VALUE_GROUP, VALUE_SCALES, VALUE_BLOCK,
             D, D_PADDED,
         ).to(q.dtype)  # fmt: skip
-        logits = tl.dot(turned, tl.trans(k), input_precision=PRECISION) * log2_scale
+        logits = tl.dot(turned, tl.trans(k), input_precision=PRECISION) + offset[:, None]
+        if FIRST > 0:
+            if position < FIRST:  # of the first run alone
+                for number in tl.static_range(FIRST):
+                    row = key_transform + (2 + number) * D
+                    own = tl.load(row + dims, mask=dims < D, other=0.0) - mean
+                    more = tl.sum(wide * own[None, :], 1)
+                    logits += tl.where((tokens == number)[None, :], more[:, None], 0.0)
+        logits *= log2_scale
         logits = tl.where(wanted[None, :], logits, float("-inf"))
         best, total, acc, weights = weigh_tile(best, total, acc, logits)
         acc += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)

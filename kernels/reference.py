@@ -17,27 +17,34 @@ class DecodedPages:
     """The quantized tier of a pool, decoded page by page.
 
     Attributes:
-        keys, values: ``[P, Q, D]``, as the pages hold them, so rotated where they are.
+        keys, values: ``[P * S, Q, D]``, as the pages hold them, so rotated where they are.
         rotation: ``[D, D]``, by whose transpose keys and values were multiplied; None: by nothing.
+        transforms: ``[slots, L * H, 2 + W, D]``, what keys lack; see ``PageTables``.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
-    rotation: torch.Tensor | None = None
+    rotation: torch.Tensor | None
+    transforms: torch.Tensor
 
-    def rows(self, page_ids: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of some pages' first tokens, ``[num_tokens, D]``, rotated back."""
+    def rows(
+        self, page_ids: torch.Tensor, num_tokens: int, slot: int, pair: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of some pages' first tokens as they were, ``[num_tokens, D]``."""
         found = [gather_pages(half, page_ids, num_tokens) for half in (self.keys, self.values)]
         if self.rotation is not None:
             found = [half @ self.rotation for half in found]
-        return found[0], found[1]
+        mean, scale, *first = self.transforms[slot, pair]
+        means = mean.repeat(num_tokens, 1)
+        for number, own in enumerate(first[:num_tokens]):
+            means[number] = own
+        return found[0] * scale + means, found[1]
 
 
-def dealt_pages(tables: PageTables, request: int, begin: int, end: int) -> torch.Tensor:
-    """Page ids, int64, of pages ``begin`` to ``end`` of a request's prefix; see ``PageTables``."""
+def dealt_pages(tables: PageTables, request: int, index: torch.Tensor) -> torch.Tensor:
+    """Page ids, int64, of the pages number ``index`` of a request's prefix; see ``PageTables``."""
     place = tables.place
     row = tables.block_table[request].long()
-    index = torch.arange(begin, end, device=row.device)
     local = index % tables.pages_per_block
     owner = local // tables.num_kv_heads * place.layer_stride + local % tables.num_kv_heads
     return row[index // tables.pages_per_block] * place.block_stride + owner + place.first_page
@@ -58,7 +65,8 @@ def pages_of(tables: PageTables, layer: int, request: int, head: int) -> tuple[t
     num_tail = -(-tail_tokens // tables.page_tokens)
     blocks = tables.block_table[request].long()[boundary : boundary + num_tail]
     tail = blocks * place.block_stride + layer * place.layer_stride + head + place.first_page
-    pages = torch.cat([dealt_pages(tables, request, begin, end), tail])
+    dealt = dealt_pages(tables, request, torch.arange(begin, end, device=tail.device))
+    pages = torch.cat([dealt, tail])
     return pages, (end - begin) * tables.page_tokens + tail_tokens
 
 
@@ -77,7 +85,9 @@ def quantized_pages_of(
     begin, end = tables.quantized_offsets[slot, pair : pair + 2].tolist()
     room = (int(tables.boundary_blocks[slot]) - (last - first)) * tables.page_tokens
     num_tokens = max(0, min((end - begin) * quantized_page_tokens, room))
-    return dealt_pages(tables, request, begin, end), num_tokens
+    index = torch.arange(begin, end, device=tables.block_table.device)
+    pages = dealt_pages(tables, request, index // tables.split)
+    return pages * tables.split + index % tables.split, num_tokens
 
 
 def gather_pages(pages: torch.Tensor, page_ids: torch.Tensor, num_tokens: int) -> torch.Tensor:
@@ -129,7 +139,8 @@ def head_page_attention_reference(
             if decoded is not None:
                 page_tokens = decoded.keys.shape[1]
                 more = quantized_pages_of(tables, layer, request, head, page_tokens)
-                first_keys, first_values = decoded.rows(*more)
+                slot, pair = int(tables.slots[request]), layer * tables.num_kv_heads + head
+                first_keys, first_values = decoded.rows(*more, slot, pair)
                 keys, values = torch.cat([first_keys, keys]), torch.cat([first_values, values])
                 num_tokens = len(keys)
             heads = slice(head * group, (head + 1) * group)

@@ -24,6 +24,7 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from vllm_kvzip.compaction import PackedPages
 from vllm_kvzip.core import CacheGeometry
+from vllm_kvzip.key_transform import KeyTransform
 from vllm_kvzip.quantization import Quantization, choose_quantization
 from vllm_kvzip.quantization.reading import PageReader
 from vllm_kvzip.tiered_attention import TieredAttention, TierPages
@@ -129,8 +130,9 @@ def main() -> None:
         held = torch.full((num_pairs,), args.context_tokens)
         rows = query.view(num_pairs, args.group_size, args.head_dim)
         seen = torch.zeros(num_pairs, args.group_size, dtype=torch.int64)
-        calls[name] = lambda a=attention, t=tier, h=held, r=rows, s=seen: a.attend_rows(
-            r, t, h, empty, s
+        keys = KeyTransform.fit(torch.randn(num_pairs, tokens, args.head_dim))
+        calls[name] = lambda a=attention, t=tier, h=held, k=keys, r=rows, s=seen: a.attend_rows(
+            r, t, h, k, empty, s
         )
         calls[f"{name}, scratch pages alone"] = functools.partial(
             write_scratch, chosen, reader, pages, tier.ids, scratch_store(geometry)

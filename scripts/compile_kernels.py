@@ -35,7 +35,7 @@ from vllm_kvzip.kernels.compaction import compact_pages
 from vllm_kvzip.kernels.flat_tables import flatten_tables
 from vllm_kvzip.kernels.quantized_pages import dequantize_pages, quantize_pages
 
-from vllm_kvzip.quantization import Int4, Int8, NormalFloat4, PageLayout
+from vllm_kvzip.quantization import Int4, Int8, NormalFloat4
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -168,12 +168,12 @@ def score(dtype: torch.dtype, head_dim: int) -> None:
 
 
 def quantize(dtype: torch.dtype, head_dim: int, page_tokens: int, name: str) -> None:
-    page_bytes = 2 * page_tokens * head_dim * dtype.itemsize
-    layout = PageLayout(page_bytes, head_dim, FORMATS[name], FORMATS[name])
+    shape = Shape(head_dim=head_dim, page_tokens=page_tokens)
+    layout = shape.page_layout(dtype, FORMATS[name], FORMATS[name])
     code_book = FORMATS[name].code_book
     vectors = torch.zeros(layout.page_tokens, head_dim, dtype=dtype)
     rows = torch.zeros(1, layout.page_tokens, dtype=torch.int32)
-    pages = torch.zeros(1, page_bytes, dtype=torch.uint8)
+    pages = torch.zeros(1, layout.page_bytes, dtype=torch.uint8)
     quantize_pages(vectors, vectors, rows, pages, rows[0, :1], layout, code_book)
     dequantize_pages(pages, rows[0, :1], vectors, vectors, layout, code_book)
 

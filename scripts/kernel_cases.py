@@ -24,7 +24,7 @@ from vllm_kvzip.kernels.reference import (
     quantized_pages_of,
 )
 
-from vllm_kvzip.quantization import PageLayout, pack_pages, unpack_pages
+from vllm_kvzip.quantization import PageLayout, choose_split, pack_pages, unpack_pages
 from vllm_kvzip.quantization.rotation import hadamard_matrix
 
 if TYPE_CHECKING:
@@ -44,11 +44,16 @@ class Shape:
     page_tokens: int = 16
 
     def page_layout(
-        self, dtype: torch.dtype, key_format: Format, value_format: Format
+        self,
+        dtype: torch.dtype,
+        key_format: Format,
+        value_format: Format,
+        split: int | None = None,
     ) -> PageLayout:
-        """Quantized pages of the bytes of the others."""
+        """Quantized pages, ``split`` of them of the bytes of another; None: as the plugin does."""
         page_bytes = 2 * self.page_tokens * self.head_dim * dtype.itemsize
-        return PageLayout(page_bytes, self.head_dim, key_format, value_format)
+        whole = PageLayout(page_bytes, self.head_dim, key_format, value_format)
+        return whole.part(choose_split(whole) if split is None else split)
 
 
 @dataclass(frozen=True)
@@ -93,13 +98,15 @@ class Case:
         halves = unpack_pages(self.quantized.pages.cpu(), layout)
         keys, values = (half.view(size).double() for half in halves)
         rotated = self.quantized.rotation is not None
-        return DecodedPages(keys, values, hadamard_matrix(layout.head_dim) if rotated else None)
+        rotation = hadamard_matrix(layout.head_dim) if rotated else None
+        assert self.tables.key_transforms is not None
+        return DecodedPages(keys, values, rotation, self.tables.key_transforms.cpu().double())
 
     def as_float64(self) -> Case:
         """The same on the CPU, for references, but for what :meth:`decoded` gives."""
         names = ["offsets", "boundary_blocks", "slots", "block_table", "seq_lens"]
         if self.tables.quantized_offsets is not None:
-            names.append("quantized_offsets")
+            names += ["quantized_offsets", "key_transforms"]
         moved = {name: getattr(self.tables, name).cpu() for name in names}
         return replace(
             self,
@@ -198,6 +205,7 @@ def make_case(
     poison: bool = False,
     layout: PageLayout | None = None,
     rotated: bool = False,
+    num_first: int = 4,
     eight_bits: Literal["none", "pages", "queries too"] = "none",
 ) -> Case:
     """A batch whose blocks and head pages lie anywhere in the pool.
@@ -209,8 +217,10 @@ def make_case(
         device: where tensors go.
         seed: of everything.
         poison: what no request holds is bytes 0xFF, a NaN of any kind, the rest of a last page too.
-        layout: of the pages of a quantized tier; there is none when None.
+        layout: of the pages of a quantized tier, a head page or an equal part of one; there is no
+            such tier when None.
         rotated: that tier holds rotated keys and values.
+        num_first: W, tokens of that tier with a mean of their own.
         eight_bits: what is stored as float8_e4m3fn, with scales of its own in each layer and head.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -223,8 +233,12 @@ def make_case(
             for asked, pages in zip(requests, kept, strict=True)
         ]
     tails = [-(-a.seq_len // page_tokens) - a.boundary_blocks for a in requests]
+    split = 1
+    if layout is not None:
+        whole = 2 * page_tokens * shape.head_dim * (1 if eight_bits != "none" else dtype.itemsize)
+        split = whole // layout.page_bytes
     dealt = [
-        -(-int(pages.sum() + more.sum()) // per_block)
+        -(-(split * int(pages.sum()) + int(more.sum())) // (split * per_block))
         for pages, more in zip(kept, quantized, strict=True)
     ]
     num_blocks = 1 + sum(tails) + sum(dealt)
@@ -245,15 +259,21 @@ def make_case(
         block_table[row, : len(blocks)] = blocks.int()
         block_table[row, asked.boundary_blocks :][: len(tail)] = tail.int()
         offsets[slots[row], 1:] = kept[row].flatten().cumsum(0).int()
-        quantized_offsets[slots[row]] = int(kept[row].sum())
+        quantized_offsets[slots[row]] = split * int(kept[row].sum())
         quantized_offsets[slots[row], 1:] += quantized[row].flatten().cumsum(0).int()
         boundaries[slots[row]] = asked.boundary_blocks
+    transforms = torch.full((len(offsets), per_block, 2 + num_first, shape.head_dim), float("nan"))
+    in_use = (len(slots), per_block, shape.head_dim)
+    for row in range(2 + num_first):
+        transforms[slots, :, row] = 3 * torch.randn(in_use, generator=generator)
+    transforms[slots, :, 1] = 2.0 ** torch.randint(4, in_use, generator=generator)
     lens = torch.tensor([asked.seq_len for asked in requests], dtype=torch.int32)
     tables = PageTables(
         offsets=offsets.to(device), boundary_blocks=boundaries.to(device),
         slots=slots.int().to(device), block_table=block_table.to(device), seq_lens=lens.to(device),
         place=place, num_kv_heads=shape.num_kv_heads, page_tokens=page_tokens,
         quantized_offsets=None if layout is None else quantized_offsets.to(device),
+        key_transforms=None if layout is None else transforms.to(device), split=split,
     )  # fmt: skip
     lengths = torch.tensor([asked.query_len for asked in requests])
     starts = torch.zeros(len(requests) + 1, dtype=torch.int32)
@@ -279,7 +299,7 @@ def make_case(
         _poison(pages, tables)
     tier = None
     if layout is not None:
-        as_bytes = pages.flatten(1).view(torch.uint8)
+        as_bytes = pages.flatten(1).view(torch.uint8).view(-1, layout.page_bytes)
         _fill_quantized(as_bytes, tables, layout, generator)
         books = [half.format.code_book for half in (layout.keys, layout.values)]
         book = next((book.to(device) for book in books if book is not None), None)

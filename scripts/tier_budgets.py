@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_kvzip.key_transform import KeyTransform
 from vllm_kvzip.profile import TierBudgets
 from vllm_kvzip.quantization import choose_quantization, unpack_pages
 from vllm_kvzip.tier_solver import solve_tiers
@@ -54,10 +55,12 @@ class TierBudgetBuilder:
     @property
     def token_bytes(self) -> float:
         """Bytes of a quantized KV pair / of one as it is."""
-        return CACHE_BLOCK / self._quantization.layout.page_tokens
+        return CACHE_BLOCK / self._quantization.head_page_tokens
 
     def watch(self, cache: Any) -> None:
         """See what quantizing a context's keys and values loses.
+
+        Keys without what they are freed of before: a constant part loses nothing.
 
         Args:
             cache: transformers' cache after the prefill.
@@ -68,6 +71,7 @@ class TierBudgetBuilder:
             whole = keys.shape[1] // page_tokens * page_tokens
             if not whole:
                 continue
+            keys = KeyTransform.fit(keys).apply(keys, torch.arange(keys.shape[1]))
             shape = (-1, page_tokens, keys.shape[2])
             rows = [half[:, :whole].reshape(shape) for half in (keys, values)]
             found = unpack_pages(self._quantization.pack(*rows), self._quantization.layout)

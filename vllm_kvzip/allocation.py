@@ -78,7 +78,7 @@ class PageAllocator:
         min_pages = self._rule.min_pages_per_head(plan.boundary_tokens)
         if plan.num_quantized_blocks:
             least = pages_for(self._num_protected(plan), plan.quantized_page_tokens)
-            if plan.num_quantized_blocks >= least:  # they may lie there
+            if plan.num_quantized_pages >= least:  # they may lie there
                 min_pages = 0
         if self._by_score:
             return budgeting.allocate_adaptive(
@@ -111,7 +111,7 @@ class PageAllocator:
             plan: of the prompt.
         """
         geometry = self._geometry
-        total = plan.num_quantized_blocks * geometry.pages_per_block
+        total = plan.num_quantized_pages * geometry.pages_per_block
         page_tokens = plan.quantized_page_tokens
         taken = full_pages * geometry.block_size
         left = (max(1, self._num_protected(plan)) - taken).clamp_min(0)
@@ -123,8 +123,9 @@ class PageAllocator:
         if self._head_fractions is not None:
             num_tokens = plan.boundary_tokens
             most = (num_tokens - taken + page_tokens - 1) // page_tokens
-            if int(most.sum()) < total:  # whole blocks can be a little more than there is to keep
-                most += 1
+            missing = total - int(most.sum())
+            if missing > 0:  # whole blocks can be a little more than there is to keep
+                most += -(-missing // most.numel())
             kept = self._fractions(plan, plan.share, tier=1)
             # Rounded up: a head that shall keep everything must not miss its last few tokens.
             wanted = ((kept * num_tokens - taken) / page_tokens - EPSILON).ceil().clamp_min(0)

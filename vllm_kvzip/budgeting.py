@@ -85,11 +85,10 @@ def allocate_behind(
         per_layer: rank inside each layer; needs ``total_pages`` divisible by L.
 
     Raises:
-        ValueError: if pages of no token would be many, or (on the CPU, where it can be seen without
-            waiting) the floors exceed the total.
+        ValueError: if the floors exceed the total (seen on the CPU, where nothing waits for it).
     """
     num_layers, num_heads, num_tokens = scores.shape
-    num_pages = -(-num_tokens // page_tokens)
+    num_pages = max(-(-num_tokens // page_tokens), -(-total_pages // (num_layers * num_heads)))
     floors = int(min_pages.sum()) if min_pages.device.type == "cpu" else 0
     _check_total(total_pages, floors, num_layers * num_heads * num_pages)
     ranked = scores.sort(dim=-1, descending=True).values

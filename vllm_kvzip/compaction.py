@@ -13,6 +13,7 @@ import torch
 
 if TYPE_CHECKING:
     from vllm_kvzip.core import KeepPlan, QuantizedKeepPlan
+    from vllm_kvzip.key_transform import KeyTransform
 
 
 @dataclass(frozen=True)
@@ -85,20 +86,36 @@ class PageStore(Protocol):
         ...
 
     def quantize(
-        self, sources: torch.Tensor, keep: QuantizedKeepPlan, targets: torch.Tensor
-    ) -> None:
+        self,
+        sources: torch.Tensor,
+        keep: QuantizedKeepPlan,
+        targets: torch.Tensor,
+        transform: KeyTransform,
+    ) -> torch.Tensor:
         """Quantize KV pairs of one request into whole pages.
 
         Args:
             sources: int64 ``[L, H, n]``, the prompt's pages; only read.
             keep: what each head keeps quantized.
-            targets: int64 ``[sum of pages]``, in the order of ``keep``.
+            targets: int64, head pages; their quantized pages are filled in the order of ``keep``.
+            transform: ``[L, H, D]``, what keys are freed of.
+
+        Returns:
+            int64 ``[sum of pages]``, ids of the quantized pages.
         """
         ...
 
 
 class PagePacker(Protocol):
     """Makes quantized pages; see ``quantization/choice.py``."""
+
+    def pages_of(self, head_pages: torch.Tensor) -> torch.Tensor:
+        """A pool of head pages as quantized ones, without a copy."""
+        ...
+
+    def page_ids(self, head_page_ids: torch.Tensor) -> torch.Tensor:
+        """The quantized pages of some head pages, in order."""
+        ...
 
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Quantize tokens that fill whole pages.
@@ -132,7 +149,7 @@ class PackedPages:
         packer: PagePacker | None = None,
     ) -> None:
         self.device = pages.device
-        self._bytes = pages.view(torch.uint8)
+        self._quantized = None if packer is None else packer.pages_of(pages)
         self._packer = packer
         keys, values = pages.view(len(pages), 2, block_size * head_dim).unbind(dim=1)
         self._keys = _HalfPages(keys, codec.key_order, block_size, head_dim)
@@ -179,29 +196,35 @@ class PackedPages:
             self.write(targets[page_bounds[layer] : page_bounds[layer + 1]], *kept)
 
     def quantize(
-        self, sources: torch.Tensor, keep: QuantizedKeepPlan, targets: torch.Tensor
-    ) -> None:
+        self,
+        sources: torch.Tensor,
+        keep: QuantizedKeepPlan,
+        targets: torch.Tensor,
+        transform: KeyTransform,
+    ) -> torch.Tensor:
         """See :class:`PageStore`; layer by layer.
 
         Raises:
             ValueError: if a page is both source and target.
         """
         _check_apart(sources, targets)
-        assert self._packer is not None
+        assert self._packer is not None and self._quantized is not None
+        targets = self._packer.page_ids(targets)
         bounds = [0, *keep.pages.sum(dim=1).cumsum(0).tolist()]
         for layer, pages in enumerate(sources):
             own = slice(bounds[layer], bounds[layer + 1])
             if own.start == own.stop:
                 continue
-            heads = torch.arange(len(pages)).repeat_interleave(keep.pages[layer])[:, None]
+            heads = torch.arange(len(pages)).repeat_interleave(keep.pages[layer])
             positions = keep.positions[own]
             keys, values = (
-                read(pages)[heads, positions.clamp(min=0)]
-                .float()
-                .masked_fill_(positions[..., None] < 0, 0.0)
+                read(pages)[heads[:, None], positions.clamp(min=0)].float()
                 for read in (self._keys.read, self._values.read)
             )
-            self._bytes[targets[own]] = self._packer.pack(keys, values)
+            keys = transform.at(layer).at(heads).apply(keys, positions)
+            values.masked_fill_(positions[..., None] < 0, 0.0)
+            self._quantized[targets[own]] = self._packer.pack(keys, values)
+        return targets
 
 
 def _check_apart(sources: torch.Tensor, targets: torch.Tensor) -> None:

@@ -14,6 +14,7 @@ import torch
 from vllm_kvzip.rotary import unrotated
 
 if TYPE_CHECKING:
+    from vllm_kvzip.key_transform import KeyTransform
     from vllm_kvzip.rotary import RotaryTables
 
 
@@ -50,6 +51,7 @@ class PrefixPlan:
         is_round: one compression among others while a long prompt is read, not the last.
         num_quantized_blocks: of the compressed blocks the last ones, which hold quantized pages.
         quantized_page_tokens: tokens of such a page.
+        quantized_split: quantized pages of a head page.
     """
 
     boundary_tokens: int
@@ -62,11 +64,17 @@ class PrefixPlan:
     is_round: bool = False
     num_quantized_blocks: int = 0
     quantized_page_tokens: int = 0
+    quantized_split: int = 1
 
     @property
     def num_full_blocks(self) -> int:
         """Compressed blocks that hold KV pairs as they are."""
         return self.num_compressed_blocks - self.num_quantized_blocks
+
+    @property
+    def num_quantized_pages(self) -> int:
+        """Quantized pages of a head, on average."""
+        return self.num_quantized_blocks * self.quantized_split
 
     @property
     def quantized_tokens(self) -> int:
@@ -75,7 +83,7 @@ class PrefixPlan:
         A head that keeps everything may fill its last page in part, so it can be fewer.
         """
         left = self.boundary_tokens - self.full_tokens
-        return min(self.num_quantized_blocks * self.quantized_page_tokens, left)
+        return min(self.num_quantized_pages * self.quantized_page_tokens, left)
 
     @property
     def full_tokens(self) -> int:
@@ -204,6 +212,8 @@ class CompressedPrefix:
             they will compete with later ones.
         quantized_page_ids, quantized_pages: the same of the quantized tier; None without one. A
             head's quantized pages are full, but where it keeps everything.
+        quantized_split: quantized pages of a head page.
+        key_transform: ``[L, H, D]``, of the keys in the quantized tier; None without one.
     """
 
     page_ids: torch.Tensor
@@ -211,6 +221,8 @@ class CompressedPrefix:
     scores: torch.Tensor | None = None
     quantized_page_ids: torch.Tensor | None = None
     quantized_pages: torch.Tensor | None = None
+    quantized_split: int = 1
+    key_transform: KeyTransform | None = None
 
     @cached_property
     def offsets(self) -> torch.Tensor:
@@ -220,11 +232,15 @@ class CompressedPrefix:
 
     @cached_property
     def quantized_offsets(self) -> torch.Tensor:
-        """Where the quantized pages of each head begin, behind all others; like ``offsets``."""
+        """Where the quantized pages of each head begin, behind all others; like ``offsets``.
+
+        Counted in quantized pages: those before stand for ``quantized_split`` each.
+        """
+        first = self.offsets[-1:] * self.quantized_split
         if self.quantized_pages is None:
-            return self.offsets[-1:].expand_as(self.offsets)
+            return first.expand_as(self.offsets)
         ends = self.quantized_pages.flatten().cumsum(0)
-        return self.offsets[-1] + torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
+        return first + torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
 
     @cached_property
     def padded(self) -> torch.Tensor:

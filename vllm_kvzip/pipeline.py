@@ -10,6 +10,7 @@ from vllm_kvzip.allocation import PageAllocator
 from vllm_kvzip.clocks import HostClock, Stopwatch
 from vllm_kvzip.core import CacheGeometry, CompressedPrefix, LayerInputs, PrefixPlan
 from vllm_kvzip.head_pages import PagePool, deal_pages
+from vllm_kvzip.key_transform import KeyTransform
 from vllm_kvzip.selection import check_scores, protect, rank, select, take_behind, take_best
 
 if TYPE_CHECKING:
@@ -111,9 +112,11 @@ class Compressor:
         geometry = self._geometry
         sources = self._pool.page_ids(self._on_device(source_blocks))  # [L, H, nb]
         with stages.stage("score"):
-            scores = self._score(sources, plan, observation_queries, reconstruction, scale, seed)
-        if plan.num_quantized_blocks:
-            return self._in_tiers(sources, scores, target_blocks, plan, stages), stages
+            scores, transform = self._score(
+                sources, plan, observation_queries, reconstruction, scale, seed
+            )
+        if transform is not None:
+            return self._in_tiers(sources, scores, transform, target_blocks, plan, stages), stages
         total = plan.num_compressed_blocks * geometry.pages_per_block
         with stages.stage("select"):
             available = None
@@ -140,6 +143,7 @@ class Compressor:
         self,
         sources: torch.Tensor,
         scores: torch.Tensor,
+        transform: KeyTransform,
         target_blocks: Sequence[int],
         plan: PrefixPlan,
         stages: Stopwatch,
@@ -147,7 +151,7 @@ class Compressor:
         """Each head's best tokens as they are, the next ones quantized, the rest dropped."""
         geometry, page_tokens = self._geometry, plan.quantized_page_tokens
         num_full = plan.num_full_blocks * geometry.pages_per_block
-        num_quantized = plan.num_quantized_blocks * geometry.pages_per_block
+        num_quantized = plan.num_quantized_pages * geometry.pages_per_block
         with stages.stage("select"):
             if scores.device.type == "cpu":
                 check_scores(scores)
@@ -160,18 +164,20 @@ class Compressor:
             keep = take_best(order, full, geometry.block_size, num_full)
             taken = full * geometry.block_size
             behind = take_behind(order, taken, quantized, page_tokens, num_quantized)
-            targets = deal_pages(
-                self._on_device(target_blocks), num_full + num_quantized, self._pool
-            )
+            total = plan.num_compressed_blocks * geometry.pages_per_block
+            targets = deal_pages(self._on_device(target_blocks), total, self._pool)
+            transform = transform.where_first(full == 0)  # else those are kept as they are
         with stages.stage("compact"):
             self._store.compact(sources, keep, targets[:num_full])
         with stages.stage("quantize"):
-            self._store.quantize(sources, behind, targets[num_full:])
+            written = self._store.quantize(sources, behind, targets[num_full:], transform)
         return CompressedPrefix(
             targets[:num_full],
             full,
-            quantized_page_ids=targets[num_full:],
+            quantized_page_ids=written,
             quantized_pages=quantized,
+            quantized_split=plan.quantized_split,
+            key_transform=transform,
         )
 
     def _on_device(self, blocks: Sequence[int]) -> torch.Tensor:
@@ -192,9 +198,14 @@ class Compressor:
         reconstruction: torch.Tensor | None,
         scale: float,
         seed: int,
-    ) -> torch.Tensor:
-        """Scores of the raw blocks, float32 ``[L, H, T]``."""
+    ) -> tuple[torch.Tensor, KeyTransform | None]:
+        """Scores of the raw blocks, float32 ``[L, H, T]``; what quantized keys are freed of.
+
+        Sinks are left out of the mean.
+        """
         geometry, store = self._geometry, self._store
+        num_sinks, _ = self._rule.protected_in_prefix(plan.boundary_tokens)
+        transforms = []
         first = plan.start_blocks * geometry.block_size
         shape = (*sources.shape[:2], plan.boundary_tokens - first)
         scores = torch.empty(shape, device=store.device)
@@ -219,7 +230,9 @@ class Compressor:
                 keep_ratio=plan.share if plan.num_quantized_blocks else plan.keep_ratio,
             )
             scores[layer] = self._scorer.score_layer(inputs)
-        return scores
+            if plan.num_quantized_blocks:
+                transforms.append(KeyTransform.fit(inputs.keys, num_sinks))
+        return scores, KeyTransform.stack(transforms) if transforms else None
 
 
 def _behind(

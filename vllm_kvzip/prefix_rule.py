@@ -79,6 +79,7 @@ class PrefixRule:
             keep_ratio=self.wanted_ratio(options),
             num_quantized_blocks=blocks.quantized,
             quantized_page_tokens=self.tiers.page_tokens if self.tiers and blocks.quantized else 0,
+            quantized_split=self.tiers.split if self.tiers and blocks.quantized else 1,
         )
 
     def next_plan(

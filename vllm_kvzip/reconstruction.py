@@ -105,7 +105,9 @@ def scores_from_normaliser(
 ) -> torch.Tensor:
     """The same scores when the softmax's normaliser is known, as a fused attention returns it.
 
-    Products are taken in the dtype of the inputs, as in the original, and compared in it.
+    Products are taken in the dtype of the inputs, as in the original. In 16 bits logits of some
+    hundreds lie several units apart, so the normaliser is subtracted before they are rounded: it
+    is a part of the product, as more columns of the queries, which sum up to it exactly.
 
     Args:
         queries: ``[H, M, D]``, all queries of a head's group.
@@ -117,15 +119,24 @@ def scores_from_normaliser(
     Returns:
         float32 ``[H, C]``, in [0, 1].
     """
-    columns = keys.transpose(1, 2)
-    scaled = queries * scale
+    normaliser = _in_parts(-log_normaliser / scale, queries.dtype)  # [H, M, 3]
+    ones = keys.new_ones(*keys.shape[:2], normaliser.shape[2])
+    columns = torch.cat([keys, ones], dim=2).transpose(1, 2)
     best = torch.full(keys.shape[:2], float("-inf"), device=queries.device)
     for first in range(0, queries.shape[1], query_rows):
         rows = slice(first, first + query_rows)
-        logits = torch.bmm(scaled[:, rows], columns)
-        logits -= log_normaliser[:, rows, None].to(logits.dtype)
+        logits = torch.bmm(torch.cat([queries[:, rows], normaliser[:, rows]], dim=2), columns)
         best = best.maximum(logits.amax(dim=1).float())
-    return best.exp().clamp_(max=1.0)
+    return (best * scale).exp().clamp_(max=1.0)
+
+
+def _in_parts(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float32 numbers ``[...]`` as sums of three of another dtype, ``[..., 3]``."""
+    parts = []
+    for _ in range(3):
+        parts.append(numbers.to(dtype))
+        numbers = numbers - parts[-1].float()
+    return torch.stack(parts, dim=-1)
 
 
 def retrieval_fractions(importance: torch.Tensor, keep_ratio: float) -> torch.Tensor:

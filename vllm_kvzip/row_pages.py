@@ -12,6 +12,7 @@ from vllm_kvzip.stored_scales import KEYS, VALUES
 
 if TYPE_CHECKING:
     from vllm_kvzip.core import KeepPlan, QuantizedKeepPlan
+    from vllm_kvzip.key_transform import KeyTransform
     from vllm_kvzip.quantization import Quantization
     from vllm_kvzip.stored_scales import StoredScales
 
@@ -40,7 +41,7 @@ class RowPages:
         scales: StoredScales | None = None,
     ) -> None:
         self.device = pages.device
-        self._bytes = pages.view(torch.uint8)
+        self._quantized = None if quantization is None else quantization.pages_of(pages)
         self._quantization = quantization
         code_book = quantization.code_book if quantization else None
         self._code_book = None if code_book is None else code_book.to(self.device)
@@ -84,11 +85,17 @@ class RowPages:
         )
 
     def quantize(
-        self, sources: torch.Tensor, keep: QuantizedKeepPlan, targets: torch.Tensor
-    ) -> None:
+        self,
+        sources: torch.Tensor,
+        keep: QuantizedKeepPlan,
+        targets: torch.Tensor,
+        transform: KeyTransform,
+    ) -> torch.Tensor:
         """See :meth:`~vllm_kvzip.compaction.PageStore.quantize`; some pages at a time."""
-        assert self._quantization is not None
-        layout = self._quantization.layout
+        assert self._quantization is not None and self._quantized is not None
+        layout, turn = self._quantization.layout, self._quantization.turn
+        targets = self._quantization.page_ids(targets)
+        by_pair = transform.flat
         by_head = sources.flatten(0, 1)
         heads = torch.arange(len(by_head), device=self.device)
         heads = heads.repeat_interleave(keep.pages.flatten(), output_size=len(targets))
@@ -99,12 +106,17 @@ class RowPages:
             index = positions.clamp(min=0)
             pages = by_head[heads[part, None], index // block_size]
             keys, values = (
-                self._quantization.turn(self._rows(half, which, pages, index, heads[part]))
+                self._rows(half, which, pages, index, heads[part])
                 for half, which in ((self._keys, KEYS), (self._values, VALUES))
             )
+            keys = by_pair.at(heads[part]).apply(keys.float(), positions)
+            keys, values = (turn(half.flatten(0, 1)) for half in (keys, values))
             rows = torch.arange(positions.numel(), device=self.device).view_as(positions)
             rows = torch.where(positions < 0, -1, rows)
-            quantize_pages(keys, values, rows, self._bytes, targets[part], layout, self._code_book)
+            quantize_pages(
+                keys, values, rows, self._quantized, targets[part], layout, self._code_book
+            )
+        return targets
 
     def _rows(
         self,
@@ -114,9 +126,9 @@ class RowPages:
         index: torch.Tensor,
         heads: torch.Tensor,
     ) -> torch.Tensor:
-        """Tokens ``[n, Q]`` of some heads, one after the other ``[n * Q, D]``."""
+        """Tokens ``[n, Q]`` of some heads, ``[n, Q, D]``."""
         rows = half[pages, index % self._keys.shape[1]]
         if self._scales is not None:
             factors = self._scales.factors[which].flatten()[heads]
             rows = self._scales.multiply(rows, factors[:, None])
-        return rows.flatten(0, 1)
+        return rows

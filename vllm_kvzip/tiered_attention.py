@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from vllm_kvzip.core import CompressedPrefix
+    from vllm_kvzip.key_transform import KeyTransform
     from vllm_kvzip.quantization.reading import PageReader
 
 VALUES_AT_ONCE = 2**20
@@ -64,10 +65,12 @@ class RunningSoftmax:
 
     Args:
         queries: float32 ``[S, M, D]``, scaled; S sequences of M rows each.
+        offsets: float32 ``[S, M]``, what is added to all logits of a row from now on.
     """
 
-    def __init__(self, queries: torch.Tensor) -> None:
+    def __init__(self, queries: torch.Tensor, offsets: torch.Tensor | None = None) -> None:
         self.queries = queries
+        self.offsets = offsets
         self._best = queries.new_full(queries.shape[:2], float("-inf"))
         self._total = queries.new_zeros(queries.shape[:2])
         self.attended = torch.zeros_like(queries)
@@ -84,6 +87,8 @@ class RunningSoftmax:
                 first tokens.
         """
         logits = torch.bmm(self.queries[owners], keys.transpose(1, 2))
+        if self.offsets is not None:
+            logits += self.offsets[owners][..., None]
         hidden = torch.arange(keys.shape[1]) >= seen[..., None]
         logits.masked_fill_(hidden, float("-inf"))
         highest = logits.amax(dim=2)
@@ -125,6 +130,7 @@ class TieredAttention:
         queries: torch.Tensor,
         quantized: TierPages,
         num_quantized: torch.Tensor,
+        transform: KeyTransform,
         full: TierPages,
         seen: torch.Tensor,
     ) -> torch.Tensor:
@@ -134,6 +140,7 @@ class TieredAttention:
             queries: ``[S, M, D]``.
             quantized: quantized pages; every row sees their tokens.
             num_quantized: int64 ``[S]``, tokens in them.
+            transform: ``[S]``, of their keys.
             full: ordinary pages, the sequence's own latest tokens included.
             seen: int64 ``[S, M]``, how many tokens of these each row sees.
 
@@ -142,14 +149,18 @@ class TieredAttention:
         """
         scaled = queries.float() * self.scale
         reader = self.reader
-        softmax = RunningSoftmax(self._inward(scaled))
+        softmax = RunningSoftmax(self._inward(transform.queries(scaled)), transform.offsets(scaled))
         page_tokens, head_dim = reader.layout.page_tokens, reader.layout.head_dim
+        shift = self._inward(transform.first_shift())
+        width = min(shift.shape[1], page_tokens)
         for part in _parts(len(quantized.ids), page_tokens * head_dim):
             keys, values = reader.read(self.read_quantized(quantized.ids[part]))
             owners = quantized.owners[part]
+            begins = (quantized.first[part] == 0).nonzero().flatten()
+            keys[begins, :width] += shift[owners[begins], :width]
             tokens = num_quantized[owners] - quantized.first[part]
             softmax.add(keys, values, owners, tokens[:, None])
-        softmax.queries = scaled
+        softmax.queries, softmax.offsets = scaled, None
         softmax.attended = self._outward(softmax.attended)
         for part in _parts(len(full.ids), page_tokens * head_dim):
             keys, values = (half.float() for half in self.read_full(full.ids[part]))
@@ -168,6 +179,7 @@ class TieredAttention:
         queries: torch.Tensor,
         quantized_ids: torch.Tensor,
         num_quantized: int,
+        transform: KeyTransform,
         full_ids: torch.Tensor,
         num_full: int,
     ) -> torch.Tensor:
@@ -177,6 +189,7 @@ class TieredAttention:
             queries: ``[G, M, D]``, query heads that share the sequence's KV head.
             quantized_ids: int64, its quantized pages.
             num_quantized: tokens in them.
+            transform: of their keys.
             full_ids: int64, its ordinary pages, those of the query rows included.
             num_full: tokens in them.
 
@@ -187,15 +200,19 @@ class TieredAttention:
         queries = queries.float().contiguous()
         parts: list[tuple[torch.Tensor, torch.Tensor]] = []
         if num_quantized:
-            keys, values = self.reader.read(self.read_quantized(quantized_ids))
+            read = self.reader.read(self.read_quantized(quantized_ids))
+            keys, values = (half.flatten(0, 1)[:num_quantized] for half in read)
+            shift = self._inward(transform.first_shift())[:num_quantized]
+            keys[: len(shift)] += shift
             attended, log = attend_with_normaliser(
-                self._inward(queries).view(1, -1, head_dim),
-                keys.view(1, -1, head_dim)[:, :num_quantized],
-                values.view(1, -1, head_dim)[:, :num_quantized],
+                self._inward(transform.queries(queries)).view(1, -1, head_dim),
+                keys[None],
+                values[None],
                 self.scale,
                 causal=False,
             )
-            parts.append((self._outward(attended).view_as(queries), log.view(group, num_rows)))
+            log = log.view(group, num_rows) + transform.offsets(queries) * self.scale
+            parts.append((self._outward(attended).view_as(queries), log))
         keys, values = (half.float().flatten(0, 1) for half in self.read_full(full_ids))
         before = num_full - num_rows
         if before:
@@ -211,7 +228,7 @@ class TieredAttention:
         return _join(parts)
 
     def _inward(self, queries: torch.Tensor) -> torch.Tensor:
-        """Queries as quantized keys want them."""
+        """Queries as quantized keys want them, or what is added to such keys."""
         turned = rotate(queries) if self.rotated else queries
         return turned[..., self.reader.key_order].contiguous()
 

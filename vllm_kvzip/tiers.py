@@ -7,7 +7,7 @@ heads.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil, floor
 from typing import TYPE_CHECKING
 
@@ -42,7 +42,8 @@ class TierRule:
     Attributes:
         mode: ``quantize`` knows no full tier, ``mixed`` has both, ``evict`` no quantized one.
         block_tokens: N, tokens of an ordinary head page.
-        page_tokens: Q, tokens of a quantized head page, more than N.
+        page_tokens: Q, tokens of a quantized page.
+        split: S, quantized pages of a head page; together they hold more than N.
         full_share: of the blocks, how many hold KV pairs as they are; mode ``mixed``.
         by_bytes: whether the keep ratio counts bytes; it counts KV pairs otherwise.
         shares: keep ratio and its own full share, ascending; linear between them, and the first
@@ -52,9 +53,15 @@ class TierRule:
     mode: Mode
     block_tokens: int
     page_tokens: int = 0
+    split: int = field(default=1, kw_only=True)
     full_share: float = 0.0
     by_bytes: bool = False
     shares: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def quantized_tokens(self) -> int:
+        """Tokens that the quantized pages of one head page hold."""
+        return self.split * self.page_tokens
 
     def full_share_at(self, ratio: float) -> float:
         """Share of the blocks that hold KV pairs as they are, at a keep ratio."""
@@ -84,10 +91,10 @@ class TierRule:
             return TierBlocks(min(num_blocks, max(wanted, least)), 0)
         num_tokens = num_blocks * self.block_tokens
         num_protected = min(num_protected, num_tokens)
-        least = pages_for(num_protected, self.page_tokens)
+        least = pages_for(num_protected, self.quantized_tokens)
         everything = TierBlocks(0, self._to_quantize(num_blocks, 0))
         if self.mode == "quantize":
-            wanted = ceil((ratio * num_tokens - EPSILON) / self.page_tokens)
+            wanted = ceil((ratio * num_tokens - EPSILON) / self.quantized_tokens)
             if self.by_bytes:
                 wanted = ceil(ratio * num_blocks - EPSILON)
             return TierBlocks(0, min(max(least, wanted), everything.quantized))
@@ -113,7 +120,7 @@ class TierRule:
             shares = (round(share * total), total - least, least_full)
             return [self._by_bytes(total, num_blocks, full) for full in shares if full <= total]
         tokens = ratio * num_blocks * self.block_tokens
-        mean = share * self.block_tokens + (1 - share) * self.page_tokens
+        mean = share * self.block_tokens + (1 - share) * self.quantized_tokens
         wanted = min(num_blocks, round(share * tokens / mean))
         return [
             self._by_tokens(tokens, num_blocks, full, more)
@@ -123,19 +130,22 @@ class TierRule:
     def _by_tokens(self, tokens: float, num_blocks: int, full: int, least: int) -> TierBlocks:
         """So many full blocks, and quantized ones until that many tokens a head are kept."""
         left = max(0.0, tokens - full * self.block_tokens - EPSILON)
-        quantized = max(least, ceil(left / self.page_tokens))
+        quantized = max(least, ceil(left / self.quantized_tokens))
         return TierBlocks(full, min(quantized, self._to_quantize(num_blocks, full)))
 
     def _by_bytes(self, total: int, num_blocks: int, full: int) -> TierBlocks:
         """So many full blocks of a total; more of them when the rest would stay empty."""
         if total - full < self._to_quantize(num_blocks, full):
             return TierBlocks(full, total - full)
-        num_tokens, spread = num_blocks * self.block_tokens, self.page_tokens - self.block_tokens
-        full = max(full, floor((total * self.page_tokens - num_tokens) / spread))
+        num_tokens, spread = (
+            num_blocks * self.block_tokens,
+            self.quantized_tokens - self.block_tokens,
+        )
+        full = max(full, floor((total * self.quantized_tokens - num_tokens) / spread))
         while full + self._to_quantize(num_blocks, full) > total:
             full -= 1
         return TierBlocks(full, self._to_quantize(num_blocks, full))
 
     def _to_quantize(self, num_blocks: int, full: int) -> int:
         """Blocks for everything that ``full`` blocks leave over."""
-        return ceil((num_blocks - full) * self.block_tokens / self.page_tokens)
+        return ceil((num_blocks - full) * self.block_tokens / self.quantized_tokens)

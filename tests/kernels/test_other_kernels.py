@@ -5,6 +5,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from kernel_cases import Asked, Shape, make_case
+from shifted_logits import rank_correlation, shifted_case
 from vllm_kvzip.kernels.column_maximum import column_maximum
 from vllm_kvzip.kernels.compaction import compact_pages
 from vllm_kvzip.kernels.flat_tables import flatten_tables
@@ -85,6 +86,14 @@ def test_scores(num_heads, num_queries, num_keys, head_dim, dtype, seed):
     assert found.shape == (num_heads, num_keys)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert torch.equal(expected.argmax(dim=1), found.argmax(dim=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_of_large_logits(dtype):
+    queries, keys, exact, normaliser = shifted_case(dtype)
+    found = column_maximum(queries, keys, normaliser.float(), queries.shape[2] ** -0.5)
+    assert rank_correlation(found, exact) > 0.98
+    torch.testing.assert_close(found.double(), exact, rtol=0.01, atol=0)
 
 
 @settings(max_examples=25, deadline=None, phases=NO_SHRINKING)

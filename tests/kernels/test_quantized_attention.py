@@ -35,14 +35,20 @@ def tier_sizes(case):
     return torch.tensor(sizes)
 
 
-def two_tiers(seed=0, dtype=torch.float32, formats=(NF4, NF4), rotated=True, group_size=3):
+def without_tier(case):
+    return replace(case.tables, quantized_offsets=None, key_transforms=None)
+
+
+def two_tiers(
+    seed=0, dtype=torch.float32, formats=(NF4, NF4), rotated=True, group_size=3, split=None
+):
     """A mixed batch: both tiers, one of them alone, and no prefix; other memory is NaN."""
     batch = [
         Asked(190, 1, 10, 0.3, 0.2), Asked(45, 2), Asked(150, 4, 8, 0.0, 0.5),
         Asked(170, 1, 9, 0.4), Asked(165, 3, 9, 0.1, 1.0),
     ]  # fmt: skip
     shape = Shape(num_layers=2, num_kv_heads=2, group_size=group_size)
-    layout = shape.page_layout(dtype, *formats)
+    layout = shape.page_layout(dtype, *formats, split)
     return make_case(
         batch, shape, dtype=dtype, seed=seed, poison=True, layout=layout, rotated=rotated
     )
@@ -71,7 +77,8 @@ def test_any_batch(data):
         head_dim=data.draw(st.sampled_from([64, 96, 128])),
         page_tokens=data.draw(st.sampled_from([16, 32])),
     )
-    layout = shape.page_layout(torch.float32, data.draw(FORMATS), data.draw(FORMATS))
+    split = data.draw(st.sampled_from([None, None, 1, 2]))
+    layout = shape.page_layout(torch.float32, data.draw(FORMATS), data.draw(FORMATS), split)
     case = make_case(
         data.draw(st.lists(requests(shape.page_tokens), min_size=1, max_size=3)),
         shape,
@@ -92,10 +99,12 @@ def test_any_batch(data):
     assert relative_error(output, attend_exactly(case, layer)) < 1e-5
 
 
-@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize(("rotated", "split"), [(False, 1), (True, 4)])
 @pytest.mark.parametrize("formats", [(NF4, NF4), (Int4(32), Int8()), (Int8(), NormalFloat4(64))])
-def test_tiers_are_one_softmax(formats, rotated):
-    case = two_tiers(formats=formats, rotated=rotated)
+def test_tiers_are_one_softmax(formats, rotated, split):
+    case = two_tiers(formats=formats, rotated=rotated, split=split)
+    assert case.tables.split == split
+    assert case.tables.key_transforms.isnan().any()  # of slots that nobody uses
     assert relative_error(attend(case, 1, num_runs=2, least_run=64), attend_exactly(case, 1)) < 1e-5
 
 
@@ -139,7 +148,7 @@ def test_an_empty_tier_changes_nothing():
     shape = Shape(num_layers=2)
     batch = [Asked(190, 2, 10, 0.3), Asked(45)]
     case = make_case(batch, shape, poison=True, layout=shape.page_layout(torch.float32, NF4, NF4))
-    plain = replace(case, quantized=None, tables=replace(case.tables, quantized_offsets=None))
+    plain = replace(case, quantized=None, tables=without_tier(case))
     how = {"num_runs": 2, "least_run": 64, "tokens": 64}
     assert torch.equal(attend(case, 1, **how), attend(plain, 1, **how))
 
@@ -157,7 +166,8 @@ def test_what_the_kernel_cannot_take_is_refused():
     tier = case.quantized
     for other in (
         replace(case, quantized=None),
-        replace(case, tables=replace(case.tables, quantized_offsets=None)),
+        replace(case, tables=without_tier(case)),
+        replace(case, tables=replace(case.tables, key_transforms=None)),
         replace(case, quantized=replace(tier, pages=tier.pages[:, :-16])),
         replace(case, quantized=replace(tier, rotation=tier.rotation.bfloat16())),
         replace(case, quantized=replace(tier, rotation=tier.rotation[:32, :32])),

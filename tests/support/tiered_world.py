@@ -41,8 +41,13 @@ class TieredWorld:
         )  # fmt: skip
         self.pages = torch.full((NUM_BLOCKS * LAYERS * HEADS, 2 * BLOCK * DIM), float("nan"))
         self.store = make_store(self.pages, self.quantization)
-        self.cache = HeadPageCache(GEOMETRY, POOL, self.pages, self.store, NAMES, self.quantization)
-        tiers = TierRule(mode, BLOCK, self.quantization.layout.page_tokens, full_share=0.6)
+        self.cache = HeadPageCache(
+            GEOMETRY, POOL, self.pages, self.store, NAMES, self.quantization, num_first=2
+        )
+        tiers = TierRule(
+            mode, BLOCK, self.quantization.layout.page_tokens, full_share=0.6,
+            split=self.quantization.split,
+        )  # fmt: skip
         self.rule = PrefixRule(ratio, 0, 2, 2, BLOCK, tiers=tiers)
         self.press = Compressor(
             geometry=GEOMETRY, pool=POOL, store=self.store, rule=self.rule,
@@ -70,7 +75,8 @@ class TieredWorld:
         blocks = [self.free.pop() for _ in range(-(-length // BLOCK))]
         keys, values = torch.randn(2, LAYERS, HEADS, len(blocks) * BLOCK, DIM)
         keys[:, :, length:] = values[:, :, length:] = float("nan")
-        keys[:, :, :, 3] *= 4.0
+        keys[:, :, :, 3] *= 16.0  # an outlier channel, and a constant
+        keys[:, :, :, 5] += 50.0
         self.write(blocks, keys, values)
         self.lengths[name] = length
         boundary, prefix = 0, [[(keys[0, 0, :0], values[0, 0, :0])] * HEADS] * LAYERS
@@ -105,19 +111,23 @@ class TieredWorld:
         """Keys and values of each head as they are kept, in both tiers."""
         page_tokens = self.quantization.layout.page_tokens
         counts = quantized_tokens(prefix, plan.boundary_tokens, BLOCK, page_tokens)
-        dealt = torch.cat([prefix.page_ids, prefix.quantized_page_ids])
+        first = len(prefix.page_ids) * self.quantization.split
         found = []
         for pair in range(LAYERS * HEADS):
             layer, head = divmod(pair, HEADS)
-            full = dealt[prefix.offsets[pair] : prefix.offsets[pair + 1]]
-            ids = dealt[prefix.quantized_offsets[pair] : prefix.quantized_offsets[pair + 1]]
+            full = prefix.page_ids[prefix.offsets[pair] : prefix.offsets[pair + 1]]
+            begin, end = (prefix.quantized_offsets[pair : pair + 2] - first).tolist()
+            ids = prefix.quantized_page_ids[begin:end]
             store = self.store
             kept = store.read_keys(full[None], layer)[0], store.read_values(full[None], layer)[0]
             if count := int(counts[layer, head]):
-                halves = unpack_pages(self.pages.view(torch.uint8)[ids], self.quantization.layout)
+                halves = unpack_pages(
+                    self.quantization.pages_of(self.pages)[ids], self.quantization.layout
+                )
                 halves = [half[:count] for half in halves]
                 if self.quantization.rotated:
                     halves = [rotate_back(half) for half in halves]
+                halves[0] = prefix.key_transform.at(layer).at(head).undo(halves[0])
                 kept = tuple(torch.cat(both) for both in zip(kept, halves, strict=True))
             found.append(kept)
         return [found[first : first + HEADS] for first in range(0, len(found), HEADS)]

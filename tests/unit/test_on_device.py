@@ -55,7 +55,9 @@ def compress(scorer, budget, mode="evict"):
         quantization = choose_quantization(
             page_bytes=1024, head_dim=32, keys="nf4", values="int8", rotation="auto"
         )
-        tiers = TierRule(mode, 4, quantization.layout.page_tokens, full_share=0.5)
+        tiers = TierRule(
+            mode, 4, quantization.layout.page_tokens, full_share=0.5, split=quantization.split
+        )
         rule = replace(rule, tiers=tiers)
     angles = torch.zeros(64, 4, device=DEVICE)
     geometry = replace(GEOMETRY, head_dim=head_dim)
@@ -116,16 +118,18 @@ def test_quantizing_does_not_wait_either(launched, monkeypatch, mode, budget):
     monkeypatch.setattr(row_pages, "quantize_pages", lambda *values: filled.append(values))
     monkeypatch.setattr(row_pages, "PAGES_AT_ONCE", 4)
     plan, prefix, _ = compress(create_scorer("keydiff"), budget, mode)
-    total = plan.num_quantized_blocks * 6
+    total = plan.num_quantized_pages * 6
     assert total
     assert (plan.num_full_blocks > 0) == (mode == "mixed")
     assert prefix.quantized_page_ids.shape == (total,)
     assert prefix.quantized_offsets.device == DEVICE
+    assert prefix.key_transform.mean.shape == prefix.key_transform.scale.shape == (3, 2, 32)
+    assert prefix.key_transform.scale.device == DEVICE
     assert sum(len(values[4]) for values in filled) == total
     for keys, vals, rows, pages, targets, layout, _ in filled:
         assert keys.shape == vals.shape == (len(targets) * layout.page_tokens, 32)
         assert rows.shape == (len(targets), layout.page_tokens)
-        assert pages.shape == (384, 1024)
+        assert pages.shape == (384 * plan.quantized_split, layout.page_bytes)
         assert {t.device for t in (keys, vals, rows, pages, targets)} == {DEVICE}
 
 

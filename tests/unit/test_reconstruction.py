@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+from shifted_logits import rank_correlation, shifted_case
 
+from vllm_kvzip.fused_attention import attend_with_normaliser
 from vllm_kvzip.reconstruction import (
     iter_chunks,
     pair_fractions,
@@ -67,3 +69,15 @@ def test_pair_fractions_follow_one_global_ranking():
     scores = torch.tensor([[[0.9, 0.8], [0.1, 0.2]], [[0.7, 0.3], [0.0, 0.05]]])
     assert pair_fractions(scores, 0.375).tolist() == [[1.0, 0.0], [0.5, 0.0]]
     assert pair_fractions(scores, 1.0).mean() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_large_logits_rank_as_well_as_small_ones(dtype):
+    """What all logits have in common says nothing, and is lost before they are rounded."""
+    queries, keys, exact, exact_normaliser = shifted_case(dtype)
+    scale = queries.shape[2] ** -0.5
+    _, normaliser = attend_with_normaliser(queries, keys, keys, scale, causal=False)
+    torch.testing.assert_close(normaliser.double(), exact_normaliser, rtol=0, atol=2e-3)
+    found = scores_from_normaliser(queries, keys, normaliser, scale)
+    assert rank_correlation(found, exact) > 0.98
+    torch.testing.assert_close(found.double(), exact, rtol=0.02, atol=0)

@@ -101,11 +101,11 @@ def test_a_kernel_reads_what_is_stored(scales):
 
 def test_quantized_pages_hold_numbers_that_are_multiplied_already(scales):
     chosen = nf4()
-    tiers = TierRule("quantize", N, chosen.layout.page_tokens)
+    tiers = TierRule("quantize", N, chosen.layout.page_tokens, split=chosen.split)
     rule = PrefixRule(0.5, 0, sink_tokens=2, recent_tokens=2, block_size=N, tiers=tiers)
     plan, prefix, pages, _, stored = compress(scales, rule, chosen)
     page_tokens = chosen.layout.page_tokens
-    assert N < page_tokens < 2 * N  # half of what a page of 16-bit numbers would hold
+    assert N < chosen.head_page_tokens < 2 * N  # half of what a page of 16-bit numbers would hold
     start = 0
     for pair, count in enumerate(prefix.quantized_pages.flatten().tolist()):
         layer, head = divmod(pair, 2)
@@ -113,8 +113,10 @@ def test_quantized_pages_hold_numbers_that_are_multiplied_already(scales):
         start += count
         num_tokens = min(count * page_tokens, plan.boundary_tokens)
         best = ranked_keys(scales, stored, pair)[:num_tokens].sort().values
-        found = unpack_pages(pages[ids], chosen.layout)
+        found = unpack_pages(chosen.pages_of(pages)[ids], chosen.layout)
         for half, which in enumerate((KEYS, VALUES)):
             numbers = stored[half, layer, head, best].float() * scales.factors[which, layer, head]
             back = chosen.turn_back(found[half][:num_tokens])
+            if which == KEYS:
+                back = prefix.key_transform.at(layer).at(head).undo(back)
             assert (back - numbers).norm() < 0.12 * numbers.norm()

@@ -74,7 +74,7 @@ def compress(make_store, budget, rule, values="int8", scorer="knorm"):
         source_blocks=SOURCE, target_blocks=TARGET[: plan.num_compressed_blocks], plan=plan,
         observation_queries=None, scale=1.0, seed=0,
     )  # fmt: skip
-    touched = torch.cat([prefix.page_ids, prefix.quantized_page_ids])
+    touched = torch.cat([prefix.page_ids, prefix.quantized_page_ids // plan.quantized_split])
     others = torch.ones(len(pages), dtype=torch.bool)
     others[touched] = False
     assert torch.equal(pages[others].view(torch.int32), before[others].view(torch.int32))
@@ -83,7 +83,8 @@ def compress(make_store, budget, rule, values="int8", scorer="knorm"):
 
 
 def rule_of(mode, ratio, share=0.6, by_bytes=False, values="int8"):
-    tiers = TierRule(mode, N, quantization(values).layout.page_tokens, share, by_bytes)
+    chosen = quantization(values)
+    tiers = TierRule(mode, N, chosen.layout.page_tokens, share, by_bytes, split=chosen.split)
     return PrefixRule(ratio, 0, sink_tokens=2, recent_tokens=2, block_size=N, tiers=tiers)
 
 
@@ -96,33 +97,35 @@ def test_what_lies_in_the_pages_of_either_tier(make_store, budget, mode, ratio):
     )
     page_tokens = chosen.layout.page_tokens
     assert int(prefix.pages.sum()) == plan.num_full_blocks * 4
-    assert int(prefix.quantized_pages.sum()) == plan.num_quantized_blocks * 4
+    assert int(prefix.quantized_pages.sum()) == plan.num_quantized_pages * 4
     assert (plan.num_full_blocks > 0) == (mode == "mixed")
     counts = quantized_tokens(prefix, plan.boundary_tokens, N, page_tokens)
     first, behind = prefix.offsets, prefix.quantized_offsets
-    assert int(behind[0]) == len(prefix.page_ids)
-    assert int(behind[-1]) == len(prefix.page_ids) + len(prefix.quantized_page_ids)
-    dealt = torch.cat([prefix.page_ids, prefix.quantized_page_ids])
+    before = len(prefix.page_ids) * plan.quantized_split
+    assert int(behind[0]) == before
+    assert int(behind[-1]) == before + len(prefix.quantized_page_ids)
     for head in range(4):
         of_keys, of_values = keys[head // 2, head % 2], values[head // 2, head % 2]
         norms = of_keys.norm(dim=-1)
         norms[:2] = norms[-2:] = -1.0  # sinks and recent tokens
         ranked = norms.argsort(stable=True)
-        ids = dealt[first[head] : first[head + 1]]
+        ids = prefix.page_ids[first[head] : first[head + 1]]
         num_full = len(ids) * N
         best = ranked[:num_full].sort().values
         if len(ids):
             assert torch.equal(store.read_keys(ids[None], head // 2)[0], of_keys[best])
             assert torch.equal(store.read_values(ids[None], head // 2)[0], of_values[best])
-        ids = dealt[behind[head] : behind[head + 1]]
+        ids = prefix.quantized_page_ids[behind[head] - before : behind[head + 1] - before]
         count = int(counts[head // 2, head % 2])
         following = ranked[num_full : num_full + count].sort().values
         if not len(ids):
             continue
-        found = unpack_pages(pages.view(torch.uint8)[ids], chosen.layout)
+        found = list(unpack_pages(chosen.pages_of(pages)[ids], chosen.layout))
         for decoded, original, error in zip(found, (of_keys, of_values), (0.15, 0.02), strict=True):
             if count:
                 back = rotate_back(decoded[:count])
+                if original is of_keys:
+                    back = prefix.key_transform.at(head // 2).at(head % 2).undo(back)
                 assert (back - original[following]).norm() < error * original[following].norm()
             assert (decoded[count:].abs() < 1e-6).all()
 
@@ -168,7 +171,7 @@ def test_both_stores_write_the_same_bytes(budget):
         _, prefix, _, pages, *_ = compress(
             make_store, budget, rule_of("mixed", 0.6, values="nf4"), "nf4"
         )
-        written.append(pages.view(torch.uint8)[prefix.quantized_page_ids])
+        written.append(quantization("nf4").pages_of(pages)[prefix.quantized_page_ids])
     used = quantization("nf4").layout.used_bytes
     same = (written[0][:, :used] == written[1][:, :used]).float().mean()
     assert same > 0.999  # gaps between regions are left as they were
@@ -191,7 +194,7 @@ def test_heads_that_shall_keep_everything_miss_no_token():
         source_blocks=SOURCE, target_blocks=TARGET[: plan.num_compressed_blocks], plan=plan,
         observation_queries=None, scale=1.0, seed=0,
     )  # fmt: skip
-    held = prefix.pages * N + prefix.quantized_pages * quantization("nf4").layout.page_tokens
+    held = prefix.pages * N + prefix.quantized_pages * plan.quantized_page_tokens
     assert (held[0] >= 80).all()
 
 
@@ -221,4 +224,4 @@ def test_compaction_never_quantizes_into_its_source():
     store = packed_of(torch.zeros(160, 512), quantization())
     sources = POOL.page_ids(torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="own pages"):
-        store.quantize(sources, None, sources[0, 0, :1])
+        store.quantize(sources, None, sources[0, 0, :1], None)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vllm_kvzip.key_transform import KeyTransform
 from vllm_kvzip.quantization import choose_quantization, pack_pages, rotate, unpack_pages
 from vllm_kvzip.quantization.reading import PageReader
 from vllm_kvzip.quantization.rotation import rotate_back
@@ -46,7 +47,13 @@ class Pool:
         first = used = 0
         rows = {"ids": [], "owners": [], "first": []}
         tiers = {"quantized": rows, "full": {name: [] for name in rows}}
+        self.transform = KeyTransform(
+            torch.randn(num_sequences, head_dim) * 5,
+            2.0 ** torch.randint(3, (num_sequences, head_dim)),
+            torch.randn(num_sequences, 3, head_dim) * 5,
+        )
         for number in range(num_sequences):
+            of_keys = self.transform.at(number)
             keys, values = torch.randn(2, quantized[number], head_dim) * 2
             own = torch.arange(first, first + num_pages[number])
             first += num_pages[number]
@@ -56,6 +63,7 @@ class Pool:
                 self.bytes[own] = pack_pages(*turned, self.layout)
                 held = tuple(h[: len(keys)] for h in unpack_pages(self.bytes[own], self.layout))
                 held = tuple(map(rotate_back, held)) if self.rotated else held
+            held = of_keys.undo(held[0]), held[1]
             count = -(-ordinary[number] // N)
             pages, used = ids[used : used + count], used + count
             tail = torch.randn(2, ordinary[number], head_dim)
@@ -105,7 +113,12 @@ def test_few_rows_of_many_sequences(keys, values, rotation, monkeypatch):
     queries = torch.randn(4, steps, head_dim)
     seen = torch.tensor(ordinary)[:, None] - (steps - 1 - torch.arange(steps))
     attended = pool.attention(scale).attend_rows(
-        queries, pool.tiers["quantized"], torch.tensor(quantized), pool.tiers["full"], seen
+        queries,
+        pool.tiers["quantized"],
+        torch.tensor(quantized),
+        pool.transform,
+        pool.tiers["full"],
+        seen,
     )
     for number in range(4):
         wanted = pool.reference(number, queries[number], scale)
@@ -121,7 +134,12 @@ def test_many_rows_of_one_sequence(rotation, num_quantized, num_full):
     pool = Pool(1, group, chosen, head_dim, [num_quantized], [num_full])
     queries = torch.randn(group, rows, head_dim)
     attended = pool.attention(scale).attend_causally(
-        queries, pool.tiers["quantized"].ids, num_quantized, pool.tiers["full"].ids, num_full
+        queries,
+        pool.tiers["quantized"].ids,
+        num_quantized,
+        pool.transform.at(0),
+        pool.tiers["full"].ids,
+        num_full,
     )
     for member in range(group):
         wanted = pool.reference(0, queries[member], scale)

@@ -6,7 +6,12 @@ goes from names to all of it.
 """
 
 from vllm_kvzip.quantization.base import Encoded, Format
-from vllm_kvzip.quantization.choice import Quantization, choose_quantization, create_format
+from vllm_kvzip.quantization.choice import (
+    Quantization,
+    choose_quantization,
+    choose_split,
+    create_format,
+)
 from vllm_kvzip.quantization.int4 import Int4
 from vllm_kvzip.quantization.int8 import Int8
 from vllm_kvzip.quantization.layout import HalfPage, PageLayout
@@ -24,6 +29,7 @@ __all__ = [
     "PageLayout",
     "Quantization",
     "choose_quantization",
+    "choose_split",
     "create_format",
     "pack_pages",
     "rotate",

@@ -1,13 +1,15 @@
-"""Formats by name, with the block sizes that suit a head size."""
+"""Formats by name, with the block sizes that suit a head size and pages of few tokens."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from vllm_kvzip.quantization.int4 import Int4
 from vllm_kvzip.quantization.int8 import Int8
-from vllm_kvzip.quantization.layout import PageLayout
+from vllm_kvzip.quantization.layout import CODE_ALIGNMENT, ROUNDING_LOSS, PageLayout
 from vllm_kvzip.quantization.nf4 import NormalFloat4
 from vllm_kvzip.quantization.pages import pack_pages
 from vllm_kvzip.quantization.rotation import (
@@ -18,12 +20,12 @@ from vllm_kvzip.quantization.rotation import (
 )
 
 if TYPE_CHECKING:
-    import torch
-
     from vllm_kvzip.config import FormatName, Rotation
     from vllm_kvzip.quantization.base import Format
 
 SMALLEST_BLOCK = 16
+LEAST_PAGE_TOKENS = 16
+"""Of a quantized page that shares its head page with others."""
 
 
 def create_format(name: FormatName, head_dim: int) -> Format:
@@ -49,13 +51,44 @@ def create_format(name: FormatName, head_dim: int) -> Format:
 class Quantization:
     """How the pages of the quantized tier are written.
 
+    A head page is cut into equal quantized pages, so that one holds about as many tokens as an
+    ordinary page: heads can then differ in how many they keep even when there are few bytes.
+    Quantized page ``k`` of head page ``i`` has the id ``i * split + k`` in :meth:`pages_of`.
+
     Attributes:
-        layout: of a page.
+        layout: of a quantized page.
+        split: quantized pages of a head page.
         rotated: whether keys and values are rotated first.
     """
 
     layout: PageLayout
+    split: int
     rotated: bool
+
+    @property
+    def head_page_tokens(self) -> int:
+        """Tokens that a head page holds quantized."""
+        return self.split * self.layout.page_tokens
+
+    def pages_of(self, head_pages: torch.Tensor) -> torch.Tensor:
+        """A pool of head pages as quantized ones, without a copy.
+
+        Args:
+            head_pages: ``[P, ...]``, contiguous, of any dtype.
+
+        Returns:
+            uint8 ``[P * split, page_bytes]``.
+        """
+        return head_pages.view(torch.uint8).view(-1, self.layout.page_bytes)
+
+    def page_ids(self, head_page_ids: torch.Tensor) -> torch.Tensor:
+        """The quantized pages of some head pages, int64 ``[n * split]``, in order.
+
+        Args:
+            head_page_ids: int64 ``[n]``.
+        """
+        parts = torch.arange(self.split, device=head_page_ids.device)
+        return (head_page_ids[:, None] * self.split + parts).flatten()
 
     def pack(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Quantize tokens that fill whole pages.
@@ -99,9 +132,32 @@ def choose_quantization(
         ValueError: if a format or the rotation does not suit the head size, or the page is too
             small.
     """
-    layout = PageLayout(
-        page_bytes, head_dim, create_format(keys, head_dim), create_format(values, head_dim)
-    )
+    formats = create_format(keys, head_dim), create_format(values, head_dim)
+    layout = PageLayout(page_bytes, head_dim, *formats)
     if rotation == "hadamard":
         check_rotation(head_dim)
-    return Quantization(layout, rotated=rotation != "none" and has_rotation(head_dim))
+    split = choose_split(layout)
+    rotated = rotation != "none" and has_rotation(head_dim)
+    return Quantization(layout.part(split), split, rotated)
+
+
+def choose_split(whole: PageLayout) -> int:
+    """Into how many equal quantized pages a head page is cut: a power of two.
+
+    As many as leave each one :data:`LEAST_PAGE_TOKENS`, and the head page all but a few of the
+    tokens that it holds in one piece.
+
+    Args:
+        whole: of a head page in one piece.
+    """
+    split = best = 1
+    while whole.page_bytes % (2 * split * CODE_ALIGNMENT) == 0:
+        split *= 2
+        if whole.page_tokens < split * LEAST_PAGE_TOKENS:
+            break
+        tokens = whole.part(split).page_tokens
+        if tokens < LEAST_PAGE_TOKENS:
+            break
+        if split * tokens >= (1 - ROUNDING_LOSS) * whole.page_tokens:
+            best = split
+    return best

@@ -1,6 +1,6 @@
-"""What lies where in a quantized head page: the one place that computes it.
+"""What lies where in a quantized page: the one place that computes it.
 
-A quantized page has the bytes of an ordinary one, ``2 * N * D * itemsize``, and holds more tokens.
+A quantized page is a head page, of ``2 * N * D * itemsize`` bytes, or an equal part of one.
 It has four regions, each token after token::
 
     key codes | value codes | key scales | value scales
@@ -12,7 +12,7 @@ left over at the end is not written.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -120,6 +120,14 @@ class PageLayout:
         codes = _aligned(key_codes_end, CODE_ALIGNMENT)
         scales = _aligned(key_scales_end, SCALE_ALIGNMENT)
         return HalfPage(self.value_format, codes, scales, scales + self.value_format.group_bytes)
+
+    def part(self, split: int) -> PageLayout:
+        """Of one of ``split`` equal parts of such a page.
+
+        Raises:
+            ValueError: if such a part cannot be laid out.
+        """
+        return replace(self, page_bytes=self.page_bytes // split)
 
     @property
     def used_bytes(self) -> int:

@@ -12,6 +12,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_kvzip.clocks import CudaClock
 from vllm_kvzip.kernels.column_maximum import column_maximum
+from vllm_kvzip.key_transform import num_first
 from vllm_kvzip.row_pages import PAGES_AT_ONCE, RowPages
 from vllm_kvzip.vllm_bridge.gpu_attention import (
     HeadPageBuilder,
@@ -45,8 +46,8 @@ SELECT_BYTES = 56
 """Of each (layer, KV head, token): scores, their order, and what is kept, at their peak."""
 TIER_BYTES = 32
 """The same of the order and the sums from which a second tier is chosen."""
-ROTATION_COPIES = 4
-"""How often quantized tokens exist in float32 while they are rotated, keys or values."""
+ROTATION_COPIES = 6
+"""How often quantized tokens exist in float32 while they are transformed and rotated."""
 LAYER_BYTES = 20
 """Of each number of one layer's keys, or keys and values, while they are scored."""
 
@@ -66,6 +67,18 @@ def compression_bytes(
     of_pair = SELECT_BYTES + (TIER_BYTES if page_tokens else 0)
     at_once = 4 * ROTATION_COPIES * PAGES_AT_ONCE * page_tokens * head_dim
     return num_kv_heads * num_tokens * (num_layers * of_pair + head_dim * LAYER_BYTES) + at_once
+
+
+def transform_bytes(max_requests: int, num_pairs: int, head_dim: int, num_first: int) -> int:
+    """Bytes of what quantized keys were freed of, which kernels read from buffers by request.
+
+    Args:
+        max_requests: most requests of a batch; one more slot is for requests without a prefix.
+        num_pairs: L * H of this worker.
+        head_dim: D.
+        num_first: W, first tokens with a mean of their own.
+    """
+    return (2 + num_first) * 4 * (1 + max_requests) * num_pairs * head_dim
 
 
 class TritonPath(HeadPageWorker):
@@ -91,6 +104,14 @@ class TritonPath(HeadPageWorker):
             model.max_model_len,
             quantization.layout.page_tokens if quantization else 0,
         )
+        if quantization is not None:
+            pairs = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
+            needed += transform_bytes(
+                self.scheduler_config.max_num_seqs,
+                pairs,
+                model.get_head_size(),
+                num_first(self._kvzip_settings.config.sink_tokens),
+            )
         logger.info("KV compression sets %.2f GiB aside for its own tensors.", needed / 2**30)
         return max(0, available - needed)
 

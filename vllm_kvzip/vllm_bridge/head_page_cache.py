@@ -27,6 +27,7 @@ class HeadPageCache:
         layer_index: vLLM's layer name -> layer.
         quantization: how quantized pages are written; None where there are none.
         scales: of a cache of 8-bit numbers; None where numbers are stored as they are.
+        num_first: how many of a prompt's first tokens have quantized keys that lose nothing.
     """
 
     geometry: CacheGeometry
@@ -36,3 +37,4 @@ class HeadPageCache:
     layer_index: dict[str, int]
     quantization: Quantization | None = None
     scales: StoredScales | None = None
+    num_first: int = 0

@@ -94,6 +94,8 @@ class KernelBatcher:
         pages, layer_index, quantized, scales: see :class:`KernelBatch`.
         query_dtype, dtype: of queries and of outputs.
         place: of the pages of a block.
+        quantized_split: quantized pages of a head page.
+        num_first: see :class:`HeadPageCache`.
 
     Raises:
         UnsupportedError: for an element order that is no view of ``[N, D]``.
@@ -118,7 +120,15 @@ class KernelBatcher:
             num_slots, geometry.pages_per_block + 1, dtype=torch.int32, device=device
         )
         self.quantized = _read_quantized(cache, self.dtype)
-        self._quantized_offsets = None if self.quantized is None else self._offsets.clone()
+        self._quantized_offsets = self._key_transforms = None
+        self.num_first = cache.num_first
+        self.quantized_split = 1
+        if cache.quantization is not None:
+            self.quantized_split = cache.quantization.split
+            self._quantized_offsets = self._offsets.clone()
+            rows = 2 + cache.num_first
+            shape = (num_slots, geometry.pages_per_block, rows, geometry.head_dim)
+            self._key_transforms = torch.zeros(shape, dtype=torch.float32, device=device)
         self._boundaries = torch.zeros(num_slots, dtype=torch.int32, device=device)
         self._slots = torch.zeros(max_requests, dtype=torch.int32, device=device)
         self._slot_of: dict[PrefixState, int] = {}
@@ -164,6 +174,8 @@ class KernelBatcher:
             num_kv_heads=self._geometry.num_kv_heads,
             page_tokens=self._geometry.block_size,
             quantized_offsets=self._quantized_offsets,
+            key_transforms=self._key_transforms,
+            split=self.quantized_split,
         )
         return KernelBatch(
             self.pages,
@@ -200,6 +212,9 @@ class KernelBatcher:
         self._offsets[slot].copy_(state.prefix.offsets, non_blocking=True)
         if self._quantized_offsets is not None:
             self._quantized_offsets[slot].copy_(state.prefix.quantized_offsets, non_blocking=True)
+        if (transform := state.prefix.key_transform) is not None:
+            assert self._key_transforms is not None
+            self._key_transforms[slot].copy_(transform.flat.packed, non_blocking=True)
         self._boundaries[slot].fill_(state.plan.num_prefix_blocks)
         return slot
 
@@ -213,4 +228,4 @@ def _read_quantized(cache: HeadPageCache, dtype: torch.dtype) -> QuantizedPages 
     rotation = None
     if chosen.rotated:
         rotation = hadamard_matrix(cache.geometry.head_dim).to(pages.device, dtype)
-    return QuantizedPages(pages.view(torch.uint8), chosen.layout, code_book, rotation)
+    return QuantizedPages(chosen.pages_of(pages), chosen.layout, code_book, rotation)

@@ -81,10 +81,12 @@ def make_up_step(
     seq_lens = torch.full((num_requests,), seq_len, dtype=torch.int32, device=device)
     starts = torch.arange(num_requests + 1, dtype=torch.int32) * query_len
     pairs = torch.arange(geometry.pages_per_block + 1, dtype=torch.int32, device=device)
-    quantized = None  # what else they have
+    quantized = transforms = None  # what else they have
     if batcher.quantized is not None:
         rest = -(-(prefix_blocks - kept) * size // batcher.quantized.layout.page_tokens)
-        quantized = (kept * geometry.pages_per_block + rest * pairs)[None]
+        quantized = (batcher.quantized_split * kept * geometry.pages_per_block + rest * pairs)[None]
+        shape = (1, geometry.pages_per_block, 2 + batcher.num_first, geometry.head_dim)
+        transforms = torch.ones(shape, dtype=torch.float32, device=device)
     tables = PageTables(
         offsets=kept * pairs[None],
         boundary_blocks=torch.full((1,), prefix_blocks, dtype=torch.int32, device=device),
@@ -95,6 +97,8 @@ def make_up_step(
         num_kv_heads=geometry.num_kv_heads,
         page_tokens=size,
         quantized_offsets=quantized,
+        key_transforms=transforms,
+        split=batcher.quantized_split,
     )
     common = CommonAttentionMetadata(
         query_start_loc=starts.to(device),

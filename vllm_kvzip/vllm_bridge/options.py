@@ -156,7 +156,7 @@ def _head_tiers(vllm_config: VllmConfig, settings: Settings, path: Path) -> dict
     quantization = settings.quantization(*shape)
     if tiers is None or quantization is None or settings.config.full_share is not None:
         return None
-    token_bytes = shape[0] / quantization.layout.page_tokens
+    token_bytes = shape[0] / quantization.head_page_tokens
     if abs(token_bytes - tiers.token_bytes) > MOST_TIER_MISMATCH * tiers.token_bytes:
         logger.warning(
             "The head profile's tiers were made for quantized KV pairs of %.0f %% of their bytes, "

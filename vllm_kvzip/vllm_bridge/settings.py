@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vllm_kvzip.quantization import Quantization
 
 KEY = "kvzip"
-PREFIX_FORMAT = 3  # how a compressed prefix lies in its blocks
+PREFIX_FORMAT = 4  # how a compressed prefix lies in its blocks
 SHAPING_SETTINGS = (
     "sink_tokens",
     "recent_tokens",
@@ -113,7 +113,7 @@ class Settings:
             raise ConfigError(
                 f"mode {config.mode} does not work here: {error}; choose another format."
             ) from error
-        if chosen.layout.page_tokens <= block_size:
+        if chosen.head_page_tokens <= block_size:
             raise ConfigError(
                 f"mode {config.mode}: {config.key_format} keys and {config.value_format} values "
                 f"are no smaller than the KV cache's own; choose another format."
@@ -135,6 +135,7 @@ class Settings:
                 self.config.mode,
                 block_size,
                 quantization.layout.page_tokens,
+                split=quantization.split,
                 full_share=self.config.full_share or DEFAULT_FULL_SHARE,
                 by_bytes=by_bytes,
                 shares=tuple((held if by_bytes else kept, full) for held, kept, full in points),

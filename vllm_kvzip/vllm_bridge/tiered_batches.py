@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_kvzip.key_transform import KeyTransform
 from vllm_kvzip.quantization.reading import PageReader
 from vllm_kvzip.tiered_attention import TieredAttention, TierPages, quantized_tokens
 
@@ -32,10 +33,12 @@ class QuantizedTier:
     Attributes:
         layers: of each layer, ordered by pair ``r * H + h``.
         num_tokens: int64 ``[L, R * H]``, tokens in them.
+        transform: ``[L, R * H]``, of their keys; changes nothing where there are none.
     """
 
     layers: list[TierPages]
     num_tokens: torch.Tensor
+    transform: KeyTransform
 
 
 class TieredReader:
@@ -50,7 +53,12 @@ class TieredReader:
         self.geometry = cache.geometry
         self.layer_index = cache.layer_index
         self._store = cache.store
-        self._bytes = cache.pages.view(torch.uint8)
+        self._bytes = cache.quantization.pages_of(cache.pages)
+        geometry = cache.geometry
+        keys = torch.zeros(
+            geometry.num_layers, geometry.num_kv_heads, cache.num_first, geometry.head_dim
+        )
+        self._unchanged = KeyTransform.fit(keys, cache.num_first)
         self._reader = PageReader(cache.quantization.layout)
         self._rotated = cache.quantization.rotated
 
@@ -79,9 +87,11 @@ class TieredReader:
         geometry, page_tokens = self.geometry, self._reader.layout.page_tokens
         num_layers, num_heads = geometry.num_layers, geometry.num_kv_heads
         num_tokens = torch.zeros(num_layers, len(states), num_heads, dtype=torch.int64)
+        parts = []
         ids, layers, owners, first = [], [], [], []
         for number, state in enumerate(states):
             prefix = state.prefix
+            parts.append(prefix.key_transform or self._unchanged)
             if prefix.quantized_pages is None or prefix.quantized_page_ids is None:
                 continue
             boundary = state.plan.boundary_tokens
@@ -102,7 +112,7 @@ class TieredReader:
         sizes = torch.bincount(by_layer, minlength=num_layers).tolist()
         columns = [torch.cat(column)[order].split(sizes) for column in (ids, owners, first)]
         tiers = [TierPages(*of_layer) for of_layer in zip(*columns, strict=True)]
-        return QuantizedTier(tiers, num_tokens.flatten(1))
+        return QuantizedTier(tiers, num_tokens.flatten(1), KeyTransform.join(parts))
 
 
 @dataclass(frozen=True)
@@ -200,6 +210,7 @@ class TieredBatch:
             queries.reshape(len(pairs), width * group, head_dim),
             self._own(self.quantized.layers[layer], pairs),
             self.quantized.num_tokens[layer, pairs],
+            self.quantized.transform.at(layer).at(pairs),
             self._full_pages(layer, pairs, seq_lens),
             seen.reshape(len(pairs), width, 1).expand(-1, -1, group).flatten(1),
         )
@@ -228,6 +239,7 @@ class TieredBatch:
                 query[rows, heads].transpose(0, 1),
                 tier.ids[tier.owners == pair],
                 int(self.quantized.num_tokens[layer, pair]),
+                self.quantized.transform.at(layer).at(pair),
                 self.tables[layer, pair, :num_pages].long(),
                 num_tokens,
             )

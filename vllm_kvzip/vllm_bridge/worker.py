@@ -24,6 +24,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_kvzip.core import CacheGeometry
 from vllm_kvzip.errors import UnsupportedError
+from vllm_kvzip.key_transform import num_first
 from vllm_kvzip.pipeline import Compressor
 from vllm_kvzip.scoring import ScorerSettings, create_scorer
 from vllm_kvzip.vllm_bridge.attention_timer import AttentionTimer
@@ -193,7 +194,16 @@ class HeadPageWorker(WorkerBase):
             )
         scales = read_scales(list(layers.values()), spec.num_kv_heads, self.model_config.dtype)
         store = self.page_store(pages, spec, builders, quantization, scales)
-        cache = HeadPageCache(geometry, pool, pages, store, layer_index, quantization, scales)
+        cache = HeadPageCache(
+            geometry,
+            pool,
+            pages,
+            store,
+            layer_index,
+            quantization,
+            scales,
+            num_first(config.sink_tokens),
+        )
         scorer = create_scorer(
             settings.scorer,
             ScorerSettings(
