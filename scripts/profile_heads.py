@@ -27,7 +27,6 @@ from typing import Any, get_args
 import numpy as np
 import torch
 import transformers
-from model_files import DEFAULT_REPEAT_PROMPT, repeat_prompts
 from reconstruction_probe import ReconstructionProbe, layers_of, rotary_of
 from retrieval_task import BASIC_VOCABULARY_SIZE, VOCABULARY, make_context
 from tier_budgets import TierBudgetBuilder
@@ -38,6 +37,7 @@ from vllm_kvzip.config import FormatName
 from vllm_kvzip.errors import ProfileError
 from vllm_kvzip.profile import HeadProfile, Provenance, save_profile
 from vllm_kvzip.reconstruction import pair_fractions, retrieval_fractions
+from vllm_kvzip.repeat_prompt import repeat_wording
 from vllm_kvzip.surrogate import LayerSurrogate, save_surrogate
 from vllm_kvzip.surrogate_training import SurrogateTrainer, agreement
 
@@ -182,15 +182,11 @@ def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurr
         texts = [
             f"{f.name} sha256:{hashlib.sha256(f.read_bytes()).hexdigest()[:16]}" for f in files
         ]
-    first_ids, later_ids = (
-        tokenizer(p, add_special_tokens=False)["input_ids"]
-        for p in repeat_prompts(args.repeat_prompt)
-    )
-    if not first_ids:
-        raise ProfileError(
-            f"--repeat-prompt {args.repeat_prompt!r} has no token in this model's vocabulary; "
-            f"choose another wording."
-        )
+    wording = repeat_wording(args.repeat_prompt, None, tokenizer)
+    try:
+        first_ids, later_ids = wording.token_ids(tokenizer)
+    except ValueError as error:
+        raise ProfileError(f"--repeat-prompt {error}") from error
     passes = len(contexts) * (1 + -(-args.context_tokens // args.chunk_tokens))
     trainer = layers = None
     if args.surrogate:
@@ -244,7 +240,8 @@ def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurr
         model=fingerprint,
         provenance=Provenance(
             method=f"kvzip reconstruction, budgets by {args.budgets}",
-            repeat_prompt=args.repeat_prompt,
+            repeat_prompt=wording.first,
+            later_repeat_prompt=wording.later,
             scoring_chunk_tokens=args.chunk_tokens,
             num_contexts=len(contexts),
             context_tokens=args.context_tokens,
@@ -286,7 +283,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--context-tokens", type=int, default=1024)
     parser.add_argument("--num-contexts", type=int, default=4)
     parser.add_argument("--chunk-tokens", type=int, default=2048, help="repeated at once")
-    parser.add_argument("--repeat-prompt", default=DEFAULT_REPEAT_PROMPT)
+    parser.add_argument(
+        "--repeat-prompt", help="asks for the context; default: as in KVzip, in the chat's form"
+    )
     parser.add_argument(
         "--budgets",
         choices=["heads", "pairs"],

@@ -35,10 +35,7 @@ _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"", "0", "false", "no", "off"}
 
 
 class KVzipConfig(BaseModel):
-    """Every setting of the plugin, with its default.
-
-    Wording of ``repeat_prompt`` as in the KVzip paper (arXiv 2505.23416, section 3.2).
-    """
+    """Every setting of the plugin, with its default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -97,10 +94,11 @@ class KVzipConfig(BaseModel):
     reuse_ttl_seconds: float | None = Field(
         None, gt=0, description="forget a compressed prefix that nobody used for so long"
     )
-    repeat_prompt: str = Field(
-        "\n\nRepeat the previous context exactly.",
+    repeat_prompt: str | None = Field(
+        None,
         min_length=1,
-        description="what asks the model to repeat its context; default the profile's own, if any",
+        description="what asks the model to repeat its context; default the profile's own, if any, "
+        "else KVzip's, at the end of the user's turn",
     )
     scoring_chunk_tokens: int = Field(
         512, ge=16, description="tokens the model repeats at once, of scorer kvzip"

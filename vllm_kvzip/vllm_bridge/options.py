@@ -208,20 +208,15 @@ def _repeat_ids(vllm_config: VllmConfig, config: KVzipConfig, path: Path | None)
     """Token ids of the repeat prompts; the wording that made the profile is known to work."""
     from vllm.tokenizers import cached_tokenizer_from_config
 
-    from vllm_kvzip.reconstruction import LATER_REPEAT_PROMPT
+    from vllm_kvzip.repeat_prompt import repeat_wording
 
-    wording, default = config.repeat_prompt, KVzipConfig.model_fields["repeat_prompt"].default
-    if wording == default and path is not None:
-        wording = load_profile(path).provenance.repeat_prompt or default
-    later = LATER_REPEAT_PROMPT if wording == default else wording
+    provenance = load_profile(path).provenance if path is not None else None
     tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
-    ids = [tokenizer.encode(text, add_special_tokens=False) for text in (wording, later)]
-    if not all(ids):
-        raise ConfigError(
-            f"repeat_prompt {wording!r} has no token in this model's vocabulary; choose another "
-            f"wording."
-        )
-    return ids
+    try:
+        wording = repeat_wording(config.repeat_prompt, provenance, tokenizer)
+        return list(wording.token_ids(tokenizer))
+    except ValueError as error:
+        raise ConfigError(f"repeat_prompt {error}") from error
 
 
 def _profile_path(vllm_config: VllmConfig, config: KVzipConfig) -> Path | None:
