@@ -1,7 +1,8 @@
 """How a model is asked to repeat its context: by its user's words, its profile's, or KVzip's.
 
 A chat model repeats best when it is its turn to speak. Where the tokenizer has a chat template, the
-default wording therefore ends the user's turn and begins the assistant's.
+default wording therefore ends the user's turn and begins the assistant's. The end of the chunk
+before, which tells where to go on, then begins the answer.
 """
 
 from __future__ import annotations
@@ -94,6 +95,4 @@ def repeat_wording(own: str | None, provenance: Provenance | None, tokenizer: An
         usual = LATER_REPEAT_PROMPT if first == FIRST_REPEAT_PROMPT else first
         return RepeatWording(first, provenance.later_repeat_prompt or usual)
     _, behind = around_message(tokenizer)
-    if not behind:
-        return RepeatWording(FIRST_REPEAT_PROMPT, LATER_REPEAT_PROMPT)
-    return RepeatWording(FIRST_REPEAT_PROMPT + behind, FIRST_REPEAT_PROMPT + behind)
+    return RepeatWording(FIRST_REPEAT_PROMPT + behind, LATER_REPEAT_PROMPT + behind)

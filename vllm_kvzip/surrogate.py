@@ -6,7 +6,7 @@ KV heads, which are linear maps of it. One small network per layer reads them, w
 taken off the keys, and how near the token is to the end of the context (some heads look for the
 last token of a kind), and predicts the log score of each KV head's pair.
 
-The file is safetensors, beside the model's head profile; ``scripts/profile_heads.py --surrogate``
+The file is safetensors, beside the model's head profile; ``scripts/profile_heads.py``
 makes it.
 """
 
@@ -160,18 +160,18 @@ def load_surrogate(path: Path, running: ModelFingerprint | None = None) -> list[
             raise ValueError(f"its networks do not read {width} numbers per token")
     except FileNotFoundError as error:
         raise ProfileError(
-            f"Scorer surrogate needs {path}; build it with scripts/profile_heads.py --surrogate."
+            f"Scorer surrogate needs {path}; build it with scripts/profile_heads.py."
         ) from error
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ProfileError(
             f"{path} is no surrogate that can be read ({reason}); build it again with "
-            f"scripts/profile_heads.py --surrogate."
+            f"scripts/profile_heads.py."
         ) from error
     if running is not None and (difference := model.mismatch(running)):
         field, theirs, mine = difference
         raise ProfileError(
             f"Surrogate {path} was made for another model: its {field} is {theirs}, the running "
-            f"model's is {mine}; build one with scripts/profile_heads.py --surrogate."
+            f"model's is {mine}; build one with scripts/profile_heads.py."
         )
     return layers

@@ -32,7 +32,7 @@ def made_with(**wording):
 def test_the_default_closes_the_users_turn_and_opens_the_assistants():
     wording = repeat_wording(None, None, tokenizer(TURNS))
     assert wording.first == FIRST_REPEAT_PROMPT + "[end][assistant]"
-    assert wording.later == FIRST_REPEAT_PROMPT + "[end][assistant]"
+    assert wording.later == LATER_REPEAT_PROMPT + "[end][assistant]"
 
 
 def test_what_comes_before_a_message_is_found_too():
