@@ -34,6 +34,10 @@ from transformers import AutoConfig, AutoTokenizer
 
 from vllm_kvzip.calibration import (
     CONTEXT_TOKENS,
+    KEEP_RATIOS,
+    MIN_REPEATED_SHARE,
+    NETWORK_TOKENS,
+    NETWORK_WIDTH,
     NUM_CONTEXTS,
     calibration_contexts,
     default_material,
@@ -46,10 +50,6 @@ from vllm_kvzip.reconstruction import pair_fractions, retrieval_fractions
 from vllm_kvzip.repeat_prompt import repeat_wording
 from vllm_kvzip.surrogate import LayerSurrogate, save_surrogate
 from vllm_kvzip.surrogate_training import SurrogateTrainer, agreement
-
-KEEP_RATIOS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-MIN_REPEATED_SHARE = 0.5
-SURROGATE_TOKENS = 2048  # of each context; the features of 16 contexts of an 8B model take 4 GiB
 
 
 def task_contexts(args: argparse.Namespace) -> list[list[int]]:
@@ -173,7 +173,7 @@ def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurr
         passes += fingerprint.num_layers
         rotary = rotary_of(probe.model, args.context_tokens)
         trainer = SurrogateTrainer(
-            fingerprint.num_layers, SURROGATE_TOKENS, args.surrogate_width, args.seed
+            fingerprint.num_layers, NETWORK_TOKENS, args.surrogate_width, args.seed
         )
     shape = fingerprint.num_layers, fingerprint.num_kv_heads
     tiers = tier_builder(args, *shape, fingerprint.head_dim)
@@ -284,7 +284,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default=True,
         help="train the networks of scorer surrogate too (default)",
     )
-    parser.add_argument("--surrogate-width", type=int, default=32, help="hidden units per layer")
+    parser.add_argument(
+        "--surrogate-width", type=int, default=NETWORK_WIDTH, help="hidden units per layer"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of contexts and networks")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)

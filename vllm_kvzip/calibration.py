@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 
 NUM_CONTEXTS = 12
 CONTEXT_TOKENS = 1024
+KEEP_RATIOS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+"""For which a profile says what each head keeps."""
+MIN_REPEATED_SHARE = 0.5
+"""Below it a model does not understand that it is to repeat, and its profile is worthless."""
+NETWORK_TOKENS = 2048
+"""Of each context, for training; the features of 16 contexts of an 8B model take 4 GiB."""
+NETWORK_WIDTH = 32
 OWN, OWN_TEXT = "own", "calibration.txt"
 CODE_MODULES = ("argparse", "calendar", "csv", "heapq", "json.decoder", "statistics", "textwrap")
 ORDER = (OWN, "manual", "code", "manual")

@@ -74,7 +74,18 @@ class KVzipConfig(BaseModel):
         None, description="how pages are shared between heads; default profile or adaptive"
     )
     profile: str | None = Field(
-        "auto", description="head-budget profile: a path, auto (match the model) or none"
+        "auto",
+        description="head-budget profile: a path, auto (match the model), build (as auto, and made "
+        "when the engine starts if there is none) or none",
+    )
+    profile_cache: str | None = Field(
+        None, description="folder of the profiles that engines built; default the user's cache"
+    )
+    profile_text: str | None = Field(
+        None, description="profile build: text file to calibrate on, in place of our own texts"
+    )
+    profile_build_seconds: float = Field(
+        300, gt=0, description="profile build: how long it may take until the engine goes on"
     )
     min_prompt_tokens: int = Field(256, ge=0, description="prompts of fewer tokens are left alone")
     min_output_tokens: int = Field(
@@ -233,6 +244,9 @@ def _refuse_contradictions(config: KVzipConfig, origin: Mapping[str, str]) -> No
             f"{origin['keep_bytes_ratio']}: keep_bytes_ratio stands in place of keep_ratio; "
             f"give one of them."
         )
+    for name in ("profile_text", "profile_build_seconds"):
+        if name in origin and config.profile != "build":
+            raise ConfigError(f"{origin[name]}: {name} has no effect; set profile to build.")
     idle = [name for name in QUANTIZED_SETTINGS if config.mode == "evict"]
     idle += ["full_share"] if config.mode != "mixed" else []
     for name in idle:

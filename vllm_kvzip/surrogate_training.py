@@ -76,7 +76,8 @@ class SurrogateTrainer:
         num_inputs, num_heads = features.shape[1], targets.shape[1]
         shapes = [(num_inputs, self._width), (self._width,), (self._width, num_heads)]
         mix, mix_bias, out = (
-            torch.randn(shape, generator=self._generator) * num_inputs**-0.5 for shape in shapes
+            (torch.randn(shape, generator=self._generator) * num_inputs**-0.5).to(features.device)
+            for shape in shapes
         )
         parameters = [mix, mix_bias, out, targets.mean(0)]
         for parameter in parameters:
