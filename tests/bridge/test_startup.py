@@ -226,9 +226,10 @@ def test_what_a_profile_cannot_be_built_with_is_refused(capsys, flags):
     assert f"profile build does not work with {' '.join(flags)} yet" in message
 
 
-@pytest.mark.parametrize("setting", ["profile_text", "profile_build_seconds"])
-def test_settings_of_building_alone_are_refused(capsys, setting):
-    message = refusal(capsys, *ON, f"--kv-compression-config.{setting}", "5")
+@pytest.mark.parametrize("given", ["profile_text a.txt", "profile_build_seconds 5"])
+def test_settings_of_building_alone_are_refused(capsys, given):
+    setting, value = given.split()
+    message = refusal(capsys, *ON, f"--kv-compression-config.{setting}", value)
     assert f"{setting} has no effect; set profile to build" in message
 
 

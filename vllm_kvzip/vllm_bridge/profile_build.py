@@ -178,7 +178,7 @@ def _build(
             f"the model repeats only {watch.repeated_share:.0%} of the calibration text; try "
             f"another profile_text or repeat_prompt"
         )
-    logger.info("Head profile: the networks of %d layers are trained.", len(layer_names))
+    logger.info("Head profile: training the networks of %d layers.", len(layer_names))
     layers = [layer.to(torch.device("cpu")) for layer in trainer.fit(check_time)]
     assert importance is not None
     importance = importance.clamp(0, 1).cpu()
