@@ -8,12 +8,9 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
-from vllm_kvzip.config import KVzipConfig
 from vllm_kvzip.errors import ProfileError
 from vllm_kvzip.profile import ModelFingerprint, find_profile, load_profile, profile_folders
-from vllm_kvzip.reconstruction import LATER_REPEAT_PROMPT
-
-DEFAULT_REPEAT_PROMPT: str = KVzipConfig.model_fields["repeat_prompt"].default
+from vllm_kvzip.repeat_prompt import repeat_wording
 
 
 def fingerprint_from_config(config: Any, name: str) -> ModelFingerprint:
@@ -54,11 +51,6 @@ def fingerprint_of(model: str) -> ModelFingerprint:
         ) from error
 
 
-def repeat_prompts(wording: str) -> tuple[str, str]:
-    """What asks for the first chunk of a context and for the later ones."""
-    return wording, LATER_REPEAT_PROMPT if wording == DEFAULT_REPEAT_PROMPT else wording
-
-
 def repeat_ids(model: str, fingerprint: ModelFingerprint, wording: str | None) -> list[list[int]]:
     """Token ids that ask for a context, first chunk and later ones, as the plugin asks.
 
@@ -66,11 +58,11 @@ def repeat_ids(model: str, fingerprint: ModelFingerprint, wording: str | None) -
         model: folder.
         fingerprint: decides which head profile belongs to the model.
         wording: of the user; else that of the profile, else KVzip's own.
+
+    Raises:
+        ValueError: if the wording has no token.
     """
-    if wording is None and (path := find_profile(fingerprint, profile_folders())):
-        wording = load_profile(path).provenance.repeat_prompt
+    found = find_profile(fingerprint, profile_folders()) if wording is None else None
+    provenance = load_profile(found).provenance if found else None
     tokenizer = AutoTokenizer.from_pretrained(model)
-    return [
-        tokenizer.encode(text, add_special_tokens=False)
-        for text in repeat_prompts(wording or DEFAULT_REPEAT_PROMPT)
-    ]
+    return list(repeat_wording(wording, provenance, tokenizer).token_ids(tokenizer))

@@ -7,15 +7,14 @@ reconstruction scoring. The mean score of a head's KV pairs is its importance, f
 budgets follow: the most important heads keep everything, the others sinks and recent tokens. For
 mode ``mixed`` it says besides what each head keeps as it is and what quantized, which follows from
 what quantizing these contexts' keys and values loses. A heat map (layers x KV heads) is drawn
-beside the JSON when matplotlib is installed. With
-``--surrogate`` small networks are trained to predict the scores of single KV pairs (scorer
-``surrogate``) and written beside the JSON as safetensors.
+beside the JSON when matplotlib is installed. Small
+networks are trained to predict the scores of single KV pairs (scorer ``surrogate``) and written
+beside the JSON as safetensors; ``--no-surrogate`` leaves them out.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import sys
@@ -27,49 +26,30 @@ from typing import Any, get_args
 import numpy as np
 import torch
 import transformers
-from model_files import DEFAULT_REPEAT_PROMPT, repeat_prompts
 from reconstruction_probe import ReconstructionProbe, layers_of, rotary_of
 from retrieval_task import BASIC_VOCABULARY_SIZE, VOCABULARY, make_context
 from tier_budgets import TierBudgetBuilder
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
+from vllm_kvzip.calibration import (
+    CONTEXT_TOKENS,
+    KEEP_RATIOS,
+    MIN_REPEATED_SHARE,
+    NETWORK_TOKENS,
+    NETWORK_WIDTH,
+    NUM_CONTEXTS,
+    calibration_contexts,
+    default_material,
+    read_material,
+)
 from vllm_kvzip.config import FormatName
 from vllm_kvzip.errors import ProfileError
 from vllm_kvzip.profile import HeadProfile, Provenance, save_profile
 from vllm_kvzip.reconstruction import pair_fractions, retrieval_fractions
+from vllm_kvzip.repeat_prompt import repeat_wording
 from vllm_kvzip.surrogate import LayerSurrogate, save_surrogate
 from vllm_kvzip.surrogate_training import SurrogateTrainer, agreement
-
-KEEP_RATIOS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-CALIBRATION_TEXT = Path(__file__).with_name("calibration.txt")
-MIN_REPEATED_SHARE = 0.5
-SURROGATE_TOKENS = 2048  # of each context; the features of 16 contexts of an 8B model take 4 GiB
-
-
-def text_contexts(
-    tokenizer: object, files: list[Path], args: argparse.Namespace
-) -> list[list[int]]:
-    """Contexts cut evenly out of text files, token ids.
-
-    Raises:
-        ProfileError: if a file cannot be read or the text is too short.
-    """
-    ids: list[int] = []
-    for file in files:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ProfileError(f"--text {file} cannot be read ({error}).") from error
-        ids.extend(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[operator]
-    tokens = args.context_tokens
-    if len(ids) < tokens:
-        raise ProfileError(
-            f"The calibration text has {len(ids)} tokens, fewer than --context-tokens {tokens}; "
-            f"name longer files with --text or lower --context-tokens."
-        )
-    starts = np.linspace(0, len(ids) - tokens, args.num_contexts).astype(int)
-    return [ids[start : start + tokens] for start in starts]
 
 
 def task_contexts(args: argparse.Namespace) -> list[list[int]]:
@@ -177,27 +157,23 @@ def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurr
         contexts = task_contexts(args)
         texts = [f"retrieval task, seed {args.seed}"]
     else:
-        files = args.text or [CALIBRATION_TEXT]
-        contexts = text_contexts(tokenizer, files, args)
-        texts = [
-            f"{f.name} sha256:{hashlib.sha256(f.read_bytes()).hexdigest()[:16]}" for f in files
-        ]
-    first_ids, later_ids = (
-        tokenizer(p, add_special_tokens=False)["input_ids"]
-        for p in repeat_prompts(args.repeat_prompt)
-    )
-    if not first_ids:
-        raise ProfileError(
-            f"--repeat-prompt {args.repeat_prompt!r} has no token in this model's vocabulary; "
-            f"choose another wording."
+        material = read_material(args.text) if args.text else default_material()
+        contexts = calibration_contexts(
+            tokenizer, material, args.num_contexts, args.context_tokens, args.seed
         )
+        texts = [part.label for part in material]
+    wording = repeat_wording(args.repeat_prompt, None, tokenizer)
+    try:
+        first_ids, later_ids = wording.token_ids(tokenizer)
+    except ValueError as error:
+        raise ProfileError(f"--repeat-prompt {error}") from error
     passes = len(contexts) * (1 + -(-args.context_tokens // args.chunk_tokens))
     trainer = layers = None
     if args.surrogate:
         passes += fingerprint.num_layers
         rotary = rotary_of(probe.model, args.context_tokens)
         trainer = SurrogateTrainer(
-            fingerprint.num_layers, SURROGATE_TOKENS, args.surrogate_width, args.seed
+            fingerprint.num_layers, NETWORK_TOKENS, args.surrogate_width, args.seed
         )
     shape = fingerprint.num_layers, fingerprint.num_kv_heads
     tiers = tier_builder(args, *shape, fingerprint.head_dim)
@@ -244,7 +220,8 @@ def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurr
         model=fingerprint,
         provenance=Provenance(
             method=f"kvzip reconstruction, budgets by {args.budgets}",
-            repeat_prompt=args.repeat_prompt,
+            repeat_prompt=wording.first,
+            later_repeat_prompt=wording.later,
             scoring_chunk_tokens=args.chunk_tokens,
             num_contexts=len(contexts),
             context_tokens=args.context_tokens,
@@ -283,10 +260,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="default: profiles/<model name>.json")
     parser.add_argument("--text", type=Path, nargs="+", help="calibration texts; default: our own")
     parser.add_argument("--task", choices=["retrieval"], help="synthetic contexts, for tiny models")
-    parser.add_argument("--context-tokens", type=int, default=1024)
-    parser.add_argument("--num-contexts", type=int, default=4)
+    parser.add_argument("--context-tokens", type=int, default=CONTEXT_TOKENS)
+    parser.add_argument("--num-contexts", type=int, default=NUM_CONTEXTS)
     parser.add_argument("--chunk-tokens", type=int, default=2048, help="repeated at once")
-    parser.add_argument("--repeat-prompt", default=DEFAULT_REPEAT_PROMPT)
+    parser.add_argument(
+        "--repeat-prompt", help="asks for the context; default: as in KVzip, in the chat's form"
+    )
     parser.add_argument(
         "--budgets",
         choices=["heads", "pairs"],
@@ -300,17 +279,25 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
             help=f"of quantized {half}s in mode mixed",
         )  # fmt: skip
     parser.add_argument(
-        "--surrogate", action="store_true", help="also train the networks of scorer surrogate"
+        "--surrogate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="train the networks of scorer surrogate too (default)",
     )
-    parser.add_argument("--surrogate-width", type=int, default=16, help="hidden units per KV head")
-    parser.add_argument("--seed", type=int, default=0, help="of --task and --surrogate")
+    parser.add_argument(
+        "--surrogate-width", type=int, default=NETWORK_WIDTH, help="hidden units per KV head"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of contexts and networks")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)
     for name in ("context_tokens", "num_contexts", "chunk_tokens", "surrogate_width", "threads"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.surrogate and args.num_contexts < 2:
-        parser.error("--surrogate needs --num-contexts 2 or more: one of them is kept for the test")
+        parser.error(
+            "--num-contexts must be at least 2, one of which is kept for the test of the networks; "
+            "or add --no-surrogate"
+        )
     return args
 
 

@@ -35,10 +35,7 @@ _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"", "0", "false", "no", "off"}
 
 
 class KVzipConfig(BaseModel):
-    """Every setting of the plugin, with its default.
-
-    Wording of ``repeat_prompt`` as in the KVzip paper (arXiv 2505.23416, section 3.2).
-    """
+    """Every setting of the plugin, with its default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -77,7 +74,18 @@ class KVzipConfig(BaseModel):
         None, description="how pages are shared between heads; default what suits the scorer"
     )
     profile: str | None = Field(
-        "auto", description="head-budget profile: a path, auto (match the model) or none"
+        "auto",
+        description="head-budget profile: a path, auto (match the model), build (as auto, and made "
+        "when the engine starts if there is none) or none",
+    )
+    profile_cache: str | None = Field(
+        None, description="folder of the profiles that engines built; default the user's cache"
+    )
+    profile_text: str | None = Field(
+        None, description="profile build: text file to calibrate on, in place of our own texts"
+    )
+    profile_build_seconds: float = Field(
+        300, gt=0, description="profile build: how long it may take until the engine goes on"
     )
     min_prompt_tokens: int = Field(256, ge=0, description="prompts of fewer tokens are left alone")
     min_output_tokens: int = Field(
@@ -97,10 +105,11 @@ class KVzipConfig(BaseModel):
     reuse_ttl_seconds: float | None = Field(
         None, gt=0, description="forget a compressed prefix that nobody used for so long"
     )
-    repeat_prompt: str = Field(
-        "\n\nRepeat the previous context exactly.",
+    repeat_prompt: str | None = Field(
+        None,
         min_length=1,
-        description="what asks the model to repeat its context; default the profile's own, if any",
+        description="what asks the model to repeat its context; default the profile's own, if any, "
+        "else KVzip's, at the end of the user's turn",
     )
     scoring_chunk_tokens: int = Field(
         512, ge=16, description="tokens the model repeats at once, of scorer kvzip"
@@ -235,6 +244,9 @@ def _refuse_contradictions(config: KVzipConfig, origin: Mapping[str, str]) -> No
             f"{origin['keep_bytes_ratio']}: keep_bytes_ratio stands in place of keep_ratio; "
             f"give one of them."
         )
+    for name in ("profile_text", "profile_build_seconds"):
+        if name in origin and config.profile != "build":
+            raise ConfigError(f"{origin[name]}: {name} has no effect; set profile to build.")
     idle = [name for name in QUANTIZED_SETTINGS if config.mode == "evict"]
     idle += ["full_share"] if config.mode != "mixed" else []
     for name in idle:

@@ -53,11 +53,14 @@ class ModelFingerprint(_Strict):
 class Provenance(_Strict):
     """How a profile was made; an imported one does not say how its scores came about.
 
-    ``repeated_share`` is the share of tokens that the model repeated right while it was watched.
+    ``repeat_prompt`` and ``later_repeat_prompt`` asked for the first chunk of a context and for the
+    others, word for word, turns of a chat included. ``repeated_share`` is the share of tokens that
+    the model repeated right while it was watched.
     """
 
     method: str
     repeat_prompt: str | None = None
+    later_repeat_prompt: str | None = None
     scoring_chunk_tokens: int | None = Field(None, gt=0)
     num_contexts: int | None = Field(None, gt=0)
     context_tokens: int | None = Field(None, gt=0)

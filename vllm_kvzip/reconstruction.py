@@ -3,7 +3,8 @@
 Section 3 of KVzip (arXiv 2505.23416): after the prefill the model is fed "repeat the previous
 context" and the context itself. A KV pair's score is the most attention it receives from any of
 those queries in its query group. The context is repeated chunk by chunk, each against its own
-keys only, so the cost stays linear in the context (section 3.3).
+keys only, so the cost stays linear in the context (section 3.3). The wordings are the paper's
+(section 3.2).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+FIRST_REPEAT_PROMPT = "\n\nRepeat the previous context exactly."
 LATER_REPEAT_PROMPT = "\n\nRepeat the part of the previous context exactly, starting with"
 LINK_TOKENS = 8  # the end of the previous chunk, which tells the model where to go on
 

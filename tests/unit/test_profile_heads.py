@@ -32,7 +32,8 @@ def test_profile_is_written_with_its_picture(random_model, tmp_path, capsys):
     out = tmp_path / "random-llama.json"
     code = profile_heads.main(
         ["--model", str(random_model), "--out", str(out), "--task", "retrieval", "--num-contexts",
-         "2", "--context-tokens", "96", "--chunk-tokens", "40", "--repeat-prompt", "repeat"]
+         "2", "--context-tokens", "96", "--chunk-tokens", "40", "--repeat-prompt", "repeat",
+         "--no-surrogate"]
     )  # fmt: skip
     assert code == 0
     profile = load_profile(out)
@@ -55,7 +56,7 @@ def test_a_model_that_repeats_is_not_warned_about(tmp_path, capsys):
     out = tmp_path / "a.json"
     code = profile_heads.main(
         ["--model", str(MODEL), "--out", str(out), "--task", "retrieval", "--num-contexts", "1",
-         "--context-tokens", "512", "--repeat-prompt", "repeat"]
+         "--context-tokens", "512", "--repeat-prompt", "repeat", "--no-surrogate"]
     )  # fmt: skip
     assert code == 0
     shown = capsys.readouterr()
@@ -69,8 +70,7 @@ def test_networks_are_written_beside_the_profile(random_model, tmp_path, capsys,
     out = tmp_path / "random-llama.json"
     code = profile_heads.main(
         ["--model", str(random_model), "--out", str(out), "--task", "retrieval", "--num-contexts",
-         "2", "--context-tokens", "96", "--repeat-prompt", "repeat", "--surrogate",
-         "--surrogate-width", "5"]
+         "2", "--context-tokens", "96", "--repeat-prompt", "repeat", "--surrogate-width", "5"]
     )  # fmt: skip
     assert code == 0
     layers = load_surrogate(out.with_suffix(".safetensors"), load_profile(out).model)
@@ -80,7 +80,7 @@ def test_networks_are_written_beside_the_profile(random_model, tmp_path, capsys,
 
 def test_networks_need_a_context_to_be_tried_on(random_model):
     with pytest.raises(SystemExit):
-        profile_heads.main(["--model", str(random_model), "--surrogate", "--num-contexts", "1"])
+        profile_heads.main(["--model", str(random_model), "--num-contexts", "1"])
 
 
 def test_scores_equal_attention_of_the_whole_model(random_model):
@@ -111,9 +111,9 @@ def test_scores_equal_attention_of_the_whole_model(random_model):
     [
         (["--model", "/no/such/model"], "cannot be profiled: there is no such folder"),
         (["--out", "/"], "--out / cannot be written (it is a folder; name a file)"),
-        (["--context-tokens", "100000"], "fewer than --context-tokens 100000"),
+        (["--context-tokens", "100000000"], "fewer than the 100000000 that a context needs"),
         (["--repeat-prompt", " ", "--task", "retrieval"], "--repeat-prompt ' ' has no token"),
-        (["--text", "/no/such/text"], "--text /no/such/text cannot be read"),
+        (["--text", "/no/such/text"], "Calibration text /no/such/text cannot be read"),
     ],
 )
 def test_wrong_input_is_one_sentence(random_model, tmp_path, capsys, arguments, message):
@@ -154,13 +154,13 @@ def test_models_are_named_after_the_folder_as_given(
     monkeypatch.chdir(random_model)
     out = tmp_path / "x.json"
     arguments = ["--model", model, "--out", str(out), "--task", "retrieval", "--num-contexts", "1"]
-    assert profile_heads.main([*arguments, "--context-tokens", "32"]) == 0
+    assert profile_heads.main([*arguments, "--no-surrogate", "--context-tokens", "32"]) == 0
     assert load_profile(out).model.name == name
 
 
 def test_layers_that_show_no_attention_are_refused(random_model, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ReconstructionProbe, "score", lambda *_, **__: torch.zeros(2, 2, 32))
     arguments = ["--model", str(random_model), "--out", str(tmp_path / "x.json")]
-    task = ["--task", "retrieval", "--num-contexts", "1", "--context-tokens", "32"]
+    task = ["--task", "retrieval", "--num-contexts", "2", "--context-tokens", "32"]
     assert profile_heads.main([*arguments, *task]) == 2
     assert "some layers show no attention" in capsys.readouterr().err

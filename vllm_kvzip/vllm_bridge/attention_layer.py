@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.attention.backend import AttentionImpl
 
 from vllm_kvzip.vllm_bridge.fp8_cache import queries_of_model
-from vllm_kvzip.vllm_bridge.scoring_pass import ScoringMetadata
+from vllm_kvzip.vllm_bridge.scoring_pass import PassMetadata
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ class HeadPageLayer(AttentionImpl):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of one layer into ``output``; shapes as in vLLM's implementation."""
-        if isinstance(attn_metadata, ScoringMetadata):
+        if isinstance(attn_metadata, PassMetadata):
             query = queries_of_model(layer, query, output.dtype)
             attn_metadata.attend(layer, self.scale, query, key, value, output)
             return output

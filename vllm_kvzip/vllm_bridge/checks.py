@@ -38,6 +38,28 @@ def check_scoring_passes(vllm_config: VllmConfig, scorer: str) -> None:
     Raises:
         UnsupportedError: names the model property or the flag, and what to do.
     """
+    for what in _pass_problems(vllm_config):
+        raise UnsupportedError(
+            f"Scorer {scorer} does not work with {what} yet; choose another scorer."
+        )
+
+
+def check_profile_build(vllm_config: VllmConfig) -> None:
+    """Refuse what keeps an engine from making a head profile when it starts.
+
+    Raises:
+        UnsupportedError: names the model property or the flag, and what to do.
+    """
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    problems = [f"--tensor-parallel-size {ranks}"] if ranks > 1 else []
+    for what in (*problems, *_pass_problems(vllm_config)):
+        raise UnsupportedError(
+            f"profile build does not work with {what} yet; build the profile with "
+            f"scripts/profile_heads.py, or set profile to auto."
+        )
+
+
+def _pass_problems(vllm_config: VllmConfig) -> list[str]:
     model = vllm_config.model_config
     problems = [
         (vllm_config.lora_config is not None, "--enable-lora"),
@@ -49,11 +71,7 @@ def check_scoring_passes(vllm_config: VllmConfig, scorer: str) -> None:
             "--data-parallel-size for mixture-of-experts models, whose ranks step together",
         ),
     ]
-    for present, what in problems:
-        if present:
-            raise UnsupportedError(
-                f"Scorer {scorer} does not work with {what} yet; choose another scorer."
-            )
+    return [what for present, what in problems if present]
 
 
 def model_fingerprint(vllm_config: VllmConfig) -> ModelFingerprint:

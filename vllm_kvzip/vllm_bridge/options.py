@@ -21,6 +21,7 @@ from vllm_kvzip.profile import check_matches, find_profile, load_profile, profil
 from vllm_kvzip.vllm_bridge.checks import (
     check_attention_kernel,
     check_prefill_budget,
+    check_profile_build,
     check_scoring_passes,
     check_supported,
     default_gpu_backend,
@@ -103,10 +104,45 @@ def configure(vllm_config: VllmConfig, config: KVzipConfig) -> None:
 
 def _resolve(vllm_config: VllmConfig, config: KVzipConfig) -> Settings:
     """Fill in what the user left open: profile, scorer, budget, metrics folder."""
-    from vllm_kvzip.scoring import scorer_class
     from vllm_kvzip.vllm_bridge.stats_export import open_metrics_directory
 
     path = _profile_path(vllm_config, config)
+    if config.profile == "build":
+        check_profile_build(vllm_config)
+        if path is None:
+            settings = resolve(vllm_config, without_profile(config), None, open_metrics_directory())
+            target = str(cached_profile(vllm_config, config).absolute())
+            return replace(settings, config=config, profile_to_build=target)
+    return resolve(vllm_config, config, path, open_metrics_directory())
+
+
+def without_profile(config: KVzipConfig) -> KVzipConfig:
+    """The same settings without what needs a head profile, for an engine that has none."""
+    from vllm_kvzip.scoring import available_scorers, scorer_class
+
+    scorer, budget = config.scorer, config.budget
+    if scorer in available_scorers():
+        scorer = None if _needs_a_profile(scorer, scorer_class(scorer)) else scorer
+    budget = None if budget in ("profile", "retrieval") else budget
+    return config.model_copy(update={"scorer": scorer, "budget": budget})
+
+
+def resolve(
+    vllm_config: VllmConfig, config: KVzipConfig, path: Path | None, metrics_directory: str | None
+) -> Settings:
+    """Settings of an engine with a head profile, or without one.
+
+    Args:
+        vllm_config: of the engine.
+        config: what the user asked for.
+        path: of the profile.
+        metrics_directory: see :class:`Settings`.
+
+    Raises:
+        KVzipError: with one sentence for the user.
+    """
+    from vllm_kvzip.scoring import scorer_class
+
     if path is None and config.profile == "auto" and config.scorer is None:
         logger.warning(
             "No head profile matches this model, so scorer %s chooses; build one with "
@@ -139,10 +175,10 @@ def _resolve(vllm_config: VllmConfig, config: KVzipConfig) -> Settings:
         budget=budget,
         head_budgets=head_budgets,
         head_importance=importance,
-        repeat_ids=_repeat_ids(vllm_config, config, path) if repeats else None,
+        repeat_ids=repeat_ids(vllm_config, config, path) if repeats else None,
         surrogate=str(surrogate) if surrogate else None,
         surrogate_digest=hashlib.sha256(surrogate.read_bytes()).hexdigest() if surrogate else None,
-        metrics_directory=open_metrics_directory(),
+        metrics_directory=metrics_directory,
     )
     if path is not None and budget == "profile" and config.mode == "mixed":
         return replace(settings, head_tiers=_head_tiers(vllm_config, settings, path))
@@ -171,7 +207,7 @@ def _head_tiers(vllm_config: VllmConfig, settings: Settings, path: Path) -> dict
 def _refuse_what_needs_a_profile(scorer: str, scorer_type: type[Scorer], budget: Budget) -> None:
     """Called when there is no head profile."""
     needing = ["budget"] if budget in ("profile", "retrieval") else []
-    needing += ["scorer"] if scorer == "profile" or scorer_type.needs_surrogate else []
+    needing += ["scorer"] if _needs_a_profile(scorer, scorer_type) else []
     for setting in needing:
         value = budget if setting == "budget" else scorer
         raise ConfigError(
@@ -199,6 +235,10 @@ def _default_scorer(profile: Path | None) -> str:
     return DEFAULT_SCORER
 
 
+def _needs_a_profile(scorer: str, scorer_type: type[Scorer]) -> bool:
+    return scorer == "profile" or scorer_type.needs_surrogate
+
+
 def _surrogate_file(vllm_config: VllmConfig, profile: Path) -> Path:
     """The trained networks beside a head profile, once they are known to fit."""
     from vllm_kvzip.surrogate import load_surrogate
@@ -218,32 +258,49 @@ def _head_budgets(
     return profile.budgets if budget == "profile" else None, profile.importance
 
 
-def _repeat_ids(vllm_config: VllmConfig, config: KVzipConfig, path: Path | None) -> list[list[int]]:
+def repeat_ids(vllm_config: VllmConfig, config: KVzipConfig, path: Path | None) -> list[list[int]]:
     """Token ids of the repeat prompts; the wording that made the profile is known to work."""
     from vllm.tokenizers import cached_tokenizer_from_config
 
-    from vllm_kvzip.reconstruction import LATER_REPEAT_PROMPT
+    from vllm_kvzip.repeat_prompt import repeat_wording
 
-    wording, default = config.repeat_prompt, KVzipConfig.model_fields["repeat_prompt"].default
-    if wording == default and path is not None:
-        wording = load_profile(path).provenance.repeat_prompt or default
-    later = LATER_REPEAT_PROMPT if wording == default else wording
+    provenance = load_profile(path).provenance if path is not None else None
     tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
-    ids = [tokenizer.encode(text, add_special_tokens=False) for text in (wording, later)]
-    if not all(ids):
-        raise ConfigError(
-            f"repeat_prompt {wording!r} has no token in this model's vocabulary; choose another "
-            f"wording."
-        )
-    return ids
+    try:
+        wording = repeat_wording(config.repeat_prompt, provenance, tokenizer)
+        return list(wording.token_ids(tokenizer))
+    except ValueError as error:
+        raise ConfigError(f"repeat_prompt {error}") from error
 
 
 def _profile_path(vllm_config: VllmConfig, config: KVzipConfig) -> Path | None:
     running = model_fingerprint(vllm_config)
     if config.profile in (None, "none"):
         return None
-    if config.profile == "auto":
-        return find_profile(running, profile_folders())
+    if config.profile in ("auto", "build"):
+        if found := find_profile(running, profile_folders()):
+            return found
+        from vllm_kvzip.profile_cache import is_usable
+
+        built = cached_profile(vllm_config, config)
+        return built if built.is_file() and is_usable(built, running) else None
     path = Path(str(config.profile)).expanduser()
     check_matches(load_profile(path), running, path)
     return path
+
+
+def cached_profile(vllm_config: VllmConfig, config: KVzipConfig) -> Path:
+    """Where an engine that built a profile of this model has put it."""
+    from vllm_kvzip.profile_cache import cache_file, weight_files
+
+    model = vllm_config.model_config
+    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(config.profile_cache or f"{user_cache}/vllm-kvzip").expanduser()
+    details = {
+        "config": model.hf_config.to_json_string(),
+        "revision": [model.revision, getattr(model.hf_config, "_commit_hash", None)],
+        "weights": weight_files(str(model.model)),
+        "text": config.profile_text,
+        "repeat_prompt": config.repeat_prompt,
+    }
+    return cache_file(folder, model_fingerprint(vllm_config), details)

@@ -8,6 +8,7 @@ the rest of the context, so that the cost is linear in the context.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from vllm_kvzip.compaction import PageStore
-    from vllm_kvzip.vllm_bridge.head_page_cache import HeadPageCache
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class _Context:
 
 
 @dataclass(frozen=True)
-class _Segment:
+class Segment:
     """Rows ``start:end`` of a pass repeat one chunk of a context."""
 
     start: int
@@ -60,8 +60,32 @@ class _Segment:
     chunk: Chunk
 
 
+class PassMetadata(ABC):
+    """Attention metadata of a pass that is ours and not one of vLLM's steps."""
+
+    @abstractmethod
+    def attend(
+        self,
+        layer: Any,
+        scale: float,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """Attention of one layer.
+
+        Args:
+            layer: vLLM's attention layer.
+            scale: softmax scale.
+            query: ``[num_tokens, H * G, D]``.
+            key, value: ``[num_tokens, H, D]``.
+            output: like ``query``; written.
+        """
+
+
 @dataclass(frozen=True)
-class ScoringMetadata:
+class ScoringMetadata(PassMetadata):
     """Attention metadata of a scoring pass.
 
     Attributes:
@@ -74,7 +98,7 @@ class ScoringMetadata:
             scale to the highest weight of each key, float32 ``[H, C]``.
     """
 
-    segments: list[_Segment]
+    segments: list[Segment]
     store: PageStore
     layer_index: dict[str, int]
     num_sinks: int
@@ -90,15 +114,7 @@ class ScoringMetadata:
         value: torch.Tensor,
         output: torch.Tensor,
     ) -> None:
-        """Attention of one layer over sinks, chunk and the repeated tokens themselves.
-
-        Args:
-            layer: vLLM's attention layer.
-            scale: softmax scale.
-            query: ``[num_tokens, H * G, D]``.
-            key, value: ``[num_tokens, H, D]``.
-            output: like ``query``; written.
-        """
+        """Over sinks, chunk and the repeated tokens themselves; see :class:`PassMetadata`."""
         index = self.layer_index[layer.layer_name]
         num_heads, head_dim = key.shape[1], query.shape[2]
         for segment in self.segments:
@@ -116,7 +132,7 @@ class ScoringMetadata:
             by_head = attended.reshape(num_heads, -1, segment.end - segment.start, head_dim)
             output[rows] = by_head.permute(2, 0, 1, 3).flatten(1, 2)
 
-    def _sinks_and_chunk(self, segment: _Segment, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _sinks_and_chunk(self, segment: Segment, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cached keys and values ``[H, S + C, D]`` that a segment looks at."""
         chunk, pages = segment.chunk, segment.context.pages[layer]
         size = self.block_size
@@ -137,13 +153,14 @@ class ReconstructionPass:
     Args:
         model: vLLM's model; called with ``input_ids`` and ``positions``.
         vllm_config: of the engine.
-        cache: what the contexts lie in.
+        cache: what the contexts lie in, a ``HeadPageCache`` or what is read like one.
         repeat: what asks for the context.
         num_sinks: first tokens of a context that every softmax includes.
         chunk_tokens: longest chunk.
         max_tokens: tokens of one pass.
         max_positions: positions the model has.
         score_columns: see :class:`ScoringMetadata`.
+        skip_compiled: whether the model runs as it was written, for passes before vLLM compiles it.
     """
 
     def __init__(
@@ -151,14 +168,16 @@ class ReconstructionPass:
         *,
         model: Any,
         vllm_config: VllmConfig,
-        cache: HeadPageCache,
+        cache: Any,
         repeat: RepeatPrompt,
         num_sinks: int,
         chunk_tokens: int,
         max_tokens: int,
         max_positions: int,
         score_columns: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor],
+        skip_compiled: bool = False,
     ) -> None:
+        self._skip_compiled = skip_compiled
         self._model = model
         self._vllm_config = vllm_config
         self._geometry = cache.geometry
@@ -200,9 +219,9 @@ class ReconstructionPass:
         total = sum(len(context.token_ids) for context in contexts)
         return [(c.scores, len(c.token_ids) / total) for c in contexts]
 
-    def _batches(self, contexts: list[_Context]) -> Iterator[list[_Segment]]:
+    def _batches(self, contexts: list[_Context]) -> Iterator[list[Segment]]:
         """Chunks of all contexts, as many in one pass as fit."""
-        batch: list[_Segment] = []
+        batch: list[Segment] = []
         end = 0
         for context in contexts:
             for chunk in iter_chunks(
@@ -212,11 +231,12 @@ class ReconstructionPass:
                     yield batch
                     batch, end = [], 0
                 start, end = end, end + len(chunk.input_ids)
-                batch.append(_Segment(start, end, context, chunk))
+                batch.append(Segment(start, end, context, chunk))
         if batch:
             yield batch
 
-    def _forward(self, segments: list[_Segment]) -> None:
+    def _forward(self, segments: list[Segment]) -> torch.Tensor:
+        """One pass; returns the model's hidden states, ``[num_tokens, hidden size]``."""
         tokens = [token for segment in segments for token in segment.chunk.input_ids]
         device = self._store.device
         input_ids = async_tensor_h2d(tokens, device, torch.int32)  # as vLLM compiled the model
@@ -231,10 +251,16 @@ class ReconstructionPass:
         )
         by_layer = dict.fromkeys(self._layer_index, metadata)
         num_tokens = len(input_ids)
-        with set_forward_context(by_layer, self._vllm_config, num_tokens=num_tokens):
-            self._model(input_ids=input_ids, positions=positions)
+        with set_forward_context(
+            by_layer,
+            self._vllm_config,
+            num_tokens=num_tokens,
+            skip_compiled=self._skip_compiled,
+        ):
+            hidden: torch.Tensor = self._model(input_ids=input_ids, positions=positions)
+        return hidden
 
-    def _positions(self, segment: _Segment) -> torch.Tensor:
+    def _positions(self, segment: Segment) -> torch.Tensor:
         """Behind the context; further to the front where the model's positions would run out."""
         length = len(segment.chunk.input_ids)
         first = min(len(segment.context.token_ids), self._max_positions - length)

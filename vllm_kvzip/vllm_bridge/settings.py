@@ -62,6 +62,8 @@ class Settings:
             for a scorer that lets the model repeat it.
         surrogate, surrogate_digest: file of the trained networks and its SHA-256, for a scorer that
             wants it. Every worker reads the file.
+        profile_to_build: file of the head profile that the worker makes first; the worker then
+            resolves the settings anew.
         metrics_directory: folder of the metric files, or None when ``PROMETHEUS_MULTIPROC_DIR``
             of the environment serves.
     """
@@ -75,6 +77,7 @@ class Settings:
     repeat_ids: list[list[int]] | None = None
     surrogate: str | None = None
     surrogate_digest: str | None = None
+    profile_to_build: str | None = None
     metrics_directory: str | None = None
 
     @property
@@ -229,6 +232,7 @@ class Settings:
             "repeat_ids": self.repeat_ids,
             "surrogate": self.surrogate,
             "surrogate_digest": self.surrogate_digest,
+            "profile_to_build": self.profile_to_build,
         }
 
     @classmethod

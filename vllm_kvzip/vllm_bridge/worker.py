@@ -37,7 +37,7 @@ from vllm_kvzip.vllm_bridge.rotary import find_rotary
 from vllm_kvzip.vllm_bridge.runners import adapt
 from vllm_kvzip.vllm_bridge.runtime import HeadPageRuntime
 from vllm_kvzip.vllm_bridge.scoring_pass import ReconstructionPass, RepeatPrompt
-from vllm_kvzip.vllm_bridge.settings import Settings
+from vllm_kvzip.vllm_bridge.settings import KEY, Settings
 from vllm_kvzip.vllm_bridge.stats_export import WorkerRecorder
 
 if TYPE_CHECKING:
@@ -107,6 +107,19 @@ class HeadPageWorker(WorkerBase):
     @abstractmethod
     def attach(self, cache: HeadPageCache, builders: list[Any]) -> Batcher:
         """Give the attention builders what they need of the cache; returns what splits batches."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """vLLM's; then a head profile is made, if it is wanted, while the memory is still free."""
+        super().load_model(*args, **kwargs)
+        if self._kvzip_settings.profile_to_build is None:
+            return
+        from vllm_kvzip.vllm_bridge.profile_build import settings_with_profile
+
+        self._kvzip_settings = settings = settings_with_profile(
+            self.vllm_config, self.model_runner.get_model(), self.score_columns
+        )
+        values = {**self.vllm_config.additional_config, KEY: settings.to_additional_config()}
+        self.vllm_config.additional_config = values
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """vLLM's specs, each as :class:`HeadPageSpec`."""

@@ -1,0 +1,241 @@
+"""Worker side: an engine makes the head profile of its own model before it serves.
+
+The model reads calibration contexts and repeats them; from what its heads look at follow their
+importance, their budgets, and the networks of scorer ``surrogate``. Whatever goes wrong, the engine
+serves, with the scorer that needs no profile.
+"""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+import time
+from contextlib import ExitStack
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+
+from vllm_kvzip.calibration import (
+    CONTEXT_TOKENS,
+    KEEP_RATIOS,
+    MIN_REPEATED_SHARE,
+    NETWORK_TOKENS,
+    NETWORK_WIDTH,
+    NUM_CONTEXTS,
+    calibration_contexts,
+    default_material,
+    read_material,
+)
+from vllm_kvzip.core import CacheGeometry
+from vllm_kvzip.errors import ProfileError, UnsupportedError
+from vllm_kvzip.profile import HeadProfile, Provenance
+from vllm_kvzip.profile_cache import build_lock, is_usable, store
+from vllm_kvzip.reconstruction import retrieval_fractions
+from vllm_kvzip.repeat_prompt import repeat_wording
+from vllm_kvzip.surrogate_training import SurrogateTrainer
+from vllm_kvzip.vllm_bridge.calibration_pass import CalibrationPass, CaughtCache
+from vllm_kvzip.vllm_bridge.checks import model_fingerprint
+from vllm_kvzip.vllm_bridge.options import resolve, without_profile
+from vllm_kvzip.vllm_bridge.rotary import find_rotary
+from vllm_kvzip.vllm_bridge.scoring_pass import RepeatPrompt
+from vllm_kvzip.vllm_bridge.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vllm.config import VllmConfig
+
+    from vllm_kvzip.config import KVzipConfig
+    from vllm_kvzip.repeat_prompt import RepeatWording
+    from vllm_kvzip.surrogate import LayerSurrogate
+
+    ScoreColumns = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+
+logger = init_logger("vllm." + __name__)
+
+_own_folders: list[tempfile.TemporaryDirectory[str]] = []  # gone when the process ends
+
+
+def settings_with_profile(
+    vllm_config: VllmConfig, model: Any, score_columns: ScoreColumns
+) -> Settings:
+    """Make the head profile, or find that another process has made it, and settle the settings.
+
+    Args:
+        vllm_config: of the engine; its settings name the file.
+        model: vLLM's, loaded.
+        score_columns: see :class:`~vllm_kvzip.vllm_bridge.scoring_pass.ScoringMetadata`.
+
+    Returns:
+        settings with the profile; those of an engine without one when there was no time, or
+        anything failed.
+    """
+    given = Settings.from_vllm_config(vllm_config)
+    config = given.config
+    assert given.profile_to_build is not None
+    deadline = time.monotonic() + config.profile_build_seconds
+    try:
+        path = _find_or_build(
+            vllm_config, model, score_columns, Path(given.profile_to_build), deadline
+        )
+        settings = resolve(vllm_config, config, path, given.metrics_directory)
+    except Exception as error:  # an engine without a profile is better than none
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        settings = resolve(vllm_config, without_profile(config), None, given.metrics_directory)
+        logger.warning(
+            "No head profile could be built (%s), so scorer %s chooses; build one with "
+            "scripts/profile_heads.py for much better quality.",
+            reason,
+            settings.scorer,
+        )
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
+    return settings
+
+
+def _find_or_build(
+    vllm_config: VllmConfig, model: Any, score_columns: ScoreColumns, path: Path, deadline: float
+) -> Path:
+    """The file of the profile; in a folder of this process where the user's cannot be written."""
+    fingerprint = model_fingerprint(vllm_config)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(build_lock(path, deadline))
+        except TimeoutError:
+            raise
+        except OSError as error:
+            logger.warning(
+                "The folder %s cannot be written (%s), so the head profile is built for this "
+                "engine alone; name another folder with profile_cache.",
+                path.parent,
+                error.strerror,
+            )
+            _own_folders.append(tempfile.TemporaryDirectory(prefix="vllm-kvzip-"))
+            path = Path(_own_folders[-1].name) / path.name
+        if is_usable(path, fingerprint):
+            logger.info("Another process has built the head profile %s.", path)
+            return path
+        begin = time.monotonic()
+        logger.info(
+            "Building a head profile of %s, once; %d contexts are read and repeated.",
+            fingerprint.name,
+            NUM_CONTEXTS,
+        )
+        profile, layers = _build(vllm_config, model, score_columns, deadline)
+        store(path, profile, layers)
+        logger.info("Head profile %s was built in %.0f s.", path, time.monotonic() - begin)
+    return path
+
+
+def _build(
+    vllm_config: VllmConfig, model: Any, score_columns: ScoreColumns, deadline: float
+) -> tuple[HeadProfile, list[LayerSurrogate]]:
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    config = Settings.from_vllm_config(vllm_config).config
+    tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
+    wording = repeat_wording(config.repeat_prompt, None, tokenizer)
+    text = config.profile_text
+    material = default_material() if text is None else read_material([Path(text).expanduser()])
+    longest = vllm_config.scheduler_config.max_num_batched_tokens
+    tokens = min(CONTEXT_TOKENS, longest, vllm_config.model_config.max_model_len // 2)
+    contexts = calibration_contexts(tokenizer, material, NUM_CONTEXTS, tokens)
+
+    def check_time(_done: str = "") -> None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"it took longer than profile_build_seconds={config.profile_build_seconds:g}"
+            )
+
+    layer_names = list(get_layers_from_vllm_config(vllm_config, Attention))
+    rotary = find_rotary(model, layer_names)
+    if any(tables is not rotary[0] for tables in rotary):
+        raise UnsupportedError("its layers have different rotary embeddings")
+    watch, cache = _calibration_pass(vllm_config, model, score_columns, config, wording, tokenizer)
+    trainer = SurrogateTrainer(len(layer_names), NETWORK_TOKENS, NETWORK_WIDTH, seed=0)
+    importance: torch.Tensor | None = None
+    for number, context in enumerate(contexts, start=1):
+        with torch.no_grad():
+            scores = watch.score(context)
+            if not bool((scores.flatten(1).amax(dim=1) > 0).all()):  # never asked, or NaN
+                raise ProfileError("some layers show no attention, or it is not a number")
+            trainer.add(
+                [cache.layers[index] for index in range(len(layer_names))], scores, rotary[0]
+            )
+        means = scores.mean(dim=-1).double() / len(contexts)
+        importance = means if importance is None else importance + means
+        check_time()
+        logger.info("Head profile: %d of %d contexts.", number, len(contexts))
+    if watch.repeated_share < MIN_REPEATED_SHARE:
+        raise ProfileError(
+            f"the model repeats only {watch.repeated_share:.0%} of the calibration text; try "
+            f"another profile_text or repeat_prompt"
+        )
+    logger.info("Head profile: training the networks of %d layers.", len(layer_names))
+    layers = [layer.to(torch.device("cpu")) for layer in trainer.fit(check_time)]
+    assert importance is not None
+    importance = importance.clamp(0, 1).cpu()
+    budgets = {ratio: retrieval_fractions(importance, ratio) for ratio in KEEP_RATIOS}
+    profile = HeadProfile(
+        schema_version=1,
+        model=model_fingerprint(vllm_config),
+        provenance=Provenance(
+            method="kvzip reconstruction inside vLLM, budgets by heads",
+            repeat_prompt=wording.first,
+            later_repeat_prompt=wording.later,
+            scoring_chunk_tokens=config.scoring_chunk_tokens,
+            num_contexts=len(contexts),
+            context_tokens=tokens,
+            repeated_share=round(watch.repeated_share, 3),
+            texts=[part.label for part in material],
+            versions={"torch": torch.__version__, "vllm-kvzip": version("vllm-kvzip")},
+            created=date.today().isoformat(),
+        ),
+        importance=importance.tolist(),
+        budgets={str(ratio): grid.clamp(0, 1).tolist() for ratio, grid in budgets.items()},
+    )
+    return profile, layers
+
+
+def _calibration_pass(
+    vllm_config: VllmConfig,
+    model: Any,
+    score_columns: ScoreColumns,
+    config: KVzipConfig,
+    wording: RepeatWording,
+    tokenizer: Any,
+) -> tuple[CalibrationPass, CaughtCache]:
+    """What runs the model over contexts, and where their keys and values can be read."""
+    attention = get_layers_from_vllm_config(vllm_config, Attention)
+    first = next(iter(attention.values()))
+    if first.impl.logits_soft_cap:
+        raise UnsupportedError("its attention logits are capped")
+    geometry = CacheGeometry(
+        num_layers=len(attention),
+        num_kv_heads=first.num_kv_heads,
+        group_size=first.num_heads // first.num_kv_heads,
+        head_dim=first.head_size,
+        block_size=1,
+    )
+    layer_index = {name: index for index, name in enumerate(attention)}
+    cache = CaughtCache(geometry, layer_index, next(model.parameters()).device)
+    watch = CalibrationPass(
+        model=model,
+        vllm_config=vllm_config,
+        cache=cache,
+        repeat=RepeatPrompt(*map(tuple, wording.token_ids(tokenizer))),
+        num_sinks=config.sink_tokens,
+        chunk_tokens=config.scoring_chunk_tokens,
+        max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
+        max_positions=vllm_config.model_config.max_model_len,
+        score_columns=score_columns,
+        skip_compiled=True,
+    )
+    return watch, cache
