@@ -9,13 +9,16 @@ export VLLM_NO_USAGE_STATS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format clean
+.PHONY: help setup model demo test test-fast lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
 
 setup: ## create .venv with vLLM's CPU build; quick when nothing changed
 	@VENV=$(VENV) bash scripts/setup.sh
+
+model: setup ## make a real language model for tests and demo in .models, once; they make it themselves too
+	@$(VENV)/bin/python scripts/real_model.py
 
 demo: setup ## serve the tiny model with compression, ask it something, show what was freed
 	@$(VENV)/bin/python scripts/demo.py
