@@ -108,8 +108,8 @@ def values(weaver: Weaver, rng: Rng, num_tokens: int, count: int) -> Document:
     context = weaver.context(rng, num_tokens, sentences)
     questions = [
         weaver.frame.question(
-            f"The text names {NUMBERS_ASKED} numbers, each of which is one {thing.thing}. Which are "
-            f"they, in the order of the text?",
+            f"The text names {NUMBERS_ASKED} numbers, each of which is one {thing.thing}. "
+            f"Which are they, in the order of the text?",
             "They are",
             f" {_listed(each)}.",
         )
@@ -194,8 +194,8 @@ def cloze(weaver: Weaver, rng: Rng, num_tokens: int, count: int) -> Document:
     chosen = [*_shuffled(rng, telling), *_shuffled(rng, others)][:count]
     questions = [
         weaver.frame.question(
-            f'How does the sentence of the text go on that begins with "{_beginning(piece)}"? Repeat '
-            f"it word for word.",
+            f'How does the sentence of the text go on that begins with "{_beginning(piece)}"? '
+            f"Repeat it word for word.",
             piece[:begin].rstrip(),
             f" {piece[begin:end]}",
         )
