@@ -32,7 +32,6 @@ from comparison_report import (
     kvpress_rows,
     score_agreement,
 )
-from documents import Document
 from kvpress_venv import DEFAULT_VENV, METHODS, kvpress_python, run_kvpress
 from local_server import CPU_ENVIRONMENT
 from model_files import fingerprint_of, repeat_ids

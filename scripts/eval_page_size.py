@@ -28,7 +28,6 @@ import numpy as np
 import quality_tasks
 import torch
 import transformers
-from documents import Document
 from evaluation import Counts, accuracy, interval
 from masked_model import MaskedModel
 from model_files import repeat_ids
@@ -47,6 +46,8 @@ from vllm_kvzip.selection import protect, select
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from documents import Document
 
     from vllm_kvzip.core import PrefixPlan
 

@@ -5,7 +5,7 @@ For any model: made from a text and a tokenizer, at any length.
     facts           a few sentences such as "The gate code of the mill is 4821." hidden far apart in
                     the text; each is asked for (RULER's needles)
     many-facts      such sentences wherever one looks, a few of which are asked for (multi-key)
-    values          things with three numbers each, far apart, which are wanted in order (multi-value)
+    values          three numbers of one thing, far apart, which are wanted in order (multi-value)
     several         one question for three facts (multi-query)
     variables       "VAR BKT = VAR AXQ." in chains; which variables have the value? (tracking)
     common-word     a list of words, one of which comes up far more often (common words)
