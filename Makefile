@@ -20,7 +20,7 @@ setup: ## create .venv with vLLM's CPU build; quick when nothing changed
 model: setup ## make a real language model for tests and demo in .models, once; they make it themselves too
 	@$(VENV)/bin/python scripts/real_model.py
 
-demo: setup ## serve the tiny model with compression, ask it something, show what was freed
+demo: setup ## serve a real language model with compression, ask it something, show what was freed
 	@$(VENV)/bin/python scripts/demo.py
 
 test: setup ## all tests, real vLLM included; a module is run by one of WORKERS processes

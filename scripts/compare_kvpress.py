@@ -20,7 +20,7 @@ import sys
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from comparison_report import (
@@ -46,6 +46,9 @@ from vllm_kvzip.errors import ConfigError, KVzipError, suggest
 from vllm_kvzip.prefix_rule import PrefixRule
 from vllm_kvzip.request_options import RequestOptions
 from vllm_kvzip.scoring import available_scorers
+
+if TYPE_CHECKING:
+    from documents import Document
 
 OURS = ("kvzip", "surrogate", "default", "keydiff", "expected-attention", "window", "random")
 KEEP_RATIOS = (0.5, 0.3, 0.2, 0.1)
