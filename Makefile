@@ -9,7 +9,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format clean
+.PHONY: help setup model demo test test-fast lint format clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-10s %s\n", $$1, $$2}'
@@ -17,7 +17,10 @@ help: ## list the targets
 setup: ## create .venv with vLLM's CPU build; quick when nothing changed
 	@VENV=$(VENV) bash scripts/setup.sh
 
-demo: setup ## serve the tiny model with compression, ask it something, show what was freed
+model: setup ## make a real language model for tests and demo in .models, once; they make it themselves too
+	@$(VENV)/bin/python scripts/real_model.py
+
+demo: setup ## serve a real language model with compression, ask it something, show what was freed
 	@$(VENV)/bin/python scripts/demo.py
 
 test: setup ## all tests, real vLLM included; a module is run by one of WORKERS processes

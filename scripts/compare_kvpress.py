@@ -20,7 +20,7 @@ import sys
 from dataclasses import asdict
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from comparison_report import (
@@ -32,11 +32,12 @@ from comparison_report import (
     kvpress_rows,
     score_agreement,
 )
-from eval_quality import measure, settings_of
 from kvpress_venv import DEFAULT_VENV, METHODS, kvpress_python, run_kvpress
 from local_server import CPU_ENVIRONMENT
 from model_files import fingerprint_of, repeat_ids
-from quality_tasks import TASKS, Document, known_tasks
+from quality_rows import settings_of
+from quality_run import QualityRun
+from quality_tasks import TASKS, known_tasks
 from rich.console import Console
 from transformers import AutoConfig
 
@@ -46,9 +47,12 @@ from vllm_kvzip.prefix_rule import PrefixRule
 from vllm_kvzip.request_options import RequestOptions
 from vllm_kvzip.scoring import available_scorers
 
+if TYPE_CHECKING:
+    from documents import Document
+
 OURS = ("kvzip", "surrogate", "default", "keydiff", "expected-attention", "window", "random")
 KEEP_RATIOS = (0.5, 0.3, 0.2, 0.1)
-BLOCK_SIZE = 32  # as ``measure`` sets it
+BLOCK_SIZE = 32  # as ``start_engine`` sets it
 MIN_CONTEXT_TOKENS = 96  # SnapKV needs more than its window of 64
 ROOM_TOKENS = 64  # for a question and its answer
 AGREEMENT = 0.02  # of both stacks without compression
@@ -81,14 +85,16 @@ def our_rows(
     """The same of this plugin: one engine per row and keep ratio, and one without compression."""
     rows: Rows = {}
     with console.status("vLLM without compression") as status:
-        none = cell(measure(args.model, documents, None), 1.0, 1.0)
+        run = QualityRun(args.model, documents)
+        none = cell(run.uncompressed().counts, 1.0, 1.0)
         for row in args.ours:
             cells = rows[f"ours: {row}"] = {}
             for ratio in args.keep_ratios:
                 status.update(f"ours: {row}, keep ratio {ratio:g}")
                 settings = our_settings(args, row, ratio)
                 share = held_share(settings, args.context_tokens)
-                cells[f"{ratio:g}"] = cell(measure(args.model, documents, settings), share, share)
+                (found,) = run.compressed(settings, [ratio])
+                cells[f"{ratio:g}"] = cell(found.counts, share, share)
     return none, rows
 
 

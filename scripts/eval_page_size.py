@@ -47,6 +47,8 @@ from vllm_kvzip.selection import protect, select
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from documents import Document
+
     from vllm_kvzip.core import PrefixPlan
 
 BUDGETS = ("adaptive", "adaptive-per-layer", "uniform")
@@ -131,7 +133,7 @@ def load_model(path: str, tasks: list[str]) -> MaskedModel:
         raise ConfigError(f"--model {path} cannot be loaded: {reason}") from error
 
 
-def make_documents(args: argparse.Namespace) -> list[quality_tasks.Document]:
+def make_documents(args: argparse.Namespace) -> list[Document]:
     """Contexts and questions of every task."""
     rng = np.random.default_rng(args.seed)
     quality_tasks.FACT_DENSITY = args.fact_density
@@ -142,14 +144,14 @@ def make_documents(args: argparse.Namespace) -> list[quality_tasks.Document]:
     ]
 
 
-def count_right(answers: list[list[int]], document: quality_tasks.Document) -> tuple[int, int]:
+def count_right(answers: list[list[int]], document: Document) -> tuple[int, int]:
     """Right answer tokens, by position, and all of them."""
     hits = np.array(answers) == np.array([question.answer for question in document.questions])
     return int(hits.sum()), hits.size
 
 
 def evaluate(
-    model: MaskedModel, documents: list[quality_tasks.Document], cells: list[Cell],
+    model: MaskedModel, documents: list[Document], cells: list[Cell],
     prompts: list[list[int]], chunk_tokens: int, progress: Callable[[str], Any],
 ) -> tuple[dict[Cell | None, Counts], dict[Cell, torch.Tensor]]:  # fmt: skip
     """Answer all questions from what each cell keeps.

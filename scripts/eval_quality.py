@@ -1,21 +1,27 @@
-"""What can still be answered from a compressed context? Accuracy by scorer, budget and keep ratio.
+"""What does compression cost a model's answers? By scorer, budget and keep ratio; any model.
 
-    python scripts/eval_quality.py --model tests/models/tiny-retriever
+    python scripts/eval_quality.py --model MODEL --max-loss 0.05
+    python scripts/eval_quality.py --model MODEL --text report.txt --tasks facts open
     python scripts/eval_quality.py --model tests/models/tiny-retriever --scorers kvzip \\
         --modes evict quantize mixed --keep-bytes-ratios 0.5 0.25 0.125 0.0625
 
 The context is compressed before any question is read (query-agnostic): each context is sent alone,
 then all questions about it start from its compressed prefix, and the run fails unless each of them
 did. With ``--query-aware`` each question also ends the context that is compressed, so the scorer
-has seen it, and is then asked again. Tasks are made of the words the tiny test models know, see
-``quality_tasks.py``.
+has seen it, and is then asked again. Tasks of running text are for any model (``text_tasks.py``);
+others are made of the words the tiny test models know (``quality_tasks.py``).
 
-With ``--keep-bytes-ratios`` rows are compared by bytes: every cell, the plot and the JSON say what
-the contexts' blocks came down to by the engine's own count, which is not quite what was asked for.
-The cache is bfloat16 then, because 4 bits save twice as much of a float32 one.
+Each cell says which share of the answers is right; how many nats a token of the reference answers
+is less likely than without compression ("lost"); how far the next token's distribution is from the
+uncompressed model's along its own answer ("KL", and the share of equal first choices); and what the
+contexts' blocks came down to by the engine's own count ("held"). Brackets are 95 % intervals in
+which the answers about one context count as a cluster. With ``--max-loss`` the smallest cache
+within that loss is named.
 
-Real vLLM, one engine per row; requests name their keep ratio. Prints accuracy with a 95 % interval
-in which the answers about one context count as a cluster.
+With ``--keep-bytes-ratios`` rows are compared by bytes. The cache is bfloat16 then, because 4 bits
+save twice as much of a float32 one.
+
+Real vLLM, one engine per row; requests name their keep ratio.
 """
 
 from __future__ import annotations
@@ -24,149 +30,36 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-import numpy as np
-from evaluation import accuracy_table, cell, draw, versions
+from evaluation import versions
 from local_server import CPU_ENVIRONMENT
-from quality_run import measure
-from quality_tasks import TASKS, Document, known_tasks
+from quality_documents import (
+    ALL_TASKS,
+    TEXT_QUESTIONS,
+    WORD_QUESTIONS,
+    check_tasks,
+    default_tasks,
+    knows_words_only,
+    make_documents,
+)
+from quality_report import cell, draw, quality_table, recommend
+from quality_rows import ROWS, Row, make_rows
+from quality_run import QualityRun
 from rich.console import Console
 from tqdm import tqdm
 
 from vllm_kvzip.config import FormatName, Mode
-from vllm_kvzip.errors import KVzipError
-from vllm_kvzip.scoring import scorer_class
+from vllm_kvzip.errors import ConfigError, KVzipError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from documents import Document
+    from quality_metrics import Measured
 
-ROWS = (
-    "default",
-    "kvzip",
-    "kvzip+adaptive-per-layer",
-    "kvzip+uniform",
-    "surrogate",
-    "keydiff",
-    "expected-attention",
-    "window",
-    "streaming",
-    "random",
-)
 KEEP_RATIOS = (0.5, 0.3, 0.2, 0.1)
 NO_COMPRESSION = "no compression"
 ALL_PAIRS = "all"  # key of the cells that evict nothing, in place of a ratio
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the table: a scorer in a mode.
-
-    Attributes:
-        scorer: see :func:`settings_of`.
-        mode: what becomes of the rest.
-        formats: of quantized keys and values, ``nf4`` or ``int8+nf4``; "" for the default.
-        full_share: of mode ``mixed``; None for the default.
-        evicts: False for mode ``quantize`` with every KV pair in it, where no scorer matters.
-    """
-
-    scorer: str
-    mode: Mode = "evict"
-    formats: str = ""
-    full_share: float | None = None
-    evicts: bool = True
-
-    @property
-    def name(self) -> str:
-        """As it stands in the table."""
-        quantized = f"{self.mode} {self.formats}".strip()
-        if not self.evicts:
-            return f"{quantized}, nothing evicted"
-        share = "" if self.full_share is None else f", {self.full_share:g} full"
-        return f"{self.scorer}, {quantized}{share}"
-
-    def settings(self, ratio: float, by_bytes: bool) -> dict[str, Any]:
-        """The plugin's settings for this row.
-
-        Args:
-            ratio: kept / all, of KV pairs.
-            by_bytes: of bytes instead.
-        """
-        settings = settings_of(self.scorer, ratio if self.evicts else 1.0)
-        if by_bytes and self.evicts:
-            settings["keep_bytes_ratio"] = settings.pop("keep_ratio")
-        if self.mode == "evict":
-            return settings
-        settings["mode"] = self.mode
-        if self.formats:
-            keys, _, values = self.formats.partition("+")
-            settings |= {"key_format": keys, "value_format": values or keys}
-        if self.full_share is not None:
-            settings["full_share"] = self.full_share
-        return settings
-
-
-def make_rows(
-    scorers: Sequence[str],
-    modes: Sequence[Mode],
-    formats: Sequence[str],
-    full_shares: Sequence[float | None],
-) -> list[Row]:
-    """Every scorer in every mode, and mode ``quantize`` without eviction first, if it is asked for.
-
-    Args:
-        scorers, modes: see :class:`Row`.
-        formats: of the modes that quantize.
-        full_shares: of mode ``mixed``.
-    """
-    rows = []
-    if "quantize" in modes:
-        rows += [Row("default", "quantize", each, evicts=False) for each in formats]
-    for scorer, mode in product(scorers, modes):
-        quantized = formats if mode != "evict" else [""]
-        shares = full_shares if mode == "mixed" else [None]
-        rows += [Row(scorer, mode, each, share) for each, share in product(quantized, shares)]
-    return rows
-
-
-def settings_of(row: str, keep_ratio: float) -> dict[str, Any]:
-    """The plugin's settings: ``default``, or a scorer with its own budget or a named one.
-
-    A scorer of which only the name is given must do without the head profile's budgets.
-    """
-    settings: dict[str, Any] = {"keep_ratio": keep_ratio, "min_prompt_tokens": 0}
-    if row == "default":
-        return settings
-    scorer, _, budget = row.partition("+")
-    return {
-        **settings,
-        "scorer": scorer,
-        "budget": budget or scorer_class(scorer).default_budget or "adaptive",
-    }
-
-
-def make_documents(args: argparse.Namespace) -> list[tuple[str, Document]]:
-    """Task names and contexts with their questions.
-
-    A query-aware context has one question, which it also ends with.
-    """
-    rng = np.random.default_rng(args.seed)
-    documents = []
-    for task in args.tasks:
-        make = TASKS[task]
-        length = len(make(np.random.default_rng(0), 128, 1).questions[0].tokens)
-        for _ in range(args.num_contexts):
-            if not args.query_aware:
-                documents.append((task, make(rng, args.context_tokens, args.questions)))
-                continue
-            document = make(rng, args.context_tokens - length, args.questions)
-            for question in document.questions:
-                seen = Document([*document.tokens, *question.tokens], [question])
-                documents.append((task, seen))
-    return documents
 
 
 def formats(text: str) -> str:
@@ -182,10 +75,32 @@ def formats(text: str) -> str:
     return text
 
 
+def setting(text: str) -> tuple[str, Any]:
+    """``name=value``; a value that is not JSON is text.
+
+    Raises:
+        argparse.ArgumentTypeError: without an equals sign.
+    """
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form name=value")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="of scripts/train_tiny_model.py")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=["needle", "multi-key"])
+    parser.add_argument("--model", required=True, help="folder with weights and tokenizer")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=ALL_TASKS, help="default: what suits the model"
+    )
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        help="files that contexts are cut from; python-docs is Python's reference",
+    )
     parser.add_argument("--scorers", nargs="+", help="instead of a selection; may be default")
     parser.add_argument("--budgets", nargs="+", default=[""], help="default: what suits the scorer")
     parser.add_argument("--keep-ratios", nargs="+", type=float, default=list(KEEP_RATIOS))
@@ -208,10 +123,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prefill-budget", type=int, help="tokens; compress while reading")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="ranks share the heads")
     parser.add_argument("--num-contexts", type=int, default=12, help="of each task")
-    parser.add_argument(
-        "--questions", type=int, default=24, help="per context, where it has so many"
-    )
+    parser.add_argument("--questions", type=int, help="per context; default 3, of words 24")
     parser.add_argument("--context-tokens", type=int, default=1024)
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        type=setting,
+        default=[],
+        help="more of the plugin's, for every row, such as profile=none",
+    )
+    parser.add_argument("--max-loss", type=float, help="nats a token; name the smallest cache")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the results here as well")
     parser.add_argument("--plot", type=Path, help="draw them into this PNG; needs matplotlib")
@@ -220,10 +141,53 @@ def parse_args() -> argparse.Namespace:
         vocabulary_size = json.loads((Path(args.model) / "config.json").read_text())["vocab_size"]
     except (OSError, ValueError, KeyError):
         parser.error(f"--model {args.model} is no folder of a model with a config.json")
-    if unknown := [task for task in args.tasks if task not in known_tasks(vocabulary_size)]:
-        parser.error(f"--model {args.model} does not know the words of the task {unknown[0]}")
+    args.tasks = args.tasks or list(default_tasks(vocabulary_size))
+    try:
+        check_tasks(args.tasks, vocabulary_size)
+    except ConfigError as error:
+        parser.error(str(error))
+    if args.questions is None:
+        args.questions = WORD_QUESTIONS if knows_words_only(vocabulary_size) else TEXT_QUESTIONS
     args.dtype = args.dtype or ("float32" if args.keep_bytes_ratios is None else "bfloat16")
     return args
+
+
+def measure_rows(
+    args: argparse.Namespace, documents: list[Document], rows: list[Row]
+) -> tuple[dict[str, dict[str, Measured]], dict[str, dict[str, dict[str, Any]]]]:
+    """Run every row, without compression first.
+
+    Returns:
+        Name -> key of the column -> what was found, and the plugin's settings likewise.
+    """
+    by_bytes = args.keep_bytes_ratios is not None
+    ratios = args.keep_bytes_ratios if by_bytes else args.keep_ratios
+    run = QualityRun(args.model, documents, dtype=args.dtype, num_ranks=args.tensor_parallel_size)
+    measured: dict[str, dict[str, Measured]] = {}
+    used: dict[str, dict[str, dict[str, Any]]] = {}
+    bar = tqdm([None, *rows], desc="engines")
+    for row in bar:
+        if row is None:
+            bar.set_postfix_str(NO_COMPRESSION)
+            measured[NO_COMPRESSION] = {ALL_PAIRS: run.uncompressed()}
+            continue
+        name = row.name if by_bytes or args.modes != ["evict"] else row.scorer
+        bar.set_postfix_str(name)
+        asked = ratios if row.evicts else [1.0]
+        keys = [f"{ratio:g}" for ratio in asked] if row.evicts else [ALL_PAIRS]
+        more = dict(args.settings)
+        if args.prefill_budget is not None:
+            more["prefill_budget"] = args.prefill_budget
+        try:
+            found = run.compressed({**row.settings(max(asked), by_bytes), **more}, asked)
+        except KVzipError as error:
+            sys.exit(f"\n{name}: {error}")
+        measured[name] = dict(zip(keys, found, strict=True))
+        used[name] = {
+            key: {**row.settings(ratio, by_bytes), **more}
+            for key, ratio in zip(keys, asked, strict=True)
+        }
+    return measured, used
 
 
 def main() -> None:
@@ -232,63 +196,66 @@ def main() -> None:
     scorers = list(ROWS)
     if args.scorers:
         scorers = [f"{s}+{b}" if b else s for s in args.scorers for b in args.budgets]
+    rows = make_rows(scorers, args.modes, args.formats, args.full_shares)
+    try:
+        named = make_documents(
+            args.model,
+            args.tasks,
+            num_contexts=args.num_contexts,
+            context_tokens=args.context_tokens,
+            questions=args.questions,
+            seed=args.seed,
+            text=args.text,
+            is_query_aware=args.query_aware,
+        )
+    except KVzipError as error:
+        sys.exit(f"eval_quality: error: {error}")
+    measured, used = measure_rows(args, [document for _, document in named], rows)
+    report(args, named, measured, used)
+
+
+def report(
+    args: argparse.Namespace,
+    named: list[tuple[str, Document]],
+    measured: dict[str, dict[str, Measured]],
+    used: dict[str, dict[str, dict[str, Any]]],
+) -> None:
+    """Print, write and draw what was found."""
     by_bytes = args.keep_bytes_ratios is not None
-    by_mode = by_bytes or args.modes != ["evict"]
     ratios = args.keep_bytes_ratios if by_bytes else args.keep_ratios
-    named = make_documents(args)
-    documents = [document for _, document in named]
-    rows: list[Row | None] = [None]
-    rows += make_rows(scorers, args.modes, args.formats, args.full_shares)
-    groups = {task: [t == task for t, _ in named] for task in args.tasks}
-    groups = {"all tasks": [True] * len(named), **groups} if len(groups) > 1 else groups
-    results: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in groups}
-    bar = tqdm(rows, desc="engines")
-    for row in bar:
-        name = NO_COMPRESSION if row is None else row.name if by_mode else row.scorer
-        bar.set_postfix_str(name)
-        asked = ratios if row is not None and row.evicts else [1.0]
-        settings = None if row is None else row.settings(max(asked), by_bytes)
-        if settings is not None and args.prefill_budget is not None:
-            settings["prefill_budget"] = args.prefill_budget
-        try:
-            measured = measure(
-                args.model,
-                documents,
-                settings,
-                asked,
-                num_ranks=args.tensor_parallel_size,
-                dtype=args.dtype,
-            )
-        except KVzipError as error:
-            sys.exit(f"\n{name}: {error}")
-        keys = [f"{ratio:g}" for ratio in asked]
-        if row is None or not row.evicts:
-            keys = [ALL_PAIRS] if by_mode else [f"{ratio:g}" for ratio in ratios]
-            measured *= len(keys)
-        for group, members in groups.items():
-            for key, found in zip(keys, measured, strict=True):
-                chosen = [c for c, member in zip(found.counts, members, strict=True) if member]
-                shown = cell(chosen, found.held if by_mode else None)
-                results[group].setdefault(name, {})[key] = shown
-    columns = {ALL_PAIRS: "all KV pairs"} if by_mode else {}
+    columns = {ALL_PAIRS: "all KV pairs"}
     columns |= {f"{ratio:g}": f"{'bytes' if by_bytes else 'keep'} {ratio:g}" for ratio in ratios}
-    console = Console(width=140 if by_mode else 118)  # five columns, with what is held
     about = "query-aware" if args.query_aware else "query-agnostic"
     if args.prefill_budget is not None:
         about += f", prefill budget {args.prefill_budget}"
     if args.tensor_parallel_size > 1:
         about += f", {args.tensor_parallel_size} ranks"
     about += f", {args.dtype}" if args.dtype != "float32" else ""
+    groups = {task: [t == task for t, _ in named] for task in args.tasks}
+    groups = {"all tasks": [True] * len(named), **groups} if len(groups) > 1 else groups
+    console = Console(width=32 + 28 * len(columns))
+    results: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
     for group, members in groups.items():
-        own = [d for d, member in zip(documents, members, strict=True) if member]
+        full = measured[NO_COMPRESSION][ALL_PAIRS].of(members)
+        results[group] = {
+            name: {
+                key: cell(full if name == NO_COMPRESSION else found.of(members), full)
+                for key, found in cells.items()
+            }
+            for name, cells in measured.items()
+        }
+        own = [document for (_, document), member in zip(named, members, strict=True) if member]
         questions = sum(len(document.questions) for document in own)
         title = f"{group}: {questions} questions, {about}, contexts of {args.context_tokens}"
-        console.print(accuracy_table(title, columns, results[group]))
+        console.print(quality_table(title, columns, results[group]))
     console.print(versions())
+    first = next(iter(results.values()))
+    if args.max_loss is not None:
+        print(recommend(first, used, args.max_loss))
     if args.json:
         args.json.write_text(json.dumps({"versions": versions(), **results}, indent=2) + "\n")
     if args.plot:
-        draw(args.plot, next(iter(results.values())))
+        draw(args.plot, first)
     sys.stdout.flush()
 
 

@@ -1,10 +1,11 @@
-"""What the evaluation scripts share: an engine, intervals, the table, the plot, the versions."""
+"""What the evaluation scripts share: an engine, counters, intervals, the versions."""
 
 from __future__ import annotations
 
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import date
 from math import sqrt
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,6 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import REGISTRY
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from rich.table import Table
     from vllm import LLM
 
 BLOCK_SIZE = 32  # what the plugin chooses on the CPU
@@ -23,7 +21,11 @@ Counts = Sequence[tuple[int, int]]  # right and all answer tokens of each contex
 
 
 def start_engine(
-    model: str, settings: dict[str, Any] | None, num_ranks: int = 1, dtype: str = "float32"
+    model: str,
+    settings: dict[str, Any] | None,
+    num_ranks: int = 1,
+    dtype: str = "float32",
+    **more: Any,
 ) -> LLM:
     """A small engine, with the plugin's settings or, when they are None, without compression.
 
@@ -32,6 +34,7 @@ def start_engine(
         settings: see above.
         num_ranks: tensor-parallel processes.
         dtype: of the model and its KV cache.
+        more: of vLLM's engine.
     """
     from vllm import LLM
 
@@ -44,6 +47,7 @@ def start_engine(
         block_size=BLOCK_SIZE,
         tensor_parallel_size=num_ranks,
         additional_config={} if settings is None else {"kvzip": settings},
+        **more,
     )
 
 
@@ -77,77 +81,45 @@ def interval(counts: Counts) -> tuple[float, float]:
     return (middle - half) / scale, (middle + half) / scale
 
 
-def cell(counts: Counts, held: float | None = None) -> dict[str, Any]:
-    """Accuracy and interval, for the table and for JSON.
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def mean_of_clusters(sums: Sequence[tuple[float, int]]) -> Estimate | None:
+    """Mean of values that come in clusters, one per context; None when there is no value.
+
+    The ratio estimator's interval: contexts are what is drawn, not values, with Student's t.
 
     Args:
-        counts: see :data:`Counts`.
-        held: bytes held / bytes before; None: not measured.
+        sums: sum and number of the values of each cluster.
     """
-    found: dict[str, Any] = {"accuracy": accuracy(counts), "interval": list(interval(counts))}
-    return found if held is None else {**found, "held": held, "counts": [list(c) for c in counts]}
+    sums = [(total, count) for total, count in sums if count]
+    if not sums:
+        return None
+    num_values = sum(count for _, count in sums)
+    mean = sum(total for total, _ in sums) / num_values
+    freedom = len(sums) - 1
+    if freedom == 0:
+        return Estimate(mean, float("-inf"), float("inf"))
+    spread = sum((total - mean * count) ** 2 for total, count in sums)
+    half = student_t(freedom) * sqrt(spread * len(sums) / freedom) / num_values
+    return Estimate(mean, mean - half, mean + half)
 
 
-def accuracy_table(title: str, columns: dict[str, str], rows: dict[str, dict[str, Any]]) -> Table:
-    """One row per name, one column per keep ratio; a cell may be missing.
-
-    Args:
-        title: of the table.
-        columns: key of a cell, such as a keep ratio as text -> its heading.
-        rows: name -> key -> :func:`cell`; says how much is held where that was measured.
-    """
-    from rich.table import Table
-
-    table = Table(title=title)
-    for column in ("scorer", *columns.values()):
-        table.add_column(column)
-    for name, cells in rows.items():
-        table.add_row(name, *(_shown(cells.get(key)) for key in columns))
-    return table
-
-
-def _shown(found: dict[str, Any] | None) -> str:
-    if found is None:
-        return ""
-    low, high = found["interval"]
-    text = f"{found['accuracy']:.3f} [{low:.2f} {high:.2f}]"
-    return f"{text}\n({found['held']:.3f} held)" if "held" in found else text
-
-
-def curve(cells: dict[str, dict[str, Any]]) -> list[tuple[float, float]]:
-    """Points of a row's line: how much is kept, or is held where that was measured, and accuracy.
-
-    Args:
-        cells: keep ratio as text -> :func:`cell`.
-    """
-    return sorted(
-        (found["held"] if "held" in found else float(key), found["accuracy"])
-        for key, found in cells.items()
+def student_t(freedom: int) -> float:
+    """Student's t that 2.5 % exceed, by its expansion around the normal one (Abramowitz 26.7.5)."""
+    z = 1.959964
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
     )
-
-
-def draw(path: Path, rows: dict[str, dict[str, Any]]) -> None:
-    """Accuracy against keep ratio, one line per row, into a PNG; or against bytes, as measured.
-
-    Args:
-        path: of the PNG.
-        rows: see :func:`accuracy_table`.
-    """
-    from matplotlib.figure import Figure
-
-    by_bytes = any("held" in found for cells in rows.values() for found in cells.values())
-    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for name, cells in rows.items():
-        shares, accuracies = zip(*curve(cells), strict=True)
-        axes.plot(shares, accuracies, marker="o", markersize=3, label=name)
-    axes.set(xlabel="keep ratio", ylabel="accuracy", ylim=(0, 1.02))
-    if by_bytes:
-        axes.set_xlabel("bytes held / bytes before")
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:g}")
-    axes.legend(fontsize="x-small")
-    figure.savefig(path, dpi=120)
+    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
 
 
 def versions() -> str:

@@ -67,6 +67,27 @@ class RunningServer:
                 if line.startswith("data: ") and line != "data: [DONE]":
                     yield json.loads(line[6:])["choices"][0]["text"]
 
+    def stream_chat(self, message: str, max_tokens: int, **options: Any) -> Iterator[str]:
+        """Pieces of a greedy answer to one user's message as they arrive."""
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": message}],
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "stream": True,
+            **options,
+        }
+        request = urllib.request.Request(
+            self.url + "/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=300) as response:
+            for raw in response:
+                line = raw.decode().strip()
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    yield json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
+
     def complete(self, prompt: list[int] | str, max_tokens: int, **options: Any) -> dict[str, Any]:
         """The whole answer of a greedy completion."""
         request = self._request(prompt, max_tokens, **options)

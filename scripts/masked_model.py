@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 if TYPE_CHECKING:
-    from quality_tasks import Document
+    from documents import Document
 
 
 class MaskedModel(ReconstructionProbe):

@@ -16,10 +16,10 @@ answer is right or wrong:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from documents import Document, Question
 from retrieval_task import (
     ALL,
     BASIC_VOCABULARY_SIZE,
@@ -44,22 +44,6 @@ HOPS = 3
 NEEDLE_DENSITY = 0.1  # share of the tokens that belong to facts
 FACT_DENSITY = 0.5
 MOST_SHARE = 0.15  # of all tokens; any other filler word has about 0.01
-
-
-@dataclass(frozen=True)
-class Question:
-    """What follows a context, and the tokens that must come next."""
-
-    tokens: list[int]
-    answer: list[int]
-
-
-@dataclass(frozen=True)
-class Document:
-    """A context and questions about it."""
-
-    tokens: list[int]
-    questions: list[Question]
 
 
 def needle(rng: np.random.Generator, num_tokens: int, count: int) -> Document:

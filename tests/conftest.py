@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -21,3 +23,11 @@ for name in [name for name in os.environ if name.startswith("LLM_KVZIP_")]:
 
 sys.path.insert(0, str(ROOT / "scripts"))  # scripts import each other by name
 sys.path.insert(0, str(ROOT / "tests" / "support"))
+
+
+@pytest.fixture(scope="session")
+def real_model() -> str:
+    """Folder of a real language model; made first where it is missing (`make model`)."""
+    from real_model import real_model
+
+    return str(real_model())

@@ -4,7 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import demo
 import pytest
+from demo_words import conclude
+from real_model import ModelUnavailable
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -12,7 +15,8 @@ DEMO = Path(__file__).parent.parent.parent / "scripts" / "demo.py"
 
 
 def test_demo_answers_alike_and_frees_blocks():
-    done = subprocess.run([sys.executable, str(DEMO)], capture_output=True, text=True, check=False)
+    command = [sys.executable, str(DEMO), "--tiny"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     results = [line.split() for line in lines if "words right" in line]
@@ -20,6 +24,31 @@ def test_demo_answers_alike_and_frees_blocks():
     without, compressed = (int(words[5]) for words in results)
     assert compressed < 0.4 * without
     assert any("blocks went back to the pool" in line for line in lines)
+
+
+def test_the_demos_document_hides_one_answer():
+    text = demo.document()
+    assert text.count(demo.ANSWER) == text.count(demo.FACT) == 1
+    assert 0.3 < text.index(demo.FACT) / len(text) < 0.7
+    assert 2000 < len(text.split()) < 2500
+
+
+def test_the_demo_says_when_it_runs_on_the_tiny_model(monkeypatch, capsys):
+    def refuse():
+        raise ModelUnavailable("the index cannot be reached.")
+
+    monkeypatch.setattr(demo, "real_model", refuse)
+    monkeypatch.setattr(demo, "words_demo", lambda: 7)
+    monkeypatch.setattr("sys.argv", ["demo.py"])
+    assert demo.main() == 7
+    assert "tiny test model" in capsys.readouterr().out
+
+
+def test_the_demo_fails_when_nothing_was_freed():
+    freed = {"vllm_kvzip_blocks_freed_total": 5.0}
+    assert conclude(90, 40, freed) == 0
+    assert conclude(90, 40, {}) == 1
+    assert conclude(90, 90, freed) == 1
 
 
 def test_questions_over_one_context_share_its_compressed_prefix():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from engine_job import MODEL, Request, engine_scores, run_job
-from eval_quality import settings_of
+from quality_rows import settings_of
 from reconstruction_probe import ReconstructionProbe
 from retrieval_task import VOCABULARY, make_context, question_prompt
 

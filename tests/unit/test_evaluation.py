@@ -5,15 +5,22 @@ import io
 
 import numpy as np
 import pytest
+from documents import Document, Question
 from engine_job import MODEL
-from eval_quality import ROWS, Row, formats, make_rows, parse_args, settings_of
-from evaluation import accuracy, accuracy_table, cell, curve, draw, interval
-from quality_run import held_share, right_tokens
-from quality_tasks import HOPS, TASKS, VALUES_PER_KEY, Document, Question, known_tasks
+from eval_quality import formats, parse_args, setting
+from evaluation import accuracy, interval, mean_of_clusters, student_t
+from lessons import Lesson
+from quality_documents import check_tasks, default_tasks
+from quality_metrics import Answers, Measured
+from quality_report import cell, curve, draw, loss, quality_table, recommend, serve_flags
+from quality_rows import ROWS, Row, make_rows, settings_of
+from quality_run import groups_that_fit, held_share
+from quality_tasks import HOPS, TASKS, VALUES_PER_KEY, known_tasks
 from retrieval_task import VOCABULARY
 from rich.console import Console
 
 from vllm_kvzip.config import load_config
+from vllm_kvzip.errors import ConfigError
 
 MODES = ("evict", "quantize", "mixed")
 
@@ -149,27 +156,104 @@ def test_held_is_what_was_not_freed():
 def test_right_tokens_are_counted_by_document():
     first = Document([], [Question([], [1, 2]), Question([], [3])])
     second = Document([], [Question([], [4])])
-    assert right_tokens([first, second], [[1, 0], [3], [0]]) == [(2, 3), (0, 1)]
+    found = Measured()
+    for document, outputs in ((first, [[1, 0], [3]]), (second, [[0]])):
+        found.add(document, [Answers(greedy=Lesson(output=output)) for output in outputs])
+    assert found.counts == [(2, 3), (0, 1)]
 
 
-def measured_rows():
-    """Two rows by bytes, one of them with a single cell."""
-    right, wrong = [(9, 10)] * 4, [(2, 10)] * 4
+def test_a_whole_answer_counts_once_and_by_its_scored_tokens():
+    question = Question([], [5, 6, 7], scored=[True, True, False], is_whole=True)
+    found = Measured()
+    for output in ([5, 6, 0], [5, 0, 7]):
+        found.add(Document([], [question]), [Answers(greedy=Lesson(output=output))])
+    assert found.counts == [(1, 1), (0, 1)]
+
+
+def test_lost_nats_are_those_of_scored_tokens_over_the_other_run():
+    document = Document([], [Question([], [5, 6], scored=[False, True])])
+    runs = []
+    for nats in (0.25, 1.0):
+        runs.append(Measured())
+        for shift in (0.0, 0.5):
+            forced = Lesson([5, 6], log_likelihoods={0: -9.0, 1: -nats - shift})
+            runs[-1].add(document, [Answers(forced=forced)])
+    lost = runs[1].lost_nats(runs[0])
+    assert (lost.mean, lost.low, lost.high) == pytest.approx((0.75, 0.75, 0.75))
+    assert runs[0].mean_nats().mean == pytest.approx(0.5)
+    assert runs[0].divergence() is None
+
+
+def test_students_t_is_the_tables():
+    for freedom, expected in ((5, 2.571), (15, 2.131), (100, 1.984)):
+        assert student_t(freedom) == pytest.approx(expected, abs=0.005)
+
+
+def test_the_interval_of_a_mean_widens_when_clusters_differ():
+    apart = mean_of_clusters([(1.0, 2), (3.0, 2), (1.0, 2), (3.0, 2)])
+    alike = mean_of_clusters([(2.0, 2)] * 4)
+    assert apart.mean == alike.mean == 1.0
+    assert alike.low == alike.high == 1.0
+    assert apart.high - apart.low > 1
+    assert mean_of_clusters([]) is None
+
+
+def test_groups_of_documents_fit_and_keep_their_order():
+    documents = [Document([0] * 320, [Question([0] * 32, [1])]) for _ in range(7)]
+    groups = groups_that_fit(documents, num_blocks=100, continuation_tokens=8)
+    assert [number for group in groups for number in group] == list(range(7))
+    assert len(groups) > 1 and len(groups[0]) > 1
+
+
+def test_each_model_is_asked_what_it_knows():
+    for vocabulary_size, other in ((515, "facts"), (49152, "needle")):
+        check_tasks(default_tasks(vocabulary_size), vocabulary_size)
+        with pytest.raises(ConfigError, match=f"--tasks {other}"):
+            check_tasks([other], vocabulary_size)
+
+
+def test_a_setting_is_json_or_text():
+    assert setting("profile=none") == ("profile", "none")
+    assert setting("sink_tokens=8") == ("sink_tokens", 8)
+    with pytest.raises(argparse.ArgumentTypeError, match="name=value"):
+        setting("profile")
+
+
+def measured(right, held, nats=None):
+    """Four contexts of ten questions, with nats a token where they are given."""
+    found = Measured(counts=[(right, 10)] * 4, held=held)
+    found.nats = [(0.0, 0)] * 4 if nats is None else [(10 * nats, 10)] * 4
+    return found
+
+
+def measured_rows(nats=(None, None, None)):
+    """Two rows, one of them with a single cell; and the uncompressed run's."""
+    full = measured(9, 1.0, None if nats[0] is None else 0.5)
     return {
-        "quantize, nothing evicted": {"all": cell(right, 0.28125)},
-        "kvzip, evict": {"0.5": cell(right, 0.53), "0.25": cell(wrong, 0.25)},
+        "quantize, nothing evicted": {"all": cell(measured(9, 0.28125, nats[0]), full)},
+        "kvzip, evict": {
+            "0.5": cell(measured(9, 0.53, nats[1]), full),
+            "0.25": cell(measured(2, 0.25, nats[2]), full),
+        },
     }
 
 
-def test_the_table_says_what_is_held_and_leaves_other_cells_empty():
+NATS = (0.6, 0.52, 0.9)
+
+
+def table_lines(rows):
     columns = {"all": "all KV pairs", "0.5": "bytes 0.5", "0.25": "bytes 0.25"}
     console = Console(width=118, file=io.StringIO())
-    console.print(accuracy_table("title", columns, measured_rows()))
-    lines = [
+    console.print(quality_table("title", columns, rows))
+    return [
         [part.strip() for part in line.split("│")[1:-1]]
         for line in console.file.getvalue().splitlines()
         if "│" in line
     ]
+
+
+def test_the_table_says_what_is_held_and_leaves_other_cells_empty():
+    lines = table_lines(measured_rows())
     assert lines[0][0] == "quantize, nothing evicted"
     assert [part[:5] for part in lines[0][1:]] == ["0.900", "", ""]
     assert lines[1] == ["", "(0.281 held)", "", ""]
@@ -177,15 +261,45 @@ def test_the_table_says_what_is_held_and_leaves_other_cells_empty():
     assert lines[3] == ["", "", "(0.530 held)", "(0.250 held)"]
 
 
+def test_the_table_says_what_is_lost():
+    lines = table_lines(measured_rows(NATS))
+    assert lines[1][1].startswith("lost 0.100 [0.10 0.10]")
+    assert [part[:10] for part in lines[4][2:]] == ["lost 0.020", "lost 0.400"]
+
+
 def test_the_plot_is_over_what_is_held():
     rows = measured_rows()
     assert curve(rows["kvzip, evict"]) == [(0.25, 0.2), (0.53, 0.9)]
     assert curve(rows["quantize, nothing evicted"]) == [(0.28125, 0.9)]
-    assert curve({"0.5": cell([(1, 2)]), "0.3": cell([(1, 4)])}) == [(0.3, 0.25), (0.5, 0.5)]
+    lost = curve(measured_rows(NATS)["kvzip, evict"])
+    assert [held for held, _ in lost] == [0.25, 0.53]
+    assert [nats for _, nats in lost] == pytest.approx([0.4, 0.02])
 
 
-def test_the_plot_is_drawn(tmp_path):
-    for held in (None, 0.3):
-        path = tmp_path / f"{held}.png"
-        draw(path, {"kvzip": {"0.3": cell([(9, 10)] * 4, held)}})
-        assert path.read_bytes().startswith(b"\x89PNG")
+def test_loss_without_reference_answers_is_the_divergence():
+    found = Measured(counts=[(0, 0)], nats=[(0.0, 0)], divergences=[(0.6, 3)])
+    found.same_choices = [(2, 3)]
+    shown = cell(found, Measured(nats=[(0.0, 0)]))
+    assert "accuracy" not in shown
+    assert loss(shown) == pytest.approx(0.2)
+    assert shown["same"] == {"mean": pytest.approx(2 / 3), "low": None, "high": None}
+
+
+def test_the_recommendation_is_the_smallest_cache_within_the_loss():
+    rows = measured_rows(NATS)
+    settings = {
+        "quantize, nothing evicted": {"all": {"mode": "quantize", "min_prompt_tokens": 0}},
+        "kvzip, evict": {"0.5": {"keep_ratio": 0.5}, "0.25": {"keep_ratio": 0.25}},
+    }
+    for most, expected in ((0.03, "keep_ratio=0.5"), (0.2, "mode=quantize"), (1, "=0.25")):
+        assert recommend(rows, settings, most).endswith(expected)
+    assert "Nothing" in recommend(rows, settings, 0.01)
+    flags = serve_flags({"keep_ratio": 0.3, "min_prompt_tokens": 0})
+    assert flags == "--kv-compression kvzip --kv-compression-config.keep_ratio=0.3"
+
+
+@pytest.mark.parametrize("nats", [NATS, (None, None, None)])
+def test_the_plot_is_drawn(tmp_path, nats):
+    path = tmp_path / "plot.png"
+    draw(path, measured_rows(nats))
+    assert path.read_bytes().startswith(b"\x89PNG")
