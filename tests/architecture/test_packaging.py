@@ -28,6 +28,7 @@ def test_the_wheel_holds_the_package_and_its_profiles(wheel):
     wanted = {path.name for path in (ROOT / "vllm_kvzip" / "vllm_bridge").glob("*.py")}
     assert wanted <= {name.split("/")[-1] for name in names if "/vllm_bridge/" in name}
     assert "vllm_kvzip/profiles/tiny-retriever.json" in names
+    assert "vllm_kvzip/profiles/calibration.txt" in names
     assert "vllm_kvzip/kernels/__init__.py" in names
     assert "vllm_kvzip/quantization/__init__.py" in names
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from engine_job import MODEL
 from retrieval_task import VOCABULARY
+from startup import ON, engine_config, refusal
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.exceptions import VLLMValidationError
@@ -25,25 +26,6 @@ from vllm_kvzip.vllm_bridge import options, plugin, versions
 from vllm_kvzip.vllm_bridge.settings import Settings
 
 pytestmark = pytest.mark.vllm
-
-ON = ["--kv-compression", "kvzip"]
-
-
-def engine_config(*flags, model=MODEL):
-    """The configuration `vllm serve MODEL FLAGS` would run with."""
-    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
-    arguments = ["--model", str(model), "--dtype", "float32", "--enforce-eager", *flags]
-    return AsyncEngineArgs.from_cli_args(parser.parse_args(arguments)).create_engine_config()
-
-
-def refusal(capsys, *flags, model=MODEL):
-    """The one sentence a user of `vllm serve` gets; checks that there is exactly one."""
-    with pytest.raises(SystemExit) as stopped:
-        engine_config(*flags, model=model)
-    lines = [line for line in capsys.readouterr().err.splitlines() if "vllm-kvzip: error:" in line]
-    assert stopped.value.code == 2
-    assert len(lines) == 1
-    return lines[0]
 
 
 def test_flag_sets_worker_block_size_and_settings():
@@ -200,37 +182,6 @@ def test_a_wording_without_a_token_is_refused(capsys):
 def test_what_scorer_kvzip_cannot_work_with_is_refused(capsys, flag):
     message = refusal(capsys, *ON, *KVZIP, flag)
     assert f"Scorer kvzip does not work with {flag} yet; choose another scorer" in message
-
-
-BUILD = ("--kv-compression-config.profile", "build")
-
-
-def test_a_profile_is_built_only_where_none_is_found(tmp_path, monkeypatch):
-    found = Settings.from_vllm_config(engine_config(*ON, *BUILD))
-    assert found.profile_to_build is None
-    assert found.scorer == "surrogate"  # the shipped profile has networks
-    monkeypatch.setattr(options, "profile_folders", list)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    wanted = ("--kv-compression-config.scorer", "surrogate")
-    missing = Settings.from_vllm_config(engine_config(*ON, *BUILD, *wanted))
-    assert Path(missing.profile_to_build).parent == tmp_path / "vllm-kvzip"
-    assert missing.config.scorer == "surrogate"  # what the worker resolves anew
-    assert missing.scorer == options.DEFAULT_SCORER
-
-
-@pytest.mark.parametrize(
-    "flags", [("--tensor-parallel-size", "2"), ("--enable-lora",), ("--skip-tokenizer-init",)]
-)
-def test_what_a_profile_cannot_be_built_with_is_refused(capsys, flags):
-    message = refusal(capsys, *ON, *BUILD, *flags)
-    assert f"profile build does not work with {' '.join(flags)} yet" in message
-
-
-@pytest.mark.parametrize("given", ["profile_text a.txt", "profile_build_seconds 5"])
-def test_settings_of_building_alone_are_refused(capsys, given):
-    setting, value = given.split()
-    message = refusal(capsys, *ON, f"--kv-compression-config.{setting}", value)
-    assert f"{setting} has no effect; set profile to build" in message
 
 
 def test_settings_without_the_flag_are_refused(capsys):
