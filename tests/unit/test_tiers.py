@@ -3,10 +3,12 @@
 from math import ceil
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_kvzip.prefix_rule import PrefixRule
+from vllm_kvzip.quantization import choose_quantization
 from vllm_kvzip.request_options import RequestOptions
 from vllm_kvzip.tiers import TierBlocks, TierRule
 
@@ -132,3 +134,31 @@ def test_a_profiles_shares_are_linear_between_its_ratios():
     )
     assert rule.blocks(0.1, 200, 20) == TierBlocks(4, 16)
     assert TierRule("mixed", N, Q, 0.25).full_share_at(0.1) == 0.25
+
+
+@given(ratios, lengths, st.integers(0, 200), st.sampled_from(["quantize", "mixed"]), st.booleans())
+def test_smaller_pages_need_no_other_blocks(ratio, num_blocks, protected, mode, by_bytes):
+    """Head pages in four parts hold the same tokens, and every head's protected ones."""
+    whole = TierRule(mode, N, Q, 0.3, by_bytes).blocks(ratio, num_blocks, protected)
+    parts = TierRule(mode, N, Q // 4, 0.3, by_bytes, split=4).blocks(ratio, num_blocks, protected)
+    assert parts == whole
+    if parts.full * N < min(protected, num_blocks * N):
+        assert parts.quantized * 4 >= ceil(min(protected, num_blocks * N) / (Q // 4))
+
+
+@pytest.mark.parametrize(
+    ("block", "itemsize", "name", "split", "tokens"),
+    [(16, 2, "nf4", 2, 30), (32, 2, "nf4", 4, 30), (32, 4, "nf4", 8, 30), (16, 2, "int8", 1, 30)],
+)
+def test_a_quantized_page_holds_about_as_many_tokens_as_an_ordinary_one(
+    block, itemsize, name, split, tokens
+):
+    chosen = choose_quantization(
+        page_bytes=2 * block * 64 * itemsize, head_dim=64, keys=name, values=name, rotation="auto"
+    )
+    assert (chosen.split, chosen.layout.page_tokens) == (split, tokens)
+    pool = torch.zeros(5, 2 * block * 64 * itemsize, dtype=torch.uint8)
+    ids = chosen.page_ids(torch.tensor([3, 0]))
+    assert ids.tolist() == [*range(3 * split, 4 * split), *range(split)]
+    chosen.pages_of(pool)[ids] = 1
+    assert pool[[0, 3]].eq(1).all() and pool[[1, 2, 4]].eq(0).all()
