@@ -17,7 +17,8 @@ MODEL = ModelFingerprint(
 
 def networks():
     width = 2 * 4 + len(RECENCY_TOKENS)
-    return [LayerSurrogate(torch.ones(width, 3), torch.zeros(3), torch.ones(3, 1), torch.zeros(1))]
+    shapes = (1, width, 3), (1, 3), (1, 3), (1,)
+    return [LayerSurrogate(*(torch.ones(shape) for shape in shapes))]
 
 
 def profile():
