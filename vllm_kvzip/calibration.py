@@ -121,7 +121,8 @@ def calibration_contexts(
                 f"context needs; name longer texts, or take shorter contexts."
             )
     unused = {kind: _windows(len(ids), room, rng) for kind, ids in long_enough.items()}
-    turns = [kind for kind in ORDER if kind in long_enough] or list(long_enough)
+    known = set(long_enough) <= set(ORDER)  # a user's files are called anything
+    turns = [kind for kind in ORDER if kind in long_enough] if known else list(long_enough)
     contexts: list[list[int]] = []
     while len(contexts) < num_contexts:
         kind = turns[len(contexts) % len(turns)]

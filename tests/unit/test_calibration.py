@@ -51,6 +51,12 @@ def test_they_overlap_when_the_material_is_used_up():
     assert {len(context) for context in contexts} == {10}
 
 
+def test_files_of_the_user_all_take_turns_whatever_they_are_called():
+    files = [Material("code", "c" * 500), Material("notes.txt", "n" * 500)]
+    contexts = calibration_contexts(Letters(), files, num_contexts=4, context_tokens=10)
+    assert [chr(context[0]) for context in contexts] == ["c", "n", "c", "n"]
+
+
 def test_they_begin_as_a_chat_does():
     contexts = calibration_contexts(Chat(), MATERIAL, num_contexts=2, context_tokens=30)
     assert all("".join(map(chr, context)).startswith("[user]") for context in contexts)
