@@ -29,7 +29,8 @@ pytestmark = pytest.mark.vllm
 
 
 def test_flag_sets_worker_block_size_and_settings():
-    config = engine_config(*ON, "--kv-compression-config.keep_ratio", "0.3")
+    flags = ("--kv-compression-config", '{"keep_ratio": 0.3, "scorer": "profile"}')
+    config = engine_config(*ON, *flags)
     settings = Settings.from_vllm_config(config)
     assert config.parallel_config.worker_cls == options.CPU_WORKER
     assert config.scheduler_config.get_scheduler_cls().__name__ == "HeadPageScheduler"
@@ -266,7 +267,8 @@ def test_modes_that_cannot_work_are_refused(capsys, flags, message):
 
 
 def test_a_profiles_tiers_are_for_the_cache_they_were_made_for(caplog, monkeypatch):
-    flags = [*ON, "--kv-compression-config", '{"mode": "mixed", "keep_bytes_ratio": 0.125}']
+    asked = '{"mode": "mixed", "keep_bytes_ratio": 0.125, "scorer": "profile"}'
+    flags = [*ON, "--kv-compression-config", asked]
     settings = Settings.from_vllm_config(engine_config(*flags, "--dtype", "bfloat16"))
     rule = settings.rule(32, 32, 2)
     assert rule.tiers.shares == tuple(

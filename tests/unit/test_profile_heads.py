@@ -74,7 +74,7 @@ def test_networks_are_written_beside_the_profile(random_model, tmp_path, capsys,
     )  # fmt: skip
     assert code == 0
     layers = load_surrogate(out.with_suffix(".safetensors"), load_profile(out).model)
-    assert [tuple(layer.mix.shape) for layer in layers] == [(131, 5)] * 2
+    assert [tuple(layer.mix.shape) for layer in layers] == [(2, 67, 5)] * 2
     assert "of the pairs that KVzip would keep" in capsys.readouterr().out
 
 
