@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
     Cached = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
-STEPS = 1500
+STEPS = 400
 BATCH_TOKENS = 512
-LEARNING_RATE = 3e-3
+LEARNING_RATE = 6e-3
 
 
 class SurrogateTrainer:

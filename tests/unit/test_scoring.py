@@ -170,10 +170,11 @@ def test_a_scorer_says_what_it_misses(name, changes, message, settings):
         create_scorer(name, settings).score_layer(layer_inputs(**changes))
 
 
-def test_contrast_is_what_it_says_token_by_token():
+@pytest.mark.parametrize(("keep_ratio", "power"), [(1, 0), (0.5, 0), (0.4, 0.2), (0.1, 0.5)])
+def test_contrast_is_what_it_says_token_by_token(keep_ratio, power):
     angles = torch.arange(20.0)[:, None] * torch.tensor([1.0, 0.5, 0.2, 0.1])
     rotary = RotaryTables(angles.cos(), angles.sin())
-    inputs = layer_inputs(rotary=rotary, first_position=3)
+    inputs = layer_inputs(rotary=rotary, first_position=3, keep_ratio=keep_ratio)
     got = create_scorer("contrast").score_layer(inputs)
     for head in range(HEADS):
         keys = [
@@ -183,7 +184,7 @@ def test_contrast_is_what_it_says_token_by_token():
         anchor = sum(key / key.norm() for key in keys)
         for token, key in enumerate(keys):
             cosine = float(key @ anchor / (key.norm() * anchor.norm()))
-            wanted = (1 - cosine) * float(inputs.values[head, token].norm()) ** 0.5
+            wanted = (1 - cosine) * float(inputs.values[head, token].norm()) ** power
             assert float(got[head, token]) == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
 
@@ -194,7 +195,7 @@ def test_the_less_is_kept_the_more_the_contrast_counts(settings):
         for ratio in (1.0, 0.4, 0.25, 0.1, 0.05)
     }
     torch.testing.assert_close(by_ratio[1.0], by_ratio[0.4])
-    contrast = create_scorer("contrast").score_layer(layer_inputs()).log()
+    contrast = create_scorer("contrast").score_layer(layer_inputs(keep_ratio=0.1)).log()
     for ratio, power in ((0.25, 1.0), (0.1, 2.0), (0.05, 2.0)):
         torch.testing.assert_close(by_ratio[ratio], by_ratio[1.0] + power * contrast)
 

@@ -1,4 +1,4 @@
-"""How much a key stands out from its head's other keys, times how much its value carries."""
+"""How much a key stands out from its head's other keys, and how much its value carries."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ if TYPE_CHECKING:
     from vllm_kvzip.core import LayerInputs
 
 SMALLEST = 1e-6  # a score's logarithm is taken where scores are combined
+MOST_POWER = 0.5  # of the value's norm, where little is kept
+POWER_FROM, POWER_FULLY = 0.5, 0.25  # keep ratios between which it comes in
 
 
-def contrast(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Distance of each key from its head's mean direction, times the root of its value's norm.
+def contrast(keys: torch.Tensor, values: torch.Tensor, power: float = MOST_POWER) -> torch.Tensor:
+    """Distance of each key from its head's mean direction, times a power of its value's norm.
 
     Args:
         keys: float32 ``[H, T, D]``, without their rotation.
         values: float32 ``[H, T, D]``.
+        power: of the norm.
 
     Returns:
         float32 ``[H, T]``, positive.
@@ -29,8 +32,14 @@ def contrast(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     keys = normalize(keys, dim=-1)
     anchor = normalize(keys.mean(dim=1), dim=-1)
     distance = 1.0 - torch.bmm(keys, anchor[..., None]).squeeze(-1)
-    weight: torch.Tensor = values.norm(dim=-1).sqrt_()
+    weight: torch.Tensor = values.norm(dim=-1).pow_(power)
     return distance.mul_(weight).clamp_(min=SMALLEST)
+
+
+def value_power(keep_ratio: float) -> float:
+    """How much the value's norm counts: nothing where half is kept, its root from a quarter on."""
+    share = (POWER_FROM - keep_ratio) / (POWER_FROM - POWER_FULLY)
+    return MOST_POWER * min(max(share, 0.0), 1.0)
 
 
 @register_scorer
@@ -39,8 +48,8 @@ class ContrastScorer(Scorer):
 
     Rotation turns equal keys into different ones, so the distance of rotated keys says as much of
     positions as of tokens. Taken off first, what stands out is what the token said. The norm of
-    the value weighs how much attending to it can change, and makes heads comparable. Needs neither
-    queries, nor a forward pass, nor training.
+    the value weighs how much attending to it can change; that matters most where little is kept.
+    Needs neither queries, nor a forward pass, nor training.
     """
 
     name: ClassVar[str] = "contrast"
@@ -53,4 +62,5 @@ class ContrastScorer(Scorer):
         """Float32 ``[H, T]``; ValueError when the values were not collected."""
         if inputs.values is None:
             raise ValueError("Scorer 'contrast' needs values.")
-        return contrast(inputs.unrotated_keys(), inputs.values)
+        power = value_power(inputs.keep_ratio)
+        return contrast(inputs.unrotated_keys(), inputs.values, power)
