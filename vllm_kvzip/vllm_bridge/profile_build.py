@@ -155,7 +155,7 @@ def _build(
             )
 
     layer_names = list(get_layers_from_vllm_config(vllm_config, Attention))
-    rotary = find_rotary(model, layer_names)
+    rotary = find_rotary(model, layer_names, vllm_config.model_config.hf_text_config)
     if any(tables is not rotary[0] for tables in rotary):
         raise UnsupportedError("its layers have different rotary embeddings")
     watch, cache = _calibration_pass(vllm_config, model, score_columns, config, wording, tokenizer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
@@ -16,20 +16,24 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def find_rotary(model: nn.Module, layer_names: Sequence[str]) -> list[RotaryTables | None]:
+def find_rotary(
+    model: nn.Module, layer_names: Sequence[str], text_config: Any
+) -> list[RotaryTables | None]:
     """Angles of each attention layer; None for a layer without rotary embedding.
 
-    vLLM's models keep an attention layer and its rotary embedding in the same module.
+    vLLM's models keep an attention layer and its rotary embedding in the same module. Models of its
+    Transformers backend do not, and then only their configuration says that keys are rotated.
 
     Args:
         model: as vLLM built it.
         layer_names: vLLM's layer names in layer order.
+        text_config: of the model, in transformers' format.
 
     Raises:
         UnsupportedError: if the model has rotary embeddings but one layer's is not found.
     """
     found: dict[str, RotaryEmbeddingBase] = {}
-    has_rotary = False
+    has_rotary = bool(getattr(text_config, "rope_parameters", None))
     for module in model.modules():
         children = list(module.children())
         rotary = [child for child in children if isinstance(child, RotaryEmbeddingBase)]

@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm." + __name__)
 
+SCORER_WITHOUT_ROTARY = "keydiff"  # where the default scorer finds no rotary embedding
+
 
 class HeadPageWorker(WorkerBase):
     """In front of one of vLLM's workers; compresses prompts between steps.
@@ -227,7 +229,19 @@ class HeadPageWorker(WorkerBase):
         )
         rotary = None
         if scorer.needs_rotary:
-            rotary = find_rotary(self.model_runner.get_model(), layer_names)
+            model, text_config = self.model_runner.get_model(), self.model_config.hf_text_config
+            try:
+                rotary = find_rotary(model, layer_names, text_config)
+            except UnsupportedError:
+                if config.scorer is not None:
+                    raise
+                scorer = create_scorer(SCORER_WITHOUT_ROTARY)
+                logger.warning(
+                    "The rotary embedding of this model was not found, so scorer %s chooses, at "
+                    "lower quality than %s.",
+                    scorer.name,
+                    settings.scorer,
+                )
         rule = replace(spec.rule, pool_blocks=kv_cache_config.num_blocks)
         compressor = Compressor(
             geometry=geometry,
@@ -287,7 +301,7 @@ class HeadPageWorker(WorkerBase):
             "tokens.",
             config.mode,
             config.ratio,
-            settings.scorer,
+            scorer.name,
             settings.budget,
             config.min_prompt_tokens,
         )
