@@ -35,17 +35,19 @@ def lost(run, settings, ratios):
     return [(found.lost_nats(run.full).mean, found.held) for found in measured]
 
 
+# Static head budgets, the default that these figures keep away, lose 0.23 at either ratio; one
+# digit of twelve codes that a model doubts moves a mean by several hundredths.
 def test_the_default_loses_next_to_nothing(run):
     (half, held), (quarter, less) = lost(run, {}, [0.5, 0.25])
     assert held == pytest.approx(0.5, abs=0.02)
     assert less == pytest.approx(0.25, abs=0.02)
-    assert half < 0.06
-    assert quarter < 0.12
+    assert half < 0.1
+    assert quarter < 0.15
 
 
 def test_without_a_profile_neither(run):
     ((half, _), (quarter, _)) = lost(run, {"profile": "none"}, [0.5, 0.25])
-    assert half < 0.06
+    assert half < 0.1
     assert quarter < 0.2
 
 
