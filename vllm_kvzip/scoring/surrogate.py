@@ -16,14 +16,15 @@ if TYPE_CHECKING:
     from vllm_kvzip.core import LayerInputs
 
 MOST_CONTRAST = 2.0  # power of the contrast where little is kept
-CONTRAST_FROM, CONTRAST_FULLY = 0.4, 0.1  # keep ratios between which it comes in
+CONTRAST_FROM, CONTRAST_FULLY = 0.1, 0.05  # keep ratios between which it comes in
 
 
 def contrast_power(keep_ratio: float) -> float:
-    """How much the contrast counts beside the predicted score: nothing from keep ratio 0.4 on.
+    """How much the contrast counts beside the predicted score: nothing from keep ratio 0.1 on.
 
-    Who keeps half of the pairs wants those that the model needs to repeat its context. Where only
+    Above it the pairs that the model needs to repeat its context are the right ones. Where only
     the best few are kept, nearly all of them score high, and those that stand out are worth more.
+    A pair that a head always returns to does not stand out, so contrast must not count sooner.
     """
     share = (CONTRAST_FROM - keep_ratio) / (CONTRAST_FROM - CONTRAST_FULLY)
     return MOST_CONTRAST * min(max(share, 0.0), 1.0)
