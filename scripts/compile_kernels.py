@@ -19,7 +19,7 @@ import tempfile
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 os.environ["TRITON_INTERPRET"] = "0"  # before kernels are decorated
 
@@ -38,9 +38,11 @@ from vllm_kvzip.kernels.quantized_pages import dequantize_pages, quantize_pages
 from vllm_kvzip.quantization import Int4, Int8, NormalFloat4
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from vllm_kvzip.quantization import Format
+
+T = TypeVar("T")
 
 TARGETS = (80, 90, 100)
 HEAD_DIMS = (64, 96, 128, 256)
@@ -204,14 +206,20 @@ def launches(*, every: bool) -> dict[str, Callable[[], None]]:
     return found | two_tier_launches(every=every)
 
 
+def pairwise(formats: Sequence[T]) -> list[tuple[int, int, T]]:
+    """Head dim, query tokens and one of two formats, so that any two of them meet once."""
+    first, second = formats
+    return [(64, 1, first), (128, 64, first), (64, 64, second), (128, 1, second)]
+
+
 def two_tier_launches(*, every: bool) -> dict[str, Callable[[], None]]:
     """As :func:`launches`, of prefixes with a quantized tier; ``every`` adds sizes and formats."""
     found: dict[str, Callable[[], None]] = {}
     formats = [("int8", False), ("nf4 with double quantization", True)]
+    cases = pairwise(formats)
     if every:
-        formats = list(product(FORMATS, (False, True)))
-    head_dims, query_lens = (HEAD_DIMS, (1, 6, 64)) if every else ((64, 128), (1, 64))
-    for head_dim, query_len, (name, rotated) in product(head_dims, query_lens, formats):
+        cases = list(product(HEAD_DIMS, (1, 6, 64), product(FORMATS, (False, True))))
+    for head_dim, query_len, (name, rotated) in cases:
         about = f"bfloat16, head size {head_dim}, {query_len} query tokens, "
         found[about + ("rotated " if rotated else "") + name] = (
             lambda h=head_dim, q=query_len, f=name, r=rotated: (  # type: ignore[misc]
@@ -224,9 +232,9 @@ def two_tier_launches(*, every: bool) -> dict[str, Callable[[], None]]:
 def eight_bit_launches(*, every: bool) -> dict[str, Callable[[], None]]:
     """As :func:`launches`, of caches of 8-bit numbers, which cards before 8.9 cannot read."""
     found: dict[str, Callable[[], None]] = {}
-    head_dims, query_lens = (HEAD_DIMS, (1, 6, 64)) if every else ((64, 128), (1, 64))
     formats = (None, "nf4 with double quantization")
-    for head_dim, query_len, name in product(head_dims, query_lens, formats):
+    cases = list(product(HEAD_DIMS, (1, 6, 64), formats)) if every else pairwise(formats)
+    for head_dim, query_len, name in cases:
         about = f"8 bits, head size {head_dim}, {query_len} query tokens"
         found[about + (f", {name}" if name else "")] = lambda h=head_dim, q=query_len, f=name: (  # type: ignore[misc]
             attend(tier_case(h, q, f, eight_bits="queries too"), 1, num_runs=4)
