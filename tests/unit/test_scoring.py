@@ -192,11 +192,11 @@ def test_the_less_is_kept_the_more_the_contrast_counts(settings):
     scorer = create_scorer("surrogate", settings)
     by_ratio = {
         ratio: scorer.score_layer(layer_inputs(keep_ratio=ratio)).log()
-        for ratio in (1.0, 0.4, 0.25, 0.1, 0.05)
+        for ratio in (1.0, 0.1, 0.075, 0.05, 0.02)
     }
-    torch.testing.assert_close(by_ratio[1.0], by_ratio[0.4])
+    torch.testing.assert_close(by_ratio[1.0], by_ratio[0.1])
     contrast = create_scorer("contrast").score_layer(layer_inputs(keep_ratio=0.1)).log()
-    for ratio, power in ((0.25, 1.0), (0.1, 2.0), (0.05, 2.0)):
+    for ratio, power in ((0.075, 1.0), (0.05, 2.0), (0.02, 2.0)):
         torch.testing.assert_close(by_ratio[ratio], by_ratio[1.0] + power * contrast)
 
 
