@@ -4,8 +4,8 @@ After KVzap (arXiv 2601.07891), which predicts the log of a KV pair's score from
 of its token. An attention layer does not see that state, but it sees keys and values, which are
 linear maps of it. One small network per KV head reads the head's own key, with the rotation taken
 off, and value, and how near the token is to the end of the context (some heads look for the last
-token of a kind), and predicts the log score of the pair. A network that reads all heads of a layer
-chooses no better on the real test model, and could not be used where ranks share the heads.
+token of a kind), and predicts the log score of the pair. It reads no other head, so it works where
+ranks share the heads.
 
 The file is safetensors, beside the model's head profile; ``scripts/profile_heads.py`` makes it.
 """

@@ -38,8 +38,12 @@ def contrast(keys: torch.Tensor, values: torch.Tensor, power: float = MOST_POWER
 
 def value_power(keep_ratio: float) -> float:
     """How much the value's norm counts: nothing where half is kept, its root from a quarter on."""
-    share = (POWER_FROM - keep_ratio) / (POWER_FROM - POWER_FULLY)
-    return MOST_POWER * min(max(share, 0.0), 1.0)
+    return MOST_POWER * ramp(keep_ratio, POWER_FROM, POWER_FULLY)
+
+
+def ramp(keep_ratio: float, start: float, full: float) -> float:
+    """0 from keep ratio ``start`` on, 1 from the smaller ``full`` down, linear between them."""
+    return min(max((start - keep_ratio) / (start - full), 0.0), 1.0)
 
 
 @register_scorer

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from vllm_kvzip.scoring.base import Scorer, ScorerSettings, register_scorer
-from vllm_kvzip.scoring.contrast import contrast
+from vllm_kvzip.scoring.contrast import contrast, ramp
 from vllm_kvzip.surrogate import MIN_LOG_SCORE, load_surrogate
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ def contrast_power(keep_ratio: float) -> float:
     the best few are kept, nearly all of them score high, and those that stand out are worth more.
     A pair that a head always returns to does not stand out, so contrast must not count sooner.
     """
-    share = (CONTRAST_FROM - keep_ratio) / (CONTRAST_FROM - CONTRAST_FULLY)
-    return MOST_CONTRAST * min(max(share, 0.0), 1.0)
+    return MOST_CONTRAST * ramp(keep_ratio, CONTRAST_FROM, CONTRAST_FULLY)
 
 
 @register_scorer
