@@ -1,6 +1,6 @@
 """This plugin beside NVIDIA's kvpress: same model, contexts, questions and number of kept KV pairs.
 
-    python scripts/compare_kvpress.py --model tests/models/tiny-retriever
+    python scripts/compare_kvpress.py --model MODEL
 
 Contexts are compressed before any question is read. kvpress runs in an environment of its own,
 which the first run makes; see ``kvpress_job.py``. Ours is real vLLM, one engine per row and keep
@@ -22,7 +22,6 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from comparison_report import (
     Rows,
     accuracy_table,
@@ -35,9 +34,17 @@ from comparison_report import (
 from kvpress_venv import DEFAULT_VENV, METHODS, kvpress_python, run_kvpress
 from local_server import CPU_ENVIRONMENT
 from model_files import fingerprint_of, repeat_ids
+from quality_documents import (
+    ALL_TASKS,
+    TEXT_QUESTIONS,
+    WORD_QUESTIONS,
+    check_tasks,
+    default_tasks,
+    knows_words_only,
+    make_documents,
+)
 from quality_rows import settings_of
 from quality_run import QualityRun
-from quality_tasks import TASKS, known_tasks
 from rich.console import Console
 from transformers import AutoConfig
 
@@ -106,24 +113,25 @@ def our_settings(args: argparse.Namespace, row: str, keep_ratio: float) -> dict[
 
 
 def check(args: argparse.Namespace, config: Any) -> None:
-    """Refuse what can be known to be wrong before the long work.
+    """Refuse what can be known to be wrong before the long work; fill in what was not named.
 
     Raises:
         ConfigError: with one sentence.
     """
     rows = ("default", *available_scorers())
-    known_words = known_tasks(config.vocab_size)
+    args.tasks = args.tasks or list(default_tasks(config.vocab_size, answered=True))
+    if args.questions is None:
+        is_words = knows_words_only(config.vocab_size)
+        args.questions = WORD_QUESTIONS if is_words else TEXT_QUESTIONS
     for flag, values, known in (
         ("--methods", args.methods, METHODS),
+        ("--tasks", args.tasks, ALL_TASKS),
         ("--ours", [row if "default" in row else row.partition("+")[0] for row in args.ours], rows),
-        ("--tasks", args.tasks, TASKS),
     ):
         for value in values:
             if value not in known:
                 raise ConfigError(f"{flag}: there is no {value}; {suggest(value, known)}")
-    for task in args.tasks:
-        if task not in known_words:
-            raise ConfigError(f"--tasks {task}: the model does not know the words of that task.")
+    check_tasks(args.tasks, config.vocab_size)
     for name in ("num_contexts", "questions", "chunk_tokens"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1.")
@@ -145,15 +153,14 @@ def check(args: argparse.Namespace, config: Any) -> None:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder of a tiny test model")
-    parser.add_argument("--tasks", nargs="+", default=["needle", "multi-key"])
+    parser.add_argument("--model", required=True, help="folder with weights and tokenizer")
+    parser.add_argument("--tasks", nargs="+", help="default: what suits the model")
+    parser.add_argument("--text", nargs="+", help="files that contexts are cut from")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="of kvpress")
     parser.add_argument("--ours", nargs="+", default=list(OURS), help="scorer or scorer+budget")
     parser.add_argument("--keep-ratios", nargs="+", type=float, default=list(KEEP_RATIOS))
     parser.add_argument("--num-contexts", type=int, default=12, help="of each task")
-    parser.add_argument(
-        "--questions", type=int, default=24, help="per context, where it has so many"
-    )
+    parser.add_argument("--questions", type=int, help="per context; default 3, of words 24")
     parser.add_argument("--context-tokens", type=int, default=1024)
     parser.add_argument("--chunk-tokens", type=int, default=512, help="KVzip repeats at once")
     parser.add_argument("--repeat-prompt", help="for KVzip; default: of the model's head profile")
@@ -171,15 +178,25 @@ def compare(args: argparse.Namespace) -> None:
         KVzipError: with one sentence, if something given is wrong.
     """
     fingerprint = fingerprint_of(args.model)
-    check(args, AutoConfig.from_pretrained(args.model))
-    python = kvpress_python(args.venv)
-    rng = np.random.default_rng(args.seed)
+    check(args, AutoConfig.from_pretrained(args.model).get_text_config())
     documents = [
-        TASKS[task](rng, args.context_tokens, args.questions)
-        for task in args.tasks
-        for _ in range(args.num_contexts)
-    ]
-    total = sum(len(q.answer) for document in documents for q in document.questions)
+        document
+        for _, document in make_documents(
+            args.model, args.tasks, num_contexts=args.num_contexts,
+            context_tokens=args.context_tokens, questions=args.questions, seed=args.seed,
+            text=args.text,
+        )
+    ]  # fmt: skip
+    if not all(question.scored_places for document in documents for question in document.questions):
+        raise ConfigError(
+            "--tasks: some questions have no right answer, which this comparison needs."
+        )
+    python = kvpress_python(args.venv)
+    total = sum(
+        1 if question.is_whole else len(question.scored_places)
+        for document in documents
+        for question in document.questions
+    )
     columns = {
         f"{ratio:g}": held_share(settings_of("default", ratio), args.context_tokens)
         for ratio in args.keep_ratios
@@ -205,7 +222,7 @@ def compare(args: argparse.Namespace) -> None:
         **theirs,
         **ours,
     }
-    title = f"{', '.join(args.tasks)}: {total} answer tokens, contexts of {args.context_tokens}"
+    title = f"{', '.join(args.tasks)}: {total} answers, contexts of {args.context_tokens}"
     console.print(accuracy_table(title, list(columns), rows))
     kept = ", ".join(f"{share:.3f} at {column}" for column, share in columns.items())
     console.print(f"Whole blocks of {BLOCK_SIZE} tokens; KV pairs kept by every method: {kept}.")

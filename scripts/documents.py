@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,14 @@ class Question:
     def scored_places(self) -> list[int]:
         """Positions of the answer's tokens that count."""
         return [i for i in range(len(self.answer)) if not self.scored or self.scored[i]]
+
+    def right(self, output: Sequence[int]) -> tuple[int, int]:
+        """Right answers and all of them, or tokens, in an answer as long as the reference."""
+        places = self.scored_places
+        right = sum(output[place] == self.answer[place] for place in places)
+        if self.is_whole:
+            return int(right == len(places)), int(bool(places))
+        return right, len(places)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """What do whole-page head budgets cost against token-exact selection? Accuracy by page size.
 
-    python scripts/eval_page_size.py --model tests/models/tiny-retriever
+    python scripts/eval_page_size.py --model MODEL
 
 A plain transformers experiment, because vLLM cannot run every page size everywhere. Every KV pair
 of a context is scored as scorer ``kvzip`` does. For each budget, page size and keep ratio the same
 functions as in the engine decide how many pages there are, how they are shared and which tokens
 fill them; then every question is answered greedily while each head sees its kept KV pairs only,
-tokens behind the boundary, and the question. Page size 1 is token-exact selection.
+tokens behind the boundary, and the question. Page size 1 is token-exact selection. "lost" are nats
+a token of the right answers, read as if they had been given, beyond those of no compression.
 
 Whole pages are rounded up, so each cell also says which share of the KV pairs is really held.
 """
@@ -28,11 +29,19 @@ import numpy as np
 import quality_tasks
 import torch
 import transformers
-from evaluation import Counts, accuracy, interval
+from evaluation import accuracy, interval
 from masked_model import MaskedModel
 from model_files import repeat_ids
 from profile_heads import refuse_unsupported
-from retrieval_task import BASIC_VOCABULARY_SIZE, VOCABULARY
+from quality_documents import (
+    ALL_TASKS,
+    TEXT_QUESTIONS,
+    WORD_QUESTIONS,
+    check_tasks,
+    default_tasks,
+    knows_words_only,
+    make_documents,
+)
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
@@ -108,23 +117,23 @@ class Cell:
         return kept.view(scores.shape)
 
 
-def load_model(path: str, tasks: list[str]) -> MaskedModel:
-    """The model.
+def load_model(args: argparse.Namespace) -> MaskedModel:
+    """The model; sets the tasks and questions that were not named to what suits it.
 
     Raises:
         KVzipError: if it cannot be loaded or does not know the words of the tasks.
     """
+    path = args.model
     try:
         if not Path(path).is_dir():
             raise FileNotFoundError("there is no such folder.")
         config = AutoConfig.from_pretrained(path).get_text_config()
         refuse_unsupported(path, config)
-        if config.vocab_size not in (BASIC_VOCABULARY_SIZE, len(VOCABULARY.words)):
-            raise ConfigError(
-                f"--model {path} is not of scripts/train_tiny_model.py, whose words the tasks use."
-            )
-        if unknown := set(tasks) - set(quality_tasks.known_tasks(config.vocab_size)):
-            raise ConfigError(f"--model {path} was not trained on the task {min(unknown)}.")
+        args.tasks = args.tasks or list(default_tasks(config.vocab_size, answered=True))
+        check_tasks(args.tasks, config.vocab_size)
+        if args.questions is None:
+            is_words = knows_words_only(config.vocab_size)
+            args.questions = WORD_QUESTIONS if is_words else TEXT_QUESTIONS
         return MaskedModel(path)
     except KVzipError:
         raise
@@ -133,27 +142,58 @@ def load_model(path: str, tasks: list[str]) -> MaskedModel:
         raise ConfigError(f"--model {path} cannot be loaded: {reason}") from error
 
 
-def make_documents(args: argparse.Namespace) -> list[Document]:
-    """Contexts and questions of every task."""
-    rng = np.random.default_rng(args.seed)
+def load_documents(args: argparse.Namespace) -> list[Document]:
+    """Contexts and questions of every task.
+
+    Raises:
+        ConfigError: if the text is too short or cannot be read, or a task has no reference answer.
+    """
     quality_tasks.FACT_DENSITY = args.fact_density
-    return [
-        quality_tasks.TASKS[task](rng, args.context_tokens, args.questions)
-        for task in args.tasks
-        for _ in range(args.num_contexts)
-    ]
+    documents = make_documents(
+        args.model, args.tasks, num_contexts=args.num_contexts, context_tokens=args.context_tokens,
+        questions=args.questions, seed=args.seed, text=args.text,
+    )  # fmt: skip
+    for task, document in documents:
+        if not all(question.scored_places for question in document.questions):
+            raise ConfigError(f"--tasks {task} has no right answer, which this experiment needs.")
+    return [document for _, document in documents]
 
 
-def count_right(answers: list[list[int]], document: Document) -> tuple[int, int]:
-    """Right answer tokens, by position, and all of them."""
-    hits = np.array(answers) == np.array([question.answer for question in document.questions])
-    return int(hits.sum()), hits.size
+@dataclass
+class Answered:
+    """What came of one cell, or of no compression.
+
+    Attributes:
+        counts: right and all answers of each context, or answer tokens; see ``documents.Question``.
+        nats: negative log-likelihood of the right answers' scored tokens.
+        num_tokens: how many tokens those are.
+    """
+
+    counts: list[tuple[int, int]]
+    nats: float = 0.0
+    num_tokens: int = 0
+
+    def add(
+        self, model: MaskedModel, document: Document, cache: Any, kept: torch.Tensor | None
+    ) -> None:
+        """Ask all questions about one context; see :meth:`MaskedModel.answer`."""
+        answers = model.answer(document, cache, kept)
+        pairs = [q.right(answer) for q, answer in zip(document.questions, answers, strict=True)]
+        self.counts.append((sum(right for right, _ in pairs), sum(count for _, count in pairs)))
+        nats, num_tokens = model.nats(document, cache, kept)
+        self.nats += nats
+        self.num_tokens += num_tokens
+
+    @property
+    def mean_nats(self) -> float:
+        """Nats a token."""
+        return self.nats / self.num_tokens
 
 
 def evaluate(
     model: MaskedModel, documents: list[Document], cells: list[Cell],
     prompts: list[list[int]], chunk_tokens: int, progress: Callable[[str], Any],
-) -> tuple[dict[Cell | None, Counts], dict[Cell, torch.Tensor]]:  # fmt: skip
+) -> tuple[dict[Cell | None, Answered], dict[Cell, torch.Tensor]]:  # fmt: skip
     """Answer all questions from what each cell keeps.
 
     Args:
@@ -165,22 +205,22 @@ def evaluate(
         progress: called with one line of text now and then.
 
     Returns:
-        Right and all answer tokens of each context by cell, None being no compression; and float
-        ``[L, H]`` by cell, the mean share of the context's KV pairs that each head keeps.
+        What was answered by cell, None being no compression; and float ``[L, H]`` by cell, the mean
+        share of the context's KV pairs that each head keeps.
     """
-    counts: dict[Cell | None, list[tuple[int, int]]] = {None: [], **{c: [] for c in cells}}
+    answered: dict[Cell | None, Answered] = {cell: Answered([]) for cell in (None, *cells)}
     shares: dict[Cell, torch.Tensor] = {}
     for number, document in enumerate(documents, 1):
         progress(f"context {number} of {len(documents)}")
         cache = model.read(document.tokens)
         scores = model.score(document.tokens, chunk_tokens, *prompts, local=True, cache=cache)
-        counts[None].append(count_right(model.answer(document, cache, None), document))
+        answered[None].add(model, document, cache, None)
         for cell in cells:
             kept = cell.kept_pairs(scores)
-            counts[cell].append(count_right(model.answer(document, cache, kept), document))
+            answered[cell].add(model, document, cache, kept)
             share = torch.ones(scores.shape[:2]) if kept is None else kept.float().mean(dim=-1)
             shares[cell] = shares.get(cell, 0) + share / len(documents)
-    return counts, shares
+    return answered, shares
 
 
 def show(console: Console, budget: str, title: str, shown: dict[str, dict[str, Any]]) -> None:
@@ -193,8 +233,10 @@ def show(console: Console, budget: str, title: str, shown: dict[str, dict[str, A
         texts = []
         for result in results.values():
             low, high = result["interval"]
-            held = f", {result['held']:.1%} held" if "held" in result else ""
-            texts.append(f"{result['accuracy']:.3f} [{low:.2f} {high:.2f}]{held}")
+            text = f"{result['accuracy']:.3f} [{low:.2f} {high:.2f}]"
+            if "held" in result:
+                text += f"\nlost {result['lost']:z.3f}, {result['held']:.1%} held"
+            texts.append(text)
         table.add_row("tokens" if page_size == "1" else page_size, *texts)
     console.print(table)
 
@@ -227,7 +269,8 @@ def check(args: argparse.Namespace) -> None:
     """
     limits = {"context_tokens": 64, "num_contexts": 1, "questions": 1, "chunk_tokens": 1}
     for name, least in limits.items():
-        if getattr(args, name) < least:
+        value = getattr(args, name)
+        if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}.")
     if not all(0 < ratio <= 1 for ratio in args.keep_ratios):
         raise ConfigError("--keep-ratios must be above 0 and at most 1.")
@@ -244,15 +287,17 @@ def check(args: argparse.Namespace) -> None:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    tasks = list(quality_tasks.TASKS)
     density = quality_tasks.FACT_DENSITY
     parser.add_argument("--model", required=True, help="folder of a model in transformers' format")
-    parser.add_argument("--tasks", nargs="+", choices=tasks, default=["needle", "multi-key"])
+    parser.add_argument(
+        "--tasks", nargs="+", choices=ALL_TASKS, help="default: what suits the model"
+    )
+    parser.add_argument("--text", nargs="+", help="files that contexts are cut from")
     parser.add_argument("--keep-ratios", nargs="+", type=float, default=list(KEEP_RATIOS))
     parser.add_argument("--page-sizes", nargs="+", type=int, default=list(PAGE_SIZES))
     parser.add_argument("--budgets", nargs="+", choices=BUDGETS, default=list(BUDGETS))
     parser.add_argument("--num-contexts", type=int, default=12, help="of each task")
-    parser.add_argument("--questions", type=int, default=24, help="per context, if it has so many")
+    parser.add_argument("--questions", type=int, help="per context; default 3, of words 24")
     parser.add_argument("--context-tokens", type=int, default=1024)
     parser.add_argument(
         "--fact-density", type=float, default=density, help="share of tokens in facts, of multi-key"
@@ -274,11 +319,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         check(args)
-        model = load_model(args.model, args.tasks)
+        model = load_model(args)
+        documents = load_documents(args)
     except KVzipError as error:
         print(f"eval_page_size: error: {error}", file=sys.stderr)
         return 2
-    documents = make_documents(args)
     drawn = {b: Cell(b, HEAT_MAP_PAGE_SIZE, HEAT_MAP_KEEP_RATIO) for b in BUDGETS}
     grid = [
         Cell(budget, page_size, ratio)
@@ -290,14 +335,18 @@ def main(argv: list[str] | None = None) -> int:
     with console.status("reading the contexts") as status:
         cells = list(dict.fromkeys([*grid, *(drawn.values() if args.heat_map else ())]))
         prompts = repeat_ids(args.model, model.fingerprint, args.repeat_prompt)
-        counts, shares = evaluate(
+        answered, shares = evaluate(
             model, documents, cells, prompts, args.chunk_tokens, status.update
         )
-    total = sum(n for _, n in counts[None])
+    total = sum(n for _, n in answered[None].counts)
 
     def result(cell: Cell | None) -> dict[str, Any]:
-        values = {"accuracy": accuracy(counts[cell]), "interval": interval(counts[cell])}
-        return values if cell is None else {**values, "held": float(shares[cell].mean())}
+        found = answered[cell]
+        values = {"accuracy": accuracy(found.counts), "interval": interval(found.counts)}
+        if cell is None:
+            return {**values, "nats": found.mean_nats}
+        lost = found.mean_nats - answered[None].mean_nats
+        return {**values, "lost": lost, "held": float(shares[cell].mean())}
 
     full = {f"{ratio:g}": result(None) for ratio in args.keep_ratios}
     results: dict[str, dict[str, dict[str, Any]]] = {budget: {} for budget in args.budgets}
@@ -305,8 +354,8 @@ def main(argv: list[str] | None = None) -> int:
         row = results[cell.budget].setdefault(str(cell.page_size), {})
         row[f"{cell.keep_ratio:g}"] = result(cell)
     title = (
-        f"{', '.join(args.tasks)}: {total} answer tokens, contexts of {args.context_tokens}, "
-        f"fact density {args.fact_density:g}"
+        f"{', '.join(args.tasks)}: {total} answers or answer tokens, contexts of "
+        f"{args.context_tokens}, {answered[None].mean_nats:z.3f} nats without compression"
     )
     for budget, rows in results.items():
         show(console, budget, title, {"no compression": full, **rows})
@@ -320,7 +369,7 @@ def main(argv: list[str] | None = None) -> int:
         args.json.write_text(json.dumps(values, indent=2) + "\n")
     if args.heat_map:
         panels = {
-            f"{budget}: {accuracy(counts[cell]):.3f} right": shares[cell]
+            f"{budget}: {accuracy(answered[cell].counts):.3f} right": shares[cell]
             for budget, cell in drawn.items()
         }
         draw(args.heat_map, panels)

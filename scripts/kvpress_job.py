@@ -6,7 +6,7 @@ The context alone is prefilled and compressed; then each question is answered ov
 cache, greedily, at positions that go on behind the context. ``WORK.json`` holds::
 
     model         folder
-    documents     list of {tokens, questions: list of {tokens, answer}}; all are token ids
+    documents     list of the fields of ``documents.Document``
     methods       names that ``make_press`` knows
     keep_ratios   name of the column -> KV pairs kept / all
     repeat_ids    what asks for the first chunk of a context, and for the later ones
@@ -170,7 +170,7 @@ def decode(
 
 
 def right_tokens(model: Any, cache: DynamicCache, document: dict[str, Any]) -> tuple[int, int]:
-    """Right answer tokens and all of them; questions of equal lengths are asked in one batch."""
+    """Right answers, or answer tokens, and all; questions of equal lengths are one batch."""
     modules = [layer.self_attn for layer in model.model.layers]
     masks = [getattr(module, "masked_key_indices", None) for module in modules]
     groups: dict[tuple[int, int], list[dict[str, list[int]]]] = {}
@@ -181,11 +181,19 @@ def right_tokens(model: Any, cache: DynamicCache, document: dict[str, Any]) -> t
     for (_, num_answer), group in groups.items():
         set_masks(modules, masks, len(group))
         asked = torch.tensor([question["tokens"] for question in group])
-        wanted = torch.tensor([question["answer"] for question in group])
         first = len(document["tokens"])
         answers = decode(model, copy_of(cache, len(group)), asked, first, num_answer)
-        right += int((answers == wanted).sum())
-        total += wanted.numel()
+        for question, answer in zip(group, answers.tolist(), strict=True):
+            hits = [
+                mine == wanted
+                for mine, wanted, counts in zip(
+                    answer, question["answer"], question["scored"] or [True] * num_answer,
+                    strict=True,
+                )
+                if counts
+            ]  # fmt: skip
+            right += all(hits) if question["is_whole"] else sum(hits)
+            total += 1 if question["is_whole"] else len(hits)
     return right, total
 
 
@@ -213,10 +221,10 @@ def measure(model: Any, documents: list[dict[str, Any]], press: Any) -> dict[str
     """One method at one keep ratio.
 
     Returns:
-        ``answers``: for each document, right answer tokens and all of them. Bytes, summed over the
-        documents' caches: ``kept_bytes`` of the pairs that are not evicted, ``held_bytes`` of a
-        cache from the first decoded token on, without that token, ``held_before_decode_bytes``
-        until then.
+        ``answers``: for each document, right answers or answer tokens, and all of them. Bytes,
+        summed over the documents' caches: ``kept_bytes`` of the pairs that are not evicted,
+        ``held_bytes`` of a cache from the first decoded token on, without that token,
+        ``held_before_decode_bytes`` until then.
     """
     cell: dict[str, Any] = {"answers": []}
     cell |= dict.fromkeys(("kept_bytes", "held_bytes", "held_before_decode_bytes"), 0)

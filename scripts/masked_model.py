@@ -10,6 +10,8 @@ from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from documents import Document
 
 
@@ -22,7 +24,7 @@ class MaskedModel(ReconstructionProbe):
     def answer(
         self, document: Document, cache: DynamicCache, kept: torch.Tensor | None
     ) -> list[list[int]]:
-        """Greedy answers to all questions at once; questions, and answers, have one length.
+        """Greedy answers to all questions.
 
         Args:
             document: context and questions.
@@ -32,22 +34,69 @@ class MaskedModel(ReconstructionProbe):
         Returns:
             One list of token ids per question, as long as the right answer.
         """
+        answers: list[list[int]] = [[] for _ in document.questions]
+        for places, seen, inputs in self._batches(document, cache, kept):
+            found = []
+            for _ in document.questions[places[0]].answer:
+                inputs = self._logits(inputs, seen, kept, 1)[:, -1:].argmax(dim=-1)
+                found.append(inputs)
+            for place, answer in zip(places, torch.cat(found, dim=1).tolist(), strict=True):
+                answers[place] = answer
+        return answers
+
+    @torch.inference_mode()
+    def nats(
+        self, document: Document, cache: DynamicCache, kept: torch.Tensor | None
+    ) -> tuple[float, int]:
+        """Negative log-likelihood of the right answers' scored tokens, and how many those are.
+
+        Args:
+            document: context and questions.
+            cache: of the context; not changed.
+            kept: bool ``[L, H, boundary]``; None is the model's own attention.
+        """
+        total, count = 0.0, 0
+        for places, seen, inputs in self._batches(document, cache, kept):
+            questions = [document.questions[place] for place in places]
+            answers = torch.tensor([question.answer for question in questions])
+            inputs = torch.cat([inputs, answers[:, :-1]], dim=1)
+            logits = self._logits(inputs, seen, kept, answers.shape[1])
+            lost = -logits.log_softmax(dim=-1).gather(2, answers[..., None]).squeeze(-1)
+            for row, question in zip(lost, questions, strict=True):
+                total += float(row[question.scored_places].sum())
+                count += len(question.scored_places)
+        return total, count
+
+    def _batches(
+        self, document: Document, cache: DynamicCache, kept: torch.Tensor | None
+    ) -> Iterator[tuple[list[int], DynamicCache, torch.Tensor]]:
+        """Places of questions of equal lengths, their cache, and what they read next."""
         boundary = len(document.tokens) if kept is None else kept.shape[-1]
-        batch = len(document.questions)
-        seen = DynamicCache()
-        for index, layer in enumerate(cache.layers):
-            keys, values = layer.keys[:, :, :boundary], layer.values[:, :, :boundary]
-            seen.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), index)
         tail = document.tokens[boundary:]
-        inputs = torch.tensor([[*tail, *question.tokens] for question in document.questions])
+        groups: dict[tuple[int, int], list[int]] = {}
+        for place, question in enumerate(document.questions):
+            groups.setdefault((len(question.tokens), len(question.answer)), []).append(place)
+        for places in groups.values():
+            seen = DynamicCache()
+            for index, layer in enumerate(cache.layers):
+                halves = layer.keys[:, :, :boundary], layer.values[:, :, :boundary]
+                keys, values = (half.expand(len(places), -1, -1, -1) for half in halves)
+                seen.update(keys, values, index)
+            asked = [[*tail, *document.questions[place].tokens] for place in places]
+            yield places, seen, torch.tensor(asked)
+
+    def _logits(
+        self, inputs: torch.Tensor, seen: DynamicCache, kept: torch.Tensor | None, count: int
+    ) -> torch.Tensor:
+        """Logits of the last ``count`` inputs, ``[B, count, vocabulary]``; the cache grows."""
         self._kept = kept
-        answers = []
-        for _ in document.questions[0].answer:
-            logits = self.model(inputs, past_key_values=seen, logits_to_keep=1).logits
-            inputs = logits[:, -1:].argmax(dim=-1)
-            answers.append(inputs)
-        self._kept = None
-        return torch.cat(answers, dim=1).tolist()
+        try:
+            logits: torch.Tensor = self.model(
+                inputs, past_key_values=seen, logits_to_keep=count
+            ).logits
+        finally:
+            self._kept = None
+        return logits
 
     def _attend(
         self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 DEFAULT_WORD_TASKS = ("needle", "multi-key")
 DEFAULT_TEXT_TASKS = ("facts", "cloze", "open")
+ANSWERED_TEXT_TASKS = ("facts", "cloze")  # what "open" asks has no right answer
 WORD_QUESTIONS, TEXT_QUESTIONS = 24, 3
 ALL_TASKS = (*TASKS, *TEXT_TASKS)
 
@@ -31,9 +32,16 @@ def knows_words_only(vocabulary_size: int) -> bool:
     return vocabulary_size <= len(VOCABULARY.words)
 
 
-def default_tasks(vocabulary_size: int) -> tuple[str, ...]:
-    """What a model with so many words is asked where nobody says what."""
-    return DEFAULT_WORD_TASKS if knows_words_only(vocabulary_size) else DEFAULT_TEXT_TASKS
+def default_tasks(vocabulary_size: int, *, answered: bool = False) -> tuple[str, ...]:
+    """What a model with so many words is asked where nobody says what.
+
+    Args:
+        vocabulary_size: of the model.
+        answered: only tasks that have right answers.
+    """
+    if knows_words_only(vocabulary_size):
+        return DEFAULT_WORD_TASKS
+    return ANSWERED_TEXT_TASKS if answered else DEFAULT_TEXT_TASKS
 
 
 def check_tasks(tasks: Sequence[str], vocabulary_size: int) -> None:

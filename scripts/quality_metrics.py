@@ -10,7 +10,7 @@ from evaluation import Estimate, mean_of_clusters
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from documents import Document, Question
+    from documents import Document
     from lessons import Lesson
 
 
@@ -56,7 +56,7 @@ class Measured:
     def add(self, document: Document, answers: Sequence[Answers]) -> None:
         """Count what was answered to the questions about the next document."""
         pairs = list(zip(document.questions, answers, strict=True))
-        right = [_right(question, found.greedy.output) for question, found in pairs if found.greedy]
+        right = [question.right(found.greedy.output) for question, found in pairs if found.greedy]
         self.counts.append(_sum(right))
         nats = [
             -found.forced.log_likelihoods[place]
@@ -96,15 +96,6 @@ class Measured:
     def same_share(self) -> Estimate | None:
         """Share of equal first choices; None: not measured."""
         return mean_of_clusters(self.same_choices)
-
-
-def _right(question: Question, output: Sequence[int]) -> tuple[int, int]:
-    """Right answers and all of them, or tokens, in the greedy answer to one question."""
-    places = question.scored_places
-    right = sum(output[place] == question.answer[place] for place in places)
-    if question.is_whole:
-        return int(right == len(places)), int(bool(places))
-    return right, len(places)
 
 
 def _sum(pairs: Sequence[tuple[int, int]]) -> tuple[int, int]:

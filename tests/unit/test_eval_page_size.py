@@ -64,6 +64,7 @@ def test_it_prints_writes_and_draws(tmp_path, capsys):
     assert "budget adaptive" in capsys.readouterr().out
     found = json.loads((tmp_path / "a.json").read_text())
     assert found["no compression"]["accuracy"] == 1.0
+    assert found["adaptive"]["1"]["0.5"]["lost"] == pytest.approx(0, abs=0.1)
     assert found["adaptive"]["32"]["0.5"]["held"] == pytest.approx(0.6)  # 3 blocks of 5
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -74,7 +75,7 @@ def test_it_prints_writes_and_draws(tmp_path, capsys):
         (["--model", "/no/such/model"], "there is no such folder"),
         (["--keep-ratios", "0"], "--keep-ratios must be above 0 and at most 1"),
         (["--page-sizes", "2000"], "--page-sizes must be 1 to 1024"),
-        (["--tasks", "chain"], "was not trained on the task chain"),
+        (["--tasks", "chain"], "the model does not know the words of that task"),
         (["--json", "/no/such/folder/x"], "cannot be written"),
     ],
 )
