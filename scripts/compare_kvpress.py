@@ -34,15 +34,7 @@ from comparison_report import (
 from kvpress_venv import DEFAULT_VENV, METHODS, kvpress_python, run_kvpress
 from local_server import CPU_ENVIRONMENT
 from model_files import fingerprint_of, repeat_ids
-from quality_documents import (
-    ALL_TASKS,
-    TEXT_QUESTIONS,
-    WORD_QUESTIONS,
-    check_tasks,
-    default_tasks,
-    knows_words_only,
-    make_documents,
-)
+from quality_documents import ALL_TASKS, make_documents, settle_tasks
 from quality_rows import settings_of
 from quality_run import QualityRun
 from rich.console import Console
@@ -119,19 +111,15 @@ def check(args: argparse.Namespace, config: Any) -> None:
         ConfigError: with one sentence.
     """
     rows = ("default", *available_scorers())
-    args.tasks = args.tasks or list(default_tasks(config.vocab_size, answered=True))
-    if args.questions is None:
-        is_words = knows_words_only(config.vocab_size)
-        args.questions = WORD_QUESTIONS if is_words else TEXT_QUESTIONS
     for flag, values, known in (
         ("--methods", args.methods, METHODS),
-        ("--tasks", args.tasks, ALL_TASKS),
+        ("--tasks", args.tasks or (), ALL_TASKS),
         ("--ours", [row if "default" in row else row.partition("+")[0] for row in args.ours], rows),
     ):
         for value in values:
             if value not in known:
                 raise ConfigError(f"{flag}: there is no {value}; {suggest(value, known)}")
-    check_tasks(args.tasks, config.vocab_size)
+    settle_tasks(args, config.vocab_size, answered=True)
     for name in ("num_contexts", "questions", "chunk_tokens"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1.")

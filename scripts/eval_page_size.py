@@ -33,15 +33,7 @@ from evaluation import accuracy, interval
 from masked_model import MaskedModel
 from model_files import repeat_ids
 from profile_heads import refuse_unsupported
-from quality_documents import (
-    ALL_TASKS,
-    TEXT_QUESTIONS,
-    WORD_QUESTIONS,
-    check_tasks,
-    default_tasks,
-    knows_words_only,
-    make_documents,
-)
+from quality_documents import ALL_TASKS, make_documents, settle_tasks
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
@@ -129,11 +121,7 @@ def load_model(args: argparse.Namespace) -> MaskedModel:
             raise FileNotFoundError("there is no such folder.")
         config = AutoConfig.from_pretrained(path).get_text_config()
         refuse_unsupported(path, config)
-        args.tasks = args.tasks or list(default_tasks(config.vocab_size, answered=True))
-        check_tasks(args.tasks, config.vocab_size)
-        if args.questions is None:
-            is_words = knows_words_only(config.vocab_size)
-            args.questions = WORD_QUESTIONS if is_words else TEXT_QUESTIONS
+        settle_tasks(args, config.vocab_size, answered=True)
         return MaskedModel(path)
     except KVzipError:
         raise

@@ -35,15 +35,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from evaluation import versions
 from local_server import CPU_ENVIRONMENT
-from quality_documents import (
-    ALL_TASKS,
-    TEXT_QUESTIONS,
-    WORD_QUESTIONS,
-    check_tasks,
-    default_tasks,
-    knows_words_only,
-    make_documents,
-)
+from quality_documents import ALL_TASKS, make_documents, settle_tasks
 from quality_report import cell, draw, quality_table, recommend
 from quality_rows import ROWS, Row, make_rows
 from quality_run import QualityRun
@@ -141,13 +133,10 @@ def parse_args() -> argparse.Namespace:
         vocabulary_size = json.loads((Path(args.model) / "config.json").read_text())["vocab_size"]
     except (OSError, ValueError, KeyError):
         parser.error(f"--model {args.model} is no folder of a model with a config.json")
-    args.tasks = args.tasks or list(default_tasks(vocabulary_size))
     try:
-        check_tasks(args.tasks, vocabulary_size)
+        settle_tasks(args, vocabulary_size)
     except ConfigError as error:
         parser.error(str(error))
-    if args.questions is None:
-        args.questions = WORD_QUESTIONS if knows_words_only(vocabulary_size) else TEXT_QUESTIONS
     args.dtype = args.dtype or ("float32" if args.keep_bytes_ratios is None else "bfloat16")
     return args
 

@@ -16,6 +16,7 @@ from text_weaving import Weaver
 from vllm_kvzip.errors import ConfigError
 
 if TYPE_CHECKING:
+    from argparse import Namespace
     from collections.abc import Callable, Sequence
 
     Make = Callable[[np.random.Generator, int, int], Document]
@@ -59,6 +60,24 @@ def check_tasks(tasks: Sequence[str], vocabulary_size: int) -> None:
                 f"--tasks {task}: the model does not know the words of that task; it can be asked "
                 f"{', '.join(fitting)}."
             )
+
+
+def settle_tasks(args: Namespace, vocabulary_size: int, *, answered: bool = False) -> None:
+    """Check ``args.tasks`` and set what is None, also ``args.questions``, to what suits the model.
+
+    Args:
+        args: of a script.
+        vocabulary_size: of the model.
+        answered: see :func:`default_tasks`.
+
+    Raises:
+        ConfigError: see :func:`check_tasks`.
+    """
+    args.tasks = args.tasks or list(default_tasks(vocabulary_size, answered=answered))
+    check_tasks(args.tasks, vocabulary_size)
+    if args.questions is None:
+        is_words = knows_words_only(vocabulary_size)
+        args.questions = WORD_QUESTIONS if is_words else TEXT_QUESTIONS
 
 
 def make_documents(
