@@ -66,7 +66,7 @@ def settings(tmp_path):
 @pytest.mark.parametrize("rotary", [None, RotaryTables(torch.rand(20, 4), torch.rand(20, 4))])
 @pytest.mark.parametrize("name", available_scorers())
 def test_every_scorer_returns_finite_scores_and_leaves_its_inputs_alone(name, settings, rotary):
-    inputs = layer_inputs(num_queries=5, rotary=rotary)
+    inputs = layer_inputs(num_queries=5, rotary=rotary, keep_ratio=0.05)
     before = inputs.keys.clone(), inputs.values.clone(), inputs.observation_queries.clone()
     scores = create_scorer(name, settings).score_layer(inputs)
     assert scores.shape == (HEADS, TOKENS)
