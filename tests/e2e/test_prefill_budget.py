@@ -38,14 +38,16 @@ def long_prompts():
     requests.append(Request(requests[2].prompt, 40, arrives=60))  # aborted while it is read
     requests[-1].aborts = 63
     answers.append(None)
-    return requests, answers, run_job(requests, kvzip=BUDGET, **SMALL)
+    # A scorer that loses none of these facts, so that a lost one is the fault of the rounds.
+    kvzip = {**BUDGET, "scorer": "contrast"}
+    return requests, answers, run_job(requests, kvzip=kvzip, **SMALL)
 
 
 def test_prompts_longer_than_the_pool_are_served_and_answered(long_prompts):
     requests, answers, report = long_prompts
     assert len(requests[0].prompt) > POOL_BLOCKS * BLOCK
     found = [output[:1] == [answer] for output, answer in zip(report.outputs, answers, strict=True)]
-    assert sum(found[:-1]) >= len(found) - 2  # all but one: a budget so small may lose a fact
+    assert all(found[:-1])
     assert all(len(output) == 40 for output in report.outputs[:-1])
 
 
