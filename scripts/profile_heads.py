@@ -7,9 +7,12 @@ reconstruction scoring. The mean score of a head's KV pairs is its importance, f
 budgets follow: the most important heads keep everything, the others sinks and recent tokens. For
 mode ``mixed`` it says besides what each head keeps as it is and what quantized, which follows from
 what quantizing these contexts' keys and values loses. A heat map (layers x KV heads) is drawn
-beside the JSON when matplotlib is installed. Small
-networks are trained to predict the scores of single KV pairs (scorer ``surrogate``) and written
-beside the JSON as safetensors; ``--no-surrogate`` leaves them out.
+beside the JSON when matplotlib is installed.
+
+Small networks are trained to predict how much single KV pairs matter (scorer ``surrogate``) and
+written beside the JSON as safetensors; ``--no-surrogate`` leaves them out. What they learn is the
+pairs' influence on what the model says, or KVzip's scores where those cost the model less on a
+context that no network has seen.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ from typing import Any, get_args
 import numpy as np
 import torch
 import transformers
-from reconstruction_probe import ReconstructionProbe, layers_of, rotary_of
+from masked_model import MaskedModel
+from network_choice import NetworkChoice
+from reconstruction_probe import layers_of
 from retrieval_task import BASIC_VOCABULARY_SIZE, VOCABULARY, make_context
 from tier_budgets import TierBudgetBuilder
 from tqdm import tqdm
@@ -36,7 +41,6 @@ from vllm_kvzip.calibration import (
     CONTEXT_TOKENS,
     KEEP_RATIOS,
     MIN_REPEATED_SHARE,
-    NETWORK_TOKENS,
     NETWORK_WIDTH,
     NUM_CONTEXTS,
     calibration_contexts,
@@ -49,7 +53,6 @@ from vllm_kvzip.profile import HeadProfile, Provenance, save_profile
 from vllm_kvzip.reconstruction import pair_fractions, retrieval_fractions
 from vllm_kvzip.repeat_prompt import repeat_wording
 from vllm_kvzip.surrogate import LayerSurrogate, save_surrogate
-from vllm_kvzip.surrogate_training import SurrogateTrainer, agreement
 
 
 def task_contexts(args: argparse.Namespace) -> list[list[int]]:
@@ -103,7 +106,7 @@ def refuse_unsupported(model: str, config: Any) -> None:
     raise ProfileError(f"--model {model} cannot be profiled: {reason}; choose another model.")
 
 
-def load_probe(model: str) -> tuple[ReconstructionProbe, Any]:
+def load_probe(model: str) -> tuple[MaskedModel, Any]:
     """The model, ready to be watched, and its tokenizer.
 
     Raises:
@@ -115,7 +118,7 @@ def load_probe(model: str) -> tuple[ReconstructionProbe, Any]:
             raise FileNotFoundError("there is no such folder.")
         path = os.path.abspath(folder) if folder.is_dir() else model  # "." has no name
         refuse_unsupported(model, AutoConfig.from_pretrained(path).get_text_config())
-        probe = ReconstructionProbe(path)
+        probe = MaskedModel(path)
         _ = probe.fingerprint  # needs attention heads in the configuration
         return probe, AutoTokenizer.from_pretrained(path)
     except ProfileError:
@@ -168,13 +171,11 @@ def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurr
     except ValueError as error:
         raise ProfileError(f"--repeat-prompt {error}") from error
     passes = len(contexts) * (1 + -(-args.context_tokens // args.chunk_tokens))
-    trainer = layers = None
+    choice = layers = None
     if args.surrogate:
-        passes += fingerprint.num_layers
-        rotary = rotary_of(probe.model, args.context_tokens)
-        trainer = SurrogateTrainer(
-            fingerprint.num_layers, NETWORK_TOKENS, args.surrogate_width, args.seed
-        )
+        passes += len(contexts) * -(-args.context_tokens // args.chunk_tokens)
+        passes += NetworkChoice.NUM_TARGETS * fingerprint.num_layers
+        choice = NetworkChoice(probe, args.context_tokens, args.surrogate_width, args.seed)
     shape = fingerprint.num_layers, fingerprint.num_kv_heads
     tiers = tier_builder(args, *shape, fingerprint.head_dim)
     importance = torch.zeros(shape, dtype=torch.float64)
@@ -198,12 +199,16 @@ def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurr
                 tiers.watch(cache)
                 if args.budgets == "pairs":
                     tiers.solve(scores)
-            if trainer is not None and number < len(contexts) - 1:
-                trainer.add(layers_of(cache), scores, rotary)
-        if trainer is not None:
-            layers = trainer.fit(bar.update)
-            share = agreement(layers, layers_of(cache), scores, rotary, keep_ratio=0.3)
-            print(f"surrogate: {share:.1%} of the pairs that KVzip would keep at 0.3, on a context")
+            if choice is not None:
+                influence = probe.influence(
+                    context, args.chunk_tokens, first_ids, later_ids, bar.update, cache
+                )
+                if number < len(contexts) - 1:
+                    choice.add(layers_of(cache), influence, scores)
+        if choice is not None:
+            layers = choice.best(context, cache, first_ids, bar.update)
+    for line in choice.report if choice is not None else ():
+        print(line)
     print(f"the model repeats {probe.repeated_share:.1%} of the tokens right")
     if probe.repeated_share < MIN_REPEATED_SHARE:
         print(
@@ -219,7 +224,8 @@ def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurr
         schema_version=1,
         model=fingerprint,
         provenance=Provenance(
-            method=f"kvzip reconstruction, budgets by {args.budgets}",
+            method=f"kvzip reconstruction, budgets by {args.budgets}"
+            + (f", networks by {choice.target}" if choice is not None else ""),
             repeat_prompt=wording.first,
             later_repeat_prompt=wording.later,
             scoring_chunk_tokens=args.chunk_tokens,

@@ -11,6 +11,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
+from vllm_kvzip.influence import influence_scores, log_odds
 from vllm_kvzip.reconstruction import Chunk, iter_chunks, reconstruction_scores
 from vllm_kvzip.rotary import RotaryTables
 
@@ -32,6 +33,16 @@ class _Place(NamedTuple):
     own_start: int
 
 
+class _Attended(NamedTuple):
+    """What one attention layer read and gave in one forward pass, to go back through it."""
+
+    query: torch.Tensor  # [Hq, R, D]
+    key: torch.Tensor  # [H, T + R, D]
+    value: torch.Tensor  # [H, T + R, D]
+    output: torch.Tensor  # [1, R, Hq, D], with its gradient after the backward pass
+    scale: float
+
+
 class ReconstructionProbe:
     """A causal language model whose attention can be watched.
 
@@ -47,6 +58,7 @@ class ReconstructionProbe:
         self.model = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, attn_implementation=name
         ).eval()
+        self.model.requires_grad_(False)
         self.config = self.model.config.get_text_config()
         self._num_sinks = num_sinks
         self._chunk: Chunk | None = None
@@ -54,6 +66,7 @@ class ReconstructionProbe:
         self._place = _Place(0, 0, 0)
         self._scores: torch.Tensor | None = None
         self._repeated: list[float] = []
+        self._attended: dict[int, _Attended] | None = None
 
     @property
     def repeated_share(self) -> float:
@@ -132,6 +145,60 @@ class ReconstructionProbe:
             progress()
         return self._scores
 
+    def influence(
+        self,
+        context_ids: Sequence[int],
+        chunk_tokens: int,
+        first_prompt_ids: Sequence[int],
+        later_prompt_ids: Sequence[int],
+        progress: Callable[[], Any] = lambda: None,
+        cache: DynamicCache | None = None,
+    ) -> torch.Tensor:
+        """Influence of every KV pair of a context; see :mod:`vllm_kvzip.influence`.
+
+        Args:
+            context_ids: token ids.
+            chunk_tokens: longest chunk to repeat at once.
+            first_prompt_ids, later_prompt_ids: repeat prompts.
+            progress: called after each pass forward and back.
+            cache: of this context, if it has been read; left as it is.
+
+        Returns:
+            float32 ``[L, H, T]``, not negative.
+        """
+        shape, num_tokens = self.fingerprint, len(context_ids)
+        scores = torch.zeros(shape.num_layers, shape.num_kv_heads, num_tokens)
+        cache = self.read(context_ids) if cache is None else cache
+        embed = self.model.get_input_embeddings()
+        for chunk in iter_chunks(context_ids, chunk_tokens, first_prompt_ids, later_prompt_ids):
+            ids = torch.tensor(chunk.input_ids)
+            num_asked = chunk.end - chunk.start
+            self._attended = {}
+            try:
+                logits = self.model(
+                    inputs_embeds=embed(ids)[None].requires_grad_(True),
+                    past_key_values=_part_of(cache, slice(num_tokens)),
+                    position_ids=torch.arange(num_tokens, num_tokens + len(ids))[None],
+                    logits_to_keep=num_asked + 1,
+                ).logits
+                torch.autograd.backward(log_odds(logits[0, :-1], ids[-num_asked:]).sum())
+                attended = self._attended
+            finally:
+                self._attended = None
+            for layer, (query, key, value, output, scale) in attended.items():
+                assert output.grad is not None
+                scores[layer, :, chunk.start : chunk.end] = influence_scores(
+                    query,
+                    key,
+                    value,
+                    output.detach()[0].transpose(0, 1),
+                    output.grad[0].transpose(0, 1),
+                    scale,
+                    slice(chunk.start, chunk.end),
+                )
+            progress()
+        return scores
+
     def _attend(
         self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any,
         **kwargs: Any,
@@ -150,10 +217,16 @@ class ReconstructionProbe:
                 keys[:, place.own_start :],
                 module.scaling,
             )
-        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+        output, weights = sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+        if self._attended is not None:
+            output.retain_grad()
+            self._attended[module.layer_idx] = _Attended(
+                query.detach()[0], key.detach()[0], value.detach()[0], output, module.scaling
+            )
+        return output, weights
 
 
-def _part_of(cache: Any, positions: list[int]) -> DynamicCache:
+def _part_of(cache: Any, positions: list[int] | slice) -> DynamicCache:
     """A cache with some of the tokens of another."""
     part = DynamicCache()
     for index, layer in enumerate(cache.layers):

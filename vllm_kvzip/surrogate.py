@@ -1,11 +1,11 @@
-"""A learned stand-in for KVzip's scores, a few thousand weights per KV head.
+"""A learned stand-in for scores of a second pass, a few thousand weights per KV head.
 
-After KVzap (arXiv 2601.07891), which predicts the log of a KV pair's score from the hidden state
-of its token. An attention layer does not see that state, but it sees keys and values, which are
-linear maps of it. One small network per KV head reads the head's own key, with the rotation taken
-off, and value, and how near the token is to the end of the context (some heads look for the last
-token of a kind), and predicts the log score of the pair. It reads no other head, so it works where
-ranks share the heads.
+After KVzap (arXiv 2601.07891), which predicts the log of a KV pair's KVzip score from the hidden
+state of its token. An attention layer does not see that state, but it sees keys and values, which
+are linear maps of it. One small network per KV head reads the head's own key, with the rotation
+taken off, and value, and how near the token is to the end of the context (some heads look for the
+last token of a kind), and predicts the log score of the pair. It reads no other head, so it works
+where ranks share the heads.
 
 The file is safetensors, beside the model's head profile; ``scripts/profile_heads.py`` makes it.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SCHEMA_VERSION = "2"
-MIN_LOG_SCORE = -6.0  # an attention of 0.0025; differences below it decide nothing
+MIN_LOG_SCORE = -7.0  # of the best ones, in log; differences below it decide nothing
 RECENCY_TOKENS = (16.0, 64.0, 256.0)  # lengths by which nearness to the end decays
 _PARTS = ("mix", "mix_bias", "out", "out_bias")
 

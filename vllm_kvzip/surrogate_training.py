@@ -1,7 +1,8 @@
-"""Train the networks of scorer ``surrogate`` on a model's own reconstruction scores.
+"""Train the networks of scorer ``surrogate`` on scores of a model's own KV pairs.
 
 One small network per KV head learns, by least squares, the log of the score that the head's pairs
-got (see :mod:`vllm_kvzip.surrogate`). The heads of a layer are fitted side by side.
+got (see :mod:`vllm_kvzip.surrogate`). The scores are those of :mod:`vllm_kvzip.influence` where the
+model can be differentiated, and else KVzip's. The heads of a layer are fitted side by side.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 STEPS = 400
 BATCH_TOKENS = 512
+BEST_SHARE = 1e-3  # scores above that of this share of all pairs count alike
 LEARNING_RATE = 6e-3
 
 
@@ -48,12 +50,12 @@ class SurrogateTrainer:
 
         Args:
             cache: each layer's keys and values after the prefill, ``[H, T, D]``.
-            scores: float32 ``[L, H, T]``, its reconstruction scores.
+            scores: float32 ``[L, H, T]``, not negative, in one unit for all contexts.
             rotary: of the model.
         """
         chosen = torch.randperm(scores.shape[-1], generator=self._generator)
         chosen = chosen[: self._tokens_per_context]
-        targets = scores.log().clamp(MIN_LOG_SCORE, 0.0)
+        targets = scores.log()
         for index, (keys, values) in enumerate(cache):
             features = token_features(unrotated(keys.float(), rotary), values.float())
             self._features[index].append(features[:, chosen].half())
@@ -66,10 +68,18 @@ class SurrogateTrainer:
             progress: called after each layer.
         """
         layers = []
+        best = self._best()
         for features, targets in zip(self._features, self._targets, strict=True):
-            layers.append(self._fit_layer(torch.cat(features, 1).float(), torch.cat(targets, 1)))
+            log_scores = (torch.cat(targets, 1) - best).clamp_(MIN_LOG_SCORE, 0.0)
+            layers.append(self._fit_layer(torch.cat(features, 1).float(), log_scores))
             progress()
         return layers
+
+    def _best(self) -> float:
+        """The log score that becomes 0."""
+        all_scores = torch.cat([part.flatten() for layer in self._targets for part in layer])
+        count = max(1, round(BEST_SHARE * all_scores.numel()))
+        return float(all_scores.topk(count).values[-1])
 
     def _fit_layer(self, features: torch.Tensor, targets: torch.Tensor) -> LayerSurrogate:
         """Networks for features ``[H, n, F]`` and log scores ``[H, n]``."""
@@ -115,7 +125,7 @@ def agreement(
     Args:
         layers: the networks.
         cache: each layer's keys and values after the prefill, ``[H, T, D]``.
-        scores: float32 ``[L, H, T]``, reconstruction scores.
+        scores: float32 ``[L, H, T]``, of the kind that the networks learned.
         rotary: of the model.
         keep_ratio: how many pairs are the best.
     """

@@ -1,10 +1,12 @@
 """The profiling script on a fresh random model: valid files, right scores, clear errors."""
 
 import json
+import re
 
 import numpy as np
 import profile_heads
 import pytest
+import reconstruction_probe
 import torch
 import train_tiny_model
 from engine_job import MODEL
@@ -12,6 +14,7 @@ from reconstruction_probe import ReconstructionProbe
 from transformers import DeepseekV3Config, MistralConfig, Qwen3Config
 
 from vllm_kvzip import surrogate_training
+from vllm_kvzip.influence import influence_scores, log_odds
 from vllm_kvzip.profile import load_profile
 from vllm_kvzip.reconstruction import iter_chunks
 from vllm_kvzip.surrogate import load_surrogate
@@ -75,7 +78,10 @@ def test_networks_are_written_beside_the_profile(random_model, tmp_path, capsys,
     assert code == 0
     layers = load_surrogate(out.with_suffix(".safetensors"), load_profile(out).model)
     assert [tuple(layer.mix.shape) for layer in layers] == [(2, 67, 5)] * 2
-    assert "of the pairs that KVzip would keep" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.count("surrogate trained on ") == 2
+    taken = re.search(r"surrogate trained on (\w+): .* \(taken\)", shown).group(1)
+    assert load_profile(out).provenance.method.endswith(f"networks by {taken}")
 
 
 def test_networks_need_a_context_to_be_tried_on(random_model):
@@ -104,6 +110,48 @@ def test_scores_equal_attention_of_the_whole_model(random_model):
             torch.testing.assert_close(
                 got[layer, :, chunk.start : chunk.end], wanted, atol=1e-5, rtol=1e-4
             )
+
+
+def test_influence_goes_back_through_the_whole_model(random_model, monkeypatch):
+    """The gradients at a head's output, against log odds after that output was moved a little."""
+    caught = []
+
+    def watched(*args):
+        caught.append(args)
+        return influence_scores(*args)
+
+    monkeypatch.setattr(reconstruction_probe, "influence_scores", watched)
+    probe = ReconstructionProbe(str(random_model))
+    rng = np.random.default_rng(0)
+    context, prompt = rng.integers(7, 512, 30).tolist(), [6]
+    scores = probe.influence(context, 16, prompt, prompt)
+    assert scores.shape == (2, 2, 30)
+    assert scores.isfinite().all() and (scores > 0).all()
+    assert len(caught) == 4  # two chunks of two layers
+    chunk = list(iter_chunks(context, 16, prompt, prompt))[1]
+    layer, head, row, step = 0, 3, 10, 1e-2
+    _, _, _, outputs, gradients, *_, pairs = caught[2 + layer]
+    assert pairs == slice(16, 30)
+    direction = torch.randn(outputs.shape[-1], generator=torch.manual_seed(0))
+
+    def moved(by):
+        def move(module, inputs):
+            own = inputs[0].clone()
+            own.view(*own.shape[:2], outputs.shape[0], -1)[0, 30 + row, head] += by * direction
+            return (own,)
+
+        ids = torch.tensor([[*context, *chunk.input_ids]])
+        projection = probe.model.model.layers[layer].self_attn.o_proj
+        hook = projection.register_forward_pre_hook(move)
+        try:
+            with torch.inference_mode():
+                logits = probe.model(ids).logits[0, -15:-1].double()
+        finally:
+            hook.remove()
+        return float(log_odds(logits, torch.tensor(chunk.input_ids[-14:])).sum())
+
+    wanted = (moved(step) - moved(-step)) / (2 * step)
+    assert float(gradients[head, row] @ direction) == pytest.approx(wanted, rel=0.02, abs=1e-3)
 
 
 @pytest.mark.parametrize(
