@@ -9,7 +9,11 @@ from vllm.platforms import current_platform
 
 from vllm_kvzip.errors import ConfigError, UnsupportedError
 from vllm_kvzip.profile import ModelFingerprint
-from vllm_kvzip.vllm_bridge.fp8_cache import FP8_CACHES, FP8_CAPABILITY
+from vllm_kvzip.vllm_bridge.fp8_cache import (
+    FP8_CACHES,
+    FP8_CAPABILITY,
+    running_cache_dtype,
+)
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -202,18 +206,15 @@ def _cpu_problems(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             cache.block_size % 32 != 0,
             f"--block-size {cache.block_size} on the CPU; use a multiple of 32",
         ),
-        (
-            cache.cache_dtype not in ("auto", "float32", "float16", "bfloat16"),
-            f"--kv-cache-dtype {cache.cache_dtype} on the CPU; set it to {_own_dtype(vllm_config)}",
-        ),
+        _cache_dtype_problem(vllm_config, (), " on the CPU"),
     ]
 
 
 def _gpu_problems(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
     cache, model = vllm_config.cache_config, vllm_config.model_config
     block_size, backend = cache.block_size, vllm_config.attention_config.backend
-    own = _own_dtype(vllm_config)
     reads_fp8 = current_platform.has_device_capability(FP8_CAPABILITY)
+    before = f" on GPUs before compute capability {FP8_CAPABILITY / 10}"
     return [
         (
             block_size not in GPU_BLOCK_SIZES,
@@ -224,16 +225,7 @@ def _gpu_problems(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             f"--attention-backend {getattr(backend, 'name', None)}; use one of "
             f"{', '.join(GPU_BACKENDS)} or none",
         ),
-        (
-            cache.cache_dtype not in ("auto", own, *FP8_CACHES),
-            f"--kv-cache-dtype {cache.cache_dtype} for this model; set it to "
-            f"{' or '.join([own, *FP8_CACHES[:reads_fp8]])}",
-        ),
-        (
-            cache.cache_dtype in FP8_CACHES and not reads_fp8,
-            f"--kv-cache-dtype {cache.cache_dtype} on GPUs before compute capability "
-            f"{FP8_CAPABILITY / 10}; set it to {own}",
-        ),
+        _cache_dtype_problem(vllm_config, FP8_CACHES if reads_fp8 else (), before),
         (
             bool(vllm_config.attention_config.backend_per_kind),
             "attention backends by kind of layer; remove backend_per_kind",
@@ -244,10 +236,27 @@ def _gpu_problems(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
     ]
 
 
-def _own_dtype(vllm_config: VllmConfig) -> str:
-    """A name of vLLM's for a KV cache in the model's dtype, whatever its checkpoint says."""
+def _cache_dtype_problem(
+    vllm_config: VllmConfig, also: tuple[str, ...], where: str
+) -> tuple[bool, str]:
+    """A KV cache must hold numbers of the model's dtype, or of a format that is read here.
+
+    Args:
+        vllm_config: of the engine.
+        also: names of vLLM's for the other formats that are read here.
+        where: a device that does not read ``fp8``.
+    """
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
-    return "auto" if dtype == "float32" else dtype
+    asked, running = vllm_config.cache_config.cache_dtype, running_cache_dtype(vllm_config)
+    cause = running if asked == running else f"{running}, which the checkpoint asks for,"
+    fitting = dtype
+    if dtype == "float32":  # vLLM has no name for such a cache
+        fitting = "auto" if asked == running else "bfloat16 and --dtype to bfloat16"
+    return (
+        running not in ("auto", dtype, *also),
+        f"--kv-cache-dtype {cause}{where if running in FP8_CACHES else ''} for a model that runs "
+        f"in {dtype}; set it to {' or '.join([fitting, *also[:1]])}",
+    )
 
 
 def default_gpu_backend(vllm_config: VllmConfig) -> AttentionBackendEnum:
@@ -273,7 +282,7 @@ def default_gpu_backend(vllm_config: VllmConfig) -> AttentionBackendEnum:
             refusal = FlashAttentionBackend.supports_combination(
                 head_size=model.get_head_size(),
                 dtype=model.dtype,
-                kv_cache_dtype=vllm_config.cache_config.cache_dtype,
+                kv_cache_dtype=running_cache_dtype(vllm_config),
                 block_size=vllm_config.cache_config.block_size,
                 use_mla=False,
                 has_sink=False,

@@ -27,6 +27,7 @@ from vllm_kvzip.vllm_bridge.checks import (
     default_gpu_backend,
     model_fingerprint,
 )
+from vllm_kvzip.vllm_bridge.fp8_cache import running_cache_dtype
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings, cache_shape
 from vllm_kvzip.vllm_bridge.versions import check_version, untested_warning
 
@@ -84,7 +85,7 @@ def configure(vllm_config: VllmConfig, config: KVzipConfig) -> None:
     """
     check_version()
     check_supported(vllm_config)
-    check_attention_kernel(config, vllm_config.cache_config.cache_dtype)
+    check_attention_kernel(config, running_cache_dtype(vllm_config))
     if warning := untested_warning():
         logger.warning(warning)
     settings = _resolve(vllm_config, config)
