@@ -122,7 +122,6 @@ def test_registering_twice_is_harmless():
         ),
         (["--kv-compression-config.profile", "/none.json"], "/none.json cannot be read"),
         (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2 yet; set it to 1"),
-        (["--tensor-parallel-size", "8"], "--tensor-parallel-size 8 for 4 KV heads"),
         (["--block-size", "16"], "--block-size 16 on the CPU; use a multiple of 32"),
         (
             ["--kv-cache-dtype", "fp8"],

@@ -3,8 +3,13 @@
 import json
 
 import pytest
+import torch
 from engine_job import MODEL
 from startup import ON, engine_config, refusal
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+
+from vllm_kvzip.vllm_bridge.cache_spec import as_head_page_specs
+from vllm_kvzip.vllm_bridge.settings import Settings
 
 pytestmark = pytest.mark.vllm
 
@@ -71,6 +76,57 @@ MODELS = {
         "hidden_size": 128, "num_hidden_layers": 2, "state_size": 16,
     },
 }  # fmt: skip
+
+
+WINDOWED = {
+    "Phi3ForCausalLM": {"model_type": "phi3", "pad_token_id": 0},
+    "MistralForCausalLM": {"model_type": "mistral"},
+    "Qwen2ForCausalLM": {
+        "model_type": "qwen2", "use_sliding_window": True,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "Gemma2ForCausalLM": {"model_type": "gemma2", "head_dim": 32},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", list(WINDOWED))
+def test_a_window_that_holds_the_longest_request_slides_nowhere(capsys, tmp_path, architecture):
+    kind = {"architectures": [architecture], "sliding_window": 512}
+    (tmp_path / "config.json").write_text(json.dumps({**BASE, **WINDOWED[architecture], **kind}))
+    flags = (*ON, "--skip-tokenizer-init", "--max-model-len")
+    fits = engine_config(*flags, "512", model=tmp_path)
+    assert fits.model_config.get_sliding_window() == 512
+    specs = as_head_page_specs(
+        {
+            "narrow": SlidingWindowSpec(
+                block_size=16, num_kv_heads=4, head_size=32, dtype=torch.float32, sliding_window=512
+            ),
+            "full": FullAttentionSpec(
+                block_size=32, num_kv_heads=4, head_size=32, dtype=torch.float32
+            ),
+        },
+        Settings.from_vllm_config(fits),
+        fits,
+    )
+    assert specs["narrow"] == specs["full"]
+    assert (
+        f"sliding-window attention; set --max-model-len to 512 or less, or run {architecture} "
+        f"without --kv-compression"
+    ) in refusal(capsys, *flags, "513", model=tmp_path)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6, 12])
+def test_ranks_share_or_repeat_the_kv_heads(capsys, tmp_path, num_ranks):
+    heads = {"num_attention_heads": 12, "num_key_value_heads": 4, "hidden_size": 384}
+    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    (tmp_path / "config.json").write_text(json.dumps({**BASE, **heads, **kind}))
+    flags = (*ON, "--skip-tokenizer-init", "--tensor-parallel-size", str(num_ranks))
+    if num_ranks in (1, 2, 4, 12):
+        assert engine_config(*flags, model=tmp_path).parallel_config.worker_cls
+        return
+    assert (
+        f"--tensor-parallel-size {num_ranks} for 4 KV heads; choose a divisor or a multiple of 4"
+    ) in refusal(capsys, *flags, model=tmp_path)
 
 
 @pytest.mark.parametrize("problem", list(MODELS))

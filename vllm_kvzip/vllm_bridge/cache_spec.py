@@ -10,7 +10,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from vllm.utils.math_utils import cdiv
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheSpec,
+    SlidingWindowSpec,
+    replace_as,
+)
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_kvzip.prefix_rule import PrefixRule
@@ -18,6 +23,8 @@ from vllm_kvzip.vllm_bridge.block_manager import HeadPageManager
 from vllm_kvzip.vllm_bridge.prefix_cache import ReuseRule
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
     from vllm_kvzip.vllm_bridge.settings import Settings
 
 # vLLM's merge makes a spec of the fields it knows; ours are put in afterwards.
@@ -107,29 +114,48 @@ def register_spec() -> None:
 
 
 def as_head_page_specs(
-    specs: dict[str, KVCacheSpec], settings: Settings, num_ranks: int
+    specs: dict[str, KVCacheSpec], settings: Settings, vllm_config: VllmConfig
 ) -> dict[str, KVCacheSpec]:
     """Every layer's spec as :class:`HeadPageSpec`.
 
     Args:
-        specs: vLLM's spec by layer name; all must be plain full attention.
+        specs: vLLM's spec by layer name; all must attend to the whole context.
         settings: resolved settings of this engine.
-        num_ranks: tensor-parallel workers.
+        vllm_config: of the engine.
 
     Raises:
-        TypeError: when a layer is not plain full attention; start-up checks refuse such models
-            before, so this is a safeguard against a model those checks do not know.
+        TypeError: when a layer does not attend to the whole context; start-up checks refuse such
+            models before, so this is a safeguard against a model those checks do not know.
     """
-    for name, spec in specs.items():
+    full: dict[str, FullAttentionSpec] = {}
+    for name, given in specs.items():
+        spec = _without_window(given, vllm_config)
         if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
             raise TypeError(
                 f"KV compression needs full attention in every layer, but layer {name} has "
-                f"{type(spec).__name__}; run this model without --kv-compression."
+                f"{type(given).__name__}; run this model without --kv-compression."
             )
+        full[name] = spec
+    num_ranks = vllm_config.parallel_config.tensor_parallel_size
     return {
         name: HeadPageSpec.from_full_attention(spec, settings, len(specs), num_ranks)
-        for name, spec in specs.items()
+        for name, spec in full.items()
     }
+
+
+def _without_window(spec: KVCacheSpec, vllm_config: VllmConfig) -> KVCacheSpec:
+    """The spec of a layer whose window holds the longest request, as full attention."""
+    longest = vllm_config.model_config.max_model_len
+    if type(spec) is not SlidingWindowSpec or spec.sliding_window < longest:
+        return spec
+    return FullAttentionSpec(
+        block_size=vllm_config.cache_config.block_size,
+        num_kv_heads=spec.num_kv_heads,
+        head_size=spec.head_size,
+        head_size_v=spec.head_size_v,
+        dtype=spec.dtype,
+        kv_quant_mode=spec.kv_quant_mode,
+    )
 
 
 register_spec()

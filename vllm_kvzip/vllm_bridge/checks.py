@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vllm import envs
 from vllm.platforms import current_platform
 
+from vllm_kvzip.attention_kinds import slides_within, sliding_window
 from vllm_kvzip.errors import ConfigError, UnsupportedError
 from vllm_kvzip.profile import ModelFingerprint
 from vllm_kvzip.vllm_bridge.fp8_cache import (
@@ -14,6 +15,7 @@ from vllm_kvzip.vllm_bridge.fp8_cache import (
     FP8_CAPABILITY,
     running_cache_dtype,
 )
+from vllm_kvzip.vllm_bridge.tensor_parallel import can_share
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -126,7 +128,6 @@ def _model_problems(vllm_config: VllmConfig) -> list[str]:
     model = vllm_config.model_config
     text_config: Any = model.hf_text_config
     layer_types = set(getattr(text_config, "layer_types", None) or ())
-    has_window = bool(model.get_sliding_window()) or "sliding_attention" in layer_types
     has_chunks = "chunked_attention" in layer_types or bool(
         getattr(text_config, "attention_chunk_size", None)
     )
@@ -137,12 +138,20 @@ def _model_problems(vllm_config: VllmConfig) -> list[str]:
             model.is_hybrid or model.is_attention_free,
             f"Mamba and other state-space or linear-attention layers; {run_without}",
         ),
-        (has_window, f"sliding-window attention; {run_without}"),
+        (
+            not model.disable_sliding_window and slides_within(text_config, model.max_model_len),
+            f"sliding-window attention{_within_window(text_config)} {run_without}",
+        ),
         (has_chunks, f"chunked local attention; {run_without}"),
         (model.is_encoder_decoder, f"encoder-decoder models; {run_without}"),
         (model.runner_type != "generate", f"--runner {model.runner_type}; it serves generation"),
     ]
     return [text for present, text in problems if present]
+
+
+def _within_window(text_config: Any) -> str:
+    window = sliding_window(text_config)
+    return f"; set --max-model-len to {window} or less, or" if window else ";"
 
 
 def _engine_problems(vllm_config: VllmConfig) -> list[str]:
@@ -158,9 +167,9 @@ def _engine_problems(vllm_config: VllmConfig) -> list[str]:
     num_kv_heads = vllm_config.model_config.get_total_num_kv_heads()
     problems += [
         (
-            num_kv_heads % parallel.tensor_parallel_size != 0,
-            f"--tensor-parallel-size {parallel.tensor_parallel_size} for {num_kv_heads} KV heads, "
-            f"which must divide evenly; choose another size",
+            not can_share(parallel.tensor_parallel_size, num_kv_heads),
+            f"--tensor-parallel-size {parallel.tensor_parallel_size} for {num_kv_heads} KV heads; "
+            f"choose a divisor or a multiple of {num_kv_heads}",
         ),
         (
             vllm_config.kv_transfer_config is not None,

@@ -39,6 +39,7 @@ from vllm_kvzip.vllm_bridge.runtime import HeadPageRuntime
 from vllm_kvzip.vllm_bridge.scoring_pass import ReconstructionPass, RepeatPrompt
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings
 from vllm_kvzip.vllm_bridge.stats_export import WorkerRecorder
+from vllm_kvzip.vllm_bridge.tensor_parallel import first_kv_head
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -126,8 +127,7 @@ class HeadPageWorker(WorkerBase):
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """vLLM's specs, each as :class:`HeadPageSpec`."""
         specs = super().get_kv_cache_spec()
-        num_ranks = self.parallel_config.tensor_parallel_size
-        return as_head_page_specs(specs, self._kvzip_settings, num_ranks)
+        return as_head_page_specs(specs, self._kvzip_settings, self.vllm_config)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Let vLLM allocate the cache, then put the head-page runtime over it."""
@@ -181,6 +181,13 @@ class HeadPageWorker(WorkerBase):
             self.cache_config.get_resolved_kv_cache_layout(),
         )
         first = layers[layer_names[0]]
+        rank = get_tensor_model_parallel_rank()
+        heads_before = first_kv_head(
+            rank,
+            self.parallel_config.tensor_parallel_size,
+            self.model_config.get_total_num_kv_heads(),
+        )
+        own_heads = slice(heads_before, heads_before + spec.num_kv_heads)
         geometry = CacheGeometry(
             num_layers=len(layer_names),
             num_kv_heads=spec.num_kv_heads,
@@ -224,7 +231,7 @@ class HeadPageWorker(WorkerBase):
             ScorerSettings(
                 config.observation_window_tokens,
                 settings.surrogate,
-                first_kv_head=get_tensor_model_parallel_rank() * spec.num_kv_heads,
+                first_kv_head=heads_before,
             ),
         )
         rotary = None
@@ -250,9 +257,9 @@ class HeadPageWorker(WorkerBase):
             rule=rule,
             scorer=scorer,
             budget=settings.budget,
-            head_fractions=_own_fractions(settings, spec.num_kv_heads),
-            head_importance=_own_heads(settings.head_importance, spec.num_kv_heads),
-            tier_fractions=_own_tiers(settings, spec.num_kv_heads),
+            head_fractions=_own_fractions(settings, own_heads),
+            head_importance=_own_heads(settings.head_importance, own_heads),
+            tier_fractions=_own_tiers(settings, own_heads),
             rotary=rotary,
             seed=config.seed,
             clock=self.clock,
@@ -276,7 +283,7 @@ class HeadPageWorker(WorkerBase):
                 score_columns=self.score_columns,
             )
         recorder = timer = None
-        if get_tensor_model_parallel_rank() == 0:  # the others would record the same
+        if rank == 0:  # the others would record the same
             recorder = WorkerRecorder(settings.metrics_directory)
             timer = AttentionTimer(recorder, self.clock)
             for layer in layers.values():
@@ -308,24 +315,22 @@ class HeadPageWorker(WorkerBase):
         return runtime
 
 
-def _own_fractions(
-    settings: Settings, num_kv_heads: int
-) -> Callable[[float], list[list[float]]] | None:
+def _own_fractions(settings: Settings, own: slice) -> Callable[[float], list[list[float]]] | None:
     """Keep ratio -> share of its KV pairs each of this rank's heads keeps, for budgets by head."""
     if settings.head_importance is None:
         return None
 
     @functools.lru_cache(maxsize=64)
     def at(keep_ratio: float) -> list[list[float]]:
-        own = _own_heads(settings.head_fractions(keep_ratio), num_kv_heads)
-        assert own is not None
-        return own
+        fractions = _own_heads(settings.head_fractions(keep_ratio), own)
+        assert fractions is not None
+        return fractions
 
     return at
 
 
 def _own_tiers(
-    settings: Settings, num_kv_heads: int
+    settings: Settings, own: slice
 ) -> Callable[[float], tuple[list[list[float]], list[list[float]]]] | None:
     """The same of either tier, by bytes ratio."""
     if settings.head_tiers is None:
@@ -333,14 +338,13 @@ def _own_tiers(
 
     @functools.lru_cache(maxsize=64)
     def at(bytes_ratio: float) -> tuple[list[list[float]], list[list[float]]]:
-        full, kept = (_own_heads(g, num_kv_heads) for g in settings.tier_fractions(bytes_ratio))
+        full, kept = (_own_heads(grid, own) for grid in settings.tier_fractions(bytes_ratio))
         assert full is not None and kept is not None
         return full, kept
 
     return at
 
 
-def _own_heads(grid: list[list[float]] | None, num_kv_heads: int) -> list[list[float]] | None:
-    """The columns of this rank's KV heads; tensor parallelism deals them out in order."""
-    first = get_tensor_model_parallel_rank() * num_kv_heads
-    return None if grid is None else [row[first : first + num_kv_heads] for row in grid]
+def _own_heads(grid: list[list[float]] | None, own: slice) -> list[list[float]] | None:
+    """The columns of this rank's KV heads."""
+    return None if grid is None else [row[own] for row in grid]
