@@ -32,7 +32,7 @@ from tier_budgets import TierBudgetBuilder
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-from vllm_kvzip.attention_kinds import slides_within, sliding_window
+from vllm_kvzip.attention_kinds import slides_within, sliding_window, unusual_attention
 from vllm_kvzip.calibration import (
     CONTEXT_TOKENS,
     KEEP_RATIOS,
@@ -92,13 +92,16 @@ def refuse_unsupported(model: str, config: Any, context_tokens: int) -> None:
         context_tokens: of the contexts; a sliding window that holds them slides nowhere.
 
     Raises:
-        ProfileError: for latent (MLA), sliding-window, linear and convolutional attention.
+        ProfileError: for latent (MLA), sliding-window, linear and convolutional attention, and for
+            what KV compression does not support.
     """
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     others = ", ".join(sorted(kinds - {"sliding_attention"}))
     window, remedy = sliding_window(config), "choose another model"
     if getattr(config, "kv_lora_rank", None):
         reason = "multi-head latent attention (MLA) caches no keys per head"
+    elif unusual := unusual_attention(config):
+        reason = f"KV compression does not support {unusual[0]}"
     elif others:
         reason = f"every layer must attend to the whole context, and it has {others}"
     elif slides_within(config, context_tokens):

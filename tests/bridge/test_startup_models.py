@@ -4,14 +4,37 @@ import json
 
 import pytest
 import torch
+import transformers
 from engine_job import MODEL
 from startup import ON, engine_config, refusal
+from vllm.transformers_utils.configs.minimax_m3 import MiniMaxM3TextConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
+from vllm_kvzip.attention_kinds import unusual_attention
+from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.vllm_bridge.cache_spec import as_head_page_specs
+from vllm_kvzip.vllm_bridge.checks import check_layers
+from vllm_kvzip.vllm_bridge.cpu_attention import HeadPageCPUImpl
 from vllm_kvzip.vllm_bridge.settings import Settings
 
 pytestmark = pytest.mark.vllm
+
+
+class Layer:
+    """As much of vLLM's attention layer as the checks look at."""
+
+    num_heads = 4
+    kv_sharing_target_layer_name = None
+
+    def __init__(self, **changed):
+        self.impl = object.__new__(HeadPageCPUImpl)
+        self.__dict__.update(changed)
+
+
+def full_attention(**changed):
+    shape = {"block_size": 32, "num_kv_heads": 4, "head_size": 32, "dtype": torch.float32}
+    return FullAttentionSpec(**{**shape, **changed})
+
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -61,6 +84,7 @@ BASE = {
     "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 1024,
 }  # fmt: skip
+LLAMA = {**BASE, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 MODELS = {
     "multi-head latent attention (MLA)": {
         **BASE, "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2",
@@ -75,6 +99,17 @@ MODELS = {
         "architectures": ["MambaForCausalLM"], "model_type": "mamba", "vocab_size": 512,
         "hidden_size": 128, "num_hidden_layers": 2, "state_size": 16,
     },
+    "block-sparse attention": {
+        **LLAMA, "sparse_attention_config": {"sparse_attention_freq": [0, 1]},
+    },
+    "value heads of 16 beside key heads of 32": {**LLAMA, "v_head_dim": 16},
+    "layers that share another layer's KV cache": {**LLAMA, "num_kv_shared_layers": 1},
+    "layers of different KV heads or head sizes": {**LLAMA, "global_head_dim": 64},
+    "ALiBi": {
+        "architectures": ["BloomForCausalLM"], "model_type": "bloom", "vocab_size": 512,
+        "hidden_size": 128, "n_layer": 2, "n_head": 4,
+    },
+    "learned attention sinks": {**LLAMA, "attention_sinks": True},
 }  # fmt: skip
 
 
@@ -101,10 +136,9 @@ def test_a_window_that_holds_the_longest_request_slides_nowhere(capsys, tmp_path
             "narrow": SlidingWindowSpec(
                 block_size=16, num_kv_heads=4, head_size=32, dtype=torch.float32, sliding_window=512
             ),
-            "full": FullAttentionSpec(
-                block_size=32, num_kv_heads=4, head_size=32, dtype=torch.float32
-            ),
+            "full": full_attention(),
         },
+        {"narrow": Layer(), "full": Layer()},
         Settings.from_vllm_config(fits),
         fits,
     )
@@ -118,8 +152,7 @@ def test_a_window_that_holds_the_longest_request_slides_nowhere(capsys, tmp_path
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6, 12])
 def test_ranks_share_or_repeat_the_kv_heads(capsys, tmp_path, num_ranks):
     heads = {"num_attention_heads": 12, "num_key_value_heads": 4, "hidden_size": 384}
-    kind = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-    (tmp_path / "config.json").write_text(json.dumps({**BASE, **heads, **kind}))
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **heads}))
     flags = (*ON, "--skip-tokenizer-init", "--tensor-parallel-size", str(num_ranks))
     if num_ranks in (1, 2, 4, 12):
         assert engine_config(*flags, model=tmp_path).parallel_config.worker_cls
@@ -135,3 +168,88 @@ def test_models_that_cannot_be_compressed_are_refused(capsys, tmp_path, problem)
     message = refusal(capsys, *ON, "--skip-tokenizer-init", model=tmp_path)
     assert f"KV compression does not support {problem}" in message
     assert "without --kv-compression" in message
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        (MiniMaxM3TextConfig(), "block-sparse attention"),
+        (transformers.FalconConfig(alibi=True), "ALiBi"),
+        (transformers.MptConfig(), "ALiBi"),
+        (transformers.GptOssConfig(), "learned attention sinks"),
+        (transformers.Gemma3nTextConfig(), "layers that share another layer's KV cache"),
+        (
+            transformers.LlamaConfig(
+                block_configs=[{"attention": {"n_heads_in_group": n}} for n in (4, 8)]
+            ),
+            "layers of different KV heads or head sizes",
+        ),
+    ],
+)
+def test_unusual_attention_is_found_in_configurations(config, problem):
+    assert problem in unusual_attention(config)
+
+
+def test_usual_attention_is_not_refused():
+    """Of models with fields that look as if."""
+    for config in (
+        transformers.FalconConfig(),
+        transformers.LlamaConfig(
+            block_configs=[{"attention": a} for a in ({"n_heads_in_group": 8}, {"no_op": True})]
+        ),
+        transformers.DeepseekV3Config(),  # refused for its latent attention
+        MiniMaxM3TextConfig(sparse_attention_config={"sparse_attention_freq": [0] * 60}),
+        transformers.GraniteConfig(),
+        transformers.Phi3Config(),
+        transformers.Qwen3Config(),
+    ):
+        assert unusual_attention(config) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--kv-compression-config.mode", "quantize"),
+            "Mode quantize does not work with capped attention logits yet; set mode to evict",
+        ),
+        (
+            ("--kv-compression-config.scorer", "kvzip"),
+            "Scorer kvzip does not work with capped attention logits yet; choose another scorer",
+        ),
+    ],
+)
+def test_what_capped_logits_do_not_go_with_is_refused(capsys, tmp_path, flags, message):
+    kind = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "head_dim": 32}
+    (tmp_path / "config.json").write_text(json.dumps({**BASE, **kind, "sliding_window": 1024}))
+    common = (*ON, "--skip-tokenizer-init", "--max-model-len", "512")
+    assert engine_config(*common, model=tmp_path)
+    assert message in refusal(capsys, *common, *flags, model=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("spec", "layer", "problem"),
+    [
+        (full_attention(head_size_v=16), Layer(), "value heads of 16 beside key heads of 32"),
+        (full_attention(num_kv_heads=2), Layer(), "other heads than the layers before it"),
+        (full_attention(), Layer(num_heads=8), "other heads than the layers before it"),
+        (full_attention(sliding_window=64), Layer(), "FullAttentionSpec, which is no full att"),
+        (full_attention(non_causal=True), Layer(), "FullAttentionSpec, which is no full attention"),
+        (
+            SlidingWindowSpec(
+                block_size=32, num_kv_heads=4, head_size=32, dtype=torch.float32, sliding_window=64
+            ),
+            Layer(),
+            "SlidingWindowSpec, which is no full attention",
+        ),
+        (full_attention(), Layer(impl=object()), "an attention of its own, Layer"),
+        (None, Layer(kv_sharing_target_layer_name="a"), "the KV cache of layer a"),
+    ],
+)
+def test_layers_that_no_configuration_tells_of_are_refused_once_loaded(spec, layer, problem):
+    config = engine_config(*ON)
+    specs, layers = {"a": full_attention()}, {"a": Layer()}
+    check_layers(specs, layers, config)
+    specs |= {} if spec is None else {"b": spec}
+    with pytest.raises(UnsupportedError, match=f"not support layer b: it has {problem}.*; run Ll"):
+        check_layers(specs, layers | {"b": layer}, config)

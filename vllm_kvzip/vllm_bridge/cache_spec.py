@@ -20,9 +20,12 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_kvzip.prefix_rule import PrefixRule
 from vllm_kvzip.vllm_bridge.block_manager import HeadPageManager
+from vllm_kvzip.vllm_bridge.checks import check_layers
 from vllm_kvzip.vllm_bridge.prefix_cache import ReuseRule
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vllm.config import VllmConfig
 
     from vllm_kvzip.vllm_bridge.settings import Settings
@@ -114,32 +117,29 @@ def register_spec() -> None:
 
 
 def as_head_page_specs(
-    specs: dict[str, KVCacheSpec], settings: Settings, vllm_config: VllmConfig
+    specs: dict[str, KVCacheSpec],
+    layers: Mapping[str, Any],
+    settings: Settings,
+    vllm_config: VllmConfig,
 ) -> dict[str, KVCacheSpec]:
     """Every layer's spec as :class:`HeadPageSpec`.
 
     Args:
         specs: vLLM's spec by layer name; all must attend to the whole context.
+        layers: vLLM's attention layers by name.
         settings: resolved settings of this engine.
         vllm_config: of the engine.
 
     Raises:
-        TypeError: when a layer does not attend to the whole context; start-up checks refuse such
-            models before, so this is a safeguard against a model those checks do not know.
+        UnsupportedError: see :func:`~vllm_kvzip.vllm_bridge.checks.check_layers`.
     """
-    full: dict[str, FullAttentionSpec] = {}
-    for name, given in specs.items():
-        spec = _without_window(given, vllm_config)
-        if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
-            raise TypeError(
-                f"KV compression needs full attention in every layer, but layer {name} has "
-                f"{type(given).__name__}; run this model without --kv-compression."
-            )
-        full[name] = spec
+    full = {name: _without_window(spec, vllm_config) for name, spec in specs.items()}
+    check_layers(full, layers, vllm_config)
     num_ranks = vllm_config.parallel_config.tensor_parallel_size
     return {
         name: HeadPageSpec.from_full_attention(spec, settings, len(specs), num_ranks)
         for name, spec in full.items()
+        if isinstance(spec, FullAttentionSpec)  # all are, after the check
     }
 
 

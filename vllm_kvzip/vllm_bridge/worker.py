@@ -17,6 +17,7 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.gpu_sync_debug import with_gpu_sync_check
 from vllm.v1.attention.backends.registry import register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
@@ -30,6 +31,7 @@ from vllm_kvzip.scoring import ScorerSettings, create_scorer
 from vllm_kvzip.vllm_bridge.attention_timer import AttentionTimer
 from vllm_kvzip.vllm_bridge.cache_spec import HeadPageSpec, as_head_page_specs
 from vllm_kvzip.vllm_bridge.cache_view import map_head_pages
+from vllm_kvzip.vllm_bridge.checks import check_capped_logits
 from vllm_kvzip.vllm_bridge.fp8_cache import read_scales
 from vllm_kvzip.vllm_bridge.head_page_cache import HeadPageCache
 from vllm_kvzip.vllm_bridge.requests import RequestTracker
@@ -127,7 +129,8 @@ class HeadPageWorker(WorkerBase):
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """vLLM's specs, each as :class:`HeadPageSpec`."""
         specs = super().get_kv_cache_spec()
-        return as_head_page_specs(specs, self._kvzip_settings, self.vllm_config)
+        layers = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)
+        return as_head_page_specs(specs, layers, self._kvzip_settings, self.vllm_config)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Let vLLM allocate the cache, then put the head-page runtime over it."""
@@ -158,12 +161,6 @@ class HeadPageWorker(WorkerBase):
     def _build_runtime(self, kv_cache_config: KVCacheConfig) -> HeadPageRuntime:
         settings = self._kvzip_settings
         config = settings.config
-        attention = get_layers_from_vllm_config(self.vllm_config, Attention)
-        if any(layer.kv_sharing_target_layer_name for layer in attention.values()):
-            raise UnsupportedError(
-                "KV compression does not support layers that share another layer's KV cache; run "
-                "this model without --kv-compression."
-            )
         (group,) = kv_cache_config.kv_cache_groups
         spec = group.kv_cache_spec
         if not isinstance(spec, HeadPageSpec):
@@ -209,11 +206,8 @@ class HeadPageWorker(WorkerBase):
             )
         layer_index = {name: index for index, name in enumerate(layer_names)}
         quantization = settings.quantization(spec.block_size, spec.head_size, spec.dtype.itemsize)
-        if quantization is not None and first.impl.logits_soft_cap:
-            raise UnsupportedError(
-                f"Mode {config.mode} does not work with capped attention logits yet; set mode to "
-                f"evict."
-            )
+        repeats_with = settings.scorer if settings.repeat_ids is not None else None
+        check_capped_logits(bool(first.impl.logits_soft_cap), config.mode, repeats_with)
         scales = read_scales(list(layers.values()), spec.num_kv_heads, self.model_config.dtype)
         store = self.page_store(pages, spec, builders, quantization, scales)
         cache = HeadPageCache(
@@ -266,11 +260,6 @@ class HeadPageWorker(WorkerBase):
         )
         reconstruction = None
         if settings.repeat_ids is not None:
-            if first.impl.logits_soft_cap:
-                raise UnsupportedError(
-                    f"Scorer {settings.scorer} does not work with capped attention logits yet; "
-                    f"choose another scorer."
-                )
             reconstruction = ReconstructionPass(
                 model=self.model_runner.get_model(),
                 vllm_config=self.vllm_config,
