@@ -120,7 +120,7 @@ def load_model(args: argparse.Namespace) -> MaskedModel:
         if not Path(path).is_dir():
             raise FileNotFoundError("there is no such folder.")
         config = AutoConfig.from_pretrained(path).get_text_config()
-        refuse_unsupported(path, config)
+        refuse_unsupported(path, config, args.context_tokens)
         settle_tasks(args, config.vocab_size, answered=True)
         return MaskedModel(path)
     except KVzipError:

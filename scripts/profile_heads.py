@@ -37,6 +37,7 @@ from tier_budgets import TierBudgetBuilder
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
+from vllm_kvzip.attention_kinds import slides_within, sliding_window, unusual_attention
 from vllm_kvzip.calibration import (
     CONTEXT_TOKENS,
     KEEP_RATIOS,
@@ -85,28 +86,38 @@ def draw_heat_map(profile: HeadProfile, path: Path) -> bool:
     return True
 
 
-def refuse_unsupported(model: str, config: Any) -> None:
+def refuse_unsupported(model: str, config: Any, context_tokens: int) -> None:
     """Refuse what is known from the configuration to have no whole KV heads to score.
 
     Args:
         model: as the user named it.
         config: of the text model, in transformers' format.
+        context_tokens: of the contexts; a sliding window that holds them slides nowhere.
 
     Raises:
-        ProfileError: for latent (MLA), sliding-window, linear and convolutional attention.
+        ProfileError: for latent (MLA), sliding-window, linear and convolutional attention, and for
+            what KV compression does not support.
     """
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    others = ", ".join(sorted(kinds - {"sliding_attention"}))
+    window, remedy = sliding_window(config), "choose another model"
     if getattr(config, "kv_lora_rank", None):
         reason = "multi-head latent attention (MLA) caches no keys per head"
-    elif kinds or getattr(config, "sliding_window", None):
-        found = ", ".join(sorted(kinds)) or f"sliding_window={config.sliding_window}"
-        reason = f"every layer must attend to the whole context, and it has {found}"
+    elif unusual := unusual_attention(config):
+        reason = f"KV compression does not support {unusual[0]}"
+    elif others:
+        reason = f"every layer must attend to the whole context, and it has {others}"
+    elif slides_within(config, context_tokens):
+        reason = "every layer must attend to the whole context, and it has sliding_attention"
+        if window:
+            reason += f" with sliding_window={window}"
+            remedy = f"set --context-tokens to {window} or less, or {remedy}"
     else:
         return
-    raise ProfileError(f"--model {model} cannot be profiled: {reason}; choose another model.")
+    raise ProfileError(f"--model {model} cannot be profiled: {reason}; {remedy}.")
 
 
-def load_probe(model: str) -> tuple[MaskedModel, Any]:
+def load_probe(model: str, context_tokens: int) -> tuple[MaskedModel, Any]:
     """The model, ready to be watched, and its tokenizer.
 
     Raises:
@@ -117,7 +128,8 @@ def load_probe(model: str) -> tuple[MaskedModel, Any]:
         if not folder.is_dir() and (folder.is_absolute() or model.startswith(".")):
             raise FileNotFoundError("there is no such folder.")
         path = os.path.abspath(folder) if folder.is_dir() else model  # "." has no name
-        refuse_unsupported(model, AutoConfig.from_pretrained(path).get_text_config())
+        config = AutoConfig.from_pretrained(path).get_text_config()
+        refuse_unsupported(model, config, context_tokens)
         probe = MaskedModel(path)
         _ = probe.fingerprint  # needs attention heads in the configuration
         return probe, AutoTokenizer.from_pretrained(path)
@@ -150,7 +162,7 @@ def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurr
     Raises:
         ProfileError: if model or text cannot be used.
     """
-    probe, tokenizer = load_probe(args.model)
+    probe, tokenizer = load_probe(args.model, args.context_tokens)
     fingerprint = probe.fingerprint
     if args.task == "retrieval":
         if probe.config.vocab_size not in (BASIC_VOCABULARY_SIZE, len(VOCABULARY.words)):

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from model_files import fingerprint_from_config
-from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
+from vllm_kvzip.attention_kinds import sliding_window
 from vllm_kvzip.influence import influence_scores, log_odds
 from vllm_kvzip.reconstruction import Chunk, iter_chunks, reconstruction_scores
 from vllm_kvzip.rotary import RotaryTables
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from vllm_kvzip.profile import ModelFingerprint
 
 CHECKED_TOKENS = 256  # of each chunk; logits of a large vocabulary are large
+
+WIDE_WINDOW = 2**30  # tokens; no text is so long
 
 _probe_numbers = itertools.count()
 
@@ -46,6 +49,8 @@ class _Attended(NamedTuple):
 class ReconstructionProbe:
     """A causal language model whose attention can be watched.
 
+    A sliding window slides nowhere here; whoever has contexts that it does not hold must not ask.
+
     Args:
         path: folder of the model.
         num_sinks: first tokens every softmax includes.
@@ -55,8 +60,12 @@ class ReconstructionProbe:
         name = f"kvzip_probe_{next(_probe_numbers)}"  # each probe watches its own model only
         AttentionInterface.register(name, self._attend)
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+        config = AutoConfig.from_pretrained(path)
+        text_config = config.get_text_config()
+        if sliding_window(text_config):  # the context fits; what repeats it must see it all
+            text_config.sliding_window = WIDE_WINDOW
         self.model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=name
+            path, config=config, dtype=torch.float32, attn_implementation=name
         ).eval()
         self.model.requires_grad_(False)
         self.config = self.model.config.get_text_config()

@@ -1,14 +1,15 @@
 """What the user asks for: one frozen model, its sources, and their precedence.
 
 Sources, first one wins, setting by setting: ``--kv-compression-config``, then
-``additional_config={"kvzip": {...}}``, then ``LLM_KVZIP_*`` variables, then the defaults. Imports
-no torch, and never reads the environment itself.
+``additional_config={"kvzip": {...}}``, then ``LLM_KVZIP_*`` variables, then the defaults. A flag
+that is given several times counts as one source, the last one on top. Imports no torch, and never
+reads the environment itself.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,9 @@ Rotation = Literal["auto", "hadamard", "none"]
 DEFAULT_RATIOS: dict[Mode, float] = {"evict": 0.5, "quantize": 1.0, "mixed": 0.5}
 DEFAULT_FULL_SHARE = 0.1
 QUANTIZED_SETTINGS = ("key_format", "value_format", "rotation")
+
+Flag = str | Mapping[str, Any]
+"""A value of ``--kv-compression-config``: JSON text, a path to a JSON file, or a mapping."""
 
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"", "0", "false", "no", "off"}
 
@@ -151,14 +155,14 @@ def is_enabled(
 
 
 def load_config(
-    flag_value: str | Mapping[str, Any] | None,
+    flag_value: Flag | Sequence[Flag] | None,
     environ: Mapping[str, str],
     additional: Mapping[str, Any] | None,
 ) -> KVzipConfig:
     """Merge all sources into one configuration.
 
     Args:
-        flag_value: of ``--kv-compression-config``: JSON text, a path to a JSON file, or a mapping.
+        flag_value: of ``--kv-compression-config``, or several, the last one on top.
         environ: the environment.
         additional: vLLM's ``additional_config``; its ``kvzip`` entry is used.
 
@@ -191,7 +195,7 @@ def load_config(
 
 
 def merge_flag(
-    additional: Mapping[str, Any] | None, flag_value: str | Mapping[str, Any] | None
+    additional: Mapping[str, Any] | None, flag_value: Flag | Sequence[Flag] | None
 ) -> dict[str, Any]:
     """The settings of ``additional_config["kvzip"]`` with those of the flag on top.
 
@@ -202,9 +206,25 @@ def merge_flag(
     return {**_mapping(additional, source), **_from_flag(flag_value)}
 
 
-def _from_flag(value: str | Mapping[str, Any] | None) -> Mapping[str, Any]:
+def merge_additional(earlier: Any, later: Any) -> Any:
+    """vLLM's ``--additional-config`` given twice: the later value, with our settings of both.
+
+    What is no mapping stays, and is refused where the settings are read.
+    """
+    if not isinstance(earlier, Mapping) or not isinstance(later, Mapping):
+        return later
+    given = [values[METHOD] for values in (earlier, later) if METHOD in values]
+    for wrong in (v for v in given if not (v is None or v is True or isinstance(v, Mapping))):
+        return {**later, METHOD: wrong}
+    merged = {key: value for values in given for key, value in _mapping(values, METHOD).items()}
+    return {**later, METHOD: merged} if given else later
+
+
+def _from_flag(value: Flag | Sequence[Flag] | None) -> Mapping[str, Any]:
     if value is None or isinstance(value, Mapping):
         return value or {}
+    if not isinstance(value, str):
+        return {key: setting for one in value for key, setting in _from_flag(one).items()}
     text = value.strip()
     if not text.startswith("{"):
         try:
@@ -215,10 +235,19 @@ def _from_flag(value: str | Mapping[str, Any] | None) -> Mapping[str, Any]:
                 f"{CONFIG_FLAG}: {value!r} is neither JSON nor a file that can be read ({reason})."
             ) from error
     try:
-        parsed = json.loads(text)
+        parsed = json.loads(text, object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{CONFIG_FLAG}: not valid JSON ({error}).") from error
     return _mapping(parsed, CONFIG_FLAG)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; json would take the last one of two equal names."""
+    values = dict(pairs)
+    for name in values:
+        if sum(name == other for other, _ in pairs) > 1:
+            raise ConfigError(f"{CONFIG_FLAG}: {name} is given twice in one object; give it once.")
+    return values
 
 
 def _mapping(value: Any, source: str) -> Mapping[str, Any]:

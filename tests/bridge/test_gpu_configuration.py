@@ -10,7 +10,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_kvzip.config import KVzipConfig
 from vllm_kvzip.errors import KVzipError
-from vllm_kvzip.vllm_bridge import checks, options, stats_export
+from vllm_kvzip.vllm_bridge import checks, gpu_backend, options, stats_export
 from vllm_kvzip.vllm_bridge.gpu_attention import HeadPageFlashBuilder, HeadPageTritonBackend
 from vllm_kvzip.vllm_bridge.gpu_worker import compression_bytes
 
@@ -36,7 +36,7 @@ def stock_config():
 
 @pytest.fixture
 def on_a_card(monkeypatch):
-    for module in (checks, options):
+    for module in (checks, gpu_backend, options):
         monkeypatch.setattr(module, "current_platform", Hopper())
 
 
@@ -60,7 +60,7 @@ def test_flash_attention_is_taken_where_it_runs(stock_config, on_a_card, monkeyp
     stock_config.model_config.dtype = dtype
     monkeypatch.setattr(fa_utils, "is_flash_attn_varlen_func_available", lambda: True)
     wanted = "TRITON_ATTN" if dtype is torch.float32 else "FLASH_ATTN"
-    assert checks.default_gpu_backend(stock_config).name == wanted
+    assert gpu_backend.default_gpu_backend(stock_config).name == wanted
 
 
 def change(config, path, value):
@@ -78,22 +78,22 @@ def change(config, path, value):
         (
             "cache_config.cache_dtype",
             "float16",
-            "--kv-cache-dtype float16 for this model; set it to bfloat16 or fp8",
+            "--kv-cache-dtype float16 for a model that runs in bfloat16; set it.*fp8",
         ),
         (
             "cache_config.cache_dtype",
             "fp8_per_token_head",
-            "--kv-cache-dtype fp8_per_token_head for this model; set it to bfloat16 or fp8",
+            "--kv-cache-dtype fp8_per_token_head for a model that runs in bfloat16; set it.*fp8",
         ),
         (
             "cache_config.cache_dtype",
             "turboquant_k8v4",
-            "--kv-cache-dtype turboquant_k8v4 for this model; set it to bfloat16 or fp8",
+            "--kv-cache-dtype turboquant_k8v4 for a model that runs in bfloat16; set it.*fp8",
         ),
         (
             "cache_config.cache_dtype",
             "fp8_e5m2",
-            "--kv-cache-dtype fp8_e5m2 for this model; set it to bfloat16 or fp8",
+            "--kv-cache-dtype fp8_e5m2 for a model that runs in bfloat16; set it.*fp8",
         ),
         ("cache_config.kv_cache_dtype_skip_layers", ["0"], "remove --kv-cache-dtype-skip-layers"),
         ("parallel_config.enable_dbo", True, "--enable-dbo"),
@@ -110,7 +110,7 @@ def test_a_cache_of_eight_bits_needs_a_card_that_reads_it(stock_config, on_a_car
     stock_config.cache_config.cache_dtype = "fp8"
     checks.check_supported(stock_config)
     monkeypatch.setattr(Hopper, "get_device_capability", lambda device_id=0: DeviceCapability(8, 6))
-    with pytest.raises(KVzipError, match=r"before compute capability 8\.9; set it to bf"):
+    with pytest.raises(KVzipError, match=r"before compute capability 8\.9 for a.*to bfloat16\."):
         checks.check_supported(stock_config)
 
 
@@ -127,7 +127,7 @@ def test_flash_attention_is_not_taken_for_a_cache_that_it_does_not_read(
             "flash_attn_supports_kv_cache_dtype",
             lambda *cache, reads=reads, **how: reads,
         )
-        assert checks.default_gpu_backend(stock_config).name == wanted
+        assert gpu_backend.default_gpu_backend(stock_config).name == wanted
 
 
 def test_vllms_kernel_does_not_read_eight_bits_over_pairs(stock_config, on_a_card):
@@ -141,6 +141,12 @@ def test_formats_that_save_nothing_over_eight_bits_are_refused(stock_config, on_
     with pytest.raises(KVzipError, match="int8"):
         wide = KVzipConfig(mode="quantize", key_format="int8", value_format="int8")
         options.configure(stock_config, wide)
+
+
+def test_capped_attention_logits_are_refused(stock_config, on_a_card):
+    stock_config.model_config.hf_text_config.attn_logit_softcapping = 50.0
+    with pytest.raises(KVzipError, match="capped attention logits on GPUs; run LlamaForCausalLM w"):
+        checks.check_supported(stock_config)
 
 
 def test_batch_invariance_is_refused(stock_config, on_a_card, monkeypatch):

@@ -1,9 +1,15 @@
 """Two ranks, each with half of the KV heads, keep what one process keeps."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
-from engine_job import Request, run_job
+from engine_job import MODEL, Request, run_job
 from retrieval_task import copy_prompt, make_context, question_prompt
+from safetensors.torch import load_file, save_file
+
+from vllm_kvzip.profile import profile_folders
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -57,3 +63,40 @@ def test_ranks_repeat_the_context_together():
     assert np.mean([a == value for a, (_, value) in zip(answers, asked, strict=True)]) >= 0.95
     assert report.metrics["vllm_kvzip_prefix_hits_total"] == len(asked)
     assert report.metrics["vllm_kvzip_compress_seconds_count/score"] == 1
+
+
+def one_kv_head(folder, **changed):
+    """The test model's first KV head alone, and settings with a profile of that model."""
+    shutil.copytree(MODEL, folder)
+    config = json.loads((MODEL / "config.json").read_text()) | {"num_key_value_heads": 1, **changed}
+    (folder / "config.json").write_text(json.dumps(config))
+    (weights,) = folder.glob("*.safetensors")
+    tensors = load_file(weights)
+    for name, tensor in tensors.items():
+        if "k_proj" in name or "v_proj" in name:
+            tensors[name] = tensor[: config["head_dim"]].contiguous()
+    save_file(tensors, weights, {"format": "pt"})
+    profile = json.loads((profile_folders()[-1] / "tiny-retriever.json").read_text())
+    profile["model"] |= {"num_kv_heads": 1, "architecture": config["architectures"][0]}
+    profile["importance"] = [[0.1], [0.2], [0.9], [0.1]]
+    profile["budgets"] = {"0.4": [[0.2], [0.3], [1.0], [0.1]]}
+    profile["tiers"] = None
+    path = folder / "profile.json"
+    path.write_text(json.dumps(profile))
+    return {"profile": str(path), "budget": "profile", "scorer": "keydiff", "keep_ratio": 0.4}
+
+
+def test_ranks_that_repeat_a_kv_head_keep_what_one_process_keeps(tmp_path):
+    """More ranks than KV heads; one process has the same weights behind a window besides.
+
+    The window holds the longest request, so that it slides nowhere.
+    """
+    window = {"model_type": "mistral", "sliding_window": 2048}
+    window["architectures"] = ["MistralForCausalLM"]
+    behind, plain = tmp_path / "window", tmp_path / "plain"
+    one = run_job(copy_requests(), kvzip=one_kv_head(behind, **window), model=behind)
+    two = run_job(copy_requests(), kvzip=one_kv_head(plain), model=plain, **TWO)
+    assert two.outputs == one.outputs
+    assert two.held_blocks == one.held_blocks
+    assert one.metrics["vllm_kvzip_requests_compressed_total"] == 3
+    assert one.classes["spec"] == "HeadPageSpec"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import profile_heads
@@ -178,7 +179,10 @@ def test_wrong_input_is_one_sentence(random_model, tmp_path, capsys, arguments, 
     ("config", "message"),
     [
         (DeepseekV3Config(), "multi-head latent attention (MLA)"),
-        (MistralConfig(sliding_window=4096), "sliding_window=4096"),
+        (
+            MistralConfig(sliding_window=512),
+            "sliding_window=512; set --context-tokens to 512 or less, or choose another model",
+        ),
         (Qwen3Config(num_hidden_layers=1, layer_types=["sliding_attention"]), "sliding_attention"),
     ],
 )
@@ -190,6 +194,25 @@ def test_models_without_whole_kv_heads_are_refused(tmp_path, capsys, config, mes
     assert code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x.json").exists()
+
+
+def test_a_window_that_holds_the_context_slides_nowhere(random_model, tmp_path):
+    """The same weights with a window: what is repeated lies beyond it and sees everything."""
+    folder = tmp_path / "model"
+    shutil.copytree(random_model, folder)
+    changed = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    config = json.loads((folder / "config.json").read_text()) | changed | {"sliding_window": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+    arguments = ["--task", "retrieval", "--num-contexts", "1", "--repeat-prompt", "repeat"]
+    arguments += ["--context-tokens", "64", "--no-surrogate"]
+    profiles = []
+    for model in (random_model, folder):
+        out = tmp_path / f"{model.name}.json"
+        assert profile_heads.main(["--model", str(model), "--out", str(out), *arguments]) == 0
+        profiles.append(load_profile(out))
+    np.testing.assert_allclose(profiles[0].importance, profiles[1].importance, rtol=1e-4)
+    arguments[-2] = "65"
+    assert profile_heads.main(["--model", str(folder), "--out", str(out), *arguments]) == 2
 
 
 @pytest.mark.parametrize(("model", "name"), [(".", "random-llama"), ("../link", "link")])

@@ -10,14 +10,24 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from vllm.utils.math_utils import cdiv
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheSpec,
+    SlidingWindowSpec,
+    replace_as,
+)
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_kvzip.prefix_rule import PrefixRule
 from vllm_kvzip.vllm_bridge.block_manager import HeadPageManager
+from vllm_kvzip.vllm_bridge.checks import check_layers
 from vllm_kvzip.vllm_bridge.prefix_cache import ReuseRule
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vllm.config import VllmConfig
+
     from vllm_kvzip.vllm_bridge.settings import Settings
 
 # vLLM's merge makes a spec of the fields it knows; ours are put in afterwards.
@@ -107,29 +117,45 @@ def register_spec() -> None:
 
 
 def as_head_page_specs(
-    specs: dict[str, KVCacheSpec], settings: Settings, num_ranks: int
+    specs: dict[str, KVCacheSpec],
+    layers: Mapping[str, Any],
+    settings: Settings,
+    vllm_config: VllmConfig,
 ) -> dict[str, KVCacheSpec]:
     """Every layer's spec as :class:`HeadPageSpec`.
 
     Args:
-        specs: vLLM's spec by layer name; all must be plain full attention.
+        specs: vLLM's spec by layer name; all must attend to the whole context.
+        layers: vLLM's attention layers by name.
         settings: resolved settings of this engine.
-        num_ranks: tensor-parallel workers.
+        vllm_config: of the engine.
 
     Raises:
-        TypeError: when a layer is not plain full attention; start-up checks refuse such models
-            before, so this is a safeguard against a model those checks do not know.
+        UnsupportedError: see :func:`~vllm_kvzip.vllm_bridge.checks.check_layers`.
     """
-    for name, spec in specs.items():
-        if type(spec) is not FullAttentionSpec or spec.sliding_window is not None:
-            raise TypeError(
-                f"KV compression needs full attention in every layer, but layer {name} has "
-                f"{type(spec).__name__}; run this model without --kv-compression."
-            )
+    full = {name: _without_window(spec, vllm_config) for name, spec in specs.items()}
+    check_layers(full, layers, vllm_config)
+    num_ranks = vllm_config.parallel_config.tensor_parallel_size
     return {
         name: HeadPageSpec.from_full_attention(spec, settings, len(specs), num_ranks)
-        for name, spec in specs.items()
+        for name, spec in full.items()
+        if isinstance(spec, FullAttentionSpec)  # all are, after the check
     }
+
+
+def _without_window(spec: KVCacheSpec, vllm_config: VllmConfig) -> KVCacheSpec:
+    """The spec of a layer whose window holds the longest request, as full attention."""
+    longest = vllm_config.model_config.max_model_len
+    if type(spec) is not SlidingWindowSpec or spec.sliding_window < longest:
+        return spec
+    return FullAttentionSpec(
+        block_size=vllm_config.cache_config.block_size,
+        num_kv_heads=spec.num_kv_heads,
+        head_size=spec.head_size,
+        head_size_v=spec.head_size_v,
+        dtype=spec.dtype,
+        kv_quant_mode=spec.kv_quant_mode,
+    )
 
 
 register_spec()

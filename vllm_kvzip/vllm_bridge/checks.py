@@ -7,19 +7,33 @@ from typing import TYPE_CHECKING, Any
 from vllm import envs
 from vllm.platforms import current_platform
 
+from vllm_kvzip.attention_kinds import (
+    VARIED,
+    caps_logits,
+    slides_within,
+    sliding_window,
+    unusual_attention,
+)
 from vllm_kvzip.errors import ConfigError, UnsupportedError
-from vllm_kvzip.profile import ModelFingerprint
-from vllm_kvzip.vllm_bridge.fp8_cache import FP8_CACHES, FP8_CAPABILITY
+from vllm_kvzip.vllm_bridge.fp8_cache import (
+    FP8_CACHES,
+    FP8_CAPABILITY,
+    running_cache_dtype,
+)
+from vllm_kvzip.vllm_bridge.tensor_parallel import can_share
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vllm.config import VllmConfig
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.kv_cache_interface import KVCacheSpec
 
     from vllm_kvzip.config import KVzipConfig, Mode
 
 STOCK_WORKERS = ("auto", "vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker")
 GPU_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
 GPU_BLOCK_SIZES = (16, 32, 64, 128)
+SIZES = {"head_size", "total_num_kv_heads", "total_num_attention_heads"}
 
 
 def check_supported(vllm_config: VllmConfig) -> None:
@@ -30,6 +44,96 @@ def check_supported(vllm_config: VllmConfig) -> None:
     """
     for problem in (*_model_problems(vllm_config), *_engine_problems(vllm_config)):
         raise UnsupportedError(f"KV compression does not support {problem}.")
+
+
+def check_layers(
+    specs: Mapping[str, KVCacheSpec], layers: Mapping[str, Any], vllm_config: VllmConfig
+) -> None:
+    """Refuse layers that the checks of the configuration did not see, once the model is loaded.
+
+    Args:
+        specs: vLLM's, by layer name; a window that slides nowhere is full attention by now.
+        layers: vLLM's attention layers, by name.
+        vllm_config: of the engine.
+
+    Raises:
+        UnsupportedError: names the layer, its kind, and what to do.
+    """
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from vllm_kvzip.vllm_bridge.attention_layer import HeadPageLayer
+
+    shapes = set()
+    problems: list[tuple[str, bool, str]] = []
+    for name, layer in layers.items():  # one that shares a cache has no spec
+        shared = getattr(layer, "kv_sharing_target_layer_name", None)
+        problems.append((name, bool(shared), f"the KV cache of layer {shared}"))
+    for name, spec in specs.items():
+        layer = layers.get(name)
+        is_full = type(spec) is FullAttentionSpec and not (
+            spec.sliding_window or spec.attention_chunk_size or spec.non_causal
+        )
+        is_ours = isinstance(getattr(layer, "impl", None), HeadPageLayer)
+        problems += [
+            (name, not is_full, f"{type(spec).__name__}, which is no full attention"),
+            (name, not is_ours, f"an attention of its own, {type(layer).__name__}"),
+        ]
+        if is_full and is_ours:
+            keys, values = spec.head_size, spec.head_size_v
+            shapes.add((spec.num_kv_heads, keys, spec.dtype, getattr(layer, "num_heads", None)))
+            problems += [
+                (name, keys != values, f"value heads of {values} beside key heads of {keys}"),
+                (name, len(shapes) > 1, "other heads than the layers before it"),
+            ]
+    for name, present, what in problems:
+        if present:
+            raise UnsupportedError(
+                f"KV compression does not support layer {name}: it has {what}; run "
+                f"{vllm_config.model_config.architecture} without --kv-compression."
+            )
+
+
+def check_attention(impl: Any, is_capped: bool = False) -> None:
+    """Refuse what an attention layer adds to its logits, when it is built.
+
+    Args:
+        impl: vLLM's attention implementation.
+        is_capped: whether it caps its logits, where our kernels do not.
+
+    Raises:
+        UnsupportedError: names the property, and what to do.
+    """
+    problems = [
+        (impl.alibi_slopes is not None, "ALiBi"),
+        (impl.sinks is not None, "learned attention sinks"),
+        (is_capped, "capped attention logits on GPUs"),
+    ]
+    for what in (text for present, text in problems if present):
+        raise UnsupportedError(
+            f"KV compression does not support {what}; run this model without --kv-compression."
+        )
+
+
+def check_capped_logits(is_capped: bool, mode: Mode, repeats_with: str | None) -> None:
+    """Refuse what does not know how a model caps its attention logits.
+
+    Args:
+        is_capped: whether the model does.
+        mode: of compression.
+        repeats_with: the scorer, if it lets the model repeat its context.
+
+    Raises:
+        UnsupportedError: naming the setting.
+    """
+    if is_capped and mode != "evict":
+        raise UnsupportedError(
+            f"Mode {mode} does not work with capped attention logits yet; set mode to evict."
+        )
+    if is_capped and repeats_with is not None:
+        raise UnsupportedError(
+            f"Scorer {repeats_with} does not work with capped attention logits yet; choose "
+            f"another scorer."
+        )
 
 
 def check_scoring_passes(vllm_config: VllmConfig, scorer: str) -> None:
@@ -74,19 +178,6 @@ def _pass_problems(vllm_config: VllmConfig) -> list[str]:
     return [what for present, what in problems if present]
 
 
-def model_fingerprint(vllm_config: VllmConfig) -> ModelFingerprint:
-    """What a head profile must match: the whole model, on however many ranks it runs."""
-    model = vllm_config.model_config
-    return ModelFingerprint(
-        architecture=model.architecture,
-        num_layers=model.get_total_num_hidden_layers(),
-        num_query_heads=model.model_arch_config.total_num_attention_heads,
-        num_kv_heads=model.get_total_num_kv_heads(),
-        head_dim=model.get_head_size(),
-        name=str(model.model).rstrip("/").split("/")[-1],
-    )
-
-
 def check_prefill_budget(
     vllm_config: VllmConfig, mode: Mode, scorer: str, scores_last: bool
 ) -> None:
@@ -122,7 +213,10 @@ def _model_problems(vllm_config: VllmConfig) -> list[str]:
     model = vllm_config.model_config
     text_config: Any = model.hf_text_config
     layer_types = set(getattr(text_config, "layer_types", None) or ())
-    has_window = bool(model.get_sliding_window()) or "sliding_attention" in layer_types
+    overrides = model.model_arch_config.per_layer_overrides or ()
+    unusual = unusual_attention(text_config)
+    if any(SIZES & set(layer) for layer in overrides) and VARIED not in unusual:
+        unusual.append(VARIED)
     has_chunks = "chunked_attention" in layer_types or bool(
         getattr(text_config, "attention_chunk_size", None)
     )
@@ -133,12 +227,25 @@ def _model_problems(vllm_config: VllmConfig) -> list[str]:
             model.is_hybrid or model.is_attention_free,
             f"Mamba and other state-space or linear-attention layers; {run_without}",
         ),
-        (has_window, f"sliding-window attention; {run_without}"),
+        (
+            not model.disable_sliding_window and slides_within(text_config, model.max_model_len),
+            f"sliding-window attention{_within_window(text_config)} {run_without}",
+        ),
         (has_chunks, f"chunked local attention; {run_without}"),
+        (
+            bool(model.rswa_window),
+            f"attention whose window begins behind the prompt; {run_without}",
+        ),
+        *((True, f"{what}; {run_without}") for what in unusual),
         (model.is_encoder_decoder, f"encoder-decoder models; {run_without}"),
         (model.runner_type != "generate", f"--runner {model.runner_type}; it serves generation"),
     ]
     return [text for present, text in problems if present]
+
+
+def _within_window(text_config: Any) -> str:
+    window = sliding_window(text_config)
+    return f"; set --max-model-len to {window} or less, or" if window else ";"
 
 
 def _engine_problems(vllm_config: VllmConfig) -> list[str]:
@@ -154,9 +261,9 @@ def _engine_problems(vllm_config: VllmConfig) -> list[str]:
     num_kv_heads = vllm_config.model_config.get_total_num_kv_heads()
     problems += [
         (
-            num_kv_heads % parallel.tensor_parallel_size != 0,
-            f"--tensor-parallel-size {parallel.tensor_parallel_size} for {num_kv_heads} KV heads, "
-            f"which must divide evenly; choose another size",
+            not can_share(parallel.tensor_parallel_size, num_kv_heads),
+            f"--tensor-parallel-size {parallel.tensor_parallel_size} for {num_kv_heads} KV heads; "
+            f"choose a divisor or a multiple of {num_kv_heads}",
         ),
         (
             vllm_config.kv_transfer_config is not None,
@@ -202,18 +309,15 @@ def _cpu_problems(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             cache.block_size % 32 != 0,
             f"--block-size {cache.block_size} on the CPU; use a multiple of 32",
         ),
-        (
-            cache.cache_dtype not in ("auto", "float32", "float16", "bfloat16"),
-            f"--kv-cache-dtype {cache.cache_dtype} on the CPU; set it to {_own_dtype(vllm_config)}",
-        ),
+        _cache_dtype_problem(vllm_config, (), " on the CPU"),
     ]
 
 
 def _gpu_problems(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
     cache, model = vllm_config.cache_config, vllm_config.model_config
     block_size, backend = cache.block_size, vllm_config.attention_config.backend
-    own = _own_dtype(vllm_config)
     reads_fp8 = current_platform.has_device_capability(FP8_CAPABILITY)
+    before = f" on GPUs before compute capability {FP8_CAPABILITY / 10}"
     return [
         (
             block_size not in GPU_BLOCK_SIZES,
@@ -224,16 +328,7 @@ def _gpu_problems(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             f"--attention-backend {getattr(backend, 'name', None)}; use one of "
             f"{', '.join(GPU_BACKENDS)} or none",
         ),
-        (
-            cache.cache_dtype not in ("auto", own, *FP8_CACHES),
-            f"--kv-cache-dtype {cache.cache_dtype} for this model; set it to "
-            f"{' or '.join([own, *FP8_CACHES[:reads_fp8]])}",
-        ),
-        (
-            cache.cache_dtype in FP8_CACHES and not reads_fp8,
-            f"--kv-cache-dtype {cache.cache_dtype} on GPUs before compute capability "
-            f"{FP8_CAPABILITY / 10}; set it to {own}",
-        ),
+        _cache_dtype_problem(vllm_config, FP8_CACHES if reads_fp8 else (), before),
         (
             bool(vllm_config.attention_config.backend_per_kind),
             "attention backends by kind of layer; remove backend_per_kind",
@@ -241,48 +336,34 @@ def _gpu_problems(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
         (vllm_config.parallel_config.use_ubatching, "--enable-dbo; remove the flag"),
         (envs.VLLM_BATCH_INVARIANT, "VLLM_BATCH_INVARIANT; unset it"),
         (model.is_mm_prefix_lm, "models whose prompts attend in both directions"),
+        (
+            caps_logits(model.hf_text_config),
+            f"capped attention logits on GPUs; run {model.architecture} without --kv-compression",
+        ),
     ]
 
 
-def _own_dtype(vllm_config: VllmConfig) -> str:
-    """A name of vLLM's for a KV cache in the model's dtype, whatever its checkpoint says."""
+def _cache_dtype_problem(
+    vllm_config: VllmConfig, also: tuple[str, ...], where: str
+) -> tuple[bool, str]:
+    """A KV cache must hold numbers of the model's dtype, or of a format that is read here.
+
+    Args:
+        vllm_config: of the engine.
+        also: names of vLLM's for the other formats that are read here.
+        where: a device that does not read ``fp8``.
+    """
     dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
-    return "auto" if dtype == "float32" else dtype
-
-
-def default_gpu_backend(vllm_config: VllmConfig) -> AttentionBackendEnum:
-    """FlashAttention where it runs; else vLLM's Triton attention, which runs everywhere."""
-    from vllm.config import set_current_vllm_config
-    from vllm.v1.attention.backends.fa_utils import is_flash_attn_varlen_func_available
-    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    model = vllm_config.model_config
-    capability = current_platform.get_device_capability()
-    own_pages = capability is not None and capability.major >= 10 and model.get_head_size() == 256
-    flash = (
-        is_flash_attn_varlen_func_available()
-        and capability is not None
-        and not own_pages  # FlashAttention 4 has a page size of its own there
-        and FlashAttentionBackend.supports_compute_capability(capability)
-        and FlashAttentionBackend.supports_dtype(model.dtype)
-        and FlashAttentionBackend.supports_head_size(model.get_head_size())
+    asked, running = vllm_config.cache_config.cache_dtype, running_cache_dtype(vllm_config)
+    cause = running if asked == running else f"{running}, which the checkpoint asks for,"
+    fitting = dtype
+    if dtype == "float32":  # vLLM has no name for such a cache
+        fitting = "auto" if asked == running else "bfloat16 and --dtype to bfloat16"
+    return (
+        running not in ("auto", dtype, *also),
+        f"--kv-cache-dtype {cause}{where if running in FP8_CACHES else ''} for a model that runs "
+        f"in {dtype}; set it to {' or '.join([fitting, *also[:1]])}",
     )
-    if flash:
-        with set_current_vllm_config(vllm_config):  # it may name a version of FlashAttention
-            refusal = FlashAttentionBackend.supports_combination(
-                head_size=model.get_head_size(),
-                dtype=model.dtype,
-                kv_cache_dtype=vllm_config.cache_config.cache_dtype,
-                block_size=vllm_config.cache_config.block_size,
-                use_mla=False,
-                has_sink=False,
-                use_sparse=False,
-                use_mm_prefix=False,
-                device_capability=capability,
-            )
-        flash = refusal is None
-    return AttentionBackendEnum.FLASH_ATTN if flash else AttentionBackendEnum.TRITON_ATTN
 
 
 def check_attention_kernel(config: KVzipConfig, cache_dtype: str) -> None:

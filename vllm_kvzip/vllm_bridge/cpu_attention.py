@@ -22,8 +22,8 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.vllm_bridge.attention_layer import HeadPageLayer
+from vllm_kvzip.vllm_bridge.checks import check_attention
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -200,11 +200,7 @@ class HeadPageCPUImpl(HeadPageLayer, CPUAttentionBackendImpl):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.alibi_slopes is not None or self.sinks is not None:
-            raise UnsupportedError(
-                "KV compression does not support models with ALiBi or learned attention sinks; "
-                "run this model without --kv-compression."
-            )
+        check_attention(self)
 
     def attend_step(
         self,

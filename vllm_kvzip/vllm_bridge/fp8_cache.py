@@ -16,10 +16,23 @@ from vllm_kvzip.stored_scales import StoredScales
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vllm.config import VllmConfig
+
 FP8_CACHES = ("fp8", "fp8_e4m3")
 """Names of vLLM's for the same format."""
 FP8_CAPABILITY = 89
 """Of the first cards that read it."""
+
+
+def running_cache_dtype(vllm_config: VllmConfig) -> str:
+    """vLLM's name of the KV cache's dtype, as its layers will have it.
+
+    A checkpoint of compressed-tensors can ask for a cache of 8 bits. vLLM learns of it when it
+    builds the layers, unless the user named a dtype.
+    """
+    dtype: str = vllm_config.cache_config.cache_dtype
+    asks = getattr(vllm_config.quant_config, "kv_cache_scheme", None) is not None
+    return FP8_CACHES[0] if dtype == "auto" and asks else dtype
 
 
 def read_scales(

@@ -27,9 +27,9 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.vllm_bridge import stock_pairs
 from vllm_kvzip.vllm_bridge.attention_layer import HeadPageLayer
+from vllm_kvzip.vllm_bridge.checks import check_attention
 from vllm_kvzip.vllm_bridge.kernel_batches import KernelBatch
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings
 
@@ -151,11 +151,7 @@ class HeadPageImpl(HeadPageLayer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.alibi_slopes is not None or self.sinks is not None or self.logits_soft_cap:
-            raise UnsupportedError(
-                "KV compression on GPUs does not support models with ALiBi, learned attention "
-                "sinks or capped attention logits; run this model without --kv-compression."
-            )
+        check_attention(self, is_capped=bool(self.logits_soft_cap))
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """No: over head pages the output is written as it is."""

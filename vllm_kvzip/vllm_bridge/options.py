@@ -15,18 +15,21 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from vllm_kvzip.attention_kinds import caps_logits
 from vllm_kvzip.config import CONFIG_FLAG, METHOD, Budget, KVzipConfig, is_enabled, load_config
 from vllm_kvzip.errors import ConfigError
 from vllm_kvzip.profile import check_matches, find_profile, load_profile, profile_folders
 from vllm_kvzip.vllm_bridge.checks import (
     check_attention_kernel,
+    check_capped_logits,
     check_prefill_budget,
     check_profile_build,
     check_scoring_passes,
     check_supported,
-    default_gpu_backend,
-    model_fingerprint,
 )
+from vllm_kvzip.vllm_bridge.fingerprint import model_fingerprint
+from vllm_kvzip.vllm_bridge.fp8_cache import running_cache_dtype
+from vllm_kvzip.vllm_bridge.gpu_backend import default_gpu_backend
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings, cache_shape
 from vllm_kvzip.vllm_bridge.versions import check_version, untested_warning
 
@@ -84,7 +87,7 @@ def configure(vllm_config: VllmConfig, config: KVzipConfig) -> None:
     """
     check_version()
     check_supported(vllm_config)
-    check_attention_kernel(config, vllm_config.cache_config.cache_dtype)
+    check_attention_kernel(config, running_cache_dtype(vllm_config))
     if warning := untested_warning():
         logger.warning(warning)
     settings = _resolve(vllm_config, config)
@@ -163,7 +166,10 @@ def resolve(
         _refuse_what_needs_a_profile(scorer, scorer_type, budget)
     if config.prefill_budget is not None:
         check_prefill_budget(vllm_config, config.mode, scorer, scorer_type.scores_last)
-    if repeats := scorer_type.needs_reconstruction:
+    repeats = scorer_type.needs_reconstruction
+    is_capped = caps_logits(vllm_config.model_config.hf_text_config)
+    check_capped_logits(is_capped, config.mode, scorer if repeats else None)
+    if repeats:
         check_scoring_passes(vllm_config, scorer)
     surrogate = None
     if path is not None and scorer_type.needs_surrogate:

@@ -14,7 +14,7 @@ import functools
 import sys
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvzip.config import CONFIG_FLAG, FLAG, METHOD, merge_flag
+from vllm_kvzip.config import CONFIG_FLAG, FLAG, METHOD, merge_additional, merge_flag
 from vllm_kvzip.errors import KVzipError
 
 if TYPE_CHECKING:
@@ -62,14 +62,36 @@ def _add_flags(engine_args: type[EngineArgs]) -> None:
         )
         group.add_argument(
             CONFIG_FLAG,
+            action="append",  # vLLM's parser hands dotted settings over as one more value, the last
             default=None,
             metavar="JSON",
             help="Settings as JSON, as a path to a JSON file, or one by one, for example "
-            f"{CONFIG_FLAG}.keep_ratio 0.3.",
+            f"{CONFIG_FLAG}.keep_ratio 0.3. Given several times they are merged, those given one "
+            "by one on top.",
         )
+        if action := parser._option_string_actions.get("--additional-config"):
+            _merge_settings(action)
         return parser
 
     engine_args.add_cli_args = staticmethod(add_cli_args)
+
+
+def _merge_settings(action: argparse.Action) -> None:
+    """Symptom without it: of our settings in two values of ``--additional-config``, as a JSON text
+    and dotted, or in a file and on the command line, the first ones are lost without a word.
+
+    Safe: values without an entry of ours stay as they are. Remove when vLLM merges them itself.
+    """
+    kind: Any = type(action)
+
+    class Merging(kind):
+        """vLLM's action, which keeps our settings of earlier values."""
+
+        def __call__(self, parser: Any, namespace: Any, values: Any, *option: Any) -> None:
+            merged = merge_additional(getattr(namespace, self.dest, None), values)
+            super().__call__(parser, namespace, merged, *option)
+
+    action.__class__ = Merging
 
 
 def _remember_flags(engine_args: type[EngineArgs]) -> None:

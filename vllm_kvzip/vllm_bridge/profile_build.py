@@ -40,7 +40,7 @@ from vllm_kvzip.reconstruction import retrieval_fractions
 from vllm_kvzip.repeat_prompt import repeat_wording
 from vllm_kvzip.surrogate_training import SurrogateTrainer
 from vllm_kvzip.vllm_bridge.calibration_pass import CalibrationPass, CaughtCache
-from vllm_kvzip.vllm_bridge.checks import model_fingerprint
+from vllm_kvzip.vllm_bridge.fingerprint import model_fingerprint
 from vllm_kvzip.vllm_bridge.options import resolve, without_profile
 from vllm_kvzip.vllm_bridge.rotary import find_rotary
 from vllm_kvzip.vllm_bridge.scoring_pass import RepeatPrompt

@@ -20,6 +20,7 @@ from vllm_kvzip.prefix_rule import PrefixRule
 from vllm_kvzip.profile import interpolate
 from vllm_kvzip.scoring import scorer_class
 from vllm_kvzip.tiers import TierRule
+from vllm_kvzip.vllm_bridge.fp8_cache import running_cache_dtype
 from vllm_kvzip.vllm_bridge.stats_export import FOLDER_VARIABLE
 
 if TYPE_CHECKING:
@@ -254,5 +255,5 @@ def cache_shape(vllm_config: VllmConfig) -> tuple[int, int, int]:
     from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    dtype = kv_cache_dtype_str_to_dtype(cache.cache_dtype, model)
+    dtype = kv_cache_dtype_str_to_dtype(running_cache_dtype(vllm_config), model)
     return int(cache.block_size), int(model.get_head_size()), dtype.itemsize

@@ -17,6 +17,7 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.gpu_sync_debug import with_gpu_sync_check
 from vllm.v1.attention.backends.registry import register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
@@ -30,6 +31,7 @@ from vllm_kvzip.scoring import ScorerSettings, create_scorer
 from vllm_kvzip.vllm_bridge.attention_timer import AttentionTimer
 from vllm_kvzip.vllm_bridge.cache_spec import HeadPageSpec, as_head_page_specs
 from vllm_kvzip.vllm_bridge.cache_view import map_head_pages
+from vllm_kvzip.vllm_bridge.checks import check_capped_logits
 from vllm_kvzip.vllm_bridge.fp8_cache import read_scales
 from vllm_kvzip.vllm_bridge.head_page_cache import HeadPageCache
 from vllm_kvzip.vllm_bridge.requests import RequestTracker
@@ -39,6 +41,7 @@ from vllm_kvzip.vllm_bridge.runtime import HeadPageRuntime
 from vllm_kvzip.vllm_bridge.scoring_pass import ReconstructionPass, RepeatPrompt
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings
 from vllm_kvzip.vllm_bridge.stats_export import WorkerRecorder
+from vllm_kvzip.vllm_bridge.tensor_parallel import first_kv_head
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -126,8 +129,8 @@ class HeadPageWorker(WorkerBase):
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """vLLM's specs, each as :class:`HeadPageSpec`."""
         specs = super().get_kv_cache_spec()
-        num_ranks = self.parallel_config.tensor_parallel_size
-        return as_head_page_specs(specs, self._kvzip_settings, num_ranks)
+        layers = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)
+        return as_head_page_specs(specs, layers, self._kvzip_settings, self.vllm_config)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Let vLLM allocate the cache, then put the head-page runtime over it."""
@@ -158,12 +161,6 @@ class HeadPageWorker(WorkerBase):
     def _build_runtime(self, kv_cache_config: KVCacheConfig) -> HeadPageRuntime:
         settings = self._kvzip_settings
         config = settings.config
-        attention = get_layers_from_vllm_config(self.vllm_config, Attention)
-        if any(layer.kv_sharing_target_layer_name for layer in attention.values()):
-            raise UnsupportedError(
-                "KV compression does not support layers that share another layer's KV cache; run "
-                "this model without --kv-compression."
-            )
         (group,) = kv_cache_config.kv_cache_groups
         spec = group.kv_cache_spec
         if not isinstance(spec, HeadPageSpec):
@@ -181,6 +178,13 @@ class HeadPageWorker(WorkerBase):
             self.cache_config.get_resolved_kv_cache_layout(),
         )
         first = layers[layer_names[0]]
+        rank = get_tensor_model_parallel_rank()
+        heads_before = first_kv_head(
+            rank,
+            self.parallel_config.tensor_parallel_size,
+            self.model_config.get_total_num_kv_heads(),
+        )
+        own_heads = slice(heads_before, heads_before + spec.num_kv_heads)
         geometry = CacheGeometry(
             num_layers=len(layer_names),
             num_kv_heads=spec.num_kv_heads,
@@ -202,11 +206,8 @@ class HeadPageWorker(WorkerBase):
             )
         layer_index = {name: index for index, name in enumerate(layer_names)}
         quantization = settings.quantization(spec.block_size, spec.head_size, spec.dtype.itemsize)
-        if quantization is not None and first.impl.logits_soft_cap:
-            raise UnsupportedError(
-                f"Mode {config.mode} does not work with capped attention logits yet; set mode to "
-                f"evict."
-            )
+        repeats_with = settings.scorer if settings.repeat_ids is not None else None
+        check_capped_logits(bool(first.impl.logits_soft_cap), config.mode, repeats_with)
         scales = read_scales(list(layers.values()), spec.num_kv_heads, self.model_config.dtype)
         store = self.page_store(pages, spec, builders, quantization, scales)
         cache = HeadPageCache(
@@ -224,7 +225,7 @@ class HeadPageWorker(WorkerBase):
             ScorerSettings(
                 config.observation_window_tokens,
                 settings.surrogate,
-                first_kv_head=get_tensor_model_parallel_rank() * spec.num_kv_heads,
+                first_kv_head=heads_before,
             ),
         )
         rotary = None
@@ -250,20 +251,15 @@ class HeadPageWorker(WorkerBase):
             rule=rule,
             scorer=scorer,
             budget=settings.budget,
-            head_fractions=_own_fractions(settings, spec.num_kv_heads),
-            head_importance=_own_heads(settings.head_importance, spec.num_kv_heads),
-            tier_fractions=_own_tiers(settings, spec.num_kv_heads),
+            head_fractions=_own_fractions(settings, own_heads),
+            head_importance=_own_heads(settings.head_importance, own_heads),
+            tier_fractions=_own_tiers(settings, own_heads),
             rotary=rotary,
             seed=config.seed,
             clock=self.clock,
         )
         reconstruction = None
         if settings.repeat_ids is not None:
-            if first.impl.logits_soft_cap:
-                raise UnsupportedError(
-                    f"Scorer {settings.scorer} does not work with capped attention logits yet; "
-                    f"choose another scorer."
-                )
             reconstruction = ReconstructionPass(
                 model=self.model_runner.get_model(),
                 vllm_config=self.vllm_config,
@@ -276,7 +272,7 @@ class HeadPageWorker(WorkerBase):
                 score_columns=self.score_columns,
             )
         recorder = timer = None
-        if get_tensor_model_parallel_rank() == 0:  # the others would record the same
+        if rank == 0:  # the others would record the same
             recorder = WorkerRecorder(settings.metrics_directory)
             timer = AttentionTimer(recorder, self.clock)
             for layer in layers.values():
@@ -308,24 +304,22 @@ class HeadPageWorker(WorkerBase):
         return runtime
 
 
-def _own_fractions(
-    settings: Settings, num_kv_heads: int
-) -> Callable[[float], list[list[float]]] | None:
+def _own_fractions(settings: Settings, own: slice) -> Callable[[float], list[list[float]]] | None:
     """Keep ratio -> share of its KV pairs each of this rank's heads keeps, for budgets by head."""
     if settings.head_importance is None:
         return None
 
     @functools.lru_cache(maxsize=64)
     def at(keep_ratio: float) -> list[list[float]]:
-        own = _own_heads(settings.head_fractions(keep_ratio), num_kv_heads)
-        assert own is not None
-        return own
+        fractions = _own_heads(settings.head_fractions(keep_ratio), own)
+        assert fractions is not None
+        return fractions
 
     return at
 
 
 def _own_tiers(
-    settings: Settings, num_kv_heads: int
+    settings: Settings, own: slice
 ) -> Callable[[float], tuple[list[list[float]], list[list[float]]]] | None:
     """The same of either tier, by bytes ratio."""
     if settings.head_tiers is None:
@@ -333,14 +327,13 @@ def _own_tiers(
 
     @functools.lru_cache(maxsize=64)
     def at(bytes_ratio: float) -> tuple[list[list[float]], list[list[float]]]:
-        full, kept = (_own_heads(g, num_kv_heads) for g in settings.tier_fractions(bytes_ratio))
+        full, kept = (_own_heads(grid, own) for grid in settings.tier_fractions(bytes_ratio))
         assert full is not None and kept is not None
         return full, kept
 
     return at
 
 
-def _own_heads(grid: list[list[float]] | None, num_kv_heads: int) -> list[list[float]] | None:
-    """The columns of this rank's KV heads; tensor parallelism deals them out in order."""
-    first = get_tensor_model_parallel_rank() * num_kv_heads
-    return None if grid is None else [row[first : first + num_kv_heads] for row in grid]
+def _own_heads(grid: list[list[float]] | None, own: slice) -> list[list[float]] | None:
+    """The columns of this rank's KV heads."""
+    return None if grid is None else [row[own] for row in grid]
