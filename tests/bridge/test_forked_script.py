@@ -3,11 +3,9 @@
 import os
 
 import pytest
-from forked_script import run_script
+from forked_script import ENGINES, run_script
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-
-ENGINES = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 def run(folder, text, *arguments, timeout=60, **variables):

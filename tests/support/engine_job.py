@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from forked_script import run_script
+from forked_script import ENGINES, run_script
 
 MODEL = Path(__file__).parent.parent / "models" / "tiny-retriever"
 MAX_SECONDS = 300
@@ -158,8 +158,7 @@ def run_job(
             str(job),
             str(answer),
             environment={
-                **os.environ,
-                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                **ENGINES,
                 "TMPDIR": folder,  # the process ends without cleaning up
                 **(environment or {}),
             },
@@ -189,7 +188,7 @@ def engine_scores(
         Path(__file__).with_name("scoring_job.py"),
         str(job),
         str(answer),
-        environment={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TMPDIR": str(folder)},
+        environment={**ENGINES, "TMPDIR": str(folder)},
     )
     assert done.returncode == 0, done.stdout[-3000:]
     found = torch.load(answer)

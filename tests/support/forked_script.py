@@ -32,6 +32,10 @@ IMPORTED = (
 )
 
 
+ENGINES = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+"""Environment of scripts that step their engine by hand."""
+
+
 def run_script(
     script: Path, *arguments: str, environment: Mapping[str, str], timeout: int = 300
 ) -> subprocess.CompletedProcess[str]:
