@@ -24,7 +24,7 @@ demo: setup ## serve a real language model with compression, ask it something, s
 	@$(VENV)/bin/python scripts/demo.py
 
 test: setup ## all tests, real vLLM included; a module is run by one of WORKERS processes
-	$(PYTEST) -n $(WORKERS) --dist loadfile
+	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-fast: setup ## the tests that start no engine
 	$(PYTEST) -m "not slow and not vllm"

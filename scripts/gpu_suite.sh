@@ -21,7 +21,7 @@ done
 "$PYTHON" scripts/gpu_suite.py "$@" || kernels=$?
 [ "$kernels" -eq 2 ] && exit 2 # no card, or a wrong flag
 engine=0
-if "$PYTHON" -c 'import vllm' 2>/dev/null; then
+if "$PYTHON" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("vllm"))'; then
     "$PYTHON" scripts/gpu_engine.py "${engine_flags[@]}" || engine=$?
 else
     echo "No vLLM here: its engine was not asked."

@@ -1,12 +1,10 @@
 """Benchmarks run from one command, and refuse to print figures of a plugin that did nothing."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked_script import ENGINES, run_script
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -14,14 +12,8 @@ SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
 
 
 def run(script, *arguments):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPTS / script), *arguments],
-        env={**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_script(SCRIPTS / script, *arguments, environment=ENGINES)
+    assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
 
 

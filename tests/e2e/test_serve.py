@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_job import MODEL
+from engine_job import MODEL, Request, run_job
 from local_server import LocalServer
 from retrieval_task import VOCABULARY, copy_prompt, make_context, question_prompt
 
@@ -170,11 +170,10 @@ def test_a_request_chooses_its_ratio_or_none_and_is_told_what_became_of_it(serve
 
 def test_an_answer_without_compression_is_stock_vllms(server):
     prompt = make_context(np.random.default_rng(15), 1024).tokens.tolist()
-    asked = {"max_tokens": 40, "logprobs": 0}
-    with LocalServer(str(MODEL), "--block-size", "32") as stock:
-        expected = stock.complete(prompt, **asked)["choices"]
-    off = server.complete(prompt, **asked, vllm_xargs={"kvzip": "off"})["choices"]
-    assert off[0]["text"] == expected[0]["text"]
+    (stock,) = run_job([Request(prompt, 40)]).texts
+    off = server.complete(prompt, 40, logprobs=0, vllm_xargs={"kvzip": "off"})["choices"]
+    assert off[0]["text"] == stock
+    assert len(stock.split()) == 40
 
 
 def test_a_declared_context_is_prefilled_once_over_http(server):

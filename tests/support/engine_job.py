@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from forked_script import ENGINES, run_script
 
 MODEL = Path(__file__).parent.parent / "models" / "tiny-retriever"
 MAX_SECONDS = 300
@@ -152,23 +153,19 @@ def run_job(
                 }
             )
         )
-        process = subprocess.run(
-            [sys.executable, __file__, str(job), str(answer)],
-            env={
-                **os.environ,
-                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        done = run_script(
+            Path(__file__),
+            str(job),
+            str(answer),
+            environment={
+                **ENGINES,
                 "TMPDIR": folder,  # the process ends without cleaning up
                 **(environment or {}),
             },
-            capture_output=True,
-            text=True,
             timeout=MAX_SECONDS,
-            check=False,
         )
-        if process.returncode != 0:
-            raise RuntimeError(
-                f"engine failed:\n{process.stdout[-2000:]}\n{process.stderr[-6000:]}"
-            )
+        if done.returncode != 0:
+            raise RuntimeError(f"engine failed ({done.returncode}):\n{done.stdout[-8000:]}")
         return Report(**json.loads(answer.read_text()))
 
 
@@ -187,12 +184,13 @@ def engine_scores(
     }  # fmt: skip
     job, answer = folder / "job.json", folder / "answer.pt"
     job.write_text(json.dumps({"engine": arguments, "prompts": prompts}))
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("scoring_job.py"), job, answer],
-        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TMPDIR": str(folder)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = run_script(
+        Path(__file__).with_name("scoring_job.py"),
+        str(job),
+        str(answer),
+        environment={**ENGINES, "TMPDIR": str(folder)},
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
     found = torch.load(answer)
     return found["scores"], found["passes"]
 
