@@ -17,7 +17,8 @@ from reconstruction_probe import layers_of, rotary_of
 from vllm_kvzip.calibration import NETWORK_TOKENS
 from vllm_kvzip.rotary import unrotated
 from vllm_kvzip.selection import protect
-from vllm_kvzip.surrogate_training import SurrogateTrainer
+from vllm_kvzip.surrogate import MIN_LOG_SCORE
+from vllm_kvzip.surrogate_training import ATTENTION_FLOOR, SurrogateTrainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from vllm_kvzip.surrogate import LayerSurrogate
 
+FLOORS = {"influence": MIN_LOG_SCORE, "attention": ATTENTION_FLOOR}
 NUM_SINKS, NUM_RECENT = 4, 16  # as the engine protects them
 
 
@@ -41,15 +43,15 @@ class NetworkChoice:
     """
 
     KEEP_RATIOS: ClassVar = (0.3, 0.2, 0.1)
-    NUM_TARGETS: ClassVar = 2
+    NUM_TARGETS: ClassVar = len(FLOORS)
 
     def __init__(self, model: MaskedModel, context_tokens: int, width: int, seed: int) -> None:
         self._model = model
         self._rotary = rotary_of(model.model, context_tokens)
         num_layers = model.fingerprint.num_layers
         self._trainers = {
-            target: SurrogateTrainer(num_layers, NETWORK_TOKENS, width, seed)
-            for target in ("influence", "attention")
+            target: SurrogateTrainer(num_layers, NETWORK_TOKENS, width, seed, floor)
+            for target, floor in FLOORS.items()
         }
         self.target = ""
         self.report: list[str] = []

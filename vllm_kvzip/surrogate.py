@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SCHEMA_VERSION = "2"
-MIN_LOG_SCORE = -7.0  # of the best ones, in log; differences below it decide nothing
+MIN_LOG_SCORE = -7.0  # beside the best ones; differences below it decide nothing
 RECENCY_TOKENS = (16.0, 64.0, 256.0)  # lengths by which nearness to the end decays
 _PARTS = ("mix", "mix_bias", "out", "out_bias")
 

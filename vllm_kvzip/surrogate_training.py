@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_kvzip.rotary import unrotated
-from vllm_kvzip.surrogate import MIN_LOG_SCORE, LayerSurrogate, token_features
+from vllm_kvzip.surrogate import LayerSurrogate, token_features
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 STEPS = 400
 BATCH_TOKENS = 512
+ATTENTION_FLOOR = -6.0  # an attention of 0.0025
 BEST_SHARE = 1e-3  # scores above that of this share of all pairs count alike
 LEARNING_RATE = 6e-3
 
@@ -36,13 +37,22 @@ class SurrogateTrainer:
             features wait in memory until the networks are fitted.
         width: of the networks.
         seed: of the drawing and of the fit.
+        floor: log scores below it, beside the best ones, count alike.
     """
 
-    def __init__(self, num_layers: int, tokens_per_context: int, width: int, seed: int) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        tokens_per_context: int,
+        width: int,
+        seed: int,
+        floor: float = ATTENTION_FLOOR,
+    ) -> None:
         self._features: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
         self._targets: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
         self._tokens_per_context = tokens_per_context
         self._width = width
+        self._floor = floor
         self._generator = torch.Generator().manual_seed(seed)
 
     def add(self, cache: Cached, scores: torch.Tensor, rotary: RotaryTables | None) -> None:
@@ -70,7 +80,7 @@ class SurrogateTrainer:
         layers = []
         best = self._best()
         for features, targets in zip(self._features, self._targets, strict=True):
-            log_scores = (torch.cat(targets, 1) - best).clamp_(MIN_LOG_SCORE, 0.0)
+            log_scores = (torch.cat(targets, 1) - best).clamp_(self._floor, 0.0)
             layers.append(self._fit_layer(torch.cat(features, 1).float(), log_scores))
             progress()
         return layers
