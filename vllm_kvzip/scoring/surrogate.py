@@ -1,4 +1,4 @@
-"""Networks that were trained to predict KVzip's scores (after KVzap, arXiv 2601.07891)."""
+"""Networks that predict how much each KV pair matters (after KVzap, arXiv 2601.07891)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ CONTRAST_FROM, CONTRAST_FULLY = 0.1, 0.05  # keep ratios between which it comes 
 def contrast_power(keep_ratio: float) -> float:
     """How much the contrast counts beside the predicted score: nothing from keep ratio 0.1 on.
 
-    Above it the pairs that the model needs to repeat its context are the right ones. Where only
-    the best few are kept, nearly all of them score high, and those that stand out are worth more.
+    Above it the pairs that decide what the model repeats are the right ones. Where only the best
+    few are kept, nearly all of them score high, and those that stand out are worth more.
     A pair that a head always returns to does not stand out, so contrast must not count sooner.
     """
     return MOST_CONTRAST * ramp(keep_ratio, CONTRAST_FROM, CONTRAST_FULLY)
@@ -31,9 +31,10 @@ def contrast_power(keep_ratio: float) -> float:
 
 @register_scorer
 class SurrogateScorer(Scorer):
-    """The predicted score of scorer ``kvzip``, for a small part of its cost.
+    """Influence, or the score of scorer ``kvzip``, predicted for a small part of its cost.
 
-    Where little is kept it is multiplied by a power of scorer ``contrast``.
+    The head profile says which, see :mod:`vllm_kvzip.influence`. Where little is kept it is
+    multiplied by a power of scorer ``contrast``.
 
     Raises:
         ProfileError: if the file that the settings name is missing or broken.
