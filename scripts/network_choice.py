@@ -10,30 +10,30 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from documents import Document, Question
 from reconstruction_probe import layers_of, rotary_of
 
 from vllm_kvzip.calibration import NETWORK_TOKENS
-from vllm_kvzip.rotary import unrotated
+from vllm_kvzip.config import KVzipConfig
 from vllm_kvzip.selection import protect
 from vllm_kvzip.surrogate import MIN_LOG_SCORE
-from vllm_kvzip.surrogate_training import ATTENTION_FLOOR, SurrogateTrainer
+from vllm_kvzip.surrogate_training import ATTENTION_FLOOR, SurrogateTrainer, predict
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import torch
     from masked_model import MaskedModel
     from transformers import DynamicCache
 
     from vllm_kvzip.surrogate import LayerSurrogate
 
 FLOORS = {"influence": MIN_LOG_SCORE, "attention": ATTENTION_FLOOR}
-NUM_SINKS, NUM_RECENT = 4, 16  # as the engine protects them
+DEFAULTS = KVzipConfig()
 
 
 class NetworkChoice:
-    """One trainer per target.
+    """One trainer for all targets.
 
     Args:
         model: whose KV pairs are scored.
@@ -48,11 +48,8 @@ class NetworkChoice:
     def __init__(self, model: MaskedModel, context_tokens: int, width: int, seed: int) -> None:
         self._model = model
         self._rotary = rotary_of(model.model, context_tokens)
-        num_layers = model.fingerprint.num_layers
-        self._trainers = {
-            target: SurrogateTrainer(num_layers, NETWORK_TOKENS, width, seed, floor)
-            for target, floor in FLOORS.items()
-        }
+        num_layers, floors = model.fingerprint.num_layers, list(FLOORS.values())
+        self._trainer = SurrogateTrainer(num_layers, NETWORK_TOKENS, width, seed, floors)
         self.target = ""
         self.report: list[str] = []
 
@@ -68,8 +65,7 @@ class NetworkChoice:
             cache: each layer's keys and values after the prefill, ``[H, T, D]``.
             influence, attention: float32 ``[L, H, T]``, the two targets.
         """
-        for trainer, scores in zip(self._trainers.values(), (influence, attention), strict=True):
-            trainer.add(cache, scores, self._rotary)
+        self._trainer.add(cache, [influence, attention], self._rotary)
 
     def best(
         self,
@@ -88,10 +84,12 @@ class NetworkChoice:
         """
         document = Document(list(context), [Question(list(repeat_ids), list(context))])
         found: dict[str, tuple[float, list[LayerSurrogate]]] = {}
-        for target, trainer in self._trainers.items():
-            networks = trainer.fit(progress)
+        for kind, target in enumerate(FLOORS):
+            networks = self._trainer.fit(progress, kind)
+            scores = predict(networks, layers_of(cache), self._rotary)
+            scores = protect(scores, DEFAULTS.sink_tokens, DEFAULTS.recent_tokens)
             nats = [
-                self._model.nats(document, cache, self._kept(networks, cache, ratio))[0]
+                self._model.nats(document, cache, _best(scores, ratio))[0]
                 for ratio in self.KEEP_RATIOS
             ]
             found[target] = sum(nats) / len(nats) / len(context), networks
@@ -104,16 +102,8 @@ class NetworkChoice:
             )
         return found[self.target][1]
 
-    def _kept(
-        self, networks: Sequence[LayerSurrogate], cache: DynamicCache, keep_ratio: float
-    ) -> torch.Tensor:
-        """The pairs that the networks would keep, bool ``[L, H, T]``."""
-        scores = torch.stack(
-            [
-                network.log_scores_of(unrotated(keys.float(), self._rotary), values.float())
-                for network, (keys, values) in zip(networks, layers_of(cache), strict=True)
-            ]
-        )
-        scores = protect(scores, NUM_SINKS, NUM_RECENT)
-        count = max(1, round(keep_ratio * scores.numel()))
-        return scores >= scores.flatten().topk(count).values[-1]
+
+def _best(scores: torch.Tensor, keep_ratio: float) -> torch.Tensor:
+    """The best pairs over all layers and heads, bool ``[L, H, T]``."""
+    count = max(1, round(keep_ratio * scores.numel()))
+    return scores >= scores.flatten().topk(count).values[-1]

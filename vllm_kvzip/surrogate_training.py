@@ -37,7 +37,8 @@ class SurrogateTrainer:
             features wait in memory until the networks are fitted.
         width: of the networks.
         seed: of the drawing and of the fit.
-        floor: log scores below it, beside the best ones, count alike.
+        floors: one for each kind of score that networks can be fitted to; log scores below it,
+            beside the best ones, count alike.
     """
 
     def __init__(
@@ -46,66 +47,80 @@ class SurrogateTrainer:
         tokens_per_context: int,
         width: int,
         seed: int,
-        floor: float = ATTENTION_FLOOR,
+        floors: Sequence[float] = (ATTENTION_FLOOR,),
     ) -> None:
         self._features: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
-        self._targets: list[list[torch.Tensor]] = [[] for _ in range(num_layers)]
+        self._targets: list[list[list[torch.Tensor]]] = [
+            [[] for _ in range(num_layers)] for _ in floors
+        ]
         self._tokens_per_context = tokens_per_context
         self._width = width
-        self._floor = floor
+        self._floors = floors
         self._generator = torch.Generator().manual_seed(seed)
 
-    def add(self, cache: Cached, scores: torch.Tensor, rotary: RotaryTables | None) -> None:
+    def add(
+        self, cache: Cached, scores: Sequence[torch.Tensor], rotary: RotaryTables | None
+    ) -> None:
         """Take in one context.
 
         Args:
             cache: each layer's keys and values after the prefill, ``[H, T, D]``.
-            scores: float32 ``[L, H, T]``, not negative, in one unit for all contexts.
+            scores: of each kind float32 ``[L, H, T]``, not negative, in one unit for all contexts.
             rotary: of the model.
         """
-        chosen = torch.randperm(scores.shape[-1], generator=self._generator)
+        chosen = torch.randperm(scores[0].shape[-1], generator=self._generator)
         chosen = chosen[: self._tokens_per_context]
-        targets = scores.log()
         for index, (keys, values) in enumerate(cache):
             features = token_features(unrotated(keys.float(), rotary), values.float())
             self._features[index].append(features[:, chosen].half())
-            self._targets[index].append(targets[index][:, chosen])
+            for targets, kind in zip(self._targets, scores, strict=True):
+                targets[index].append(kind[index][:, chosen].log())
 
-    def fit(self, progress: Callable[[], Any] = lambda: None) -> list[LayerSurrogate]:
-        """Fit all layers.
+    def fit(
+        self, progress: Callable[[], Any] = lambda: None, kind: int = 0
+    ) -> list[LayerSurrogate]:
+        """Fit all layers to one kind of score; the same networks however often it is called.
 
         Args:
             progress: called after each layer.
+            kind: of the scores.
         """
         layers = []
-        best = self._best()
-        for features, targets in zip(self._features, self._targets, strict=True):
-            log_scores = (torch.cat(targets, 1) - best).clamp_(self._floor, 0.0)
-            layers.append(self._fit_layer(torch.cat(features, 1).float(), log_scores))
+        generator = self._generator.clone_state()
+        best = self._best(kind)
+        for features, targets in zip(self._features, self._targets[kind], strict=True):
+            log_scores = (torch.cat(targets, 1) - best).clamp_(self._floors[kind], 0.0)
+            layers.append(self._fit_layer(torch.cat(features, 1).float(), log_scores, generator))
             progress()
         return layers
 
-    def _best(self) -> float:
+    def _best(self, kind: int) -> float:
         """The log score that becomes 0."""
-        all_scores = torch.cat([part.flatten() for layer in self._targets for part in layer])
+        all_scores = torch.cat([part.flatten() for layer in self._targets[kind] for part in layer])
         count = max(1, round(BEST_SHARE * all_scores.numel()))
         return float(all_scores.topk(count).values[-1])
 
-    def _fit_layer(self, features: torch.Tensor, targets: torch.Tensor) -> LayerSurrogate:
+    def _fit_layer(
+        self, features: torch.Tensor, targets: torch.Tensor, generator: torch.Generator
+    ) -> LayerSurrogate:
         """Networks for features ``[H, n, F]`` and log scores ``[H, n]``."""
         mean, spread = features.mean(1), features.std(1) + 1e-6
         features = (features - mean[:, None]) / spread[:, None]
         num_heads, num_tokens, num_inputs = features.shape
-        mix = self._random(num_heads, num_inputs, self._width) * num_inputs**-0.5
-        mix_bias = self._random(num_heads, self._width) * num_inputs**-0.5
-        out = self._random(num_heads, self._width) * self._width**-0.5
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(features.device)
+
+        mix = random(num_heads, num_inputs, self._width) * num_inputs**-0.5
+        mix_bias = random(num_heads, self._width) * num_inputs**-0.5
+        out = random(num_heads, self._width) * self._width**-0.5
         parameters = [mix, mix_bias, out, targets.mean(1)]
         for parameter in parameters:
             parameter.requires_grad_(True)
         optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=1e-3)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
         for _ in range(STEPS):
-            rows = torch.randint(num_tokens, (BATCH_TOKENS,), generator=self._generator)
+            rows = torch.randint(num_tokens, (BATCH_TOKENS,), generator=generator)
             rows = rows.to(features.device)
             predicted = LayerSurrogate(*parameters).log_scores(features[:, rows])
             # Heads do not share weights, so each learns as if it were alone.
@@ -119,33 +134,20 @@ class SurrogateTrainer:
         mix_bias = mix_bias - torch.bmm(mean[:, None], mix).squeeze(1)
         return LayerSurrogate(mix, mix_bias, out, out_bias)
 
-    def _random(self, *shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=self._generator).to(self._features[0][0].device)
 
-
-def agreement(
-    layers: Sequence[LayerSurrogate],
-    cache: Cached,
-    scores: torch.Tensor,
-    rotary: RotaryTables | None,
-    keep_ratio: float,
-) -> float:
-    """Share of the best KV pairs of one context, over all layers and heads, that are chosen.
+def predict(
+    layers: Sequence[LayerSurrogate], cache: Cached, rotary: RotaryTables | None
+) -> torch.Tensor:
+    """What the networks predict of one context, log scores float32 ``[L, H, T]``.
 
     Args:
         layers: the networks.
         cache: each layer's keys and values after the prefill, ``[H, T, D]``.
-        scores: float32 ``[L, H, T]``, of the kind that the networks learned.
         rotary: of the model.
-        keep_ratio: how many pairs are the best.
     """
-    predicted = torch.stack(
+    return torch.stack(
         [
             network.log_scores_of(unrotated(keys.float(), rotary), values.float())
             for network, (keys, values) in zip(layers, cache, strict=True)
         ]
     )
-    count = max(1, round(keep_ratio * scores.numel()))
-    best = scores.flatten().topk(count).indices
-    chosen = predicted.flatten().topk(count).indices
-    return float(torch.isin(chosen, best).float().mean())

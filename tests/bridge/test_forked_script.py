@@ -44,4 +44,4 @@ sys.seen = True
 def test_how_it_ended_is_told(tmp_path, text, code, words):
     done = run(tmp_path, text, timeout=2)
     assert done.returncode == code
-    assert words in done.stdout
+    assert words in (done.stderr if code == 1 else done.stdout)

@@ -13,7 +13,7 @@ SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
 
 def run(script, *arguments):
     done = run_script(SCRIPTS / script, *arguments, environment=ENGINES)
-    assert done.returncode == 0, done.stdout[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 

@@ -172,7 +172,7 @@ def test_an_answer_without_compression_is_stock_vllms(server):
     prompt = make_context(np.random.default_rng(15), 1024).tokens.tolist()
     (stock,) = run_job([Request(prompt, 40)]).texts
     off = server.complete(prompt, 40, logprobs=0, vllm_xargs={"kvzip": "off"})["choices"]
-    assert off[0]["text"].split() == stock.split()
+    assert off[0]["text"] == stock
     assert len(stock.split()) > 20
 
 

@@ -165,7 +165,9 @@ def run_job(
             timeout=MAX_SECONDS,
         )
         if done.returncode != 0:
-            raise RuntimeError(f"engine failed ({done.returncode}):\n{done.stdout[-8000:]}")
+            raise RuntimeError(
+                f"engine failed ({done.returncode}):\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+            )
         return Report(**json.loads(answer.read_text()))
 
 
@@ -190,7 +192,7 @@ def engine_scores(
         str(answer),
         environment={**ENGINES, "TMPDIR": str(folder)},
     )
-    assert done.returncode == 0, done.stdout[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
     found = torch.load(answer)
     return found["scores"], found["passes"]
 

@@ -48,22 +48,26 @@ def run_script(
         timeout: seconds after which it is ended by SIGALRM.
 
     Returns:
-        its exit code, negative where a signal ended it, and its output; errors go there too.
+        its exit code, negative where a signal ended it, and what it wrote.
     """
     shared = {name: environment[name] for name in environment if name not in OF_ONE_SCRIPT}
     parent = _parent(tuple(sorted(shared.items())))
-    with tempfile.NamedTemporaryFile(mode="r", errors="replace") as output:
+    with (
+        tempfile.NamedTemporaryFile(mode="r", errors="replace") as output,
+        tempfile.NamedTemporaryFile(mode="r", errors="replace") as errors,
+    ):
         job = {
             "argv": [str(script), *arguments],
             "environment": dict(environment),
             "output": output.name,
+            "errors": errors.name,
             "timeout": timeout,
         }
         assert parent.stdin is not None
         assert parent.stdout is not None
         print(json.dumps(job), file=parent.stdin, flush=True)
         code = int(parent.stdout.readline())
-        return subprocess.CompletedProcess(job["argv"], code, output.read())
+        return subprocess.CompletedProcess(job["argv"], code, output.read(), errors.read())
 
 
 OF_ONE_SCRIPT = {"PYTEST_CURRENT_TEST", "TMPDIR"}
@@ -102,10 +106,9 @@ def serve() -> None:
 
 def become(job: dict) -> None:
     """Be the process of the script; does not return."""
-    output = os.open(job["output"], os.O_WRONLY)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    os.dup2(os.open(job["output"], os.O_WRONLY), 1)
+    os.dup2(os.open(job["errors"], os.O_WRONLY), 2)
     os.environ.clear()
     os.environ.update(job["environment"])
     tempfile.tempdir = None  # may have been looked up already

@@ -19,7 +19,7 @@ from vllm_kvzip.surrogate import (
     save_surrogate,
     token_features,
 )
-from vllm_kvzip.surrogate_training import SurrogateTrainer, agreement
+from vllm_kvzip.surrogate_training import SurrogateTrainer, predict
 
 SHAPE = ModelFingerprint(
     architecture="A", num_layers=2, num_query_heads=4, num_kv_heads=2, head_dim=4
@@ -82,14 +82,36 @@ def test_wrong_files_are_one_sentence(tmp_path):
         load_surrogate(path)
 
 
+def agreement(layers, cache, scores, rotary, keep_ratio):
+    """Share of the best KV pairs of one context, over all layers and heads, that are chosen."""
+    count = max(1, round(keep_ratio * scores.numel()))
+    best = scores.flatten().topk(count).indices
+    chosen = predict(layers, cache, rotary).flatten().topk(count).indices
+    return float(torch.isin(chosen, best).float().mean())
+
+
 def test_training_finds_scores_that_the_features_tell():
     """Scores that are a function of keys and values: the fit must find it."""
 
     keys, values = torch.randn(2, 900, 4), torch.randn(2, 900, 4)
     scores = torch.sigmoid(2 * keys[:, :, 0] + values[:, :, 2])[None]
     trainer = SurrogateTrainer(1, 800, width=8, seed=0)
-    trainer.add([(keys, values)], scores, None)
+    trainer.add([(keys, values)], [scores], None)
     assert agreement(trainer.fit(), [(keys, values)], scores, None, keep_ratio=0.3) > 0.93
+
+
+def test_kinds_of_scores_are_fitted_each_by_itself():
+    """Beside another kind, and whatever was fitted before, the same networks come out."""
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 300, 4), torch.randn(2, 300, 4)
+    kinds = [torch.sigmoid(keys[None, :, :, place]) for place in (0, 3)]
+    both = SurrogateTrainer(1, 200, width=4, seed=0, floors=[-6.0, -7.0])
+    both.add([(keys, values)], kinds, None)
+    for kind, floor in ((1, -7.0), (0, -6.0), (1, -7.0)):
+        alone = SurrogateTrainer(1, 200, width=4, seed=0, floors=[floor])
+        alone.add([(keys, values)], [kinds[kind]], None)
+        (expected,), (found,) = alone.fit(), both.fit(kind=kind)
+        assert torch.equal(found.mix, expected.mix) and torch.equal(found.out, expected.out)
 
 
 def test_the_shipped_networks_choose_what_kvzip_chooses():

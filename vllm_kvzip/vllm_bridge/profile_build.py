@@ -167,7 +167,7 @@ def _build(
             if not bool((scores.flatten(1).amax(dim=1) > 0).all()):  # never asked, or NaN
                 raise ProfileError("some layers show no attention, or it is not a number")
             trainer.add(
-                [cache.layers[index] for index in range(len(layer_names))], scores, rotary[0]
+                [cache.layers[index] for index in range(len(layer_names))], [scores], rotary[0]
             )
         means = scores.mean(dim=-1).double() / len(contexts)
         importance = means if importance is None else importance + means
