@@ -13,6 +13,8 @@ from .runtime import INTERPRETED
 LEAST_RUN = 256
 """Tokens of the shortest run."""
 MOST_RUNS = 64
+RUNS = 8
+"""Of a pair, where that many give each multiprocessor neither too little to do nor too much."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,9 @@ def choose_tile(
 def choose_num_runs(num_programs: int, most_tokens: int, num_processors: int, least: int) -> int:
     """How many runs a pair is cut in at most: enough to keep the card busy, also when heads differ.
 
-    Sixteen programs a multiprocessor if every pair has that many, and four runs at least where one
-    tile holds all queries, so that a head that kept much does not hold up the others. A kernel
+    Eight if that makes two to sixteen programs a multiprocessor: with fewer it waits for memory,
+    with more they wait for each other (two of them fit at head size 128). And four at least where
+    one tile holds all queries, so that a head that kept much does not hold up the others. A kernel
     inside a CUDA graph cannot ask how long this step's pairs are, so it is told this number and
     cuts each pair by its own length.
 
@@ -88,8 +91,9 @@ def choose_num_runs(num_programs: int, most_tokens: int, num_processors: int, le
     Returns:
         1 to 64.
     """
-    wanted = -(-16 * num_processors // num_programs)
-    return max(1, min(MOST_RUNS, max(4, wanted), -(-most_tokens // least)))
+    fewest, most = (-(-each * num_processors // num_programs) for each in (2, 16))
+    wanted = max(4, min(most, max(RUNS, fewest)))
+    return max(1, min(MOST_RUNS, wanted, -(-most_tokens // least)))
 
 
 @functools.lru_cache

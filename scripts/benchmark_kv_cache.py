@@ -87,6 +87,9 @@ def engine_arguments(
         "disable_log_stats": True,
         "seed": args.seed,
     }
+    if args.cuda_graphs:
+        sizes = [1, 2, 4, *range(8, args.requests + 8, 8)]
+        arguments["compilation_config"] = {"cudagraph_capture_sizes": sizes}
     if args.dummy_weights:
         arguments |= {"load_format": "dummy", "skip_tokenizer_init": True}
     if settings is not None:

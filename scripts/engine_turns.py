@@ -48,13 +48,35 @@ def take_turns(
         rounds: how often all of them run.
         folder: takes the answers.
         environment: more environment variables.
+
+    Raises:
+        subprocess.CalledProcessError: when an engine fails; it holds what the engine said.
     """
-    variables = {**CPU_ENVIRONMENT, **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    answer = folder / "answer.json"
     answers: dict[Key, list[Any]] = {key: [] for key in jobs}
     for key, job in tqdm([*jobs.items()] * rounds, desc="engines"):
-        text = json.dumps({**job, "answer": str(answer)})
-        command = [sys.executable, script, "--job", text]
-        subprocess.run(command, check=True, env={**variables, **environment}, capture_output=True)
-        answers[key].append(json.loads(answer.read_text()))
+        answers[key].append(take_turn(script, job, folder / "answer.json", **environment))
     return answers
+
+
+def take_turn(
+    script: str, job: dict[str, Any], answer: Path, timeout: float | None = None, **environment: str
+) -> Any:
+    """What one job answered.
+
+    Args:
+        script: path of the calling script.
+        job: what ``run_once`` gets.
+        answer: takes the answer.
+        timeout: seconds after which the engine is ended.
+        environment: more environment variables.
+
+    Raises:
+        subprocess.CalledProcessError: when the engine fails; it holds what the engine said.
+        subprocess.TimeoutExpired: when it takes longer.
+    """
+    variables = {**CPU_ENVIRONMENT, **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    command = [sys.executable, script, "--job", json.dumps({**job, "answer": str(answer)})]
+    subprocess.run(
+        command, check=True, env={**variables, **environment}, capture_output=True, timeout=timeout
+    )
+    return json.loads(answer.read_text())

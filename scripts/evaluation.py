@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 BLOCK_SIZE = 32  # what the plugin chooses on the CPU
+GPU_CACHE_BYTES = 2 * 2**30
 
 Counts = Sequence[tuple[int, int]]  # right and all answer tokens of each context
 
@@ -36,18 +37,21 @@ def start_engine(
         dtype: of the model and its KV cache.
         more: of vLLM's engine.
     """
+    import torch
     from vllm import LLM
 
+    memory: dict[str, Any] = {"gpu_memory_utilization": 0.3}
+    if torch.cuda.is_available():  # room for many engines, one after the other or side by side
+        memory = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": GPU_CACHE_BYTES}
     return LLM(
         model=model,
         dtype=dtype,
         enforce_eager=True,
-        gpu_memory_utilization=0.3,
         disable_log_stats=True,
         block_size=BLOCK_SIZE,
         tensor_parallel_size=num_ranks,
         additional_config={} if settings is None else {"kvzip": settings},
-        **more,
+        **(memory | more),
     )
 
 

@@ -1,9 +1,10 @@
 """How fast the kernels are on a card, beside what everybody has there.
 
-Decode over head pages is timed against the fastest of vLLM's FlashAttention (when vLLM is there),
-torch's scaled dot-product attention and FlexAttention on the same full cache; compaction against a
-device-to-device copy of as many bytes; scores against the matrix product they contain. Times are
-medians of ``triton.testing.do_bench``, which empties the L2 cache before each run.
+Decode over head pages is timed against the fastest stock kernel on the same full cache: vLLM's
+FlashAttention or torch's scaled dot-product attention, and FlexAttention where vLLM is missing.
+Compaction is timed against a device-to-device copy of as many bytes, scores against the matrix
+product they contain. Each is captured in a CUDA graph, as vLLM decodes; times are medians of
+``triton.testing.do_bench`` over its replays, with an empty L2 cache before each.
 """
 
 from __future__ import annotations
@@ -79,30 +80,50 @@ class Load:
 
 
 LOADS = [
-    Load(batch, context, group)
-    for group in (4, 8)
-    for batch, context in (
-        (1, 4096), (1, 32768), (1, 131072), (8, 4096), (8, 32768), (8, 131072),
-        (32, 4096), (32, 32768), (256, 4096), (256, 16384),
-    )
+    *(
+        Load(batch, context, 4)
+        for batch, context in (
+            (1, 4096), (1, 32768), (1, 131072), (8, 4096), (8, 32768), (8, 131072),
+            (32, 4096), (32, 32768), (256, 4096), (256, 16384),
+        )
+    ),
+    *(Load(batch, context, 8) for batch, context in ((1, 4096), (8, 32768), (32, 32768))),
 ]  # fmt: skip
 SMALL_LOADS = [Load(2, 256, 4, 2, 64), Load(1, 512, 8, 1, 128)]
 
 
-def seconds(call: Callable[[], Any], device: str) -> float:
-    """Median time of one call."""
+def seconds(call: Callable[[], Any], device: str, *, in_graph: bool = True) -> float:
+    """Median time of one call; of a replay of its CUDA graph on a card."""
     if device == "cpu":  # a dry run
         begin = time.perf_counter()
         call()
         return time.perf_counter() - begin
+    if not in_graph:
+        return median_seconds(call)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # compiles, and fills what is allocated once
+        for _ in range(2):
+            call()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return median_seconds(graph.replay)
+
+
+def median_seconds(call: Callable[[], Any]) -> float:
+    """By a card's own clock."""
     return float(triton.testing.do_bench(call, warmup=20, rep=60, return_mode="median")) / 1e3
 
 
 def copy_bandwidth(device: str, num_bytes: int) -> float:
-    """Bytes read plus bytes written, per second, of a device-to-device copy."""
+    """Bytes read plus bytes written, per second, of a device-to-device copy.
+
+    Not in a graph, where a copy is a slower node of its own kind.
+    """
     source = torch.empty(num_bytes // 2, dtype=torch.int16, device=device).random_()
     target = torch.empty_like(source)
-    return 2 * num_bytes / seconds(lambda: target.copy_(source), device)
+    return 2 * num_bytes / seconds(lambda: target.copy_(source), device, in_graph=False)
 
 
 def head_pages(case: Case, **how: Any) -> Callable[[], Any]:
@@ -162,13 +183,14 @@ def stock_kernels(load: Load, device: str) -> dict[str, Callable[[], Any]]:
     kernels: dict[str, Callable[[], Any]] = {
         "SDPA": lambda: attend(query, keys, values, enable_gqa=True)
     }
-    if device != "cpu":
+    if device == "cpu":
+        return kernels
+    if (flash_attention := vllm_flash_attention()) is None:  # which is faster than this one
         from torch.nn.attention.flex_attention import flex_attention
 
         torch._dynamo.config.recompile_limit = 2 * len(LOADS)
         flex = torch.compile(flex_attention, dynamic=False)
         kernels["FlexAttention"] = lambda: flex(query, keys, values, enable_gqa=True)
-    if device == "cpu" or (flash_attention := vllm_flash_attention()) is None:
         return kernels
     blocks = load.context // load.page_tokens
     paged = [
@@ -227,6 +249,9 @@ def decode_rows(loads: list[Load], device: str, bandwidth: float) -> list[dict[s
                 }
             )
             del case, flash
+        told = ", ".join(f"{row['ours_us']:.0f}" for row in rows[-len(KEEP_RATIOS) :])
+        print(f"{load.batch} x {load.context}, GQA {load.group}: {name} {1e6 * best:.0f} us, "
+              f"ours {told} us", flush=True)  # fmt: skip
     return rows
 
 

@@ -1,9 +1,11 @@
 """What only vLLM's engine on a card can answer: the same tokens, blocks freed, waits, throughput.
 
     python scripts/gpu_engine.py                # on a machine with vLLM and an NVIDIA card
+    python scripts/gpu_engine.py --part engines # only whether answers are right
     python scripts/gpu_engine.py --small        # the same checks on the CPU, tiny
 
-Each engine is a process of its own, stepped by hand, with CUDA graphs on. Token identity is asked
+Each engine is a process of its own, stepped by hand, with CUDA graphs on; several share the card
+where no time is taken. One that fails is reported, and the others go on. Token identity is asked
 of the shipped model in float32; in bfloat16 two kernels that are both right differ in ties, so
 there the share of equal tokens is told and not judged. Throughput is that of the shape of
 Llama-3.1-8B with random weights, in a pool that holds ten prompts (``benchmark_kv_cache.py``).
@@ -18,12 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from engine_turns import answer_job, take_turns
+from engine_turns import answer_job, take_turn
 from evaluation import counter, versions
 from retrieval_task import make_context
 
@@ -34,6 +37,9 @@ EIGHT_BITS = "bfloat16 over fp8"
 EIGHT_BIT_JOBS = ("keep 1.0, kernel triton", "keep 0.25", "mixed 0.125", "keep 0.25, window")
 LEAST_EQUAL = 0.8  # of the tokens in 8 bits, up to the first that differs
 MOST_HELD = {"keep 0.25": 0.6, "quantize int8": 0.8, "mixed 0.125": 0.5}  # of stock's blocks
+SYNC_CHECK = {"VLLM_GPU_SYNC_CHECK": "error"}  # vLLM: no step may wait for the device
+ENGINE_SECONDS = 240  # an engine that takes longer hangs
+CACHE_BYTES = 2 * 2**30  # named, so that engines that share a card do not measure each other
 SETTINGS = {"scorer": "keydiff", "budget": "adaptive", "min_prompt_tokens": 64}
 
 
@@ -56,6 +62,7 @@ def jobs(*, small: bool) -> dict[str, dict[str, Any]]:
     if not small:
         plugin["mixed 0.125"] = {"mode": "mixed", "keep_bytes_ratio": 0.125}
         plugin["keep 0.25, window"] = {"keep_ratio": 0.25, "scorer": "window"}
+        plugin["keep 0.25, eager"] = {"keep_ratio": 0.25, "attention_kernel": kernels[0]}
     found = {}
     for numbers in ("float32",) if small else ("float32", "bfloat16", EIGHT_BITS):
         for name, settings in plugin.items():
@@ -63,10 +70,12 @@ def jobs(*, small: bool) -> dict[str, dict[str, Any]]:
                 continue
             engine: dict[str, Any] = {
                 "model": str(MODEL), "dtype": numbers.split()[0], "max_model_len": 2048,
-                "max_num_seqs": 32, "max_num_batched_tokens": 512, "gpu_memory_utilization": 0.3,
+                "max_num_seqs": 32, "max_num_batched_tokens": 512,
                 "block_size": 32 if small else 16, "num_gpu_blocks_override": 4097,
-                "enforce_eager": small, "disable_log_stats": True,
+                "enforce_eager": small or name.endswith("eager"), "disable_log_stats": True,
             }  # fmt: skip
+            if not small:
+                engine |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": CACHE_BYTES}
             if name.endswith("kernel vllm"):  # full graphs hold our kernel
                 engine["compilation_config"] = {"cudagraph_mode": "PIECEWISE"}
             if settings is not None:
@@ -129,12 +138,49 @@ def run_once(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def run_all(folder: Path, *, small: bool) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """All engines, several at once on a card.
+
+    Returns:
+        what each answered, or ``{"failed": what it said}``; and, on a card, what vLLM says when no
+        step may wait for the device.
+    """
+    asked: dict[str, tuple[dict[str, Any], dict[str, str]]]
+    asked = {name: (job, {}) for name, job in jobs(small=small).items()}
+    watched = () if small else ("stock", "keep 0.25")
+    for name in watched:
+        asked[name] = (asked[f"bfloat16, {name}"][0], SYNC_CHECK)
+
+    def ask(numbered: tuple[int, str]) -> dict[str, Any]:
+        number, name = numbered
+        job, more = asked[name]
+        more = {"TRITON_F32_DEFAULT": "ieee", **more}  # vLLM's Triton attention rounds to tf32
+        answer: dict[str, Any]
+        try:
+            answer = take_turn(__file__, job, folder / f"{number}.json", ENGINE_SECONDS, **more)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            said = (error.stderr or b"").decode(errors="replace").strip()
+            answer = {"failed": f"{said[-6000:]}\n{type(error).__name__}"}
+        print(f"{name}: {answer.get('failed', 'done')[-700:]}", flush=True)
+        return answer
+
+    at_once = 1 if small else max(1, min(12, 3 * (os.cpu_count() or 1) // 4))
+    with ThreadPoolExecutor(at_once) as pool:
+        found = dict(zip(asked, pool.map(ask, enumerate(asked)), strict=True))
+    waits = {name: found.pop(name).get("failed", "none") for name in watched}
+    return found, {name: said.splitlines()[-2:][0][:300] for name, said in waits.items()}
+
+
 def judge(found: dict[str, dict[str, Any]]) -> list[str]:
     """What is wrong with the answers of the engines."""
     faults = []
     for name, answer in found.items():
         numbers, what = name.split(", ", 1)
         stock = found[f"{numbers}, stock"]
+        if "failed" in answer:
+            faults.append(f"{name}: the engine failed")
+        if "failed" in answer or "failed" in stock:
+            continue
         if answer["missing_blocks"]:
             faults.append(f"{name}: {answer['missing_blocks']} blocks are not back in the pool")
         if what != "stock" and not answer["compressed"]:
@@ -170,6 +216,9 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     ]
     for name, answer in found.items():
         stock = found[f"{name.split(', ')[0]}, stock"]
+        if "failed" in answer or "failed" in stock:
+            lines.append(f"| {name} | {'failed' if 'failed' in answer else 'no stock'} | | | |")
+            continue
         lines.append(
             f"| {name} | {equal_share(answer, stock):.1%} | {answer['compressed']:.0f} | "
             f"{answer['freed']:.0f} | {answer['least_held']} |"
@@ -199,9 +248,9 @@ def throughput(folder: Path) -> dict[str, Any]:
     command = [
         sys.executable, str(ROOT / "scripts" / "benchmark_kv_cache.py"), "--shape", "llama-3.1-8b",
         "--dtype", "bfloat16", "--block-size", "16", "--prompt-tokens", "8192",
-        "--output-tokens", "512", "--pool-prompts", "10", "--requests", "80", "--cuda-graphs",
+        "--output-tokens", "512", "--pool-prompts", "10", "--requests", "40", "--cuda-graphs",
         "--max-num-batched-tokens", "8192", "--ratios", "1.0", "0.125", "--without-fp8",
-        "--with-idle", "--rounds", "1", "--scorer", "keydiff", "--output-dir", str(folder),
+        "--rounds", "1", "--scorer", "keydiff", "--output-dir", str(folder),
     ]  # fmt: skip
     done = subprocess.run(command, text=True, stdout=subprocess.PIPE, check=False)
     print(done.stdout[-4000:], flush=True)
@@ -214,16 +263,39 @@ def throughput(folder: Path) -> dict[str, Any]:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="on the CPU, tiny, no throughput")
-    parser.add_argument("--without-throughput", action="store_true")
-    parser.add_argument("--output-dir", type=Path, help="takes gpu_engine.json")
+    parser.add_argument("--part", choices=["engines", "throughput"], help="default: both")
+    parser.add_argument("--output-dir", type=Path, help="takes gpu_engines.json and another")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def ask_engines(folder: Path, args: argparse.Namespace) -> list[str]:
+    """The part that tells right from wrong; prints its table and returns what is wrong."""
+    engines, waits = run_all(folder, small=args.small)
+    faults = judge(engines)
+    save(args, "gpu_engines", {"engines": engines, "faults": faults, "waits": waits})
+    print(f"\n{table(engines)}")
+    for fault in faults:
+        print(f"FAILED {fault}")
+    if waits:
+        print("Waits for the device in a step: "
+              + ", ".join(f"{name} {said}" for name, said in waits.items()))  # fmt: skip
+    return faults
+
+
+def save(args: argparse.Namespace, name: str, found: dict[str, Any]) -> None:
+    """Write what was found where it is wanted."""
+    if args.output_dir:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        found = {**found, "versions": versions()}
+        (args.output_dir / f"{name}.json").write_text(json.dumps(found) + "\n")
 
 
 def main() -> int:
     args = parse_args()
     if args.job:
         answer_job(args.job, run_once)
+    faults: list[str] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if not entry_points(group="vllm.general_plugins", name="kvzip"):
@@ -231,45 +303,14 @@ def main() -> int:
             layout.mkdir()
             path = [installed_layout(layout), os.environ.get("PYTHONPATH", "")]
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-        try:
-            # vLLM's Triton attention would round float32 products to tf32, and ours does not.
-            answers = take_turns(
-                __file__, jobs(small=args.small), 1, folder, TRITON_F32_DEFAULT="ieee"
-            )
-        except subprocess.CalledProcessError as error:
-            print(f"An engine failed:\n{error.stderr.decode()[-4000:]}", file=sys.stderr)
-            return 1
-        engines = {key: rounds[0] for key, rounds in answers.items()}
-        faults = judge(engines)
-        found: dict[str, Any] = {"engines": engines, "faults": faults, "versions": versions()}
-        if not args.small:
-            found["waits"] = waits(folder)
-            if not args.without_throughput:
-                found["throughput"] = throughput(folder)
-    if args.output_dir:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        (args.output_dir / "gpu_engine.json").write_text(json.dumps(found) + "\n")
-    print(f"\n{table(engines)}")
-    for fault in faults:
-        print(f"FAILED {fault}")
-    if "waits" in found:
-        print(f"Waits for the device in a step: stock {found['waits']['stock']}, "
-              f"keep 0.25 {found['waits']['keep 0.25']}")  # fmt: skip
+        if args.part != "throughput":
+            faults += ask_engines(folder, args)
+        if args.part != "engines" and not args.small:
+            found = throughput(folder)
+            save(args, "gpu_throughput", found)
+            faults += ["throughput was not measured"] if "failed" in found else []
     print(versions(), flush=True)
     return 1 if faults else 0
-
-
-def waits(folder: Path) -> dict[str, str]:
-    """What vLLM says when no step may wait for the device: ``none``, or its complaint."""
-    found = {}
-    for name in ("stock", "keep 0.25"):
-        job = jobs(small=False)[f"bfloat16, {name}"]
-        try:
-            take_turns(__file__, {name: job}, 1, folder, VLLM_GPU_SYNC_CHECK="error")
-            found[name] = "none"
-        except subprocess.CalledProcessError as error:
-            found[name] = error.stderr.decode().strip().splitlines()[-1][:300]
-    return found
 
 
 if __name__ == "__main__":

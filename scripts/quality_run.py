@@ -98,9 +98,11 @@ class QualityRun:
         more: dict[str, Any] = {"max_model_len": longest + self._continuation_tokens + 2}
         if self._is_led:
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # which is what lessons are written for
             from teacher_forcing import TeacherForcing
 
             more["logits_processors"] = [TeacherForcing]
+            more["async_scheduling"] = False  # a lesson must know which token comes next
         llm = start_engine(self._model, settings, self._num_ranks, self._dtype, **more)
         try:
             yield llm

@@ -114,4 +114,5 @@ def test_runs_are_neither_tiny_nor_too_many(programs, most, processors):
     runs = choose_num_runs(programs, most, processors, 256)
     assert 1 <= runs <= 64
     assert runs == 1 or (runs - 1) * 256 < most
-    assert runs * programs >= min(16 * processors, 64 * programs, -(-most // 256) * programs)
+    assert runs * programs >= min(2 * processors, 64 * programs, -(-most // 256) * programs)
+    assert runs <= 8 or (runs - 1) * programs < 2 * processors
