@@ -42,7 +42,7 @@ from vllm_kvzip.surrogate_training import SurrogateTrainer
 from vllm_kvzip.vllm_bridge.calibration_pass import CalibrationPass, CaughtCache
 from vllm_kvzip.vllm_bridge.fingerprint import model_fingerprint
 from vllm_kvzip.vllm_bridge.options import resolve, without_profile
-from vllm_kvzip.vllm_bridge.rotary import find_rotary
+from vllm_kvzip.vllm_bridge.rotary import find_rotary, num_positions
 from vllm_kvzip.vllm_bridge.scoring_pass import RepeatPrompt
 from vllm_kvzip.vllm_bridge.settings import Settings
 
@@ -234,7 +234,9 @@ def _calibration_pass(
         num_sinks=config.sink_tokens,
         chunk_tokens=config.scoring_chunk_tokens,
         max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
-        max_positions=vllm_config.model_config.max_model_len,
+        max_positions=num_positions(
+            model, vllm_config.model_config.hf_text_config, vllm_config.model_config.max_model_len
+        ),
         score_columns=score_columns,
         skip_compiled=True,
     )

@@ -1,4 +1,4 @@
-"""Worker side: the rotary angles that the running model uses."""
+"""Worker side: the rotary angles and the positions of the running model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
+from vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope import (
+    Phi3LongRoPEScaledRotaryEmbedding,
+)
 
 from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.rotary import RotaryTables
@@ -53,3 +56,25 @@ def find_rotary(
             f"choose another scorer."
         )
     return [tables[id(found[name])] if name in found else None for name in layer_names]
+
+
+def num_positions(model: nn.Module, text_config: Any, max_model_len: int) -> int:
+    """Positions the model can be run at, which may be many more than an engine gives a request.
+
+    Args:
+        model: as vLLM built it; its rotary embeddings hold a row a position.
+        text_config: of the model, in transformers' format; asked where there are no such rows.
+        max_model_len: positions the engine uses.
+    """
+    rows = []
+    for module in model.modules():
+        if isinstance(module, Phi3LongRoPEScaledRotaryEmbedding):  # two sets of rows in one
+            long = module.use_long_rope
+            rows.append(
+                module.max_position_embeddings if long else module.original_max_position_embeddings
+            )
+        elif isinstance(module, RotaryEmbeddingBase) and hasattr(module, "cos_sin_cache"):
+            rows.append(len(module.cos_sin_cache))
+    if rows:
+        return min(rows)
+    return max(max_model_len, getattr(text_config, "max_position_embeddings", None) or 0)

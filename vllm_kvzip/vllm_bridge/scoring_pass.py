@@ -158,7 +158,7 @@ class ReconstructionPass:
         num_sinks: first tokens of a context that every softmax includes.
         chunk_tokens: longest chunk.
         max_tokens: tokens of one pass.
-        max_positions: positions the model has.
+        max_positions: positions the model has; see :func:`.rotary.num_positions`.
         score_columns: see :class:`ScoringMetadata`.
         skip_compiled: whether the model runs as it was written, for passes before vLLM compiles it.
     """
@@ -261,7 +261,10 @@ class ReconstructionPass:
         return hidden
 
     def _positions(self, segment: Segment) -> torch.Tensor:
-        """Behind the context; further to the front where the model's positions would run out."""
+        """Behind the context, as if it were asked to go on; a model looks in vain for what is said
+        at positions behind its own. Only a context that leaves the model no such positions is
+        repeated at the last it has, and then the end of the context is scored too low.
+        """
         length = len(segment.chunk.input_ids)
         first = min(len(segment.context.token_ids), self._max_positions - length)
         return torch.arange(first, first + length, device=self._store.device)

@@ -35,7 +35,7 @@ from vllm_kvzip.vllm_bridge.checks import check_capped_logits
 from vllm_kvzip.vllm_bridge.fp8_cache import read_scales
 from vllm_kvzip.vllm_bridge.head_page_cache import HeadPageCache
 from vllm_kvzip.vllm_bridge.requests import RequestTracker
-from vllm_kvzip.vllm_bridge.rotary import find_rotary
+from vllm_kvzip.vllm_bridge.rotary import find_rotary, num_positions
 from vllm_kvzip.vllm_bridge.runners import adapt
 from vllm_kvzip.vllm_bridge.runtime import HeadPageRuntime
 from vllm_kvzip.vllm_bridge.scoring_pass import ReconstructionPass, RepeatPrompt
@@ -260,15 +260,18 @@ class HeadPageWorker(WorkerBase):
         )
         reconstruction = None
         if settings.repeat_ids is not None:
+            model = self.model_runner.get_model()
             reconstruction = ReconstructionPass(
-                model=self.model_runner.get_model(),
+                model=model,
                 vllm_config=self.vllm_config,
                 cache=cache,
                 repeat=RepeatPrompt(*map(tuple, settings.repeat_ids)),
                 num_sinks=config.sink_tokens,
                 chunk_tokens=config.scoring_chunk_tokens,
                 max_tokens=self.vllm_config.scheduler_config.max_num_batched_tokens,
-                max_positions=self.model_config.max_model_len,
+                max_positions=num_positions(
+                    model, self.model_config.hf_text_config, self.model_config.max_model_len
+                ),
                 score_columns=self.score_columns,
             )
         recorder = timer = None
