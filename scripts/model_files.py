@@ -24,6 +24,8 @@ def fingerprint_from_config(config: Any, name: str) -> ModelFingerprint:
         AttributeError, TypeError, ValueError: if the configuration says nothing of heads.
     """
     text = config.get_text_config()
+    if not config.architectures:
+        raise ValueError("its config.json names no architectures")
     num_heads = text.num_attention_heads
     return ModelFingerprint(
         architecture=config.architectures[0],

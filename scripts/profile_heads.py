@@ -1,6 +1,7 @@
 """Build a head-budget profile of a model, offline.
 
     python scripts/profile_heads.py --model PATH [--out profiles/NAME.json] [--text FILE ...]
+        [--overwrite]
 
 Each calibration context is read once and then repeated, chunk by chunk, under KVzip's
 reconstruction scoring. The mean score of a head's KV pairs is its importance, from which the
@@ -35,7 +36,7 @@ from reconstruction_probe import layers_of
 from retrieval_task import BASIC_VOCABULARY_SIZE, VOCABULARY, make_context
 from tier_budgets import TierBudgetBuilder
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
 from vllm_kvzip.attention_kinds import slides_within, sliding_window, unusual_attention
 from vllm_kvzip.calibration import (
@@ -117,6 +118,24 @@ def refuse_unsupported(model: str, config: Any, context_tokens: int) -> None:
     raise ProfileError(f"--model {model} cannot be profiled: {reason}; {remedy}.")
 
 
+def refuse_unwatchable(model: str, config: Any) -> None:
+    """Refuse a model that transformers runs with attention of its own.
+
+    Args:
+        model: as the user named it.
+        config: of the model, in transformers' format.
+
+    Raises:
+        ProfileError: for such a model.
+    """
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is not None and not kind._supports_attention_backend:
+        raise ProfileError(
+            f"--model {model} cannot be profiled: transformers lets nobody watch the attention of "
+            f"{kind.__name__}; let the engine profile it (--kv-compression-config.profile build)."
+        )
+
+
 def load_probe(model: str, context_tokens: int) -> tuple[MaskedModel, Any]:
     """The model, ready to be watched, and its tokenizer.
 
@@ -128,8 +147,9 @@ def load_probe(model: str, context_tokens: int) -> tuple[MaskedModel, Any]:
         if not folder.is_dir() and (folder.is_absolute() or model.startswith(".")):
             raise FileNotFoundError("there is no such folder.")
         path = os.path.abspath(folder) if folder.is_dir() else model  # "." has no name
-        config = AutoConfig.from_pretrained(path).get_text_config()
-        refuse_unsupported(model, config, context_tokens)
+        config = AutoConfig.from_pretrained(path)
+        refuse_unsupported(model, config.get_text_config(), context_tokens)
+        refuse_unwatchable(model, config)
         probe = MaskedModel(path)
         _ = probe.fingerprint  # needs attention heads in the configuration
         return probe, AutoTokenizer.from_pretrained(path)
@@ -140,8 +160,12 @@ def load_probe(model: str, context_tokens: int) -> tuple[MaskedModel, Any]:
         raise ProfileError(f"--model {model} cannot be profiled: {reason}") from error
 
 
-def check_output(path: Path) -> None:
+def check_output(path: Path, *, overwrite: bool) -> None:
     """Find out before the long work whether its result can be written.
+
+    Args:
+        path: of the profile; networks go beside it.
+        overwrite: whether files that are there may be replaced.
 
     Raises:
         ProfileError: if it cannot.
@@ -152,6 +176,11 @@ def check_output(path: Path) -> None:
             raise IsADirectoryError(0, "it is a folder; name a file")
     except OSError as error:
         raise ProfileError(f"--out {path} cannot be written ({error.strerror}).") from error
+    there = [file for file in (path, path.with_suffix(".safetensors")) if file.is_file()]
+    if there and not overwrite:
+        raise ProfileError(
+            f"{there[0]} is there already; name another file with --out, or add --overwrite."
+        )
 
 
 def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurrogate] | None]:
@@ -276,6 +305,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of a model in transformers' format")
     parser.add_argument("--out", type=Path, help="default: profiles/<model name>.json")
+    parser.add_argument("--overwrite", action="store_true", help="replace a profile that is there")
     parser.add_argument("--text", type=Path, nargs="+", help="calibration texts; default: our own")
     parser.add_argument("--task", choices=["retrieval"], help="synthetic contexts, for tiny models")
     parser.add_argument("--context-tokens", type=int, default=CONTEXT_TOKENS)
@@ -325,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     out = args.out or Path("profiles") / f"{Path(os.path.abspath(args.model)).name}.json"
     try:
-        check_output(out)
+        check_output(out, overwrite=args.overwrite)
         profile, surrogate = build_profile(args)
     except ProfileError as error:
         print(f"profile_heads: error: {error}", file=sys.stderr)

@@ -213,6 +213,8 @@ class ReconstructionProbe:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:  # fmt: skip
         """transformers' attention function: ``query [1, Hq, R, D]``, ``key [1, H, T + R, D]``."""
+        scale = kwargs.get("scaling")  # OPT scales its queries before, and says 1 here
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
         if self._chunk is not None and self._scores is not None:
             chunk, keys = self._chunk, key[0]
             num_heads = keys.shape[0]
@@ -224,13 +226,13 @@ class ReconstructionProbe:
                 keys[:, : place.num_sinks],
                 keys[:, place.chunk_start : chunk_end],
                 keys[:, place.own_start :],
-                module.scaling,
+                scale,
             )
         output, weights = sdpa_attention_forward(module, query, key, value, *args, **kwargs)
         if self._attended is not None:
             output.retain_grad()
             self._attended[module.layer_idx] = _Attended(
-                query.detach()[0], key.detach()[0], value.detach()[0], output, module.scaling
+                query.detach()[0], key.detach()[0], value.detach()[0], output, scale
             )
         return output, weights
 

@@ -12,7 +12,14 @@ import torch
 import train_tiny_model
 from engine_job import MODEL
 from reconstruction_probe import ReconstructionProbe
-from transformers import DeepseekV3Config, MistralConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    FalconConfig,
+    MistralConfig,
+    OPTConfig,
+    Qwen3Config,
+)
 
 from vllm_kvzip import surrogate_training
 from vllm_kvzip.influence import influence_scores, log_odds
@@ -88,6 +95,24 @@ def test_networks_are_written_beside_the_profile(random_model, tmp_path, capsys,
 def test_networks_need_a_context_to_be_tried_on(random_model):
     with pytest.raises(SystemExit):
         profile_heads.main(["--model", str(random_model), "--num-contexts", "1"])
+
+
+@torch.inference_mode()
+def test_queries_that_are_scaled_before_are_not_scaled_again(tmp_path):
+    """OPT: its own attention module names a scale that its queries have got already."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=64, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, ffn_dim=64,
+        max_position_embeddings=64, word_embed_proj_dim=64, init_std=0.5,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model.save_pretrained(tmp_path)
+    context, prompt = list(range(5, 15)), [3]
+    scores = ReconstructionProbe(str(tmp_path)).score(context, 16, prompt, prompt)
+    ids = torch.tensor([[*context, *prompt, *context]])
+    weights = model(ids, output_attentions=True).attentions[0][0]  # [H, T, T]
+    wanted = weights[:, len(context) :, : len(context)].amax(dim=1)
+    torch.testing.assert_close(scores[0], wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_scores_equal_attention_of_the_whole_model(random_model):
@@ -196,6 +221,38 @@ def test_models_without_whole_kv_heads_are_refused(tmp_path, capsys, config, mes
     assert not (tmp_path / "x.json").exists()
 
 
+def test_a_model_with_attention_of_its_own_is_sent_to_the_engine(tmp_path, capsys):
+    FalconConfig().save_pretrained(tmp_path / "model")
+    arguments = ["--model", str(tmp_path / "model"), "--out", str(tmp_path / "x.json")]
+    assert profile_heads.main(arguments) == 2
+    shown = capsys.readouterr().err
+    assert "the attention of FalconForCausalLM; let the engine profile it" in shown
+
+
+def test_a_configuration_without_architectures_is_refused(random_model, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(random_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config["architectures"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert profile_heads.main(["--model", str(folder), "--out", str(tmp_path / "x.json")]) == 2
+    assert "its config.json names no architectures" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".json", ".safetensors"])
+def test_a_profile_that_is_there_is_kept(random_model, tmp_path, capsys, suffix):
+    there = tmp_path / f"mine{suffix}"
+    there.write_text("mine")
+    arguments = ["--model", str(random_model), "--out", str(tmp_path / "mine.json")]
+    arguments += ["--task", "retrieval", "--num-contexts", "1", "--context-tokens", "64"]
+    arguments += ["--repeat-prompt", "repeat", "--no-surrogate"]
+    assert profile_heads.main(arguments) == 2
+    assert f"{there} is there already" in capsys.readouterr().err
+    assert there.read_text() == "mine"
+    assert profile_heads.main([*arguments, "--overwrite"]) == 0
+    assert load_profile(tmp_path / "mine.json").model.num_kv_heads == 2
+
+
 def test_a_window_that_holds_the_context_slides_nowhere(random_model, tmp_path):
     """The same weights with a window: what is repeated lies beyond it and sees everything."""
     folder = tmp_path / "model"
@@ -212,6 +269,7 @@ def test_a_window_that_holds_the_context_slides_nowhere(random_model, tmp_path):
         profiles.append(load_profile(out))
     np.testing.assert_allclose(profiles[0].importance, profiles[1].importance, rtol=1e-4)
     arguments[-2] = "65"
+    out = tmp_path / "65.json"
     assert profile_heads.main(["--model", str(folder), "--out", str(out), *arguments]) == 2
 
 
