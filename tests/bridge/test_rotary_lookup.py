@@ -9,10 +9,11 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from vllm_kvzip.errors import UnsupportedError
-from vllm_kvzip.vllm_bridge.rotary import find_rotary, num_positions
+from vllm_kvzip.vllm_bridge.rotary import find_rotary, num_positions, tables_of
 
 pytestmark = pytest.mark.vllm
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 LONG_ROPE = {
     "rope_type": "longrope",
     "original_max_position_embeddings": 128,
@@ -32,27 +33,53 @@ def test_a_model_without_rotation_has_none():
     assert find_rotary(nn.Module(), ["layers.0"], SimpleNamespace()) == [None]
 
 
+def rotary_embedding(rope, max_model_len, *, is_neox_style=True):
+    config = VllmConfig()
+    config.model_config = SimpleNamespace(max_model_len=max_model_len)
+    theta = 10_000.0 + max_model_len  # vLLM returns the same embedding for the same arguments
+    with set_current_vllm_config(config):
+        return get_rope(
+            16,
+            max_position=512,
+            rope_parameters={"rope_theta": theta, **rope},
+            is_neox_style=is_neox_style,
+            dtype=torch.float32,
+        )
+
+
+@pytest.mark.parametrize(
+    ("rope", "max_model_len", "is_neox_style"),
+    [
+        ({"rope_type": "default"}, 100, True),
+        ({"rope_type": "default"}, 100, False),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, 100, True),
+        (YARN, 100, True),
+        (LONG_ROPE, 100, True),
+        (LONG_ROPE, 300, True),
+    ],
+)
+def test_what_the_model_rotates_is_turned_back(rope, max_model_len, is_neox_style):
+    rotary = rotary_embedding(rope, max_model_len, is_neox_style=is_neox_style)
+    positions = torch.arange(50, 90)
+    keys = torch.randn(40, 2 * 16, generator=torch.manual_seed(0))
+    turn = getattr(rotary, "forward_native", rotary.forward)
+    _, rotated = turn(positions, keys.clone(), keys.clone())
+    found = tables_of(rotary).unrotate(rotated.view(40, 2, 16).transpose(0, 1), positions)
+    torch.testing.assert_close(found.transpose(0, 1).flatten(1), keys, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(rotated, keys, atol=0.1)
+
+
 @pytest.mark.parametrize(
     ("rope", "max_model_len", "positions"),
     [
         ({"rope_type": "default"}, 100, 512),
-        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}, 100, 512),
+        (YARN, 100, 512),
         (LONG_ROPE, 100, 128),
         (LONG_ROPE, 300, 512),
     ],
 )
 def test_positions_are_those_that_the_rotary_embedding_has(rope, max_model_len, positions):
-    config = VllmConfig()
-    config.model_config = SimpleNamespace(max_model_len=max_model_len)
-    theta = 10_000.0 + max_model_len  # vLLM returns the same embedding for the same arguments
-    with set_current_vllm_config(config):
-        rotary = get_rope(
-            16,
-            max_position=512,
-            rope_parameters={"rope_theta": theta, **rope},
-            dtype=torch.float32,
-        )
-    model = nn.ModuleList([nn.Linear(2, 2), rotary])
+    model = nn.ModuleList([nn.Linear(2, 2), rotary_embedding(rope, max_model_len)])
     assert num_positions(model, SimpleNamespace(max_position_embeddings=7), 100) == positions
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+ROTARY_MODULES = (RotaryEmbeddingBase, Phi3LongRoPEScaledRotaryEmbedding)
+
 
 def find_rotary(
     model: nn.Module, layer_names: Sequence[str], text_config: Any
@@ -35,11 +37,11 @@ def find_rotary(
     Raises:
         UnsupportedError: if the model has rotary embeddings but one layer's is not found.
     """
-    found: dict[str, RotaryEmbeddingBase] = {}
+    found: dict[str, nn.Module] = {}
     has_rotary = bool(getattr(text_config, "rope_parameters", None))
     for module in model.modules():
         children = list(module.children())
-        rotary = [child for child in children if isinstance(child, RotaryEmbeddingBase)]
+        rotary = [child for child in children if isinstance(child, ROTARY_MODULES)]
         has_rotary = has_rotary or bool(rotary)
         for child in children:
             if isinstance(child, Attention) and len(rotary) == 1:
@@ -47,8 +49,7 @@ def find_rotary(
     tables: dict[int, RotaryTables] = {}
     for rotary_layer in found.values():
         if id(rotary_layer) not in tables:
-            cos, sin = rotary_layer.cos_sin_cache.float().chunk(2, dim=-1)
-            tables[id(rotary_layer)] = RotaryTables(cos, sin, not rotary_layer.is_neox_style)
+            tables[id(rotary_layer)] = tables_of(rotary_layer)
     missing = [name for name in layer_names if name not in found]
     if has_rotary and missing:
         raise UnsupportedError(
@@ -56,6 +57,18 @@ def find_rotary(
             f"choose another scorer."
         )
     return [tables[id(found[name])] if name in found else None for name in layer_names]
+
+
+def tables_of(rotary: Any) -> RotaryTables:
+    """Angles of one of vLLM's rotary embeddings, at every position that it has."""
+    if isinstance(rotary, Phi3LongRoPEScaledRotaryEmbedding):  # two sets of rows in one
+        short = rotary.original_max_position_embeddings
+        rows = rotary.long_short_cos_sin_cache
+        rows, interleaved = rows[short:] if rotary.use_long_rope else rows[:short], False
+    else:
+        rows, interleaved = rotary.cos_sin_cache, not rotary.is_neox_style
+    cos, sin = rows.float().chunk(2, dim=-1)
+    return RotaryTables(cos, sin, interleaved)
 
 
 def num_positions(model: nn.Module, text_config: Any, max_model_len: int) -> int:
@@ -66,15 +79,12 @@ def num_positions(model: nn.Module, text_config: Any, max_model_len: int) -> int
         text_config: of the model, in transformers' format; asked where there are no such rows.
         max_model_len: positions the engine uses.
     """
-    rows = []
-    for module in model.modules():
-        if isinstance(module, Phi3LongRoPEScaledRotaryEmbedding):  # two sets of rows in one
-            long = module.use_long_rope
-            rows.append(
-                module.max_position_embeddings if long else module.original_max_position_embeddings
-            )
-        elif isinstance(module, RotaryEmbeddingBase) and hasattr(module, "cos_sin_cache"):
-            rows.append(len(module.cos_sin_cache))
+    rotary = [module for module in model.modules() if isinstance(module, ROTARY_MODULES)]
+    rows = [len(tables_of(module).cos) for module in rotary if _has_rows(module)]
     if rows:
         return min(rows)
     return max(max_model_len, getattr(text_config, "max_position_embeddings", None) or 0)
+
+
+def _has_rows(rotary: nn.Module) -> bool:
+    return hasattr(rotary, "cos_sin_cache") or hasattr(rotary, "long_short_cos_sin_cache")
