@@ -12,14 +12,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from vllm_kvzip.attention_kinds import sliding_window
+from vllm_kvzip.errors import ProfileError
 from vllm_kvzip.influence import influence_scores, log_odds
 from vllm_kvzip.reconstruction import Chunk, iter_chunks, reconstruction_scores
-from vllm_kvzip.rotary import RotaryTables
+from vllm_kvzip.transformers_rotary import transformers_tables
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from vllm_kvzip.profile import ModelFingerprint
+    from vllm_kvzip.rotary import RotaryTables
 
 CHECKED_TOKENS = 256  # of each chunk; logits of a large vocabulary are large
 
@@ -251,13 +253,17 @@ def layers_of(cache: DynamicCache) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def rotary_of(model: Any, num_tokens: int) -> RotaryTables | None:
-    """The rotary angles of a transformers model, for its first positions; None if it has none."""
+    """The rotary angles of a transformers model, for its first positions; None if it has none.
+
+    Raises:
+        ProfileError: if it is not understood how keys are rotated.
+    """
     embedding = getattr(model.get_decoder(), "rotary_emb", None)
     if embedding is None:
         return None
-    cos, sin = embedding(torch.zeros(1), torch.arange(num_tokens)[None])
-    cos, sin = cos[0].float(), sin[0].float()  # [T, R], every angle twice
-    half = cos.shape[-1] // 2
-    if torch.equal(cos[:, :half], cos[:, half:]):
-        return RotaryTables(cos[:, :half], sin[:, :half])
-    return RotaryTables(cos[:, ::2], sin[:, ::2], interleaved=True)
+    tables = transformers_tables(embedding, num_tokens)
+    if tables is None:
+        raise ProfileError(
+            f"How {type(model).__name__} rotates its keys is not understood; add --no-surrogate."
+        )
+    return tables

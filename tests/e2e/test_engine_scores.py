@@ -32,15 +32,17 @@ def plain():
     return prompt, cache, queries, model
 
 
-def scores_of(scorer, prompt, tmp_path):
+def scores_of(scorer, prompt, tmp_path, **engine):
     prefix = prompt[: len(prompt) // 32 * 32]
-    scores, _ = engine_scores(tmp_path, [prompt], {"scorer": scorer, "keep_ratio": 0.5})
+    scores, _ = engine_scores(tmp_path, [prompt], {"scorer": scorer, "keep_ratio": 0.5}, **engine)
     return scores[prefix_seed(prefix, len(prefix))], len(prefix)
 
 
-def test_surrogate(plain, tmp_path):
+@pytest.mark.parametrize("model_impl", ["vllm", "transformers"])
+def test_surrogate(plain, tmp_path, model_impl):
+    """Also where vLLM runs the model by transformers' code: the profile's, rotation and all."""
     prompt, cache, _, model = plain
-    got, num_tokens = scores_of("surrogate", prompt, tmp_path)
+    got, num_tokens = scores_of("surrogate", prompt, tmp_path, model_impl=model_impl)
     networks = load_surrogate(MODEL.parents[2] / "profiles" / "tiny-retriever.safetensors")
     rotary = rotary_of(model, num_tokens)
     for layer, (network, part) in enumerate(zip(networks, cache.layers, strict=True)):

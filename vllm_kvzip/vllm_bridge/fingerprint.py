@@ -16,8 +16,11 @@ def model_fingerprint(vllm_config: VllmConfig) -> ModelFingerprint:
     Layers without attention do not count: a profile has a row for every layer that has some.
     """
     model = vllm_config.model_config
+    architecture = model.architecture
+    if model.using_transformers_backend():  # the profile names the model, not who runs it
+        architecture = next(iter(model.architectures), architecture)
     return ModelFingerprint(
-        architecture=model.architecture,
+        architecture=architecture,
         num_layers=model.get_num_layers_by_block_type(vllm_config.parallel_config),
         num_query_heads=model.model_arch_config.total_num_attention_heads,
         num_kv_heads=model.get_total_num_kv_heads(),

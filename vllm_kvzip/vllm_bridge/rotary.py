@@ -12,6 +12,7 @@ from vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope impo
 
 from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.rotary import RotaryTables
+from vllm_kvzip.transformers_rotary import transformers_tables
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +28,7 @@ def find_rotary(
     """Angles of each attention layer; None for a layer without rotary embedding.
 
     vLLM's models keep an attention layer and its rotary embedding in the same module. Models of its
-    Transformers backend do not, and then only their configuration says that keys are rotated.
+    Transformers backend have one of transformers' for all layers, and layers may do without.
 
     Args:
         model: as vLLM built it.
@@ -38,6 +39,7 @@ def find_rotary(
         UnsupportedError: if the model has rotary embeddings but one layer's is not found.
     """
     found: dict[str, nn.Module] = {}
+    without: set[str] = set()
     has_rotary = bool(getattr(text_config, "rope_parameters", None))
     for module in model.modules():
         children = list(module.children())
@@ -46,17 +48,35 @@ def find_rotary(
         for child in children:
             if isinstance(child, Attention) and len(rotary) == 1:
                 found[child.layer_name] = rotary[0]
+            elif isinstance(child, Attention) and not getattr(module, "use_rope", True):
+                without.add(child.layer_name)
     tables: dict[int, RotaryTables] = {}
     for rotary_layer in found.values():
         if id(rotary_layer) not in tables:
             tables[id(rotary_layer)] = tables_of(rotary_layer)
-    missing = [name for name in layer_names if name not in found]
-    if has_rotary and missing:
+    missing = [name for name in layer_names if name not in found and name not in without]
+    if not has_rotary or not missing:
+        return [tables[id(found[name])] if name in found else None for name in layer_names]
+    shared = None if found else _of_all_layers(model, text_config)
+    if shared is None:
         raise UnsupportedError(
             f"This scorer needs the rotary embedding of layer {missing[0]}, which was not found; "
             f"choose another scorer."
         )
-    return [tables[id(found[name])] if name in found else None for name in layer_names]
+    return [None if name in without else shared for name in layer_names]
+
+
+def _of_all_layers(model: nn.Module, text_config: Any) -> RotaryTables | None:
+    """Angles of the one rotary embedding of a model that runs by transformers' code."""
+    embeddings = [
+        module
+        for module in model.modules()
+        if hasattr(module, "inv_freq") and hasattr(module, "attention_scaling")
+    ]
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if len(embeddings) != 1 or positions is None:
+        return None
+    return transformers_tables(embeddings[0], positions)
 
 
 def tables_of(rotary: Any) -> RotaryTables:
