@@ -116,7 +116,7 @@ class KVzipConfig(BaseModel):
         "else KVzip's, at the end of the user's turn",
     )
     scoring_chunk_tokens: int = Field(
-        512, ge=16, description="tokens the model repeats at once, of scorer kvzip"
+        2048, ge=16, description="tokens the model repeats at once, of scorer kvzip"
     )
     attention_kernel: Literal["auto", "triton", "vllm"] = Field(
         "auto",
