@@ -10,13 +10,15 @@ from datetime import date
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
+from model_files import fingerprint_of
 from prometheus_client import REGISTRY
 
 if TYPE_CHECKING:
     from vllm import LLM
 
 BLOCK_SIZE = 32  # what the plugin chooses on the CPU
-GPU_CACHE_BYTES = 2 * 2**30
+LEAST_GPU_CACHE = 2 * 2**30  # bytes
+CONTEXTS_IN_GPU_CACHE = 3  # of the longest, at least
 
 Counts = Sequence[tuple[int, int]]  # right and all answer tokens of each context
 
@@ -42,7 +44,11 @@ def start_engine(
 
     memory: dict[str, Any] = {"gpu_memory_utilization": 0.3}
     if torch.cuda.is_available():  # room for many engines, one after the other or side by side
-        memory = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": GPU_CACHE_BYTES}
+        shape = fingerprint_of(model)
+        pairs = shape.num_layers * shape.num_kv_heads * more.get("max_model_len", 0)
+        needed = 2 * pairs * shape.head_dim * getattr(torch, dtype).itemsize
+        cache_bytes = max(LEAST_GPU_CACHE, CONTEXTS_IN_GPU_CACHE * needed)
+        memory = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": cache_bytes}
     return LLM(
         model=model,
         dtype=dtype,

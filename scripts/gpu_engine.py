@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from engine_turns import answer_job, take_turn
 from evaluation import counter, versions
 from retrieval_task import make_context
@@ -164,7 +165,10 @@ def run_all(folder: Path, *, small: bool) -> tuple[dict[str, dict[str, Any]], di
         print(f"{name}: {answer.get('failed', 'done')[-700:]}", flush=True)
         return answer
 
-    at_once = 1 if small else max(1, min(12, 3 * (os.cpu_count() or 1) // 4))
+    at_once = 1
+    if not small:
+        memory = torch.cuda.get_device_properties(0).total_memory
+        at_once = max(1, min(12, 3 * (os.cpu_count() or 1) // 4, memory // (2 * CACHE_BYTES)))
     with ThreadPoolExecutor(at_once) as pool:
         found = dict(zip(asked, pool.map(ask, enumerate(asked)), strict=True))
     waits = {name: found.pop(name).get("failed", "none") for name in watched}
