@@ -63,6 +63,7 @@ class Report:
         held_blocks: after each step, blocks in the row of each request by number, null excluded.
         metrics: the plugin's metrics at the end, by sample name.
         prefix_entries: compressed prefixes in the prefix cache after each step.
+        idle_prefixes: after each action ``sleep``, how many of them there are, and are listed.
         num_preemptions: how many times a request was preempted.
         classes: names of the classes vLLM used: backend, spec, manager, scheduler, worker; the
             runner's module, since both versions have the same name.
@@ -85,6 +86,7 @@ class Report:
     held_blocks: list[dict[str, int]]
     metrics: dict[str, float]
     prefix_entries: list[int]
+    idle_prefixes: list[list[int]]
     num_preemptions: int
     classes: dict[str, str]
     cached_tokens: list[int]
@@ -222,6 +224,7 @@ def execute(job: dict[str, Any]) -> Report:
     engine = llm.llm_engine
     core = engine.engine_core.engine_core
     cache = core.scheduler.kv_cache_manager
+    manager = cache.coordinator.single_type_managers[0]
     requests = [Request(**values) for values in job["requests"]]
     samples: list[dict[int, list[int]]] = [{} for _ in requests]
     finish_reasons: list[str | None] = [None] * len(requests)
@@ -234,7 +237,8 @@ def execute(job: dict[str, Any]) -> Report:
     logprobs: list[list[float]] = [[] for _ in requests]
     free, held = [cache.block_pool.get_num_free_blocks()], []
     cached_tokens = [0] * len(requests)
-    entries = []
+    entries: list[int] = []
+    idle: list[list[int]] = []
     step = preemptions = 0
     open_requests = set(range(len(requests)))
     while open_requests:
@@ -243,6 +247,8 @@ def execute(job: dict[str, Any]) -> Report:
             assert llm.reset_prefix_cache()
         elif action == "sleep":
             time.sleep(0.5)
+            (listed,) = llm.collective_rpc("kvzip_contexts")
+            idle.append([len(manager.prefixes), len(listed)])
         elif action == "scribble":
             scribbled.append(watch.scribble())
         for number, request in enumerate(requests):
@@ -277,7 +283,6 @@ def execute(job: dict[str, Any]) -> Report:
         if watch:
             watch.after_step()
         free.append(cache.block_pool.get_num_free_blocks())
-        manager = cache.coordinator.single_type_managers[0]
         rows = manager.req_to_blocks
         entries.append(len(getattr(manager, "prefixes", ())))
         held.append({name(rid): sum(not b.is_null for b in row) for rid, row in rows.items()})
@@ -314,6 +319,7 @@ def execute(job: dict[str, Any]) -> Report:
         held_blocks=held,
         metrics=metrics,
         prefix_entries=entries,
+        idle_prefixes=idle,
         num_preemptions=preemptions,
         classes=classes,
         cached_tokens=cached_tokens,

@@ -232,6 +232,10 @@ class HeadPageManager(FullAttentionManager):
             self._leave(run)
         return list(super().pop_blocks_for_free(request_id))
 
+    def close(self) -> None:
+        """The engine ends: its gauges are of nothing."""
+        self._recorder.close()
+
     def outcome(self, request: Request) -> dict[str, Any]:
         """What became of a request's prompt, as plain values for its client; it still has its row.
 

@@ -150,7 +150,7 @@ class CompressedPrefixCache:
             keep_ratio: it must have been compressed to.
             accepts: whether the request wants a prefix with that plan.
         """
-        self._expire()
+        self.expire()
         limit = min(max_blocks, len(block_hashes))
         lengths: Iterable[int] = range(limit, 0, -1)
         if len(self._boundaries) < limit:
@@ -221,24 +221,31 @@ class CompressedPrefixCache:
         self._dropped.append(run.serial)
         self._recorder.prefix_evicted(reason)
 
+    def expire(self) -> float | None:
+        """Drop the runs that nobody has used for their time to live.
+
+        Returns:
+            seconds until the next run may be over; None when none can be.
+        """
+        ttl = self._rule.ttl_seconds
+        if ttl is None:
+            return None
+        now = self._clock()
+        while self._runs:
+            run = next(iter(self._runs.values()))
+            if (left := run.last_used + ttl - now) > 0:
+                return left
+            if run.users:
+                run.last_used = now
+                self._runs.move_to_end(run.serial)
+            else:
+                self.drop(run, "ttl")
+        return None
+
     def take_dropped(self) -> list[int]:
         """Serials of the runs dropped since the last call."""
         dropped, self._dropped = self._dropped, []
         return dropped
-
-    def _expire(self) -> None:
-        ttl = self._rule.ttl_seconds
-        if ttl is None:
-            return
-        now = self._clock()
-        while self._runs:
-            run = next(iter(self._runs.values()))
-            if now - run.last_used < ttl:
-                break
-            if run.users:
-                self.used(run)
-            else:
-                self.drop(run, "ttl")
 
     def _is_whole(self, run: PrefixRun) -> bool:
         pairs = zip(self._keys(run), run.blocks, strict=True)

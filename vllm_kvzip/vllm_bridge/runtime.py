@@ -24,6 +24,7 @@ from vllm_kvzip.vllm_bridge.batches import PrefixState, QuerySpan
 from vllm_kvzip.vllm_bridge.fp8_cache import queries_of_model
 from vllm_kvzip.vllm_bridge.requests import checksum
 from vllm_kvzip.vllm_bridge.step_message import attached
+from vllm_kvzip.vllm_bridge.use_times import UseTimes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -82,6 +83,7 @@ class HeadPageRuntime:
         scale: softmax scale of the attention layers.
         clock: measures the work of the device.
         reconstruction: runs the model over a context once more, for scorers that want it.
+        ttl_seconds: how long an unused prefix lives.
     """
 
     def __init__(
@@ -98,7 +100,9 @@ class HeadPageRuntime:
         scale: float,
         clock: Clock,
         reconstruction: ReconstructionPass | None = None,
+        ttl_seconds: float | None = None,
     ) -> None:
+        self._uses = UseTimes(ttl_seconds)
         self._clock = clock
         self._unrecorded: list[Stopwatch] = []
         self._cache = cache
@@ -138,7 +142,8 @@ class HeadPageRuntime:
                 "blocks_before": run.plan.num_prefix_blocks,
                 "keep_ratio": run.plan.num_compressed_blocks / run.plan.num_prefix_blocks,
             }
-            for run in self._runs.values()
+            for serial, run in self._runs.items()
+            if not self._uses.is_over(serial)
         ]
 
     def before_step(self, output: SchedulerOutput) -> None:
@@ -151,10 +156,14 @@ class HeadPageRuntime:
             )
         for request_id in self._tracker.drop_ended(output):
             self._forget(request_id)
+        self._uses.step()
         runs: dict[str, KeptRun] = {}
         if (message := attached(output)) is not None:
             for serial in message.dropped:
                 self._runs.pop(serial, None)
+                self._uses.drop(serial)
+            for request_id, serial in message.hits.items():
+                self._uses.starts(request_id, serial)
             runs = {rid: self._runs[serial] for rid, serial in message.hits.items()}
         plans = {rid: run.plan for rid, run in runs.items()}
         self._tracker.advance(output, plans)
@@ -247,6 +256,7 @@ class HeadPageRuntime:
         self._states[request.request_id] = PrefixState(prefix, plan)
         if request.kept_as is not None:
             self._runs[request.kept_as] = KeptRun(prefix, plan, request.seed)
+            self._uses.starts(request.request_id, request.kept_as)
         return stages
 
     def _clean_blocks(self, output: SchedulerOutput, hits: Mapping[str, PrefixPlan]) -> None:
@@ -323,4 +333,5 @@ class HeadPageRuntime:
 
     def _forget(self, request_id: str) -> None:
         self._states.pop(request_id, None)
+        self._uses.ends(request_id)
         self._observed.pop(request_id, None)

@@ -1,14 +1,17 @@
 """vLLM's scheduler, which tells the block manager and the workers what only it knows.
 
 ``scheduler_config.scheduler_cls`` is vLLM's own way to name a scheduler. Scheduling itself is left
-alone; four things are added: the block manager learns which request it works for, the workers
-learn which requests start from a compressed prefix, a reset of the prefix cache reaches us, and
-clients that ask for something of ours are told what became of it.
+alone; five things are added: the block manager learns which request it works for, the workers
+learn which requests start from a compressed prefix, a reset of the prefix cache reaches us,
+prefixes expire while the engine is idle, and clients that ask for something of ours are told what
+became of it.
 """
 
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -16,11 +19,13 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_kvzip.request_options import has_options
 from vllm_kvzip.vllm_bridge.block_manager import HeadPageManager
+from vllm_kvzip.vllm_bridge.idle_expiry import IdleExpiry
 from vllm_kvzip.vllm_bridge.settings import KEY
 from vllm_kvzip.vllm_bridge.step_message import attach
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -58,14 +63,37 @@ class _HeadPageScheduling:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._kvzip_manager = introduce_requests(self.kv_cache_manager)
+        ttl = self._kvzip_manager.kv_cache_spec.reuse.ttl_seconds
+        self._kvzip_lock: AbstractContextManager[object] = nullcontext() if ttl is None else RLock()
+        self._kvzip_expiry = None
+        if ttl is not None:
+            self._kvzip_expiry = IdleExpiry(self._kvzip_manager.prefixes, ttl, self._kvzip_lock)
         if self._kvzip_manager.kv_cache_spec.rule.prefill_blocks is not None:
             self.need_mamba_block_aligned_split = True
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """vLLM's schedule, with our message attached."""
-        output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
-        attach(output, self._kvzip_manager.end_of_schedule(output.num_scheduled_tokens))
+        with self._kvzip_lock:
+            output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+            attach(output, self._kvzip_manager.end_of_schedule(output.num_scheduled_tokens))
         return output
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's, while no prefix expires."""
+        with self._kvzip_lock:
+            return super().update_from_output(*args, **kwargs)  # type: ignore[misc]
+
+    def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's, while no prefix expires."""
+        with self._kvzip_lock:
+            return super().finish_requests(*args, **kwargs)  # type: ignore[misc]
+
+    def shutdown(self) -> None:
+        """vLLM's; what this engine held is held no more."""
+        if self._kvzip_expiry is not None:
+            self._kvzip_expiry.stop()
+        self._kvzip_manager.close()
+        super().shutdown()  # type: ignore[misc]
 
     def _mamba_block_aligned_split(
         self, request: Request, num_new_tokens: int, local: int = 0, external: int = 0
@@ -93,9 +121,10 @@ class _HeadPageScheduling:
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         """vLLM's reset; compressed prefixes go with everything else."""
-        done: bool = super().reset_prefix_cache(*args, **kwargs)  # type: ignore[misc]
-        if done:
-            self._kvzip_manager.prefixes.clear()
+        with self._kvzip_lock:
+            done: bool = super().reset_prefix_cache(*args, **kwargs)  # type: ignore[misc]
+            if done:
+                self._kvzip_manager.prefixes.clear()
         return done
 
 

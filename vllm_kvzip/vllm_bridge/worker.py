@@ -289,6 +289,7 @@ class HeadPageWorker(WorkerBase):
             scale=first.impl.scale,
             clock=self.clock,
             reconstruction=reconstruction,
+            ttl_seconds=config.reuse_ttl_seconds,
         )
         for builder in builders:
             builder.runtime = runtime
