@@ -214,6 +214,9 @@ class CompressedPrefix:
             head's quantized pages are full, but where it keeps everything.
         quantized_split: quantized pages of a head page.
         key_transform: ``[L, H, D]``, of the keys in the quantized tier; None without one.
+        sound: bool, a tensor of one element on a device that nobody waits for: whether all keys,
+            values and scores that were looked at are finite. Where they are not, what is kept has
+            no meaning. None where that has been looked at.
     """
 
     page_ids: torch.Tensor
@@ -223,6 +226,7 @@ class CompressedPrefix:
     quantized_pages: torch.Tensor | None = None
     quantized_split: int = 1
     key_transform: KeyTransform | None = None
+    sound: torch.Tensor | None = None
 
     @cached_property
     def offsets(self) -> torch.Tensor:

@@ -25,6 +25,7 @@ DIRECTORY_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _writer_numbers = itertools.count()
 
 STAGES = ("score", "select", "compact", "quantize")
+FAILURES = ("not_finite", "failed")
 SKIP_REASONS = (
     "below_min_prompt_tokens",
     "below_min_output_tokens",
@@ -32,8 +33,9 @@ SKIP_REASONS = (
     "off_by_request",
     "no_room",
     "ended_before_decode",
+    *FAILURES,
 )
-EVICTION_REASONS = ("lru", "ttl", "reset")
+EVICTION_REASONS = ("lru", "ttl", "reset", "failed")
 KV_KINDS = ("full", "compressed", "quantized")
 TIERS = ("full", "quantized")
 PHASES = ("prefill", "decode")

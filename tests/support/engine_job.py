@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from faults import broken_embeddings, inject_faults
 from forked_script import ENGINES, run_script
 
 MODEL = Path(__file__).parent.parent / "models" / "tiny-retriever"
@@ -41,6 +42,9 @@ class Request:
         options: more fields of ``SamplingParams``; ``structured_outputs`` as a dict.
         cache_salt: keeps its cache entries apart, or None.
         lora: folder of a LoRA adapter, or None.
+        fault: what goes wrong when it is compressed, one of ``faults.FAULTS``, or None.
+        embeds: the prompt is sent as embeddings, all the same number but for one token's, which
+            are this; how many tells the prompt. None sends the tokens.
     """
 
     prompt: list[int]
@@ -51,6 +55,8 @@ class Request:
     cache_salt: str | None = None
     aborts_during: int | None = None
     lora: str | None = None
+    fault: str | None = None
+    embeds: float | None = None
 
 
 @dataclass
@@ -226,6 +232,8 @@ def execute(job: dict[str, Any]) -> Report:
     cache = core.scheduler.kv_cache_manager
     manager = cache.coordinator.single_type_managers[0]
     requests = [Request(**values) for values in job["requests"]]
+    if faults := {str(n): request.fault for n, request in enumerate(requests) if request.fault}:
+        core.model_executor.collective_rpc(inject_faults, args=(faults,))
     samples: list[dict[int, list[int]]] = [{} for _ in requests]
     finish_reasons: list[str | None] = [None] * len(requests)
     texts = [""] * len(requests)
@@ -254,6 +262,8 @@ def execute(job: dict[str, Any]) -> Report:
         for number, request in enumerate(requests):
             if request.arrives == step:
                 prompt = {"prompt_token_ids": request.prompt}
+                if request.embeds is not None:
+                    prompt = {"prompt_embeds": broken_embeddings(request, llm)}
                 if request.cache_salt:
                     prompt["cache_salt"] = request.cache_salt
                 lora = adapter(request.lora, requests) if request.lora else None

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
+    from vllm.v1.request import Request
 
     from vllm_kvzip.core import PrefixPlan
     from vllm_kvzip.vllm_bridge.stats_export import SchedulerRecorder
@@ -78,6 +79,15 @@ class PrefixRun:
         """What a request must share with it to start from it."""
         assert self.prefix_hash is not None
         return self.prefix_hash, self.plan.keep_ratio
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """Reserved blocks of a row that is not folded yet; they begin at ``row[start]``."""
+
+    start: int
+    run: PrefixRun
+    request: Request | None
 
 
 class CompressedPrefixCache:
@@ -241,6 +251,11 @@ class CompressedPrefixCache:
             else:
                 self.drop(run, "ttl")
         return None
+
+    def failed(self, run: PrefixRun) -> None:
+        """A run could not be compressed, so it must not be found any more."""
+        if run.serial in self._runs:
+            self.drop(run, "failed")
 
     def take_dropped(self) -> list[int]:
         """Serials of the runs dropped since the last call."""
