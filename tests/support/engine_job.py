@@ -24,7 +24,9 @@ MAX_SECONDS = 300
 RUNNER_V2 = {
     "TRITON_INTERPRET": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "1",
-    "PYTHONPATH": str(Path(__file__).parent / "triton_cpu"),
+    "PYTHONPATH": os.pathsep.join(
+        filter(None, [str(Path(__file__).parent / "triton_cpu"), os.environ.get("PYTHONPATH")])
+    ),
 }
 """Environment in which vLLM's model runner V2 runs on a CPU."""
 
