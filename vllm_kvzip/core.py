@@ -167,9 +167,10 @@ class LayerInputs:
     first_position: int = 0
     keep_ratio: float = 1.0
 
-    def unrotated_keys(self) -> torch.Tensor:
-        """Keys before rotary embedding, float32 ``[H, T, D]``."""
-        return unrotated(self.keys, self.rotary, self.first_position)
+    def unrotated_keys(self, part: slice | None = None) -> torch.Tensor:
+        """Keys before rotary embedding, float32 ``[H, T, D]``; of some of the tokens, if given."""
+        part = part or slice(0, self.keys.shape[1])
+        return unrotated(self.keys[:, part], self.rotary, self.first_position + part.start)
 
 
 @dataclass(frozen=True)

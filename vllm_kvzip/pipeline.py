@@ -103,7 +103,7 @@ class Compressor:
             source_blocks: raw blocks of the prefix in logical order, from ``plan.start_blocks`` on.
             target_blocks: blocks that will hold what is kept.
             plan: from the rule, for this prompt.
-            observation_queries: per layer float32 ``[W, H, G, D]``, if the scorer asks for them.
+            observation_queries: per layer ``[W, H, G, D]``, if the scorer asks for them.
             reconstruction: float32 ``[L, H, T]``, if the scorer asks for it.
             scale: softmax scale.
             seed: equal for equal prefixes.
@@ -226,7 +226,9 @@ class Compressor:
                 values=store.read_values(sources[layer], layer).float()
                 if self._scorer.needs_values
                 else None,
-                observation_queries=observation_queries[layer] if observation_queries else None,
+                observation_queries=observation_queries[layer].float()
+                if observation_queries
+                else None,
                 reconstruction=None if reconstruction is None else reconstruction[layer],
                 rotary=self._rotary[layer],
                 num_context_tokens=plan.ready_tokens,

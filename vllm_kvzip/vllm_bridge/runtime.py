@@ -343,14 +343,12 @@ class HeadPageRuntime:
     def _observation_queries(
         self, observed: dict[int, list[torch.Tensor]] | None
     ) -> list[torch.Tensor] | None:
-        """Kept queries as ``[W, H, G, D]`` float32 per layer."""
+        """Kept queries as ``[W, H, G, D]`` per layer."""
         if not observed:
             return None
         geometry = self._cache.geometry
         shape = (-1, geometry.num_kv_heads, geometry.group_size, geometry.head_dim)
-        return [
-            torch.cat(observed[layer]).view(shape).float() for layer in range(geometry.num_layers)
-        ]
+        return [torch.cat(observed[layer]).view(shape) for layer in range(geometry.num_layers)]
 
     def _plan_observation(self, output: SchedulerOutput) -> dict[str, tuple[int, int]]:
         """Tokens of each request's chunk whose queries the scorer shall see.
