@@ -51,17 +51,22 @@ def history():
     return requests, asked
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["synchronous", "asynchronous"])
+TWO_RANKS = {  # of which the last one fails
+    "asynchronous": True, "tensor_parallel_size": 2, "distributed_executor_backend": "mp",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[{}, TWO_RANKS], ids=["one rank", "two, asynchronous"])
 def job(request):
     requests, asked = history()
     report = run_job(
         requests,
         kvzip={"keep_ratio": 1.0, "scorer": "contrast"},
-        asynchronous=request.param,
         enable_prefix_caching=True,
         enable_prompt_embeds=True,
         max_num_seqs=8,
         max_model_len=512,
+        **request.param,
     )
     return report, requests, asked
 
