@@ -95,6 +95,17 @@ class RunningServer:
             answer: dict[str, Any] = json.loads(response.read())
             return answer
 
+    def post(self, path: str, **body: Any) -> str:
+        """What a route answers; ``urllib.error.HTTPError`` where it refuses."""
+        request = urllib.request.Request(
+            self.url + path,
+            json.dumps({"model": self.model, **body}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=120) as response:
+            answer: str = response.read().decode()
+            return answer
+
     def _request(
         self, prompt: list[int] | str, max_tokens: int, **options: Any
     ) -> urllib.request.Request:

@@ -167,9 +167,10 @@ class LayerInputs:
     first_position: int = 0
     keep_ratio: float = 1.0
 
-    def unrotated_keys(self) -> torch.Tensor:
-        """Keys before rotary embedding, float32 ``[H, T, D]``."""
-        return unrotated(self.keys, self.rotary, self.first_position)
+    def unrotated_keys(self, part: slice | None = None) -> torch.Tensor:
+        """Keys before rotary embedding, float32 ``[H, T, D]``; of some of the tokens, if given."""
+        part = part or slice(0, self.keys.shape[1])
+        return unrotated(self.keys[:, part], self.rotary, self.first_position + part.start)
 
 
 @dataclass(frozen=True)
@@ -214,6 +215,9 @@ class CompressedPrefix:
             head's quantized pages are full, but where it keeps everything.
         quantized_split: quantized pages of a head page.
         key_transform: ``[L, H, D]``, of the keys in the quantized tier; None without one.
+        sound: bool, a tensor of one element on a device that nobody waits for: whether all keys,
+            values and scores that were looked at are finite. Where they are not, what is kept has
+            no meaning. None where that has been looked at.
     """
 
     page_ids: torch.Tensor
@@ -223,6 +227,7 @@ class CompressedPrefix:
     quantized_pages: torch.Tensor | None = None
     quantized_split: int = 1
     key_transform: KeyTransform | None = None
+    sound: torch.Tensor | None = None
 
     @cached_property
     def offsets(self) -> torch.Tensor:

@@ -24,6 +24,10 @@ class RequestError(KVzipError):
     """A request asks for something that cannot be; the client gets the message."""
 
 
+class NotFiniteError(ValueError):
+    """A prompt's keys, values or scores are NaN or infinite, so they cannot be ranked."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest known one, or all of them."""
     names = list(known)

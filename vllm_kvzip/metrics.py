@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
@@ -23,6 +25,7 @@ DIRECTORY_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _writer_numbers = itertools.count()
 
 STAGES = ("score", "select", "compact", "quantize")
+FAILURES = ("not_finite", "failed")
 SKIP_REASONS = (
     "below_min_prompt_tokens",
     "below_min_output_tokens",
@@ -30,8 +33,9 @@ SKIP_REASONS = (
     "off_by_request",
     "no_room",
     "ended_before_decode",
+    *FAILURES,
 )
-EVICTION_REASONS = ("lru", "ttl", "reset")
+EVICTION_REASONS = ("lru", "ttl", "reset", "failed")
 KV_KINDS = ("full", "compressed", "quantized")
 TIERS = ("full", "quantized")
 PHASES = ("prefill", "decode")
@@ -186,20 +190,32 @@ class MetricsWriter:
 
     Args:
         metrics: which ones; each should be written by one kind of process only.
-        directory: folder of the metric files. None when the environment's
-            ``PROMETHEUS_MULTIPROC_DIR`` was set before prometheus-client was imported: then
-            prometheus-client writes its files there by itself and vLLM adds them up.
+        directory: folder of the metric files. The gauges of a writer become 0 when it is closed or
+            garbage-collected. None when the environment's ``PROMETHEUS_MULTIPROC_DIR`` was set
+            before prometheus-client was imported: then prometheus-client writes its files there by
+            itself and vLLM adds them up, and gauges become 0 when the writer is closed.
     """
 
     def __init__(self, metrics: tuple[Metric, ...], directory: str | None) -> None:
         registry = CollectorRegistry()
         self._metrics: dict[str, Counter | Gauge | Histogram] = {}
+        gauges: list[Gauge] = []
         with _files_in(directory):
             for metric in metrics:
                 instrument = _create(metric, registry)
-                for value in metric.label_values:
-                    instrument.labels(value)
+                children = [instrument.labels(value) for value in metric.label_values]
+                gauges += [i for i in children or [instrument] if isinstance(i, Gauge)]
                 self._metrics[metric.name] = instrument
+        self._gauges = gauges
+        # Only for a writer with a lock of its own: a garbage collection can come at any time, also
+        # while this thread holds the lock that all other metrics of the process share.
+        if directory is not None:
+            finalizer = weakref.finalize(self, _set_to_zero, gauges)
+            finalizer.atexit = False  # files of a process that has ended do not count
+
+    def close(self) -> None:
+        """Set every gauge to 0: what it was about has ended."""
+        _set_to_zero(self._gauges)
 
     def add(self, metric: Metric, amount: float, label: str | None = None) -> None:
         """Add to a counter, or to a gauge (there ``amount`` may be negative)."""
@@ -221,6 +237,39 @@ class MetricsWriter:
         target = instrument if label is None else instrument.labels(label)
         assert isinstance(target, Histogram)
         target.observe(amount)
+
+
+def forget_ended_processes(directory: str) -> None:
+    """Remove the gauges of processes that have ended, however they ended.
+
+    Args:
+        directory: folder of metric files of processes of this machine.
+    """
+    for path in Path(directory).glob("gauge_live*_*.db"):
+        identity = path.stem.rsplit("_", 1)[-1]
+        number = identity.split("-")[0]
+        if number.isdecimal() and not _runs(int(number)):
+            path.unlink(missing_ok=True)
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process runs; one that has ended and was not waited for does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except (OSError, IndexError):  # no such file system, or it has ended just now
+        return True
+    return state not in ("Z", "X")
+
+
+def _set_to_zero(gauges: list[Gauge]) -> None:
+    for gauge in gauges:
+        gauge.set(0)
 
 
 def _create(metric: Metric, registry: CollectorRegistry) -> Counter | Gauge | Histogram:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,9 +10,10 @@ import torch
 from vllm_kvzip.allocation import PageAllocator
 from vllm_kvzip.clocks import HostClock, Stopwatch
 from vllm_kvzip.core import CacheGeometry, CompressedPrefix, LayerInputs, PrefixPlan
+from vllm_kvzip.errors import NotFiniteError
 from vllm_kvzip.head_pages import PagePool, deal_pages
 from vllm_kvzip.key_transform import KeyTransform
-from vllm_kvzip.selection import check_scores, protect, rank, select, take_behind, take_best
+from vllm_kvzip.selection import protect, rank, select, take_behind, take_best
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,8 +34,10 @@ class Compressor:
     """Compresses one prompt at a time; holds no state between prompts.
 
     Everything is asked for in the stream of the device where the pool lies, and nothing waits for
-    it, but for two things: a score that is NaN is looked for on the CPU, and what competes with
-    what an earlier compression kept is counted.
+    it, but for one thing: what competes with what an earlier compression kept is counted. Numbers
+    that are NaN or infinite end a compression on the CPU. Elsewhere nobody looks: scores become
+    equal then, so that all goes on as with any prompt, and
+    :attr:`~vllm_kvzip.core.CompressedPrefix.sound` will tell.
 
     Args:
         geometry: shape of the compressed layers.
@@ -99,7 +103,7 @@ class Compressor:
             source_blocks: raw blocks of the prefix in logical order, from ``plan.start_blocks`` on.
             target_blocks: blocks that will hold what is kept.
             plan: from the rule, for this prompt.
-            observation_queries: per layer float32 ``[W, H, G, D]``, if the scorer asks for them.
+            observation_queries: per layer ``[W, H, G, D]``, if the scorer asks for them.
             reconstruction: float32 ``[L, H, T]``, if the scorer asks for it.
             scale: softmax scale.
             seed: equal for equal prefixes.
@@ -107,16 +111,22 @@ class Compressor:
 
         Returns:
             where the kept pairs lie, and how long the stages took (``select`` includes budgets).
+
+        Raises:
+            NotFiniteError: if a key, value or score is NaN or infinite (seen on the CPU). Nothing
+                has been written then.
+            ValueError: if the scorer returned scores of another shape.
         """
         stages = Stopwatch(self._clock, STAGES)
         geometry = self._geometry
         sources = self._pool.page_ids(self._on_device(source_blocks))  # [L, H, nb]
         with stages.stage("score"):
-            scores, transform = self._score(
+            scores, transform, sound = self._score(
                 sources, plan, observation_queries, reconstruction, scale, seed
             )
         if transform is not None:
-            return self._in_tiers(sources, scores, transform, target_blocks, plan, stages), stages
+            prefix = self._in_tiers(sources, scores, transform, target_blocks, plan, stages)
+            return replace(prefix, sound=sound), stages
         total = plan.num_compressed_blocks * geometry.pages_per_block
         with stages.stage("select"):
             available = None
@@ -137,7 +147,7 @@ class Compressor:
         with stages.stage("compact"):
             targets = deal_pages(self._on_device(target_blocks), total, self._pool)
             self._store.compact(sources, keep, targets)
-        return CompressedPrefix(targets, budgets, kept_scores), stages
+        return CompressedPrefix(targets, budgets, kept_scores, sound=sound), stages
 
     def _in_tiers(
         self,
@@ -153,8 +163,6 @@ class Compressor:
         num_full = plan.num_full_blocks * geometry.pages_per_block
         num_quantized = plan.num_quantized_pages * geometry.pages_per_block
         with stages.stage("select"):
-            if scores.device.type == "cpu":
-                check_scores(scores)
             num_sinks, num_recent = self._rule.protected_in_prefix(plan.boundary_tokens)
             ranked = protect(scores, num_sinks, num_recent)
             full = self._allocator.full(ranked, plan)
@@ -198,14 +206,15 @@ class Compressor:
         reconstruction: torch.Tensor | None,
         scale: float,
         seed: int,
-    ) -> tuple[torch.Tensor, KeyTransform | None]:
-        """Scores of the raw blocks, float32 ``[L, H, T]``; what quantized keys are freed of.
+    ) -> tuple[torch.Tensor, KeyTransform | None, torch.Tensor | None]:
+        """Scores of the raw blocks, float32 ``[L, H, T]``; what quantized keys are freed of; and
+        :attr:`~vllm_kvzip.core.CompressedPrefix.sound`.
 
         Sinks are left out of the mean.
         """
         geometry, store = self._geometry, self._store
         num_sinks, _ = self._rule.protected_in_prefix(plan.boundary_tokens)
-        transforms = []
+        transforms, sums = [], []
         first = plan.start_blocks * geometry.block_size
         shape = (*sources.shape[:2], plan.boundary_tokens - first)
         scores = torch.empty(shape, device=store.device)
@@ -217,7 +226,9 @@ class Compressor:
                 values=store.read_values(sources[layer], layer).float()
                 if self._scorer.needs_values
                 else None,
-                observation_queries=observation_queries[layer] if observation_queries else None,
+                observation_queries=observation_queries[layer].float()
+                if observation_queries
+                else None,
                 reconstruction=None if reconstruction is None else reconstruction[layer],
                 rotary=self._rotary[layer],
                 num_context_tokens=plan.ready_tokens,
@@ -229,10 +240,24 @@ class Compressor:
                 # Rounds of a prefill budget compete with one another: the same for all of them.
                 keep_ratio=plan.share if plan.num_quantized_blocks else plan.keep_ratio,
             )
-            scores[layer] = self._scorer.score_layer(inputs)
+            of_layer = self._scorer.score_layer(inputs)
+            if of_layer.shape != shape[1:]:
+                raise ValueError(
+                    f"scorer {self._scorer.name} returned scores of shape {tuple(of_layer.shape)}, "
+                    f"not {tuple(shape[1:])}"
+                )
+            scores[layer] = of_layer
+            # One number that is not finite makes a sum so; without a copy of what is looked at.
+            sums += [half.sum() for half in (inputs.keys, inputs.values) if half is not None]
             if plan.num_quantized_blocks:
                 transforms.append(KeyTransform.fit(inputs.keys, num_sinks))
-        return scores, KeyTransform.stack(transforms) if transforms else None
+        sound = torch.isfinite(scores).all() & torch.isfinite(torch.stack(sums)).all()
+        transform = KeyTransform.stack(transforms) if transforms else None
+        if sound.device.type != "cpu":
+            return scores.masked_fill_(~sound, 0.0), transform, sound
+        if not sound:
+            raise NotFiniteError("keys, values or scores are NaN or infinite")
+        return scores, transform, None
 
 
 def _behind(

@@ -185,7 +185,7 @@ class PrefixRule:
         checked.
         """
         if options.is_off:
-            return "off_by_request"
+            return options.left_alone or "off_by_request"
         num_blocks = self._num_prefix_blocks(num_prompt_tokens, options)
         context = options.context_tokens
         if num_blocks == 0 or self.min_prompt_tokens > (

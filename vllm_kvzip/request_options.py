@@ -18,6 +18,8 @@ SWITCH = "kvzip"
 KEEP_RATIO = "kvzip_keep_ratio"
 CONTEXT_TOKENS = "kvzip_context_tokens"
 KNOWN = (SWITCH, KEEP_RATIO, CONTEXT_TOKENS)
+LEFT_ALONE = "kvzip_left_alone"
+"""Set by the scheduler alone, where compressing has failed: why the prompt is left alone."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,14 @@ class RequestOptions:
         keep_ratio: kept / all KV pairs of the prefix, in (0, 1]; None: the server's.
         is_off: neither compress the prompt nor start from a compressed prefix.
         max_output_tokens: the most tokens the request generates; None: unknown.
+        left_alone: why it is off, one of ``metrics.FAILURES``; None: its client said so.
     """
 
     context_tokens: int | None = None
     keep_ratio: float | None = None
     is_off: bool = False
     max_output_tokens: int | None = None
+    left_alone: str | None = None
 
     @classmethod
     def read(
@@ -50,8 +54,9 @@ class RequestOptions:
         return cls(
             context_tokens=context if _is_count(context) else None,
             keep_ratio=ratio if _is_ratio(ratio) else None,
-            is_off=given.get(SWITCH) == "off",
+            is_off=given.get(SWITCH) == "off" or LEFT_ALONE in given,
             max_output_tokens=max_output_tokens,
+            left_alone=given.get(LEFT_ALONE),
         )
 
 
@@ -60,7 +65,7 @@ DEFAULT = RequestOptions()
 
 def has_options(extra_args: Mapping[str, Any] | None) -> bool:
     """Whether a request asks for anything of ours."""
-    return any(name.startswith(SWITCH) for name in extra_args or ())
+    return any(name.startswith(SWITCH) and name != LEFT_ALONE for name in extra_args or ())
 
 
 def check_request(extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) -> None:

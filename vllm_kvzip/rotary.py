@@ -10,6 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_kvzip.slices import token_slices
+
+_NUMBERS_PER_ANGLE = 8  # cosine and sine, their squares, and both divided by the sum
+
 
 @dataclass(frozen=True)
 class RotaryTables:
@@ -26,16 +30,19 @@ class RotaryTables:
     sin: torch.Tensor
     interleaved: bool = False
 
-    def unrotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def unrotate(
+        self, x: torch.Tensor, positions: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Take the rotation off.
 
         Args:
             x: float32 ``[..., T, D]``, rotated keys or queries.
             positions: int64 ``[T]``.
+            out: like ``x``; written and returned, if given.
         """
         cos, sin = self.cos[positions], self.sin[positions]
         square = cos * cos + sin * sin  # 1, unless the model scales its angles' cosines
-        return self._turn(x, cos / square, -sin / square)
+        return self._turn(x, cos / square, -sin / square, out)
 
     def rotate_to_mean(self, x: torch.Tensor, first: int, count: int) -> torch.Tensor:
         """Rotate to each of some positions and take the mean.
@@ -49,8 +56,14 @@ class RotaryTables:
         rows = slice(min(first, last - 1), last)
         return self._turn(x, self.cos[rows].mean(0), self.sin[rows].mean(0))
 
-    def _turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        turned = torch.empty_like(x)
+    def _turn(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        turned = torch.empty_like(x) if out is None else out
         left, right = self._halves(x, cos.shape[-1])
         new_left, new_right = self._halves(turned, cos.shape[-1])
         torch.mul(left, cos, out=new_left).addcmul_(right, sin, value=-1)
@@ -75,4 +88,8 @@ def unrotated(keys: torch.Tensor, rotary: RotaryTables | None, first: int = 0) -
     """
     if rotary is None:
         return keys
-    return rotary.unrotate(keys, torch.arange(first, first + keys.shape[1], device=keys.device))
+    plain = torch.empty_like(keys)
+    positions = torch.arange(first, first + keys.shape[1], device=keys.device)
+    for part in token_slices(keys, _NUMBERS_PER_ANGLE * rotary.cos.shape[1]):
+        rotary.unrotate(keys[:, part], positions[part], out=plain[:, part])
+    return plain

@@ -136,19 +136,10 @@ def _positions(kept: torch.Tensor, total: int) -> torch.Tensor:
     return place.new_empty(total + 1).scatter_(0, place, columns)[:total]
 
 
-def check_scores(scores: torch.Tensor) -> None:
-    """Refuse scores that cannot be ranked.
-
-    Raises:
-        ValueError: if one is NaN.
-    """
-    if torch.isnan(scores).any():
-        raise ValueError("a scorer returned NaN")
-
-
 def _check(scores: torch.Tensor, budgets: torch.Tensor, num_protected: int) -> None:
     num_tokens = scores.shape[-1]
-    check_scores(scores)
+    if torch.isnan(scores).any():
+        raise ValueError("a scorer returned NaN")
     least, most = int(budgets.min()), int(budgets.max())
     if least < max(1, num_protected) or most > num_tokens:
         raise ValueError(

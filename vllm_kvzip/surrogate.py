@@ -66,20 +66,25 @@ class LayerSurrogate:
         """
         return self._log_scores(torch.bmm(features, self.mix))
 
-    def log_scores_of(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def log_scores_of(
+        self, keys: torch.Tensor, values: torch.Tensor, near: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The same, part by part, so that the features need not be copied together.
 
         Args:
             keys: float32 ``[H, T, D]``, without their rotation.
             values: float32 ``[H, T, D]``.
+            near: float32 ``[T, 3]``, of :func:`recency`; None: the last of the tokens is the end.
         """
+        if near is None:
+            near = recency(keys.shape[1], keys.device)
         head_dim = keys.shape[2]
         of_keys, of_values, of_recency = torch.split(
             self.mix, [head_dim, head_dim, len(RECENCY_TOKENS)], dim=1
         )
         mixed = torch.bmm(keys, of_keys)
         mixed.baddbmm_(values, of_values)
-        mixed += _recency(keys.shape[1], keys.device) @ of_recency
+        mixed.baddbmm_(near.expand(len(keys), -1, -1), of_recency)
         return self._log_scores(mixed)
 
     def _log_scores(self, mixed: torch.Tensor) -> torch.Tensor:
@@ -97,11 +102,11 @@ def token_features(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     Returns:
         float32 ``[H, T, 2 * D + 3]``.
     """
-    recency = _recency(keys.shape[1], keys.device).expand(len(keys), -1, -1)
-    return torch.cat([keys, values, recency], dim=2)
+    near = recency(keys.shape[1], keys.device).expand(len(keys), -1, -1)
+    return torch.cat([keys, values, near], dim=2)
 
 
-def _recency(num_tokens: int, device: torch.device) -> torch.Tensor:
+def recency(num_tokens: int, device: torch.device) -> torch.Tensor:
     """How near each token is to the end, float32 ``[T, 3]``, in (0, 1]."""
     distance = torch.arange(num_tokens - 1, -1, -1, dtype=torch.float32, device=device)
     return torch.stack([torch.exp(distance / -length) for length in RECENCY_TOKENS], dim=1)

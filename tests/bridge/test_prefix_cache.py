@@ -1,15 +1,22 @@
 """Compressed prefixes in vLLM's own block pool: who finds them, and who must not."""
 
+import gc
+import threading
+import time
+
 import pytest
 from cache_manager import build_cache
+from metric_processes import collected
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.v1.request import Request
 
 from vllm_kvzip.config import KVzipConfig
 from vllm_kvzip.metrics import EVICTION_REASONS
+from vllm_kvzip.vllm_bridge.idle_expiry import IdleExpiry
 from vllm_kvzip.vllm_bridge.prefix_cache import CompressedPrefixCache, ReuseRule
 from vllm_kvzip.vllm_bridge.settings import Settings
+from vllm_kvzip.vllm_bridge.use_times import UseTimes
 
 pytestmark = pytest.mark.vllm
 
@@ -218,3 +225,78 @@ def test_a_prefix_in_use_outlives_its_time(engine, tmp_path):
     now[0] = 28.5
     assert engine.serve([*CONTEXT, 9], 128)[0] == ("raw", 128)
     assert len(prefixes) == 1  # compressed anew
+
+
+def eventually(condition, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return condition()
+
+
+def with_a_clock(engine):
+    """The time by which the engine's prefixes expire, to be set."""
+    now = [0.0]
+    engine.manager.prefixes._clock = lambda: now[0]
+    return now
+
+
+def test_prefixes_end_in_time_while_nobody_asks(tmp_path):
+    engine = Engine(tmp_path, ttl_seconds=0.05)
+    now, prefixes, lock = with_a_clock(engine), engine.manager.prefixes, threading.RLock()
+    expiry = IdleExpiry(prefixes, 0.05, lock)
+    with lock:
+        engine.serve([*CONTEXT, *QUESTION], 128)
+        engine.serve([*range(1000, 1128), 7], 128)
+        now[0] = 0.06
+        time.sleep(0.3)
+        assert len(prefixes) == 2  # whoever works with the pool is not disturbed
+    assert eventually(lambda: len(prefixes) == 0)
+    value = collected(tmp_path)
+    assert value("vllm_kvzip_prefix_entries") == 0
+    assert value("vllm_kvzip_prefix_evictions_total", {"reason": "ttl"}) == 2
+    with lock:
+        assert engine.serve([*CONTEXT, 9], 128)[1]  # afresh
+    now[0] = 0.12
+    assert eventually(lambda: len(prefixes) == 0)
+    expiry.stop()
+
+
+def test_a_prefix_in_use_does_not_end(tmp_path):
+    engine = Engine(tmp_path, ttl_seconds=8)
+    now, prefixes = with_a_clock(engine), engine.manager.prefixes
+    engine.serve([*CONTEXT, *QUESTION], 128)
+    (run,) = prefixes._runs.values()
+    run.users, now[0] = 1, 9
+    assert prefixes.expire() == 8
+    run.users, now[0] = 0, 16
+    assert prefixes.expire() == 1
+    now[0] = 17
+    assert prefixes.expire() is None
+    assert len(prefixes) == 0
+
+
+def test_the_thread_ends_with_its_cache(tmp_path):
+    engine = Engine(tmp_path, ttl_seconds=0.05)
+    before = threading.active_count()
+    IdleExpiry(engine.manager.prefixes, 0.05, threading.RLock())
+    assert threading.active_count() == before + 1
+    del engine
+    assert eventually(lambda: gc.collect() >= 0 and threading.active_count() == before)
+
+
+def test_a_worker_lists_what_is_not_over():
+    now = [0.0]
+    uses = UseTimes(10, lambda: now[0])
+    uses.starts("a", 1)
+    now[0] = 9
+    uses.step()  # a still runs
+    uses.ends("a")
+    now[0] = 18
+    assert not uses.is_over(1)
+    uses.step()
+    now[0] = 19
+    assert uses.is_over(1)
+    uses.starts("b", 1)
+    assert not uses.is_over(1)
+    assert not UseTimes(None).is_over(1)

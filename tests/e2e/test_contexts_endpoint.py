@@ -1,8 +1,10 @@
 """The contexts endpoint of a real server: compress ahead of time, list, and refuse."""
 
 import json
+import os
 import urllib.error
 import urllib.request
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,6 +20,8 @@ from vllm_kvzip.vllm_bridge.contexts_endpoint import ContextsEndpoint
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
+FAULTY_SCORER = Path(__file__).parent.parent / "support" / "faulty_scorer"
+"""Another package with a scorer: the default one, which fails on contexts of 777 tokens."""
 PATH, KEY = "/v1/kvzip/contexts", "secret"
 TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
 
@@ -28,7 +32,10 @@ def server(tmp_path_factory):
     template.write_text(TEMPLATE)
     flags = ("--kv-compression", "kvzip", "--kv-compression-config.keep_ratio", "0.3")
     more = ("--api-key", KEY, "--chat-template", str(template))
-    with LocalServer(str(MODEL), *flags, *more, environment={"VLLM_PLUGINS": "kvzip"}) as running:
+    more += ("--kv-compression-config.scorer", "faulty")
+    path = os.pathsep.join([str(FAULTY_SCORER), os.environ.get("PYTHONPATH", "")])
+    environment = {"VLLM_PLUGINS": "kvzip", "PYTHONPATH": path}
+    with LocalServer(str(MODEL), *flags, *more, environment=environment) as running:
         yield running
 
 
@@ -143,6 +150,22 @@ def test_wrong_bodies_are_told_what_is_wrong(server, body, status, sentence):
     got, answer = call(server, body=body)
     assert got == status
     assert sentence in json.dumps(answer)
+
+
+def test_a_context_that_cannot_be_compressed_is_told_and_the_server_goes_on(server):
+    tokens = make_context(np.random.default_rng(5), 777).tokens.tolist()
+    status, answer = call(server, body={"prompt": tokens})
+    assert status == 500
+    assert "could not be compressed (failed)" in answer["error"]["message"]
+    _, listed = call(server)
+    question = {"model": str(MODEL), "prompt": tokens, "max_tokens": 8}
+    asked = {**question, "vllm_xargs": {"kvzip_context_tokens": 777}}
+    status, reply = call(server, "/v1/completions", asked)
+    assert status == 200
+    assert reply["kv_transfer_params"] == {"kvzip": {"left_alone": "failed"}}
+    assert reply["usage"]["completion_tokens"] == 8
+    assert call(server)[1] == listed  # nothing half done
+    assert call(server, body={"prompt": tokens[:-40]})[0] == 200
 
 
 def test_the_servers_keys_guard_it(server):

@@ -152,6 +152,8 @@ def test_time_and_reset_end_a_prefix():
     settings = {"keep_ratio": 0.3, "reuse_ttl_seconds": 0.4}
     report = run_job(requests, kvzip=settings, actions={40: "sleep", 80: "reset"})
     assert total(report, "prefix_hits_total") == 3
+    assert report.prefix_entries[39] == 1
+    assert report.idle_prefixes == [[0, 0]]  # before anybody asked
     assert total(report, "prefix_evictions_total/ttl") == 1
     assert total(report, "prefix_evictions_total/reset") == 1
     assert total(report, "prefix_entries") == 1

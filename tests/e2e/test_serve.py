@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import re
+import time
 import urllib.error
 from pathlib import Path
 
@@ -25,7 +26,8 @@ ROOT = Path(__file__).parent.parent.parent
 def server():
     flags = ("--kv-compression", "kvzip", "--kv-compression-config.keep_ratio", "0.25")
     flags += ("--hf-overrides", json.dumps({"max_position_embeddings": MAX_MODEL_LEN}))
-    with LocalServer(str(MODEL), *flags) as running:
+    stores = {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}  # else no response is made in the background
+    with LocalServer(str(MODEL), *flags, environment=stores) as running:
         yield running
 
 
@@ -140,6 +142,78 @@ def test_wrong_request_options_are_http_400_and_the_server_goes_on(server, optio
     assert refused.value.code == 400
     assert sentence in json.loads(refused.value.read())["error"]["message"]
     assert list(server.stream(prompt, 4, vllm_xargs={"kvzip_context_tokens": 600}))
+
+
+WORDS = make_context(np.random.default_rng(16), 300).text
+CHAT = {"messages": [{"role": "user", "content": WORDS}], "max_tokens": 4}
+RESPONSE = {"input": WORDS, "max_output_tokens": 16}
+COMPLETION = {"prompt": WORDS, "max_tokens": 4}
+ROUTES = {
+    "completions": ("/v1/completions", COMPLETION),
+    "completions, two prompts": ("/v1/completions", {**COMPLETION, "prompt": [WORDS, WORDS]}),
+    "completions, two samples": ("/v1/completions", {**COMPLETION, "n": 2}),
+    "completions, streamed": ("/v1/completions", {**COMPLETION, "stream": True}),
+    "chat": ("/v1/chat/completions", CHAT),
+    "chat, streamed": ("/v1/chat/completions", {**CHAT, "stream": True}),
+    "chat, batch": (
+        "/v1/chat/completions/batch", {**CHAT, "messages": [CHAT["messages"], CHAT["messages"]]},
+    ),
+    "responses": ("/v1/responses", RESPONSE),
+    "responses, streamed": ("/v1/responses", {**RESPONSE, "stream": True}),
+    "responses, background": ("/v1/responses", {**RESPONSE, "background": True}),
+    "responses, both": ("/v1/responses", {**RESPONSE, "background": True, "stream": True}),
+    "messages": ("/v1/messages", CHAT),
+    "messages, streamed": ("/v1/messages", {**CHAT, "stream": True}),
+}  # fmt: skip
+BEAMS = {"use_beam_search": True, "n": 2, "temperature": 0}
+LABELS = {"query": WORDS, "items": ["a"], "label_token_ids": [1, 2]}
+
+
+def refusal(server, path, body):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        server.post(path, **body)
+    assert refused.value.code == 400
+    return json.loads(refused.value.read())["error"]["message"]
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"kvzip_keep_ratio": 1.5}, "kvzip_keep_ratio=1.5 must be a number"),
+        ({"kvzip_context_tokens": 10**6}, "must lie between 0 and the prompt's length"),
+    ],
+)
+def test_every_route_refuses_a_wrong_option_before_it_answers(server, route, options, sentence):
+    path, body = ROUTES[route]
+    assert sentence in refusal(server, path, {**body, "vllm_xargs": options})
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_every_route_takes_a_right_one(server, route):
+    path, body = ROUTES[route]
+    name = 'requests_skipped_total{reason="off_by_request"}'
+    before = kvzip(server.metrics(), name)
+    assert server.post(path, **body, vllm_xargs={"kvzip": "off"})
+    deadline = time.monotonic() + 30  # one in the background may not have begun
+    while kvzip(server.metrics(), name) <= before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert kvzip(server.metrics(), name) > before
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "what"),
+    [
+        ("/v1/completions", {**COMPLETION, **BEAMS}, "beam search"),
+        ("/v1/chat/completions", {**CHAT, **BEAMS}, "beam search"),
+        ("/generative_scoring", LABELS, "scoring labels"),
+    ],
+)
+def test_an_option_that_nobody_would_read_is_refused(server, path, body, what):
+    sentence = f"Options of KV compression cannot be combined with {what}"
+    for options in ({"kvzip": "off"}, {"kvzip_nonsense": 1}):
+        assert sentence in refusal(server, path, {**body, "vllm_xargs": options})
+    assert server.post(path, **body, vllm_xargs={"mine": 1})
 
 
 def test_a_request_chooses_its_ratio_or_none_and_is_told_what_became_of_it(server):

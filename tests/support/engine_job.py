@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from faults import broken_embeddings, inject_faults
 from forked_script import ENGINES, run_script
 
 MODEL = Path(__file__).parent.parent / "models" / "tiny-retriever"
@@ -23,7 +24,9 @@ MAX_SECONDS = 300
 RUNNER_V2 = {
     "TRITON_INTERPRET": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "1",
-    "PYTHONPATH": str(Path(__file__).parent / "triton_cpu"),
+    "PYTHONPATH": os.pathsep.join(
+        filter(None, [str(Path(__file__).parent / "triton_cpu"), os.environ.get("PYTHONPATH")])
+    ),
 }
 """Environment in which vLLM's model runner V2 runs on a CPU."""
 
@@ -41,6 +44,9 @@ class Request:
         options: more fields of ``SamplingParams``; ``structured_outputs`` as a dict.
         cache_salt: keeps its cache entries apart, or None.
         lora: folder of a LoRA adapter, or None.
+        fault: what goes wrong when it is compressed, one of ``faults.FAULTS``, or None.
+        embeds: the prompt is sent as embeddings, all the same number but for one token's, which
+            are this; how many tells the prompt. None sends the tokens.
     """
 
     prompt: list[int]
@@ -51,6 +57,8 @@ class Request:
     cache_salt: str | None = None
     aborts_during: int | None = None
     lora: str | None = None
+    fault: str | None = None
+    embeds: float | None = None
 
 
 @dataclass
@@ -63,6 +71,7 @@ class Report:
         held_blocks: after each step, blocks in the row of each request by number, null excluded.
         metrics: the plugin's metrics at the end, by sample name.
         prefix_entries: compressed prefixes in the prefix cache after each step.
+        idle_prefixes: after each action ``sleep``, how many of them there are, and are listed.
         num_preemptions: how many times a request was preempted.
         classes: names of the classes vLLM used: backend, spec, manager, scheduler, worker; the
             runner's module, since both versions have the same name.
@@ -85,6 +94,7 @@ class Report:
     held_blocks: list[dict[str, int]]
     metrics: dict[str, float]
     prefix_entries: list[int]
+    idle_prefixes: list[list[int]]
     num_preemptions: int
     classes: dict[str, str]
     cached_tokens: list[int]
@@ -222,7 +232,10 @@ def execute(job: dict[str, Any]) -> Report:
     engine = llm.llm_engine
     core = engine.engine_core.engine_core
     cache = core.scheduler.kv_cache_manager
+    manager = cache.coordinator.single_type_managers[0]
     requests = [Request(**values) for values in job["requests"]]
+    if faults := {str(n): request.fault for n, request in enumerate(requests) if request.fault}:
+        core.model_executor.collective_rpc(inject_faults, args=(faults,))
     samples: list[dict[int, list[int]]] = [{} for _ in requests]
     finish_reasons: list[str | None] = [None] * len(requests)
     texts = [""] * len(requests)
@@ -234,7 +247,8 @@ def execute(job: dict[str, Any]) -> Report:
     logprobs: list[list[float]] = [[] for _ in requests]
     free, held = [cache.block_pool.get_num_free_blocks()], []
     cached_tokens = [0] * len(requests)
-    entries = []
+    entries: list[int] = []
+    idle: list[list[int]] = []
     step = preemptions = 0
     open_requests = set(range(len(requests)))
     while open_requests:
@@ -243,11 +257,15 @@ def execute(job: dict[str, Any]) -> Report:
             assert llm.reset_prefix_cache()
         elif action == "sleep":
             time.sleep(0.5)
+            (listed,) = llm.collective_rpc("kvzip_contexts")
+            idle.append([len(manager.prefixes), len(listed)])
         elif action == "scribble":
             scribbled.append(watch.scribble())
         for number, request in enumerate(requests):
             if request.arrives == step:
                 prompt = {"prompt_token_ids": request.prompt}
+                if request.embeds is not None:
+                    prompt = {"prompt_embeds": broken_embeddings(request, llm)}
                 if request.cache_salt:
                     prompt["cache_salt"] = request.cache_salt
                 lora = adapter(request.lora, requests) if request.lora else None
@@ -277,7 +295,6 @@ def execute(job: dict[str, Any]) -> Report:
         if watch:
             watch.after_step()
         free.append(cache.block_pool.get_num_free_blocks())
-        manager = cache.coordinator.single_type_managers[0]
         rows = manager.req_to_blocks
         entries.append(len(getattr(manager, "prefixes", ())))
         held.append({name(rid): sum(not b.is_null for b in row) for rid, row in rows.items()})
@@ -314,6 +331,7 @@ def execute(job: dict[str, Any]) -> Report:
         held_blocks=held,
         metrics=metrics,
         prefix_entries=entries,
+        idle_prefixes=idle,
         num_preemptions=preemptions,
         classes=classes,
         cached_tokens=cached_tokens,

@@ -1,7 +1,18 @@
 """What the processes of a server record, for a test that starts them."""
 
+import os
+
+from prometheus_client import CollectorRegistry
+
 from vllm_kvzip.core import PrefixPlan
-from vllm_kvzip.vllm_bridge.stats_export import SchedulerRecorder, WorkerRecorder
+from vllm_kvzip.vllm_bridge.stats_export import LiveCollector, SchedulerRecorder, WorkerRecorder
+
+
+def collected(directory):
+    """Looks up a metric as a server would show it."""
+    registry = CollectorRegistry()
+    LiveCollector(registry, path=str(directory))
+    return registry.get_sample_value
 
 
 def scheduler_process(directory):
@@ -24,3 +35,8 @@ def worker_process(directory):
     recorder = WorkerRecorder(directory)
     recorder.compressed({"score": 0.5, "select": 0.25, "compact": 0.125})
     recorder.attended("decode", 0.5)
+
+
+def killed_process(directory):
+    scheduler_process(directory)
+    os._exit(9)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from vllm_kvzip.scoring.base import Scorer, register_scorer
+from vllm_kvzip.slices import group_slices, token_slices
 
 if TYPE_CHECKING:
     from vllm_kvzip.config import Budget
@@ -38,23 +39,65 @@ class ExpectedAttentionScorer(Scorer):
 
     def score_layer(self, inputs: LayerInputs) -> torch.Tensor:
         """Float32 ``[H, T]``; ValueError when queries or values were not collected."""
-        queries, values, rotary = inputs.observation_queries, inputs.values, inputs.rotary
+        queries, values = inputs.observation_queries, inputs.values
         if queries is None or values is None:
             raise ValueError("Scorer 'expected-attention' needs values and the last queries.")
-        queries = queries.permute(1, 2, 0, 3)  # [H, G, W, D]
-        end = inputs.num_context_tokens
-        if rotary is not None:
-            positions = torch.arange(end - queries.shape[2], end, device=queries.device)
-            queries = rotary.unrotate(queries, positions)
-        mean = queries.mean(dim=2)
-        centred = queries - mean[:, :, None]
-        covariance = centred.transpose(2, 3) @ centred / queries.shape[2]  # [H, G, D, D]
-        if rotary is not None:
-            mean = rotary.rotate_to_mean(mean, end, FUTURE_TOKENS)
-            covariance = rotary.rotate_to_mean(covariance, end, FUTURE_TOKENS).transpose(2, 3)
-            covariance = rotary.rotate_to_mean(covariance, end, FUTURE_TOKENS)
-        keys = inputs.keys[:, None] * inputs.scale  # [H, 1, T, D]
-        logits = (keys @ mean[..., None]).squeeze(-1)
-        logits = logits + 0.5 * ((keys @ covariance) * keys).sum(-1)  # [H, G, T]
+        keys = inputs.keys
+        window, _, group_size, head_dim = queries.shape
+        scores = torch.zeros_like(values[..., 0])
+        of_member = keys.shape[1] + 2 * window * head_dim + 4 * head_dim**2
+        for part in group_slices(keys, group_size, len(keys) * of_member):
+            mean, covariance = _moments(queries[:, :, part], inputs)
+            attention = _logits(keys, mean, covariance)
+            attention.sub_(attention.amax(dim=-1, keepdim=True)).exp_()  # softmax, in its place
+            scores += attention.div_(attention.sum(dim=-1, keepdim=True)).sum(dim=1)
         norms: torch.Tensor = values.norm(dim=-1)
-        return logits.softmax(dim=-1).mean(dim=1) * norms
+        return scores.mul_(norms).div_(group_size)
+
+
+def _moments(queries: torch.Tensor, inputs: LayerInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean ``[H, G, D]`` and covariance ``[H, G, D, D]`` of later queries, with the softmax scale.
+
+    Args:
+        queries: float32 ``[W, H, G, D]``, the last ones.
+        inputs: of the layer.
+    """
+    rotary, end = inputs.rotary, inputs.num_context_tokens
+    queries = queries.permute(1, 2, 0, 3)  # [H, G, W, D]
+    window = queries.shape[2]
+    if rotary is not None:
+        positions = torch.arange(end - window, end, device=queries.device)
+        queries = rotary.unrotate(queries, positions)
+    mean = queries.mean(dim=2)
+    centred = queries - mean[:, :, None]
+    del queries
+    covariance = (centred.transpose(2, 3) @ centred).mul_(inputs.scale**2 / window)
+    del centred
+    if rotary is not None:
+        mean = rotary.rotate_to_mean(mean, end, FUTURE_TOKENS)
+        covariance = rotary.rotate_to_mean(covariance, end, FUTURE_TOKENS).transpose(2, 3)
+        covariance = rotary.rotate_to_mean(covariance, end, FUTURE_TOKENS)
+    return mean * inputs.scale, covariance
+
+
+def _logits(keys: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
+    """Log of the expected exponential of a query's product with each key, up to a constant.
+
+    Args:
+        keys: float32 ``[H, T, D]``.
+        mean: float32 ``[H, G, D]``, of the queries.
+        covariance: float32 ``[H, G, D, D]``, likewise.
+
+    Returns:
+        float32 ``[H, G, T]``.
+    """
+    num_heads, group_size, head_dim = mean.shape
+    logits = keys.new_empty(num_heads, group_size, keys.shape[1])
+    covariance = covariance.transpose(1, 2).flatten(2)  # [H, D, G * D]: all of a group at once
+    mean = mean.transpose(1, 2)
+    for part in token_slices(keys, num_heads * group_size * (head_dim + 3)):
+        tokens = keys[:, part]
+        spread = (tokens @ covariance).view(num_heads, -1, group_size, head_dim)
+        variance = spread.mul_(tokens[:, :, None]).sum(dim=-1)  # [H, S, G]
+        logits[:, :, part] = variance.mul_(0.5).add_(tokens @ mean).transpose(1, 2)
+    return logits

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from vllm_kvzip.scoring.base import Scorer, ScorerSettings, register_scorer
 from vllm_kvzip.scoring.contrast import contrast, ramp
-from vllm_kvzip.surrogate import MIN_LOG_SCORE, load_surrogate
+from vllm_kvzip.slices import token_slices
+from vllm_kvzip.surrogate import MIN_LOG_SCORE, load_surrogate, recency
 
 if TYPE_CHECKING:
     import torch
@@ -62,8 +63,15 @@ class SurrogateScorer(Scorer):
         if network.mix.device != inputs.keys.device or len(network.mix) != num_heads:
             own = network.of_heads(self.settings.first_kv_head, num_heads)
             network = self._layers[inputs.layer] = own.to(inputs.keys.device)
-        keys = inputs.unrotated_keys()
-        predicted = network.log_scores_of(keys, inputs.values).clamp_(MIN_LOG_SCORE, 0.0)
+        num_tokens, head_dim = inputs.keys.shape[1:]
+        near = recency(num_tokens, inputs.keys.device)
+        predicted = inputs.keys.new_empty(num_heads, num_tokens)
+        width = network.mix.shape[2]
+        for part in token_slices(inputs.keys, num_heads * (head_dim + 3 * width)):
+            keys = inputs.unrotated_keys(part)
+            predicted[:, part] = network.log_scores_of(keys, inputs.values[:, part], near[part])
+        predicted.clamp_(MIN_LOG_SCORE, 0.0)
         if power := contrast_power(inputs.keep_ratio):
-            predicted.add_(contrast(keys, inputs.values).log_(), alpha=power)
+            stands_out = contrast(inputs.unrotated_keys(), inputs.values)
+            predicted.add_(stands_out.log_(), alpha=power)
         return predicted.exp_()

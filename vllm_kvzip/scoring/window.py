@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import max_pool1d
 
 from vllm_kvzip.scoring.base import Scorer, register_scorer
+from vllm_kvzip.slices import group_slices, token_slices
 
 if TYPE_CHECKING:
     from vllm_kvzip.core import LayerInputs
@@ -32,17 +33,42 @@ class WindowScorer(Scorer):
         queries = inputs.observation_queries
         if queries is None:
             raise ValueError("Scorer 'window' needs the queries of the last prompt tokens.")
-        num_queries, num_tokens = queries.shape[0], inputs.keys.shape[1]
-        logits = torch.einsum("whgd,htd->hgwt", queries, inputs.keys) * inputs.scale
-        device = logits.device
-        positions = (
-            inputs.num_context_tokens - num_queries + torch.arange(num_queries, device=device)
-        )
-        hidden = torch.arange(num_tokens, device=device)[None, :] > positions[:, None]
-        logits = logits.masked_fill(hidden, float("-inf"))
-        attention = logits.softmax(dim=-1).nan_to_num_(
-            0.0
-        )  # a query that sees no prefix key: zeros
-        scores = attention.mean(dim=2).amax(dim=1)  # [H, T]
+        keys = inputs.keys
+        window, num_heads, group_size, head_dim = queries.shape
+        scores = keys.new_full(keys.shape[:2], float("-inf"))
+        for part in group_slices(keys, group_size, num_heads * 2 * window * head_dim):
+            _attend(queries[:, :, part], inputs, scores)
         padding = POOLING_TOKENS // 2
         return max_pool1d(scores, POOLING_TOKENS, stride=1, padding=padding)
+
+
+def _attend(queries: torch.Tensor, inputs: LayerInputs, scores: torch.Tensor) -> None:
+    """Attention of some members of the group, mean over queries; each key keeps the most it got.
+
+    Two passes over parts of the keys: all logits at once may be far more than the keys.
+
+    Args:
+        queries: float32 ``[W, H, G, D]``.
+        inputs: of the layer.
+        scores: float32 ``[H, T]``; raised.
+    """
+    keys, device = inputs.keys, inputs.keys.device
+    window, num_heads, group_size, _ = queries.shape
+    first = inputs.num_context_tokens - window
+    positions = torch.arange(first, first + window, device=device)
+    tokens = torch.arange(keys.shape[1], device=device)
+    queries = queries.permute(1, 2, 0, 3).flatten(1, 2) * inputs.scale  # [H, G * W, D]
+
+    def logits_of(part: slice) -> torch.Tensor:
+        logits = queries @ keys[:, part].transpose(1, 2)
+        logits = logits.view(num_heads, group_size, window, -1)
+        return logits.masked_fill_(tokens[part] > positions[:, None], float("-inf"))
+
+    parts = list(token_slices(keys, 3 * num_heads * group_size * window))
+    total = keys.new_full((num_heads, group_size, window), float("-inf"))
+    for part in parts:
+        total = torch.logaddexp(total, logits_of(part).logsumexp(dim=-1))
+    total.masked_fill_(total == float("-inf"), 0.0)  # a query that sees no key of the prefix
+    for part in parts:
+        attention = logits_of(part).sub_(total[..., None]).exp_()
+        scores[:, part] = scores[:, part].maximum(attention.mean(dim=2).amax(dim=1))

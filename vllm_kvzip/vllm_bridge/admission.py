@@ -57,13 +57,27 @@ def check_requests() -> None:
         self: AsyncLLM, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
     ) -> Any:
         """A look at the prompt, then vLLM's."""
-        if isinstance(prompt, dict):
-            tokens, embeds = prompt.get("prompt_token_ids"), prompt.get("prompt_embeds")
-            _check(self.vllm_config, sampling_params, tokens, embeds)
+        check_prompt(self.vllm_config, sampling_params, prompt)
         return generate(self, prompt, sampling_params, *args, **kwargs)
 
     InputProcessor.process_inputs = checked_process_inputs
     AsyncLLM.generate = checked_generate
+
+
+def check_prompt(vllm_config: VllmConfig, params: Any, prompt: Any) -> None:
+    """Check what is asked for a prompt that has been tokenized; any other is seen later.
+
+    Args:
+        vllm_config: of the engine.
+        params: sampling parameters, or others.
+        prompt: as vLLM's engine takes it.
+
+    Raises:
+        VLLMValidationError: which is an HTTP 400.
+    """
+    if isinstance(prompt, dict):
+        tokens, embeds = prompt.get("prompt_token_ids"), prompt.get("prompt_embeds")
+        _check(vllm_config, params, tokens, embeds)
 
 
 def _is_on(vllm_config: VllmConfig) -> bool:

@@ -17,16 +17,18 @@ a prefill budget a folded row crosses again, whenever its dense tail has grown b
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from vllm_kvzip.head_pages import fold_row
-from vllm_kvzip.vllm_bridge.prefix_cache import CompressedPrefixCache, PrefixRun
+from vllm_kvzip.metrics import FAILURES
+from vllm_kvzip.vllm_bridge.prefix_cache import CompressedPrefixCache, PrefixRun, Reservation
 from vllm_kvzip.vllm_bridge.prefix_lookup import PrefixLookup, options
 from vllm_kvzip.vllm_bridge.stats_export import HeldBytes, SchedulerRecorder
 from vllm_kvzip.vllm_bridge.step_message import StepPrefixes
+from vllm_kvzip.vllm_bridge.unconfirmed import UnconfirmedRuns
 
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
@@ -36,15 +38,6 @@ if TYPE_CHECKING:
 
     from vllm_kvzip.core import PrefixPlan
     from vllm_kvzip.vllm_bridge.cache_spec import HeadPageSpec
-
-
-@dataclass(frozen=True)
-class Reservation:
-    """Reserved blocks of a row that is not folded yet; they begin at ``row[start]``."""
-
-    start: int
-    run: PrefixRun
-    request: Request | None
 
 
 class HeadPageManager(FullAttentionManager):
@@ -58,6 +51,7 @@ class HeadPageManager(FullAttentionManager):
         request: the request that the next calls concern. vLLM tells a manager little of it; our
             scheduler sets it.
         prefixes: cached compressed prefixes.
+        unconfirmed: compressions of which the workers have not told what became of them.
     """
 
     def __init__(self, kv_cache_spec: HeadPageSpec, **kwargs: Any) -> None:
@@ -80,6 +74,7 @@ class HeadPageManager(FullAttentionManager):
         self._raw_tokens: dict[str, int] = {}  # computed over the raw prefix, once that is known
         self._runs: dict[str, PrefixRun] = {}  # what a folded row begins with
         self._crossing: list[str] = []  # reserved in the step that is being scheduled
+        self.unconfirmed = UnconfirmedRuns(self.prefixes, self._recorder)
         self._found: tuple[Request | None, PrefixRun] | None = None  # who looked last, and found
         self._hits: dict[str, int] = {}  # started on a run in that step
 
@@ -128,6 +123,7 @@ class HeadPageManager(FullAttentionManager):
             self._plans[request_id] = self._next_plan(request_id, run.plan)
             self._unreported.pop(request_id, None)
             self._hits[request_id] = run.serial
+            self.unconfirmed.joined(run, self._at_hand(request_id))
             self._recorder.prefix_hit(run.plan.boundary_tokens)
             self._join(request_id, run)
 
@@ -143,7 +139,8 @@ class HeadPageManager(FullAttentionManager):
         if request_id not in self._plans:
             about = (num_prompt_tokens, options(self._at_hand(request_id)))
             self._plans[request_id] = self._rule.next_plan(*about)
-            if reason := self._rule.skip_reason(*about):
+            reason = self._rule.skip_reason(*about)
+            if reason and reason not in FAILURES:  # those have been counted
                 self._unreported[request_id] = reason
         reservation = self._reserved.get(request_id)
         if reservation and processed_computed_tokens >= reservation.run.plan.ready_tokens:
@@ -232,6 +229,10 @@ class HeadPageManager(FullAttentionManager):
             self._leave(run)
         return list(super().pop_blocks_for_free(request_id))
 
+    def close(self) -> None:
+        """The engine ends: its gauges are of nothing."""
+        self._recorder.close()
+
     def outcome(self, request: Request) -> dict[str, Any]:
         """What became of a request's prompt, as plain values for its client; it still has its row.
 
@@ -260,16 +261,20 @@ class HeadPageManager(FullAttentionManager):
         Returns:
             None when there is nothing to tell.
         """
-        kept = {}
+        kept, reserved = {}, {}
         for request_id in [rid for rid in self._crossing if rid in scheduled]:
-            reservation = self._reserved.get(request_id)
-            if reservation and reservation.run.prefix_hash and self.prefixes.add(reservation.run):
-                kept[request_id] = reservation.run.serial
+            if reservation := self._reserved.get(request_id):
+                run = reservation.run
+                reserved[request_id] = run.serial
+                self.unconfirmed.add(run, reservation.request)
+                if run.prefix_hash and self.prefixes.add(run):
+                    kept[request_id] = run.serial
         self._crossing.clear()
         self._held.report()
         hits, self._hits = self._hits, {}
         dropped = self.prefixes.take_dropped()
-        return StepPrefixes(kept, hits, dropped) if kept or hits or dropped else None
+        news = kept, hits, dropped, reserved, self.unconfirmed.take_left_alone()
+        return StepPrefixes(*news) if any(news) else None
 
     def _reserve(self, request_id: str, count: int) -> list[KVCacheBlock]:
         """Put blocks for the compressed prefix at the end of the row."""
@@ -295,7 +300,7 @@ class HeadPageManager(FullAttentionManager):
         if (earlier := self._runs.pop(request_id, None)) is not None:
             self._leave(earlier)
         self.block_pool.free_blocks(reversed(before))
-        self._recorder.compressed(plan, num_prompt_tokens, self._rule.block_size)
+        self.unconfirmed.folded(reservation.run, num_prompt_tokens, self._rule.block_size)
         self._join(request_id, reservation.run)
         self._plans[request_id] = self._next_plan(request_id, plan, reservation.request)
 
@@ -368,6 +373,13 @@ class HeadPageManager(FullAttentionManager):
             found = self._found[1] if self._found and self._found[0] is request else None
             plan = self._rule.next_plan(*about, found.plan if found else None)
         return self._rule.next_stop(*about, plan, reservation is not None, first, num_tokens)
+
+    def fits_uncompressed(self, request: Request) -> bool:
+        """Whether it can be served uncompressed to its end; a prefill budget lets others in."""
+        if self._rule.prefill_blocks is None:
+            return True
+        longest = request.num_prompt_tokens + request.max_tokens
+        return bool(longest <= (self.block_pool.num_gpu_blocks - 1) * self.block_size)
 
     def _next_plan(
         self, request_id: str, done: PrefixPlan, request: Request | None = None

@@ -23,10 +23,11 @@ from vllm.entrypoints.serve.tokenize.protocol import (
     TokenizeCompletionRequest,
 )
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
-from vllm.exceptions import VLLMNotFoundError, VLLMValidationError
+from vllm.exceptions import VLLMNotFoundError, VLLMServerError, VLLMValidationError
 from vllm.renderers import TokenizeParams
 from vllm.utils import random_uuid
 
+from vllm_kvzip.metrics import FAILURES
 from vllm_kvzip.prefix_rule import PrefixRule
 from vllm_kvzip.request_options import CONTEXT_TOKENS, KEEP_RATIO, RequestOptions
 from vllm_kvzip.vllm_bridge.requests import checksum, prefix_seed
@@ -148,12 +149,16 @@ async def compress_context(body: ContextRequest, raw_request: Request) -> JSONRe
         # A scorer that looks at queries must see those of the context computed.
         skip_reading_prefix_cache=True if settings.observation_tokens else None,
     )
-    cached_tokens = 0
+    cached_tokens, told = 0, None
     outputs = engine.generate(
         prompt, params, f"kvzip-context-{random_uuid()}", lora_request=lora_request
     )
     async for output in outputs:
         cached_tokens = output.num_cached_tokens or 0
+        told = output.kv_transfer_params
+    reason = (told or {}).get(KEY, {}).get("left_alone")
+    if reason in FAILURES:
+        raise VLLMServerError(f"The context could not be compressed ({reason}); see the log.")
     return JSONResponse(
         {
             "id": checksum(prefix_seed(token_ids, plan.boundary_tokens)),

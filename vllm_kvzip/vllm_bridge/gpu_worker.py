@@ -49,7 +49,8 @@ TIER_BYTES = 32
 ROTATION_COPIES = 6
 """How often quantized tokens exist in float32 while they are transformed and rotated."""
 LAYER_BYTES = 20
-"""Of each number of one layer's keys, or keys and values, while they are scored."""
+"""Of each number of one layer's keys while they are scored: keys, values, and three times as much
+as either. Scorers work in parts, so that they need no more whatever the query group."""
 
 logger = init_logger("vllm." + __name__)
 
@@ -67,6 +68,20 @@ def compression_bytes(
     of_pair = SELECT_BYTES + (TIER_BYTES if page_tokens else 0)
     at_once = 4 * ROTATION_COPIES * PAGES_AT_ONCE * page_tokens * head_dim
     return num_kv_heads * num_tokens * (num_layers * of_pair + head_dim * LAYER_BYTES) + at_once
+
+
+def observation_bytes(
+    num_layers: int, num_query_heads: int, head_dim: int, num_tokens: int, itemsize: int
+) -> int:
+    """Bytes of queries that are kept for a scorer until their prompts are compressed.
+
+    Args:
+        num_layers, num_query_heads, head_dim: L, H * G of this worker, D.
+        num_tokens: whose queries are kept at once.
+        itemsize: bytes of a number.
+    """
+    # As steps left them, and joined for the prompt that is compressed; one layer in float32.
+    return num_query_heads * head_dim * num_tokens * (2 * num_layers * itemsize + 4)
 
 
 def transform_bytes(max_requests: int, num_pairs: int, head_dim: int, num_first: int) -> int:
@@ -111,6 +126,15 @@ class TritonPath(HeadPageWorker):
                 pairs,
                 model.get_head_size(),
                 num_first(self._kvzip_settings.config.sink_tokens),
+            )
+        if window := self._kvzip_settings.observation_tokens:
+            scheduling = self.scheduler_config
+            needed += observation_bytes(
+                model.get_num_layers(parallel),
+                model.get_num_attention_heads(parallel),
+                model.get_head_size(),
+                min(scheduling.max_num_batched_tokens, scheduling.max_num_seqs * window),
+                model.dtype.itemsize,
             )
         logger.info("KV compression sets %.2f GiB aside for its own tensors.", needed / 2**30)
         return max(0, available - needed)

@@ -79,13 +79,18 @@ def prepare_engine_args(engine_args: EngineArgs) -> None:
         engine_args.block_size = CPU_BLOCK_SIZE if current_platform.is_cpu() else GPU_BLOCK_SIZE
 
 
-def configure(vllm_config: VllmConfig, config: KVzipConfig) -> None:
+def configure(vllm_config: VllmConfig, config: KVzipConfig, serves: bool = False) -> None:
     """Check that everything fits together, and put worker and settings into vLLM's configuration.
+
+    Args:
+        vllm_config: of the engine; changed.
+        config: what the user set.
+        serves: whether the engine may answer over HTTP.
 
     Raises:
         KVzipError: with one sentence for the user.
     """
-    check_version()
+    check_version(serves)
     check_supported(vllm_config)
     check_attention_kernel(config, running_cache_dtype(vllm_config))
     if warning := untested_warning():
@@ -95,6 +100,10 @@ def configure(vllm_config: VllmConfig, config: KVzipConfig) -> None:
     from vllm_kvzip.vllm_bridge.admission import check_requests
 
     check_requests()
+    if serves:
+        from vllm_kvzip.vllm_bridge.routes import check_routes
+
+        check_routes()
     on_cpu = current_platform.is_cpu()
     vllm_config.parallel_config.worker_cls = CPU_WORKER if on_cpu else GPU_WORKER
     if not on_cpu and vllm_config.attention_config.backend is None:

@@ -126,6 +126,8 @@ def _configure_engines(engine_args: type[EngineArgs]) -> None:
     get their configuration. Safe: with compression off the original runs alone. Remove when vLLM
     calls plugins with a finished configuration.
     """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
     original = engine_args.create_engine_config
 
     @functools.wraps(original)
@@ -138,7 +140,7 @@ def _configure_engines(engine_args: type[EngineArgs]) -> None:
                 return original(self, *args, **kwargs)
             options.prepare_engine_args(self)
             vllm_config = original(self, *args, **kwargs)
-            options.configure(vllm_config, config)
+            options.configure(vllm_config, config, serves=isinstance(self, AsyncEngineArgs))
         except KVzipError as error:
             if not hasattr(self, "kvzip_cli_args"):
                 raise

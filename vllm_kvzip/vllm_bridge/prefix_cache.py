@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
+    from vllm.v1.request import Request
 
     from vllm_kvzip.core import PrefixPlan
     from vllm_kvzip.vllm_bridge.stats_export import SchedulerRecorder
@@ -78,6 +79,15 @@ class PrefixRun:
         """What a request must share with it to start from it."""
         assert self.prefix_hash is not None
         return self.prefix_hash, self.plan.keep_ratio
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """Reserved blocks of a row that is not folded yet; they begin at ``row[start]``."""
+
+    start: int
+    run: PrefixRun
+    request: Request | None
 
 
 class CompressedPrefixCache:
@@ -150,7 +160,7 @@ class CompressedPrefixCache:
             keep_ratio: it must have been compressed to.
             accepts: whether the request wants a prefix with that plan.
         """
-        self._expire()
+        self.expire()
         limit = min(max_blocks, len(block_hashes))
         lengths: Iterable[int] = range(limit, 0, -1)
         if len(self._boundaries) < limit:
@@ -221,24 +231,36 @@ class CompressedPrefixCache:
         self._dropped.append(run.serial)
         self._recorder.prefix_evicted(reason)
 
+    def expire(self) -> float | None:
+        """Drop the runs that nobody has used for their time to live.
+
+        Returns:
+            seconds until the next run may be over; None when none can be.
+        """
+        ttl = self._rule.ttl_seconds
+        if ttl is None:
+            return None
+        now = self._clock()
+        while self._runs:
+            run = next(iter(self._runs.values()))
+            if (left := run.last_used + ttl - now) > 0:
+                return left
+            if run.users:
+                run.last_used = now
+                self._runs.move_to_end(run.serial)
+            else:
+                self.drop(run, "ttl")
+        return None
+
+    def failed(self, run: PrefixRun) -> None:
+        """A run could not be compressed, so it must not be found any more."""
+        if run.serial in self._runs:
+            self.drop(run, "failed")
+
     def take_dropped(self) -> list[int]:
         """Serials of the runs dropped since the last call."""
         dropped, self._dropped = self._dropped, []
         return dropped
-
-    def _expire(self) -> None:
-        ttl = self._rule.ttl_seconds
-        if ttl is None:
-            return
-        now = self._clock()
-        while self._runs:
-            run = next(iter(self._runs.values()))
-            if now - run.last_used < ttl:
-                break
-            if run.users:
-                self.used(run)
-            else:
-                self.drop(run, "ttl")
 
     def _is_whole(self, run: PrefixRun) -> bool:
         pairs = zip(self._keys(run), run.blocks, strict=True)

@@ -40,6 +40,7 @@ class TrackedRequest:
         folded: the prefix is compressed, and nothing is compressed any more.
         token_ids: the tokens before the boundary, when the scorer lets the model repeat them.
         kept_as: serial of the run that later requests may start from, once it is compressed.
+        serial: of that run, whether or not it is kept.
     """
 
     request_id: str
@@ -54,6 +55,7 @@ class TrackedRequest:
     folded: bool = False
     reserve_start: int = field(default=0)
     kept_as: int | None = None
+    serial: int | None = None
     token_ids: Sequence[int] = ()
 
 
@@ -78,6 +80,10 @@ class RequestTracker:
     def get(self, request_id: str) -> TrackedRequest | None:
         """The tracked request of that id, or None when it is left alone."""
         return self._requests.get(request_id)
+
+    def forget(self, request_id: str) -> None:
+        """Nothing of a request is compressed any more."""
+        self._requests.pop(request_id, None)
 
     def drop_ended(self, output: SchedulerOutput) -> list[str]:
         """Forget what was kept for requests that ended or lost their blocks; returns their ids.
@@ -110,13 +116,17 @@ class RequestTracker:
         return {*(output.preempted_req_ids or ()), *output.scheduled_cached_reqs.resumed_req_ids}
 
     def new_blocks(self, output: SchedulerOutput) -> Iterator[tuple[str, Sequence[int]]]:
-        """Blocks that a step gives to requests; the whole row of those that start or resume."""
+        """Blocks that a step gives to requests, without those found in the prefix cache."""
+        size = self._rule.block_size
         for new in output.scheduled_new_reqs:
-            yield new.req_id, new.block_ids[self._group_id]
+            yield new.req_id, new.block_ids[self._group_id][new.num_computed_tokens // size :]
         running = output.scheduled_cached_reqs
-        for rid, blocks in zip(running.req_ids, running.new_block_ids, strict=True):
+        for index, rid in enumerate(running.req_ids):
+            blocks = running.new_block_ids[index]
             if blocks is not None:
-                yield rid, blocks[self._group_id]
+                found = running.num_computed_tokens[index] // size
+                first = found if rid in running.resumed_req_ids else 0
+                yield rid, blocks[self._group_id][first:]
 
     def advance(
         self, output: SchedulerOutput, hits: Mapping[str, PrefixPlan] | None = None

@@ -8,6 +8,10 @@ output token is not delayed by it, and a request that ends with its first token 
 when the scheduler keeps its prefix for later requests. This is safe although the blocks may already
 have been given to somebody else: a worker runs its steps in order, and nothing is written before
 the compaction at the start of the step.
+
+Whatever fails while a prefix is compressed concerns its request alone. Its row is folded like any
+other, because the scheduler has folded it, and vLLM's own path attends over whatever lies there.
+The scheduler is told, and takes the step's output back (:mod:`vllm_kvzip.vllm_bridge.outcomes`).
 """
 
 from __future__ import annotations
@@ -19,14 +23,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
+from vllm_kvzip.errors import NotFiniteError
 from vllm_kvzip.head_pages import fold_row
+from vllm_kvzip.vllm_bridge.attempts import log_failure, repeat_prefixes
 from vllm_kvzip.vllm_bridge.batches import PrefixState, QuerySpan
 from vllm_kvzip.vllm_bridge.fp8_cache import queries_of_model
+from vllm_kvzip.vllm_bridge.outcomes import FAILED, NOT_FINITE, WorkerOutcomes
 from vllm_kvzip.vllm_bridge.requests import checksum
 from vllm_kvzip.vllm_bridge.step_message import attached
+from vllm_kvzip.vllm_bridge.use_times import UseTimes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Sequence
 
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -34,6 +42,7 @@ if TYPE_CHECKING:
     from vllm_kvzip.clocks import Clock, Stopwatch
     from vllm_kvzip.core import CompressedPrefix, PrefixPlan
     from vllm_kvzip.pipeline import Compressor
+    from vllm_kvzip.vllm_bridge.attempts import Repeated
     from vllm_kvzip.vllm_bridge.attention_timer import AttentionTimer
     from vllm_kvzip.vllm_bridge.batches import Batcher, SplitBatch
     from vllm_kvzip.vllm_bridge.head_page_cache import HeadPageCache
@@ -81,7 +90,9 @@ class HeadPageRuntime:
         observation_window_tokens: how many of the last prompt queries the scorer wants (0: none).
         scale: softmax scale of the attention layers.
         clock: measures the work of the device.
+        num_ranks: of tensor parallelism.
         reconstruction: runs the model over a context once more, for scorers that want it.
+        ttl_seconds: how long an unused prefix lives.
     """
 
     def __init__(
@@ -97,8 +108,13 @@ class HeadPageRuntime:
         observation_window_tokens: int,
         scale: float,
         clock: Clock,
+        num_ranks: int = 1,
         reconstruction: ReconstructionPass | None = None,
+        ttl_seconds: float | None = None,
     ) -> None:
+        self._uses = UseTimes(ttl_seconds)
+        self._num_ranks = num_ranks
+        self.outcomes = WorkerOutcomes(cache.pages.device)
         self._clock = clock
         self._unrecorded: list[Stopwatch] = []
         self._cache = cache
@@ -114,8 +130,9 @@ class HeadPageRuntime:
         self._states: dict[str, PrefixState] = {}
         self._runs: dict[int, KeptRun] = {}
         self._pending: list[TrackedRequest] = []
-        self._quantized: set[int] = set()  # blocks that were filled with quantized pages
-        self._observed: dict[str, dict[int, list[torch.Tensor]]] = {}
+        self._dirty: set[int] = set()  # blocks that may hold NaN
+        self._not_finite: set[str] = set()  # requests that go on writing some
+        self._observed: dict[str, dict[int, list[torch.Tensor]] | None] = {}  # None: it failed
         self._spans_by_request: dict[str, tuple[int, int]] = {}
 
     @property
@@ -138,7 +155,8 @@ class HeadPageRuntime:
                 "blocks_before": run.plan.num_prefix_blocks,
                 "keep_ratio": run.plan.num_compressed_blocks / run.plan.num_prefix_blocks,
             }
-            for run in self._runs.values()
+            for serial, run in self._runs.items()
+            if not self._uses.is_over(serial)
         ]
 
     def before_step(self, output: SchedulerOutput) -> None:
@@ -146,19 +164,33 @@ class HeadPageRuntime:
         pending, self._pending = self._pending, []
         if pending:
             gone = self._tracker.finished(output) | self._tracker.suspended(output)
-            self._compress(
-                [r for r in pending if r.kept_as is not None or r.request_id not in gone]
-            )
+            wanted = [r for r in pending if r.kept_as is not None or r.request_id not in gone]
+            for request in pending:
+                if request.serial is not None:
+                    self.outcomes.add(request.serial, None)
+            self._compress(wanted)
+            self.outcomes.settle()
         for request_id in self._tracker.drop_ended(output):
             self._forget(request_id)
+        self._uses.step()
         runs: dict[str, KeptRun] = {}
+        broken: Iterable[str] = ()  # start from a prefix that could not be compressed
         if (message := attached(output)) is not None:
             for serial in message.dropped:
                 self._runs.pop(serial, None)
-            runs = {rid: self._runs[serial] for rid, serial in message.hits.items()}
+                self._uses.drop(serial)
+            for rid in message.left_alone:
+                self._tracker.forget(rid)
+            found = {rid: self._runs.get(serial) for rid, serial in message.hits.items()}
+            runs = {rid: run for rid, run in found.items() if run is not None}
+            for rid in runs:
+                self._uses.starts(rid, message.hits[rid])
+            broken = found.keys() - runs.keys()
         plans = {rid: run.plan for rid, run in runs.items()}
         self._tracker.advance(output, plans)
-        self._clean_blocks(output, plans)
+        self._clean_blocks(output)
+        for rid in broken:
+            self._tracker.forget(rid)
         for request_id, run in runs.items():
             self._states[request_id] = PrefixState(run.prefix, run.plan)
         self._spans_by_request = self._plan_observation(output) if self._window else {}
@@ -173,6 +205,7 @@ class HeadPageRuntime:
         message = attached(output)
         for request in self._tracker.crossing(output):
             request.kept_as = message.kept.get(request.request_id) if message else None
+            request.serial = message.reserved.get(request.request_id) if message else None
             self._pending.append(request)
 
     def observe(
@@ -189,8 +222,14 @@ class HeadPageRuntime:
         index = self._cache.layer_index[layer.layer_name]
         for span in spans:
             by_layer = self._observed.setdefault(span.request_id, defaultdict(list))
-            rows = query[span.start : span.end].clone()
-            by_layer[index].append(queries_of_model(layer, rows, dtype))
+            if by_layer is None:
+                continue
+            try:
+                rows = query[span.start : span.end].clone()
+                by_layer[index].append(queries_of_model(layer, rows, dtype))
+            except Exception as error:  # its prefix will not be compressed
+                self._observed[span.request_id] = None
+                log_failure(span.request_id, error)
 
     def describe_step(self, common: CommonAttentionMetadata) -> Step | None:
         """Split the batch into compressed and other requests; None when vLLM's path serves all.
@@ -205,70 +244,90 @@ class HeadPageRuntime:
 
     def _compress(self, requests: list[TrackedRequest]) -> None:
         """Compress prefixes that are complete; the model repeats all of them in common passes."""
-        if self._reconstruction is None or not requests:
-            for request in requests:
-                self._recorded_later(self._compress_one(request, None))
-            return
-        prefixes = []
-        for request in requests:
+        scored: Sequence[Repeated | None] = [None] * len(requests)
+        if self._reconstruction is not None:
+            scored = repeat_prefixes(self._reconstruction, requests, self._clock, self._num_ranks)
+        for request, repeated in zip(requests, scored, strict=True):
             assert request.plan is not None
-            blocks = request.block_ids[: request.plan.num_prefix_blocks]
-            prefixes.append((request.token_ids, blocks))
-        begin = self._clock.mark()
-        scored = self._reconstruction.run(prefixes)
-        end = self._clock.mark()
-        for request, (scores, share) in zip(requests, scored, strict=True):
-            stages = self._compress_one(request, scores)
-            stages.add("score", begin, end, share)
-            self._recorded_later(stages)
+            row, plan = request.block_ids, request.plan
+            first_quantized = request.reserve_start + plan.num_full_blocks
+            end = request.reserve_start + plan.num_compressed_blocks
+            self._dirty.update(row[first_quantized:end])  # also where only some are filled
+            prefix = self._attempt(request, repeated)
+            self._tracker.folded(request, fold_row(row, plan, request.reserve_start, _NULL_BLOCK))
+            self._rows.replace_row(request.request_id, request.block_ids)
+            if prefix is None:
+                self._forget(request.request_id)
+                self._tracker.forget(request.request_id)
+                continue
+            self._states[request.request_id] = PrefixState(prefix, plan)
+            if request.kept_as is not None:
+                self._runs[request.kept_as] = KeptRun(prefix, plan, request.seed)
+                self._uses.starts(request.request_id, request.kept_as)
+
+    def _attempt(
+        self, request: TrackedRequest, repeated: Repeated | None
+    ) -> CompressedPrefix | None:
+        """Compress one prefix and note what became of it; None when it could not be."""
+        outcome: str | torch.Tensor | None
+        prefix = None
+        try:
+            if self._reconstruction is not None and repeated is None:
+                outcome = FAILED
+            else:
+                prefix, stages = self._compress_one(request, repeated)
+                outcome = prefix.sound
+                self._recorded_later(stages)
+        except NotFiniteError:
+            outcome = NOT_FINITE
+            self._not_finite.add(request.request_id)
+            self._dirty.update(block for block in request.block_ids if block != _NULL_BLOCK)
+        except Exception as error:
+            log_failure(request.request_id, error)
+            outcome = FAILED
+        if request.serial is not None:
+            self.outcomes.add(request.serial, outcome)
+        return prefix
 
     def _compress_one(
-        self, request: TrackedRequest, reconstruction: torch.Tensor | None
-    ) -> Stopwatch:
-        plan = request.plan
+        self, request: TrackedRequest, repeated: Repeated | None
+    ) -> tuple[CompressedPrefix, Stopwatch]:
+        plan, row = request.plan, request.block_ids
         assert plan is not None
-        row = request.block_ids
-        compressed_blocks = row[request.reserve_start :][: plan.num_compressed_blocks]
         observed = self._observed.pop(request.request_id, None)
         prefix, stages = self._compressor.compress(
             source_blocks=row[plan.start_blocks : plan.num_prefix_blocks],
-            target_blocks=compressed_blocks,
+            target_blocks=row[request.reserve_start :][: plan.num_compressed_blocks],
             plan=plan,
             observation_queries=self._observation_queries(observed),
-            reconstruction=reconstruction,
+            reconstruction=repeated.scores if repeated else None,
             scale=self._scale,
             seed=request.seed,
             earlier=self._states[request.request_id].prefix if plan.start_blocks else None,
         )
-        self._tracker.folded(request, fold_row(row, plan, request.reserve_start, _NULL_BLOCK))
-        if plan.num_quantized_blocks:
-            self._quantized.update(compressed_blocks[plan.num_full_blocks :])
-        self._rows.replace_row(request.request_id, request.block_ids)
-        self._states[request.request_id] = PrefixState(prefix, plan)
-        if request.kept_as is not None:
-            self._runs[request.kept_as] = KeptRun(prefix, plan, request.seed)
-        return stages
+        if repeated is not None:
+            stages.add("score", repeated.begin, repeated.end, repeated.share)
+        return prefix, stages
 
-    def _clean_blocks(self, output: SchedulerOutput, hits: Mapping[str, PrefixPlan]) -> None:
-        """Put zeros into blocks that held quantized pages and are handed out anew.
+    def _clean_blocks(self, output: SchedulerOutput) -> None:
+        """Put zeros into blocks that may hold NaN and are handed out anew.
 
-        Read as numbers, quantized bytes can be NaN, and an attention kernel may multiply what lies
-        behind a sequence's last token by zero instead of leaving it alone.
-
-        Args:
-            output: the step.
-            hits: plans of requests whose rows begin with a compressed prefix.
+        Read as numbers, quantized bytes can be NaN, and so can be what a broken prompt left. An
+        attention kernel may multiply what lies behind a sequence's last token by zero instead of
+        leaving it alone.
         """
-        if not self._quantized:
+        self._not_finite -= self._tracker.finished(output)
+        if not self._dirty and not self._not_finite:
             return
-        dirty = []
-        for rid, blocks in self._tracker.new_blocks(output):
-            fresh = blocks[hits[rid].num_compressed_blocks :] if rid in hits else blocks
-            dirty += [block for block in fresh if block in self._quantized]
+        given = list(self._tracker.new_blocks(output))
+        dirty = [block for _, blocks in given for block in blocks if block in self._dirty]
         if dirty:
-            self._quantized.difference_update(dirty)
+            self._dirty.difference_update(dirty)
             pages = self._cache.pool.page_ids(torch.tensor(dirty)).flatten()
             self._cache.pages.index_fill_(0, async_tensor_h2d(pages, self._cache.pages.device), 0)
+        for rid, blocks in given:
+            if rid in self._not_finite:
+                self._dirty.update(blocks)
 
     def _recorded_later(self, stages: Stopwatch) -> None:
         """Record how long a compression took, as soon as the device is through with it."""
@@ -284,14 +343,12 @@ class HeadPageRuntime:
     def _observation_queries(
         self, observed: dict[int, list[torch.Tensor]] | None
     ) -> list[torch.Tensor] | None:
-        """Kept queries as ``[W, H, G, D]`` float32 per layer."""
+        """Kept queries as ``[W, H, G, D]`` per layer."""
         if not observed:
             return None
         geometry = self._cache.geometry
         shape = (-1, geometry.num_kv_heads, geometry.group_size, geometry.head_dim)
-        return [
-            torch.cat(observed[layer]).view(shape).float() for layer in range(geometry.num_layers)
-        ]
+        return [torch.cat(observed[layer]).view(shape) for layer in range(geometry.num_layers)]
 
     def _plan_observation(self, output: SchedulerOutput) -> dict[str, tuple[int, int]]:
         """Tokens of each request's chunk whose queries the scorer shall see.
@@ -323,4 +380,5 @@ class HeadPageRuntime:
 
     def _forget(self, request_id: str) -> None:
         self._states.pop(request_id, None)
+        self._uses.ends(request_id)
         self._observed.pop(request_id, None)

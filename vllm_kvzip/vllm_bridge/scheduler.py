@@ -1,30 +1,44 @@
 """vLLM's scheduler, which tells the block manager and the workers what only it knows.
 
 ``scheduler_config.scheduler_cls`` is vLLM's own way to name a scheduler. Scheduling itself is left
-alone; four things are added: the block manager learns which request it works for, the workers
-learn which requests start from a compressed prefix, a reset of the prefix cache reaches us, and
+alone; six things are added: the block manager learns which request it works for, the workers
+learn which requests start from a compressed prefix, a reset of the prefix cache reaches us,
+prefixes expire while the engine is idle, requests that could not be compressed start again, and
 clients that ask for something of ours are told what became of it.
 """
 
 from __future__ import annotations
 
 import functools
+import time
+from contextlib import nullcontext
+from copy import copy
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.request import RequestStatus
 
-from vllm_kvzip.request_options import has_options
+from vllm_kvzip.request_options import LEFT_ALONE, has_options
 from vllm_kvzip.vllm_bridge.block_manager import HeadPageManager
+from vllm_kvzip.vllm_bridge.idle_expiry import IdleExpiry
+from vllm_kvzip.vllm_bridge.outcomes import NOT_FINITE, told
 from vllm_kvzip.vllm_bridge.settings import KEY
 from vllm_kvzip.vllm_bridge.step_message import attach
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
+
+logger = init_logger("vllm." + __name__)
 
 
 def introduce_requests(cache: KVCacheManager) -> HeadPageManager:
@@ -54,18 +68,108 @@ class _HeadPageScheduling:
     """What is added to either of vLLM's schedulers."""
 
     kv_cache_manager: KVCacheManager
+    requests: dict[str, Request]
+    running: list[Request]
+    prev_step_scheduled_req_ids: set[str]
+    _preempt_request: Callable[..., None]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._kvzip_manager = introduce_requests(self.kv_cache_manager)
+        ttl = self._kvzip_manager.kv_cache_spec.reuse.ttl_seconds
+        self._kvzip_lock: AbstractContextManager[object] = nullcontext() if ttl is None else RLock()
+        self._kvzip_expiry = None
+        if ttl is not None:
+            self._kvzip_expiry = IdleExpiry(self._kvzip_manager.prefixes, ttl, self._kvzip_lock)
         if self._kvzip_manager.kv_cache_spec.rule.prefill_blocks is not None:
             self.need_mamba_block_aligned_split = True
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """vLLM's schedule, with our message attached."""
-        output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
-        attach(output, self._kvzip_manager.end_of_schedule(output.num_scheduled_tokens))
+        with self._kvzip_lock:
+            output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+            attach(output, self._kvzip_manager.end_of_schedule(output.num_scheduled_tokens))
         return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """vLLM's, without the tokens of requests that could not be compressed.
+
+        No prefix expires meanwhile.
+        """
+        with self._kvzip_lock:
+            return self._update_from_output(scheduler_output, model_runner_output)
+
+    def _update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        manager, ended = self._kvzip_manager, []
+        affected = manager.unconfirmed.settle(told(model_runner_output))
+        for request, reason in affected.items():
+            is_over = self.requests.get(request.request_id) is not request
+            if is_over:
+                continue
+            self._start_uncompressed(request, reason)
+            if not manager.fits_uncompressed(request):
+                ended.append(request.request_id)
+        outputs: dict[int, EngineCoreOutputs] = super().update_from_output(  # type: ignore[misc]
+            scheduler_output, model_runner_output
+        )
+        failed = self.finish_requests(ended, RequestStatus.FINISHED_ERROR) if ended else []
+        for request in failed:
+            logger.error(
+                "Request %s could not be compressed, and does not fit into the KV cache as it is.",
+                request.request_id,
+            )
+            of_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            of_client.outputs.append(
+                EngineCoreOutput(
+                    request.request_id,
+                    new_token_ids=[],
+                    finish_reason=request.get_finished_reason(),
+                    events=request.take_events(),
+                    trace_headers=request.trace_headers,
+                )
+            )
+        return outputs
+
+    def _start_uncompressed(self, request: Request, reason: str) -> None:
+        """Take back what a request computed over a prefix that could not be compressed.
+
+        As vLLM does it when the prefix cache is reset under running requests: the request is
+        preempted, and what is being computed for it is dropped. Tokens that it has been sent stay.
+        """
+        if reason == NOT_FINITE:  # else a worker has logged what it was
+            logger.error(
+                "Request %s could not be compressed and goes on uncompressed: its keys, values or "
+                "scores are NaN or infinite.",
+                request.request_id,
+            )
+        params = copy(request.sampling_params)  # samples of one request share it
+        assert params is not None  # pooling models are refused
+        params.extra_args = {**(params.extra_args or {}), LEFT_ALONE: reason}
+        request.sampling_params = params
+        self._kvzip_manager.unconfirmed.leave_alone(request)
+        if request.status == RequestStatus.RUNNING:
+            self.running.remove(request)
+            self._preempt_request(request, time.monotonic(), drop_stale_output=True)
+            self.prev_step_scheduled_req_ids.discard(request.request_id)
+            request.is_prefill_chunk = True  # no draft tokens, until it is scheduled again
+        elif request.num_stale_output_tokens:
+            request.drop_stale_output = True
+
+    def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's, while no prefix expires."""
+        with self._kvzip_lock:
+            return super().finish_requests(*args, **kwargs)  # type: ignore[misc]
+
+    def shutdown(self) -> None:
+        """vLLM's; what this engine held is held no more."""
+        if self._kvzip_expiry is not None:
+            self._kvzip_expiry.stop()
+        self._kvzip_manager.close()
+        super().shutdown()  # type: ignore[misc]
 
     def _mamba_block_aligned_split(
         self, request: Request, num_new_tokens: int, local: int = 0, external: int = 0
@@ -93,9 +197,10 @@ class _HeadPageScheduling:
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         """vLLM's reset; compressed prefixes go with everything else."""
-        done: bool = super().reset_prefix_cache(*args, **kwargs)  # type: ignore[misc]
-        if done:
-            self._kvzip_manager.prefixes.clear()
+        with self._kvzip_lock:
+            done: bool = super().reset_prefix_cache(*args, **kwargs)  # type: ignore[misc]
+            if done:
+                self._kvzip_manager.prefixes.clear()
         return done
 
 

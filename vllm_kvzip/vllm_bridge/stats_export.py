@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import REGISTRY
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -33,6 +33,15 @@ the compiled model in vLLM's cache.
 _directory: tempfile.TemporaryDirectory[str] | None = None
 
 
+class LiveCollector(MultiProcessCollector):
+    """Adds up the metric files of a folder; gauges of processes that have ended do not count."""
+
+    def collect(self) -> Any:
+        """See prometheus-client."""
+        metrics.forget_ended_processes(self._path)
+        return super().collect()
+
+
 def open_metrics_directory() -> str | None:
     """Prepare the folder for metric files of this process's engines and collect it.
 
@@ -49,7 +58,7 @@ def open_metrics_directory() -> str | None:
         return None
     if _directory is None:
         _directory = tempfile.TemporaryDirectory(prefix="vllm-kvzip-metrics-")
-        MultiProcessCollector(REGISTRY, path=_directory.name)
+        LiveCollector(REGISTRY, path=_directory.name)
     os.environ[FOLDER_VARIABLE] = _directory.name
     return _directory.name
 
@@ -78,6 +87,10 @@ class SchedulerRecorder:
             directory,
         )
         self._held: tuple[float, ...] = (0, 0, 0, 1.0)
+
+    def close(self) -> None:
+        """The engine ends and holds nothing."""
+        self._writer.close()
 
     def holds(
         self, full_bytes: int, compressed_bytes: int, quantized_bytes: int, kept_share: float

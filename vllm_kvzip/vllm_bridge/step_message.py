@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,11 +19,15 @@ class StepPrefixes:
         kept: request that crosses in this step -> the run it leaves in the prefix cache.
         hits: request that starts from a compressed prefix in this step -> that run.
         dropped: runs that left the prefix cache.
+        reserved: request that crosses in this step -> its run, kept or not.
+        left_alone: requests whose compression failed; nothing of them is compressed any more.
     """
 
     kept: dict[str, int]
     hits: dict[str, int]
     dropped: list[int]
+    reserved: dict[str, int] = field(default_factory=dict)
+    left_alone: list[str] = field(default_factory=list)
 
 
 def attach(output: SchedulerOutput, prefixes: StepPrefixes | None) -> None:

@@ -17,8 +17,11 @@ def running_version() -> str:
     return str(vllm.__version__).split("+")[0]
 
 
-def check_version() -> None:
+def check_version(serves: bool) -> None:
     """Refuse a vLLM that lacks what the bridge is built on.
+
+    Args:
+        serves: whether HTTP routes are among that.
 
     Raises:
         UnsupportedError: if it is too old, or a name that the bridge imports is gone.
@@ -33,7 +36,10 @@ def check_version() -> None:
     try:
         import vllm_kvzip.vllm_bridge.admission
         import vllm_kvzip.vllm_bridge.cache_spec
-        import vllm_kvzip.vllm_bridge.scheduler  # noqa: F401
+        import vllm_kvzip.vllm_bridge.scheduler
+
+        if serves:
+            import vllm_kvzip.vllm_bridge.routes  # noqa: F401
     except ImportError as error:
         raise UnsupportedError(
             f"KV compression does not fit vLLM {version} ({error}); install a tested version: "

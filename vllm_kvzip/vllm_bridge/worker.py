@@ -156,7 +156,16 @@ class HeadPageWorker(WorkerBase):
         self._kvzip.before_step(scheduler_output)
         result = super().execute_model(scheduler_output)
         self._kvzip.after_step(scheduler_output)
-        return result
+        return result if result is None else self._kvzip.outcomes.attach(result)
+
+    @torch.inference_mode()
+    @with_gpu_sync_check
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """vLLM's; the output of a step tells what became of the compressions at its start."""
+        result = super().sample_tokens(grammar_output)
+        if self._kvzip is None or result is None:  # None: the step itself has failed
+            return result
+        return self._kvzip.outcomes.attach(result)
 
     def _build_runtime(self, kv_cache_config: KVCacheConfig) -> HeadPageRuntime:
         settings = self._kvzip_settings
@@ -291,7 +300,9 @@ class HeadPageWorker(WorkerBase):
             observation_window_tokens=settings.observation_tokens,
             scale=first.impl.scale,
             clock=self.clock,
+            num_ranks=self.parallel_config.tensor_parallel_size,
             reconstruction=reconstruction,
+            ttl_seconds=config.reuse_ttl_seconds,
         )
         for builder in builders:
             builder.runtime = runtime

@@ -1,0 +1,90 @@
+"""Make the compression of chosen requests fail, inside a running engine or by a broken prompt."""
+
+from dataclasses import replace
+
+FAULTS = {
+    "raises": "failed",  # a scorer
+    "memory": "failed",  # none left while it scores
+    "shape": "failed",  # scores of another one
+    "late": "failed",  # while pages are written
+    "nan": "not_finite",
+    "inf": "not_finite",
+    "unsound": "not_finite",  # seen on the device, as on a GPU
+}
+"""What can go wrong, and what a request is counted under then."""
+
+
+def inject_faults(worker, faults):
+    """Let a worker fail; for ``collective_rpc``.
+
+    Args:
+        worker: ours; of several ranks the last one fails, unless the fault is "repeats".
+        faults: request number, as it begins the request's id, to a fault. Behind an ``@`` the
+            number of the compression that meets it, from 1 on; the first and all after it if none.
+            "repeats": the model fails while it repeats the context.
+    """
+    import torch
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    last = worker.parallel_config.tensor_parallel_size - 1
+    if get_tensor_model_parallel_rank() != last:
+        return
+    runtime = worker._kvzip
+    compressor = runtime._compressor
+    scorer, store = compressor._scorer, compressor._store
+    compress_one, score_layer, compact = runtime._compress_one, scorer.score_layer, store.compact
+    fault, met = None, {}
+
+    def faulty_compress_one(request, repeated):
+        nonlocal fault
+        number = request.request_id.split("-")[0]
+        met[number] = met.get(number, 0) + 1
+        fault, _, when = faults.get(number, "").partition("@")
+        if when and met[number] != int(when):
+            fault = None
+        prefix, stages = compress_one(request, repeated)
+        if fault == "unsound":
+            prefix = replace(prefix, sound=torch.tensor(False))
+        return prefix, stages
+
+    def faulty_score_layer(inputs):
+        scores = score_layer(inputs)
+        if inputs.layer == 1:
+            if fault == "raises":
+                raise KeyError("a scorer's own fault\nin two lines")
+            if fault == "memory":
+                raise torch.OutOfMemoryError("no memory left")
+            if fault == "shape":
+                return scores[:, :-1]
+            if fault in ("nan", "inf"):
+                scores = scores.clone()
+                scores[1, 7] = float(fault)
+        return scores
+
+    def faulty_compact(sources, keep, targets):
+        compact(sources, keep, targets)
+        if fault == "late":
+            raise RuntimeError("no memory left")
+
+    runtime._compress_one = faulty_compress_one
+    scorer.score_layer = faulty_score_layer
+    store.compact = faulty_compact
+    if runtime._reconstruction is not None:
+        repeat = runtime._reconstruction.run
+
+        def faulty_repeat(prefixes):
+            if any(len(tokens) in faults.get("lengths", ()) for tokens, _ in prefixes):
+                raise torch.OutOfMemoryError("no memory left")
+            return repeat(prefixes)
+
+        runtime._reconstruction.run = faulty_repeat
+
+
+def broken_embeddings(request, llm):
+    """A request's prompt as embeddings ``[T, hidden size]``; that of one token is ``embeds``."""
+    import torch
+
+    model = llm.llm_engine.model_config
+    prompt = torch.full((len(request.prompt), model.get_hidden_size()), 0.1, dtype=model.dtype)
+    prompt[len(prompt) // 2] = float(request.embeds)
+    return prompt

@@ -1,0 +1,142 @@
+"""What became of each compression: from the workers to the scheduler, with a step's output.
+
+The scheduler folds a row before anybody can know whether its prompt could be compressed, so that
+blocks are free in time. Where it could not, the scheduler learns it with the output of the same
+step, takes that output back, and lets the request start again, uncompressed. On a GPU nobody waits
+for that: whether all numbers were finite is a tensor of its own, copied behind the compression and
+read when the step's tokens are.
+"""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.distributed import (
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.v1.outputs import AsyncModelRunnerOutput
+
+from vllm_kvzip.metrics import FAILURES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from vllm.v1.outputs import ModelRunnerOutput
+
+_ATTRIBUTE = "kvzip_outcomes"
+NOT_FINITE, FAILED = FAILURES
+_CODES: dict[str | None, float] = {None: 0.0, NOT_FINITE: 1.0, FAILED: 2.0**16}
+"""Added up over ranks: any sum from the code of a failure on is one."""
+
+Outcome = str | None
+"""One of ``metrics.FAILURES``, or None: compressed, or not wanted any more."""
+
+
+class WorkerOutcomes:
+    """Outcomes of one worker's compressions, agreed upon by all ranks, step by step.
+
+    Args:
+        device: of the worker.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._of_step: dict[int, Outcome | torch.Tensor] = {}
+        self._read: Callable[[], dict[int, Outcome]] | None = None
+
+    def add(self, serial: int, outcome: Outcome | torch.Tensor) -> None:
+        """Note what became of a compression.
+
+        Args:
+            serial: of its run.
+            outcome: or a bool tensor of one element, whether all its numbers are finite.
+        """
+        self._of_step[serial] = outcome
+
+    def settle(self) -> None:
+        """All compressions of a step have been asked for: agree with the other ranks.
+
+        Every rank compresses the same prompts in the same step, in the same order. What one of
+        them could not compress, all leave alone.
+        """
+        found, self._of_step = self._of_step, {}
+        if not found:
+            return
+        codes = _as_codes(list(found.values()), self._device)
+        if get_tensor_model_parallel_world_size() > 1:
+            codes = tensor_model_parallel_all_reduce(codes)
+        read = _read_later(codes)
+        self._read = lambda: dict(zip(found, map(_as_outcome, read()), strict=True))
+
+    def attach(
+        self, output: ModelRunnerOutput | AsyncModelRunnerOutput
+    ) -> ModelRunnerOutput | AsyncModelRunnerOutput:
+        """Let the outcomes of the step travel with its output to the scheduler."""
+        read, self._read = self._read, None
+        if read is None:
+            return output
+        telling = _Telling(output, read)
+        is_known = self._device.type == "cpu" and not isinstance(output, AsyncModelRunnerOutput)
+        return telling.get_output() if is_known else telling
+
+
+class _Telling(AsyncModelRunnerOutput):
+    """Output of a step with outcomes, which are read when the output is."""
+
+    def __init__(
+        self,
+        output: ModelRunnerOutput | AsyncModelRunnerOutput,
+        read: Callable[[], dict[int, Outcome]],
+    ) -> None:
+        self._output = output
+        self._read = read
+
+    def get_output(self) -> ModelRunnerOutput:
+        output = self._output
+        if isinstance(output, AsyncModelRunnerOutput):
+            output = output.get_output()
+        output = copy(output)  # that of an empty step is shared
+        setattr(output, _ATTRIBUTE, self._read())
+        return output
+
+
+def told(output: ModelRunnerOutput) -> Mapping[int, Outcome]:
+    """What :meth:`WorkerOutcomes.attach` attached, on the scheduler's side."""
+    outcomes: Mapping[int, Outcome] = getattr(output, _ATTRIBUTE, {})
+    return outcomes
+
+
+def _as_codes(outcomes: list[Outcome | torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Float32 ``[n]``, one code an outcome."""
+    codes = torch.zeros(len(outcomes), dtype=torch.float32, device=device)
+    for index, outcome in enumerate(outcomes):
+        if isinstance(outcome, torch.Tensor):
+            codes[index] = torch.where(outcome, 0.0, _CODES[NOT_FINITE])
+        else:
+            codes[index] = _CODES[outcome]
+    return codes
+
+
+def _as_outcome(code: float) -> Outcome:
+    if code >= _CODES[FAILED]:
+        return FAILED
+    return NOT_FINITE if code >= _CODES[NOT_FINITE] else None
+
+
+def _read_later(codes: torch.Tensor) -> Callable[[], list[float]]:
+    """Copy numbers off their device behind all work before; reading waits for just that."""
+    if codes.device.type == "cpu":
+        return codes.tolist
+    host = torch.empty(codes.shape, pin_memory=True)
+    host.copy_(codes, non_blocking=True)
+    copied = torch.cuda.Event(blocking=True)
+    copied.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read
