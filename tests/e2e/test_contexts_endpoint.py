@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import openai
 import pytest
 from engine_job import MODEL
 from fastapi import FastAPI
@@ -23,7 +24,8 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 FAULTY_SCORER = Path(__file__).parent.parent / "support" / "faulty_scorer"
 """Another package with a scorer: the default one, which fails on contexts of 777 tokens."""
 PATH, KEY = "/v1/kvzip/contexts", "secret"
-TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+TEMPLATE = """{% for message in messages %}{{ message['content'] }} repeat . {% endfor %}\
+{% if add_generation_prompt %}copy {% endif %}"""  # closes each message, as chat templates do
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +131,47 @@ def test_text_and_chat_contexts_are_tokenized_by_the_server(server):
     )  # fmt: skip
     assert status == 200
     assert reply["usage"]["prompt_tokens"] > 600
+
+
+@pytest.mark.parametrize(
+    ("place", "tokens"), [("same message", 607), ("next message", 607), ("system prompt", 609)]
+)
+def test_a_chat_client_asks_about_a_document_without_counting_tokens(server, place, tokens):
+    """607 tokens: with what closes the message, a block would be full and would match no question
+    in the same message. A system prompt is whole before anybody asks.
+
+    Through the client that people use, with nothing but what the endpoint said to send.
+    """
+    seed = 20 + len(place)
+    context = make_context(np.random.default_rng(seed), 607)
+    role = "system" if place == "system prompt" else "user"
+    document = [{"role": role, "content": context.text}]
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key=KEY)
+    body = {"messages": document, "cache_salt": place}
+    answer = client.post("/kvzip/contexts", body=body, cast_to=object)
+    assert (answer["tokens"], answer["compressed_tokens"]) == (tokens, tokens // 32 * 32)
+    assert answer["send"] == {"vllm_xargs": {"kvzip_context_tokens": tokens}, "cache_salt": place}
+    question = "question " + VOCABULARY.words[next(iter(context.facts))]
+    if place == "same message":
+        messages = [{"role": role, "content": f"{context.text} {question}"}]
+    else:
+        messages = [*document, {"role": "user", "content": question}]
+    before = server.metrics()
+    reply = client.chat.completions.create(
+        model=server.model, messages=messages, max_tokens=2, extra_body=answer["send"]
+    )
+    after = server.metrics()
+    assert reply.usage.prompt_tokens > 609
+    hits = "vllm_kvzip_prefix_hits_total"
+    assert after[hits] - before[hits] == 1
+    told = reply.model_extra["kv_transfer_params"]["kvzip"]
+    assert told["compressed_tokens"] == tokens // 32 * 32
+
+
+def test_a_chat_context_may_end_behind_the_marker_of_an_answer(server):
+    text = make_context(np.random.default_rng(30), 607).text
+    body = {"messages": [{"role": "user", "content": text}], "add_generation_prompt": True}
+    assert call(server, body=body)[1]["tokens"] == 607 + 3
 
 
 @pytest.mark.parametrize(

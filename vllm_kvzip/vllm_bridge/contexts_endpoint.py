@@ -23,10 +23,16 @@ from vllm.entrypoints.serve.tokenize.protocol import (
     TokenizeCompletionRequest,
 )
 from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
-from vllm.exceptions import VLLMNotFoundError, VLLMServerError, VLLMValidationError
+from vllm.exceptions import (
+    VLLMClientError,
+    VLLMNotFoundError,
+    VLLMServerError,
+    VLLMValidationError,
+)
 from vllm.renderers import TokenizeParams
 from vllm.utils import random_uuid
 
+from vllm_kvzip.chat_contexts import common_prefix, continuations
 from vllm_kvzip.metrics import FAILURES
 from vllm_kvzip.prefix_rule import PrefixRule
 from vllm_kvzip.request_options import CONTEXT_TOKENS, KEEP_RATIO, RequestOptions
@@ -45,8 +51,9 @@ class ContextRequest(BaseModel):
     Attributes:
         model: as in the OpenAI API; names a LoRA adapter or the base model.
         prompt: text or token ids, as in ``/v1/completions``.
-        messages: as in ``/v1/chat/completions``.
-        add_generation_prompt: end ``messages`` with the marker that starts an answer.
+        messages: as in ``/v1/chat/completions``. The context ends where the last one's text does,
+            so that a question may follow in the same message or in the next.
+        add_generation_prompt: it ends behind the marker that starts an answer instead.
         keep_ratio: kept / all KV pairs, in (0, 1]; the server's unless given. Only requests with
             the same ``kvzip_keep_ratio`` share the prefix.
         cache_salt: as in vLLM; only requests with the same salt share the prefix.
@@ -109,9 +116,10 @@ router = APIRouter()
 async def compress_context(body: ContextRequest, raw_request: Request) -> JSONResponse:
     """Compress a context; answers when it is in the prefix cache.
 
-    The answer tells its ``tokens``, the ``compressed_tokens`` among them (whole blocks),
-    ``cached_tokens`` that needed no prefill, ``blocks_held`` and ``blocks_before``, their ratio
-    ``keep_ratio``, the ``seconds`` it took, and an ``id`` to find it in the list.
+    The answer tells what a request must ``send`` besides to start from it, its ``tokens``, the
+    ``compressed_tokens`` among them (whole blocks), ``cached_tokens`` that needed no prefill,
+    ``blocks_held`` and ``blocks_before``, their ratio ``keep_ratio``, the ``seconds`` it took, and
+    an ``id`` to find it in the list.
     """
     begin = time.perf_counter()
     engine, settings = _engine(raw_request)
@@ -128,7 +136,7 @@ async def compress_context(body: ContextRequest, raw_request: Request) -> JSONRe
     if refusal is not None:
         return JSONResponse(refusal.model_dump(), status_code=refusal.error.code)
     lora_request = handler._maybe_get_adapters(body)
-    (prompt,) = await _render(handler, body)
+    prompt = await _render(handler, body)
     token_ids = prompt["prompt_token_ids"]
     longest = engine.vllm_config.model_config.max_model_len - OUTPUT_TOKENS
     if len(token_ids) > longest:
@@ -169,6 +177,7 @@ async def compress_context(body: ContextRequest, raw_request: Request) -> JSONRe
             "blocks_before": plan.num_prefix_blocks,
             "keep_ratio": plan.num_compressed_blocks / plan.num_prefix_blocks,
             "seconds": time.perf_counter() - begin,
+            "send": _to_send(body, len(token_ids)),
         }
     )
 
@@ -190,7 +199,16 @@ def _engine(raw_request: Request) -> tuple[EngineClient, Settings]:
     return engine, Settings.from_vllm_config(engine.vllm_config)
 
 
-async def _render(handler: Any, body: ContextRequest) -> list[dict[str, Any]]:
+def _to_send(body: ContextRequest, num_tokens: int) -> dict[str, Any]:
+    """Fields of a request that shares a context of so many tokens."""
+    options: dict[str, Any] = {CONTEXT_TOKENS: num_tokens}
+    if body.keep_ratio is not None:
+        options[KEEP_RATIO] = body.keep_ratio
+    salt = {} if body.cache_salt is None else {"cache_salt": body.cache_salt}
+    return {"vllm_xargs": options, **salt}
+
+
+async def _render(handler: Any, body: ContextRequest) -> dict[str, Any]:
     """The body as vLLM's engine input, by the server's own template and tokenizer."""
     if (body.prompt is None) == (body.messages is None):
         raise VLLMValidationError("A context is either `prompt` or `messages`; give one of them.")
@@ -201,18 +219,50 @@ async def _render(handler: Any, body: ContextRequest) -> list[dict[str, Any]]:
         inputs: list[dict[str, Any]] = await handler.online_renderer.preprocess_completion(
             text, prompt_input=body.prompt, prompt_embeds=None
         )
-        return inputs
+        return inputs[0]
+    assert body.messages is not None
+    conversations = [body.messages]
+    if not body.add_generation_prompt:
+        conversations += continuations(body.messages)
+    rendered, refusals = [], []
+    for messages in conversations:
+        try:
+            rendered.append(await _render_chat(handler, body, messages, shared))
+        except (
+            ValueError,
+            VLLMClientError,
+        ) as error:  # such as a template that wants a user's message
+            refusals.append(error)
+    if not rendered:
+        raise refusals[0]
+    first = rendered[0]
+    if len(rendered) == 1 or first["type"] != "token":  # images have places among the tokens
+        return first
+    token_ids = common_prefix([one["prompt_token_ids"] for one in rendered])
+    salt = {} if body.cache_salt is None else {"cache_salt": body.cache_salt}
+    return {"type": "token", "prompt_token_ids": token_ids, **salt}
+
+
+async def _render_chat(
+    handler: Any, body: ContextRequest, messages: list[dict[str, Any]], shared: dict[str, Any]
+) -> dict[str, Any]:
+    """Messages as vLLM's engine input.
+
+    Raises:
+        ValueError, VLLMClientError: if the template does not take them, or they are too long.
+    """
     chat = _ChatContext(
-        messages=body.messages, add_generation_prompt=body.add_generation_prompt, **shared
+        messages=messages, add_generation_prompt=body.add_generation_prompt, **shared
     )
-    _, inputs = await handler.online_renderer.preprocess_chat(
+    _, (rendered,) = await handler.online_renderer.preprocess_chat(
         chat,
         chat.messages,
         default_template=handler.chat_template,
         default_template_content_format=handler.chat_template_content_format,
         default_template_kwargs=handler.default_chat_template_kwargs,
     )
-    return inputs
+    found: dict[str, Any] = rendered
+    return found
 
 
 def _left_alone(rule: PrefixRule, num_tokens: int, options: RequestOptions) -> str:
