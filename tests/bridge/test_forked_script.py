@@ -33,15 +33,15 @@ sys.seen = True
 
 
 @pytest.mark.parametrize(
-    ("text", "code", "words"),
+    ("text", "code", "words", "seconds"),
     [
-        ("raise ValueError('too many')", 1, "ValueError: too many"),
-        ("import sys; print('out'); sys.exit(7)", 7, "out"),
-        ("import os; os.kill(os.getpid(), 9)", -9, ""),
-        ("print('waits', flush=True); import time; time.sleep(60)", -14, "waits"),
+        ("raise ValueError('too many')", 1, "ValueError: too many", 60),
+        ("import sys; print('out'); sys.exit(7)", 7, "out", 60),
+        ("import os; os.kill(os.getpid(), 9)", -9, "", 60),
+        ("print('waits', flush=True); import time; time.sleep(600)", -14, "waits", 5),
     ],
 )
-def test_how_it_ended_is_told(tmp_path, text, code, words):
-    done = run(tmp_path, text, timeout=2)
+def test_how_it_ended_is_told(tmp_path, text, code, words, seconds):
+    done = run(tmp_path, text, timeout=seconds)
     assert done.returncode == code
     assert words in (done.stderr if code == 1 else done.stdout)
