@@ -36,6 +36,7 @@ from vllm_kvzip.chat_contexts import common_prefix, continuations
 from vllm_kvzip.metrics import FAILURES
 from vllm_kvzip.prefix_rule import PrefixRule
 from vllm_kvzip.request_options import CONTEXT_TOKENS, KEEP_RATIO, RequestOptions
+from vllm_kvzip.vllm_bridge.data_parallel import call_workers, on_each
 from vllm_kvzip.vllm_bridge.requests import checksum, prefix_seed
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings, cache_shape
 
@@ -114,7 +115,7 @@ router = APIRouter()
 @router.post(PATH, dependencies=[Depends(validate_json_request)])
 @with_cancellation
 async def compress_context(body: ContextRequest, raw_request: Request) -> JSONResponse:
-    """Compress a context; answers when it is in the prefix cache.
+    """Compress a context; answers when it is in the prefix cache, of every data-parallel engine.
 
     The answer tells what a request must ``send`` besides to start from it, its ``tokens``, the
     ``compressed_tokens`` among them (whole blocks), ``cached_tokens`` that needed no prefill,
@@ -157,22 +158,29 @@ async def compress_context(body: ContextRequest, raw_request: Request) -> JSONRe
         # A scorer that looks at queries must see those of the context computed.
         skip_reading_prefix_cache=True if settings.observation_tokens else None,
     )
-    cached_tokens, told = 0, None
-    outputs = engine.generate(
-        prompt, params, f"kvzip-context-{random_uuid()}", lora_request=lora_request
-    )
-    async for output in outputs:
-        cached_tokens = output.num_cached_tokens or 0
-        told = output.kv_transfer_params
-    reason = (told or {}).get(KEY, {}).get("left_alone")
-    if reason in FAILURES:
+
+    async def compress(rank: int | None) -> tuple[int, str | None]:
+        """Cached tokens it started from, and why one engine left it alone."""
+        cached_tokens, told = 0, None
+        outputs = engine.generate(
+            prompt, params.clone(), f"kvzip-context-{random_uuid()}", lora_request=lora_request,
+            data_parallel_rank=rank,
+        )  # fmt: skip
+        async for output in outputs:
+            cached_tokens = output.num_cached_tokens or 0
+            told = output.kv_transfer_params
+        return cached_tokens, (told or {}).get(KEY, {}).get("left_alone")
+
+    answers = await on_each(engine, compress)
+    reason = next((reason for _, reason in answers if reason in FAILURES), None)
+    if reason is not None:
         raise VLLMServerError(f"The context could not be compressed ({reason}); see the log.")
     return JSONResponse(
         {
             "id": checksum(prefix_seed(token_ids, plan.boundary_tokens)),
             "tokens": len(token_ids),
             "compressed_tokens": plan.boundary_tokens,
-            "cached_tokens": cached_tokens,
+            "cached_tokens": min(cached for cached, _ in answers),
             "blocks_held": plan.num_compressed_blocks,
             "blocks_before": plan.num_prefix_blocks,
             "keep_ratio": plan.num_compressed_blocks / plan.num_prefix_blocks,
@@ -184,9 +192,17 @@ async def compress_context(body: ContextRequest, raw_request: Request) -> JSONRe
 
 @router.get(PATH)
 async def list_contexts(raw_request: Request) -> JSONResponse:
-    """Compressed prefixes in the cache, as of the engine's last step."""
+    """Compressed prefixes in the caches, as of each engine's last step.
+
+    Of several data-parallel engines an entry tells the ``data_parallel_rank``.
+    """
     engine, _ = _engine(raw_request)
-    contexts, *_ = await engine.collective_rpc("kvzip_contexts")
+    of_engines = await call_workers(engine, "kvzip_contexts")
+    contexts = [
+        entry if len(of_engines) == 1 else {**entry, "data_parallel_rank": rank}
+        for rank, entries in enumerate(of_engines)
+        for entry in entries
+    ]
     held = sum(context["blocks_held"] for context in contexts)
     return JSONResponse({"contexts": contexts, "blocks_held": held})
 
