@@ -99,12 +99,12 @@ def check_attention(
         f"attention {str(dtype)[6:]} D{shape.head_dim} G{shape.group_size} "
         f"N{shape.page_tokens} q{query_len}"
     )
-    return attention_check(
+    return compare_attention(
         name, batch, shape, dtype=dtype, device=device, seed=query_len, poison=True
     )
 
 
-def attention_check(name: str, batch: list[Asked], shape: Shape, **how: Any) -> Check:
+def compare_attention(name: str, batch: list[Asked], shape: Shape, **how: Any) -> Check:
     """The attention kernel over one batch; ``how`` is of :func:`make_case`."""
     limit = LIMITS[how["dtype"]] if how.get("layout") is None else TIER_LIMIT
 
@@ -130,7 +130,7 @@ def tier_checks(device: str, head_dim: int, *, small: bool) -> Iterator[Check]:
                 Asked(90 + query_len, query_len),
             ]
             formats_of = f"{key_format.name} {value_format.name}"
-            yield attention_check(
+            yield compare_attention(
                 f"attention two tiers {formats_of} D{head_dim} q{query_len}", batch, shape,
                 dtype=torch.bfloat16, device=device, seed=query_len, poison=True, layout=layout,
                 rotated=True,
@@ -149,7 +149,7 @@ def eight_bit_checks(device: str, head_dim: int, *, small: bool) -> Iterator[Che
                 Asked(16 * blocks + query_len, query_len, blocks, 0.1, 0.3),
                 Asked(90 + query_len, query_len),
             ]
-            yield attention_check(
+            yield compare_attention(
                 f"attention 8 bits{' two tiers' * two_tiers} D{head_dim} q{query_len}", batch,
                 shape, dtype=torch.bfloat16, device=device, seed=query_len, poison=True,
                 layout=layout, rotated=True, eight_bits="queries too",

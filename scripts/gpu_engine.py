@@ -172,7 +172,7 @@ def run_all(folder: Path, *, small: bool) -> tuple[dict[str, dict[str, Any]], di
     with ThreadPoolExecutor(at_once) as pool:
         found = dict(zip(asked, pool.map(ask, enumerate(asked)), strict=True))
     waits = {name: found.pop(name).get("failed", "none") for name in watched}
-    return found, {name: said.splitlines()[-2:][0][:300] for name, said in waits.items()}
+    return found, {name: " ".join(said.splitlines()[-2:])[:300] for name, said in waits.items()}
 
 
 def judge(found: dict[str, dict[str, Any]]) -> list[str]:

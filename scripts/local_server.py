@@ -60,68 +60,53 @@ class RunningServer:
 
     def stream(self, prompt: list[int] | str, max_tokens: int, **options: Any) -> Iterator[str]:
         """Pieces of a greedy completion as they arrive."""
-        request = self._request(prompt, max_tokens, stream=True, **options)
-        with urllib.request.urlopen(request, timeout=120) as response:
-            for raw in response:
-                line = raw.decode().strip()
-                if line.startswith("data: ") and line != "data: [DONE]":
-                    yield json.loads(line[6:])["choices"][0]["text"]
+        body = {**_completion(prompt, max_tokens), **options}
+        for choice in self._choices("/v1/completions", body, timeout=120):
+            yield choice["text"]
 
     def stream_chat(self, message: str, max_tokens: int, **options: Any) -> Iterator[str]:
         """Pieces of a greedy answer to one user's message as they arrive."""
         body = {
-            "model": self.model,
             "messages": [{"role": "user", "content": message}],
             "max_tokens": max_tokens,
             "temperature": 0,
-            "stream": True,
             **options,
         }
-        request = urllib.request.Request(
-            self.url + "/v1/chat/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=300) as response:
-            for raw in response:
-                line = raw.decode().strip()
-                if line.startswith("data: ") and line != "data: [DONE]":
-                    yield json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
+        for choice in self._choices("/v1/chat/completions", body, timeout=300):
+            yield choice["delta"].get("content") or ""
 
     def complete(self, prompt: list[int] | str, max_tokens: int, **options: Any) -> dict[str, Any]:
         """The whole answer of a greedy completion."""
-        request = self._request(prompt, max_tokens, **options)
-        with urllib.request.urlopen(request, timeout=120) as response:
-            answer: dict[str, Any] = json.loads(response.read())
-            return answer
+        body = {**_completion(prompt, max_tokens), **options}
+        answer: dict[str, Any] = json.loads(self.post("/v1/completions", **body))
+        return answer
 
     def post(self, path: str, **body: Any) -> str:
         """What a route answers; ``urllib.error.HTTPError`` where it refuses."""
-        request = urllib.request.Request(
+        with urllib.request.urlopen(self._request(path, body), timeout=120) as response:
+            answer: str = response.read().decode()
+            return answer
+
+    def _choices(self, path: str, body: dict[str, Any], timeout: int) -> Iterator[dict[str, Any]]:
+        """The first choice of each event of a streamed answer."""
+        request = self._request(path, {**body, "stream": True})
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            for raw in response:
+                line = raw.decode().strip()
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    yield json.loads(line[6:])["choices"][0]
+
+    def _request(self, path: str, body: dict[str, Any]) -> urllib.request.Request:
+        return urllib.request.Request(
             self.url + path,
             json.dumps({"model": self.model, **body}).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=120) as response:
-            answer: str = response.read().decode()
-            return answer
 
-    def _request(
-        self, prompt: list[int] | str, max_tokens: int, **options: Any
-    ) -> urllib.request.Request:
-        body = {
-            "model": self.model,
-            "prompt": prompt,
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            **options,
-        }
-        return urllib.request.Request(
-            self.url + "/v1/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
+
+def _completion(prompt: list[int] | str, max_tokens: int) -> dict[str, Any]:
+    """Body of a greedy completion of just so many tokens."""
+    return {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
 
 
 class LocalServer(RunningServer):

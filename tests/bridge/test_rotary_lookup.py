@@ -33,6 +33,10 @@ def test_a_model_without_rotation_has_none():
     assert find_rotary(nn.Module(), ["layers.0"], SimpleNamespace()) == [None]
 
 
+def model_config(**text_config):
+    return SimpleNamespace(max_model_len=100, hf_text_config=SimpleNamespace(**text_config))
+
+
 def rotary_embedding(rope, max_model_len, *, is_neox_style=True):
     config = VllmConfig()
     config.model_config = SimpleNamespace(max_model_len=max_model_len)
@@ -80,10 +84,9 @@ def test_what_the_model_rotates_is_turned_back(rope, max_model_len, is_neox_styl
 )
 def test_positions_are_those_that_the_rotary_embedding_has(rope, max_model_len, positions):
     model = nn.ModuleList([nn.Linear(2, 2), rotary_embedding(rope, max_model_len)])
-    assert num_positions(model, SimpleNamespace(max_position_embeddings=7), 100) == positions
+    assert num_positions(model, model_config(max_position_embeddings=7)) == positions
 
 
 def test_positions_of_a_model_without_rotary_embedding():
-    learned = SimpleNamespace(max_position_embeddings=512)
-    assert num_positions(nn.Module(), learned, 100) == 512
-    assert num_positions(nn.Module(), SimpleNamespace(), 100) == 100
+    assert num_positions(nn.Module(), model_config(max_position_embeddings=512)) == 512
+    assert num_positions(nn.Module(), model_config()) == 100

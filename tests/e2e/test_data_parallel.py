@@ -1,7 +1,6 @@
 """Several engines behind one server: a context is there wherever its questions go."""
 
 import json
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -30,10 +29,7 @@ def hits(server):
 
 def test_a_context_is_compressed_and_listed_on_every_engine(server):
     context = make_context(np.random.default_rng(1), 600).tokens.tolist()
-    body = json.dumps({"prompt": context}).encode()
-    request = urllib.request.Request(server.url + PATH, body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as response:
-        answer = json.loads(response.read())
+    answer = json.loads(server.post(PATH, prompt=context))
     listed = json.loads(server.get(PATH))
     entries = [(entry["id"], entry["data_parallel_rank"]) for entry in listed["contexts"]]
     assert entries == [(answer["id"], 0), (answer["id"], 1)]

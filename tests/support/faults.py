@@ -18,10 +18,8 @@ def inject_faults(worker, faults):
     """Let a worker fail; for ``collective_rpc``.
 
     Args:
-        worker: ours; of several ranks the last one fails, unless the fault is "repeats".
-        faults: request number, as it begins the request's id, to a fault. Behind an ``@`` the
-            number of the compression that meets it, from 1 on; the first and all after it if none.
-            "repeats": the model fails while it repeats the context.
+        worker: ours; of several ranks the last one fails.
+        faults: request number, as it begins the request's id, to one of :data:`FAULTS`.
     """
     import torch
     from vllm.distributed import get_tensor_model_parallel_rank
@@ -33,15 +31,11 @@ def inject_faults(worker, faults):
     compressor = runtime._compressor
     scorer, store = compressor._scorer, compressor._store
     compress_one, score_layer, compact = runtime._compress_one, scorer.score_layer, store.compact
-    fault, met = None, {}
+    fault = None
 
     def faulty_compress_one(request, repeated):
         nonlocal fault
-        number = request.request_id.split("-")[0]
-        met[number] = met.get(number, 0) + 1
-        fault, _, when = faults.get(number, "").partition("@")
-        if when and met[number] != int(when):
-            fault = None
+        fault = faults.get(request.request_id.split("-")[0])
         prefix, stages = compress_one(request, repeated)
         if fault == "unsound":
             prefix = replace(prefix, sound=torch.tensor(False))
@@ -69,15 +63,6 @@ def inject_faults(worker, faults):
     runtime._compress_one = faulty_compress_one
     scorer.score_layer = faulty_score_layer
     store.compact = faulty_compact
-    if runtime._reconstruction is not None:
-        repeat = runtime._reconstruction.run
-
-        def faulty_repeat(prefixes):
-            if any(len(tokens) in faults.get("lengths", ()) for tokens, _ in prefixes):
-                raise torch.OutOfMemoryError("no memory left")
-            return repeat(prefixes)
-
-        runtime._reconstruction.run = faulty_repeat
 
 
 def broken_embeddings(request, llm):

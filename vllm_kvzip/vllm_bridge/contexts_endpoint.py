@@ -244,19 +244,15 @@ async def _render(handler: Any, body: ContextRequest) -> dict[str, Any]:
     for messages in conversations:
         try:
             rendered.append(await _render_chat(handler, body, messages, shared))
-        except (
-            ValueError,
-            VLLMClientError,
-        ) as error:  # such as a template that wants a user's message
-            refusals.append(error)
+        except (ValueError, VLLMClientError) as error:
+            refusals.append(error)  # such as of a template that wants a user's message
     if not rendered:
         raise refusals[0]
     first = rendered[0]
     if len(rendered) == 1 or first["type"] != "token":  # images have places among the tokens
         return first
     token_ids = common_prefix([one["prompt_token_ids"] for one in rendered])
-    salt = {} if body.cache_salt is None else {"cache_salt": body.cache_salt}
-    return {"type": "token", "prompt_token_ids": token_ids, **salt}
+    return {**first, "prompt_token_ids": token_ids}
 
 
 async def _render_chat(

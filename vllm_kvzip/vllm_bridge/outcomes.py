@@ -95,6 +95,7 @@ class _Telling(AsyncModelRunnerOutput):
         self._read = read
 
     def get_output(self) -> ModelRunnerOutput:
+        """The step's output once its tokens and outcomes are there; waits for both."""
         output = self._output
         if isinstance(output, AsyncModelRunnerOutput):
             output = output.get_output()

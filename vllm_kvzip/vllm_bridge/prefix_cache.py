@@ -246,8 +246,7 @@ class CompressedPrefixCache:
             if (left := run.last_used + ttl - now) > 0:
                 return left
             if run.users:
-                run.last_used = now
-                self._runs.move_to_end(run.serial)
+                self.used(run)
             else:
                 self.drop(run, "ttl")
         return None

@@ -234,9 +234,7 @@ def _calibration_pass(
         num_sinks=config.sink_tokens,
         chunk_tokens=config.scoring_chunk_tokens,
         max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
-        max_positions=num_positions(
-            model, vllm_config.model_config.hf_text_config, vllm_config.model_config.max_model_len
-        ),
+        max_positions=num_positions(model, vllm_config.model_config),
         score_columns=score_columns,
         skip_compiled=True,
     )

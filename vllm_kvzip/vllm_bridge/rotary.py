@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import nn
+    from vllm.config import ModelConfig
 
 ROTARY_MODULES = (RotaryEmbeddingBase, Phi3LongRoPEScaledRotaryEmbedding)
 
@@ -81,30 +82,30 @@ def _of_all_layers(model: nn.Module, text_config: Any) -> RotaryTables | None:
 
 def tables_of(rotary: Any) -> RotaryTables:
     """Angles of one of vLLM's rotary embeddings, at every position that it has."""
-    if isinstance(rotary, Phi3LongRoPEScaledRotaryEmbedding):  # two sets of rows in one
-        short = rotary.original_max_position_embeddings
-        rows = rotary.long_short_cos_sin_cache
-        rows, interleaved = rows[short:] if rotary.use_long_rope else rows[:short], False
-    else:
-        rows, interleaved = rotary.cos_sin_cache, not rotary.is_neox_style
-    cos, sin = rows.float().chunk(2, dim=-1)
+    cos, sin = _rows_of(rotary).float().chunk(2, dim=-1)
+    interleaved = not getattr(rotary, "is_neox_style", True)  # LongRoPE knows one style only
     return RotaryTables(cos, sin, interleaved)
 
 
-def num_positions(model: nn.Module, text_config: Any, max_model_len: int) -> int:
+def num_positions(model: nn.Module, model_config: ModelConfig) -> int:
     """Positions the model can be run at, which may be many more than an engine gives a request.
 
     Args:
         model: as vLLM built it; its rotary embeddings hold a row a position.
-        text_config: of the model, in transformers' format; asked where there are no such rows.
-        max_model_len: positions the engine uses.
+        model_config: asked where there are no such rows.
     """
     rotary = [module for module in model.modules() if isinstance(module, ROTARY_MODULES)]
-    rows = [len(tables_of(module).cos) for module in rotary if _has_rows(module)]
-    if rows:
-        return min(rows)
-    return max(max_model_len, getattr(text_config, "max_position_embeddings", None) or 0)
+    counts = [len(rows) for module in rotary if (rows := _rows_of(module)) is not None]
+    if counts:
+        return min(counts)
+    named = getattr(model_config.hf_text_config, "max_position_embeddings", None)
+    return max(model_config.max_model_len, named or 0)
 
 
-def _has_rows(rotary: nn.Module) -> bool:
-    return hasattr(rotary, "cos_sin_cache") or hasattr(rotary, "long_short_cos_sin_cache")
+def _rows_of(rotary: Any) -> Any:
+    """Cosines and sines of each position, ``[positions, R]``; None where it holds none."""
+    if isinstance(rotary, Phi3LongRoPEScaledRotaryEmbedding):  # two sets of rows in one
+        short = rotary.original_max_position_embeddings
+        rows = rotary.long_short_cos_sin_cache
+        return rows[short:] if rotary.use_long_rope else rows[:short]
+    return getattr(rotary, "cos_sin_cache", None)

@@ -237,11 +237,10 @@ class HeadPageWorker(WorkerBase):
                 first_kv_head=heads_before,
             ),
         )
-        rotary = None
+        rotary, model = None, self.model_runner.get_model()
         if scorer.needs_rotary:
-            model, text_config = self.model_runner.get_model(), self.model_config.hf_text_config
             try:
-                rotary = find_rotary(model, layer_names, text_config)
+                rotary = find_rotary(model, layer_names, self.model_config.hf_text_config)
             except UnsupportedError:
                 if config.scorer is not None:
                     raise
@@ -269,7 +268,6 @@ class HeadPageWorker(WorkerBase):
         )
         reconstruction = None
         if settings.repeat_ids is not None:
-            model = self.model_runner.get_model()
             reconstruction = ReconstructionPass(
                 model=model,
                 vllm_config=self.vllm_config,
@@ -278,9 +276,7 @@ class HeadPageWorker(WorkerBase):
                 num_sinks=config.sink_tokens,
                 chunk_tokens=config.scoring_chunk_tokens,
                 max_tokens=self.vllm_config.scheduler_config.max_num_batched_tokens,
-                max_positions=num_positions(
-                    model, self.model_config.hf_text_config, self.model_config.max_model_len
-                ),
+                max_positions=num_positions(model, self.model_config),
                 score_columns=self.score_columns,
             )
         recorder = timer = None
