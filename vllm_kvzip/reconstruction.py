@@ -36,6 +36,44 @@ class Chunk:
     input_ids: list[int]
 
 
+@dataclass(frozen=True)
+class RepeatRule:
+    """How a context is cut for repeating, which follows from its length alone.
+
+    Attributes:
+        chunk_tokens: longest chunk of the context.
+        first_prompt_tokens, later_prompt_tokens: length of the repeat prompt of the first chunk,
+            and of the others.
+    """
+
+    chunk_tokens: int
+    first_prompt_tokens: int
+    later_prompt_tokens: int
+
+    @classmethod
+    def fitting(
+        cls, chunk_tokens: int, most_tokens: int, first_prompt: int, later_prompt: int
+    ) -> RepeatRule:
+        """The longest chunks that can be fed at once.
+
+        Args:
+            chunk_tokens: longest chunk that is wanted, with what is fed before it.
+            most_tokens: that can be fed at once.
+            first_prompt, later_prompt: tokens of the repeat prompts.
+        """
+        before = max(first_prompt, later_prompt) + LINK_TOKENS
+        return cls(max(1, min(chunk_tokens, most_tokens) - before), first_prompt, later_prompt)
+
+    def fed_tokens(self, context_tokens: int) -> list[int]:
+        """Tokens that are fed to the model for each chunk of a context, in order."""
+        fed = []
+        for start in range(0, context_tokens, self.chunk_tokens):
+            prompt = self.later_prompt_tokens if start else self.first_prompt_tokens
+            chunk = min(self.chunk_tokens, context_tokens - start)
+            fed.append(prompt + min(start, LINK_TOKENS) + chunk)
+        return fed
+
+
 def iter_chunks(
     context_ids: Sequence[int],
     chunk_tokens: int,

@@ -17,6 +17,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_kvzip.head_pages import fold_row
 from vllm_kvzip.vllm_bridge.prefix_cache import ReuseRule
+from vllm_kvzip.vllm_bridge.prefix_lookup import options
 from vllm_kvzip.vllm_bridge.requests import RequestTracker
 from vllm_kvzip.vllm_bridge.step_message import attach, attached
 
@@ -52,7 +53,7 @@ class World:
         self.manager.prefixes._clock = lambda: self.now
         self.waiting, self.running = [], []
         self.requests = {}
-        self.tracker = RequestTracker(self.manager._rule)
+        self.tracker = RequestTracker(self.manager.rule)
         self.pending, self.rows = [], {}  # the worker's
         self.slots = {}  # (block, offset) -> what was written there
         self.runs = {}  # serial -> (block ids, boundary, keep ratio, plan)
@@ -87,6 +88,11 @@ class World:
         self.waiting.append(request)
         self.number += 1
 
+    def _next_stop(self, request, first, count):
+        plan, must_wait = self.manager.plan_ahead(request)
+        about = (request.num_prompt_tokens, options(request))
+        return self.manager.rule.next_stop(*about, plan, must_wait, first, count)
+
     def step(self):
         self.now += 1
         finished = self._abort_some()
@@ -102,7 +108,7 @@ class World:
             if request not in self.running:
                 continue  # preempted by an earlier one of this step
             count = min(CHUNK, request.num_tokens - request.num_computed_tokens)
-            count = self.manager.next_stop(request, request.num_computed_tokens, count)
+            count = self._next_stop(request, request.num_computed_tokens, count)
             if not count:
                 self.events["waited for a fold"] += 1
                 continue
@@ -127,7 +133,7 @@ class World:
             request = self.waiting[0]
             hit, num_hit, _ = self.cache.get_computed_blocks(request)
             count = min(CHUNK, request.num_tokens - num_hit)
-            count = self.manager.next_stop(request, num_hit, count)
+            count = self._next_stop(request, num_hit, count)
             request.num_in_flight_tokens = 0
             granted = self.cache.allocate_slots(
                 request, count, num_new_computed_tokens=num_hit, new_computed_blocks=hit,
@@ -205,7 +211,7 @@ class World:
             blocks, boundary, keep_ratio, _ = self.runs[serial]
             assert self.rows[rid][: len(blocks)] == blocks
             options = self.requests[rid].sampling_params.extra_args
-            assert keep_ratio == options.get("kvzip_keep_ratio", self.manager._rule.keep_ratio)
+            assert keep_ratio == options.get("kvzip_keep_ratio", self.manager.rule.keep_ratio)
             assert "kvzip" not in options
             self.on_run[rid] = (len(blocks), boundary, keep_ratio)
             self.events["compressed hit"] += 1
@@ -300,7 +306,7 @@ class World:
             assert run.users == users[run.serial]
             reserved = self.manager._reserved.get(rid)
             assert sum(not block.is_null for block in row) == len(run.blocks) + tail
-            peak = self.manager._rule.peak_blocks
+            peak = self.manager.rule.peak_blocks
             assert peak is None or len(run.blocks) + tail <= peak, (run.plan, reserved)
 
 

@@ -1,9 +1,12 @@
 """Scorer kvzip inside the engine: right scores, no trace, and what it is good for."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from engine_job import MODEL, Request, engine_scores, run_job
+from faults import REPEAT_FAULT
 from quality_rows import settings_of
 from reconstruction_probe import ReconstructionProbe
 from retrieval_task import VOCABULARY, make_context, question_prompt
@@ -56,6 +59,30 @@ def test_scoring_leaves_no_trace():
     for got, wanted in zip(scored.logprobs, stock.logprobs, strict=True):
         assert got == pytest.approx(wanted, abs=1e-4)
     assert scored.metrics["vllm_kvzip_compress_seconds_sum/score"] > 0
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["", "asynchronous"])
+def test_a_long_context_is_repeated_over_several_steps(asynchronous):
+    rng = np.random.default_rng(4)
+    lengths = (40, 1000, 900, 260, 1024, 640)
+    prompts = [make_context(rng, length).tokens.tolist() for length in lengths]
+    requests = [Request(prompt, 60, arrives=2 * number) for number, prompt in enumerate(prompts)]
+    requests[4].aborts = 16  # while it waits, or is read
+    requests[5].fault = REPEAT_FAULT
+    engine = {"max_num_batched_tokens": 256, "asynchronous": asynchronous}
+    report = run_job(requests, kvzip={"keep_ratio": 1.0, "scorer": "kvzip"}, **engine)
+    requests[5].fault = None
+    stock = run_job(requests, **engine)
+    aborted = [requests[4]]
+    for request, got, wanted in zip(requests, report.outputs, stock.outputs, strict=True):
+        assert got == (wanted[: len(got)] if request in aborted else wanted)
+    stream = [step["0"] for step in report.computed_tokens if "0" in step]
+    assert [b - a for a, b in itertools.pairwise(stream)] == [1] * (len(stream) - 1)
+    waited = [step["1"] for step in report.computed_tokens if "1" in step].count(999)
+    assert waited >= 4  # 1,000 tokens and five repeat prompts, 256 tokens a step
+    assert report.metrics["vllm_kvzip_requests_compressed_total"] == 3
+    assert report.metrics["vllm_kvzip_requests_skipped_total/failed"] == 1
+    assert report.free_blocks[-1] == report.free_blocks[0]
 
 
 def test_it_answers_where_other_scorers_fail():

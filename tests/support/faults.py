@@ -13,13 +13,16 @@ FAULTS = {
 }
 """What can go wrong, and what a request is counted under then."""
 
+REPEAT_FAULT = "repeat"  # the model fails while it repeats the prompt; likewise "failed"
+
 
 def inject_faults(worker, faults):
     """Let a worker fail; for ``collective_rpc``.
 
     Args:
         worker: ours; of several ranks the last one fails.
-        faults: request number, as it begins the request's id, to one of :data:`FAULTS`.
+        faults: request number, as it begins the request's id, to one of :data:`FAULTS`, or to
+            :data:`REPEAT_FAULT`.
     """
     import torch
     from vllm.distributed import get_tensor_model_parallel_rank
@@ -60,9 +63,31 @@ def inject_faults(worker, faults):
         if fault == "late":
             raise RuntimeError("no memory left")
 
+    if runtime.repeats is not None:
+        break_repeats(runtime.repeats, faults)
     runtime._compress_one = faulty_compress_one
     scorer.score_layer = faulty_score_layer
     store.compact = faulty_compact
+
+
+def break_repeats(repeats, faults):
+    """Let the model fail on the second chunk of chosen requests, whoever shares the pass."""
+    begin, go_on = repeats._begin, repeats.reconstruction.go_on
+    broken = []
+
+    def remembering_begin(request):
+        found = begin(request)
+        if faults.get(request.request_id.split("-")[0]) == REPEAT_FAULT:
+            broken.append(found.context)
+        return found
+
+    def faulty_go_on(work):
+        if any(context in broken and context.num_done for context, _ in work):
+            raise RuntimeError("the model fails")
+        go_on(work)
+
+    repeats._begin = remembering_begin
+    repeats.reconstruction.go_on = faulty_go_on
 
 
 def broken_embeddings(request, llm):

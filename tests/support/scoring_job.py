@@ -31,14 +31,15 @@ def main():
         return scores
 
     scorer.score_layer = score_layer
-    if runtime._reconstruction is not None:
-        original_forward = runtime._reconstruction._forward
+    if runtime.repeats is not None:
+        reconstruction = runtime.repeats.reconstruction
+        original_forward = reconstruction._forward
 
         def forward(segments):
             passes.append(len(segments))
             return original_forward(segments)
 
-        runtime._reconstruction._forward = forward
+        reconstruction._forward = forward
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False)
     llm.generate([{"prompt_token_ids": p} for p in job["prompts"]], params, use_tqdm=False)
     scores = {seed: torch.stack(layers) for seed, layers in found.items()}

@@ -48,6 +48,7 @@ class HeadPageManager(FullAttentionManager):
     message.
 
     Attributes:
+        rule: what is compressed, into how many blocks.
         request: the request that the next calls concern. vLLM tells a manager little of it; our
             scheduler sets it.
         prefixes: cached compressed prefixes.
@@ -56,14 +57,14 @@ class HeadPageManager(FullAttentionManager):
 
     def __init__(self, kv_cache_spec: HeadPageSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        self._rule = replace(kv_cache_spec.rule, pool_blocks=self.block_pool.num_gpu_blocks)
+        self.rule = replace(kv_cache_spec.rule, pool_blocks=self.block_pool.num_gpu_blocks)
         self._recorder = SchedulerRecorder(kv_cache_spec.metrics_directory)
         self._held = HeldBytes(self.block_pool, kv_cache_spec.block_bytes, self._recorder)
         self.prefixes = CompressedPrefixCache(
             self.block_pool, self.kv_cache_group_id, kv_cache_spec.reuse, self._recorder
         )
         self._lookup = PrefixLookup(
-            self.prefixes, self._rule, kv_cache_spec.reuse, self._null_block
+            self.prefixes, self.rule, kv_cache_spec.reuse, self._null_block, kv_cache_spec.repeat
         )
         self.request: Request | None = None
         self._plans: dict[str, PrefixPlan | None] = {}  # what is compressed next
@@ -138,8 +139,8 @@ class HeadPageManager(FullAttentionManager):
             return
         if request_id not in self._plans:
             about = (num_prompt_tokens, options(self._at_hand(request_id)))
-            self._plans[request_id] = self._rule.next_plan(*about)
-            reason = self._rule.skip_reason(*about)
+            self._plans[request_id] = self.rule.next_plan(*about)
+            reason = self.rule.skip_reason(*about)
             if reason and reason not in FAILURES:  # those have been counted
                 self._unreported[request_id] = reason
         reservation = self._reserved.get(request_id)
@@ -172,7 +173,7 @@ class HeadPageManager(FullAttentionManager):
             apply_admission_cap=apply_admission_cap,
             **kwargs,
         )
-        if apply_admission_cap and (peak := self._rule.peak_blocks) is not None:
+        if apply_admission_cap and (peak := self.rule.peak_blocks) is not None:
             if not self._is_off(request_id):
                 count = min(count, peak)
         return count
@@ -246,7 +247,7 @@ class HeadPageManager(FullAttentionManager):
                 "blocks_held": run.plan.num_compressed_blocks,
                 "keep_ratio": run.plan.num_compressed_blocks / run.plan.num_prefix_blocks,
             }
-        reason = self._rule.skip_reason(request.num_prompt_tokens, options(request))
+        reason = self.rule.skip_reason(request.num_prompt_tokens, options(request))
         return {"left_alone": reason or "ended_before_decode"}
 
     def end_of_schedule(self, scheduled: Container[str]) -> StepPrefixes | None:
@@ -300,7 +301,7 @@ class HeadPageManager(FullAttentionManager):
         if (earlier := self._runs.pop(request_id, None)) is not None:
             self._leave(earlier)
         self.block_pool.free_blocks(reversed(before))
-        self.unconfirmed.folded(reservation.run, num_prompt_tokens, self._rule.block_size)
+        self.unconfirmed.folded(reservation.run, num_prompt_tokens, self.rule.block_size)
         self._join(request_id, reservation.run)
         self._plans[request_id] = self._next_plan(request_id, plan, reservation.request)
 
@@ -345,38 +346,28 @@ class HeadPageManager(FullAttentionManager):
             # vLLM's admission check asks for the whole request before anything else.
             request = self._at_hand(request_id)
             num_prompt = request.num_prompt_tokens if request else num_tokens_main_model
-            plan = self._rule.next_plan(num_prompt, options(request))
+            plan = self.rule.next_plan(num_prompt, options(request))
         if plan is None or num_tokens_main_model < plan.ready_tokens:
             return 0
         return plan.num_compressed_blocks
 
-    def next_stop(self, request: Request, first: int, num_tokens: int) -> int:
-        """How many tokens a request may compute in the step that is being scheduled.
-
-        With a prefill budget a step ends where something is compressed, so that equal prefixes are
-        compressed equally, and what is held stays within bounds.
+    def plan_ahead(self, request: Request) -> tuple[PrefixPlan | None, bool]:
+        """What a request compresses next, and whether another compression is still to come first.
 
         Args:
-            request: the request.
-            first: position of the first of them.
-            num_tokens: what vLLM would compute.
+            request: it runs, or waits and has just looked for what it starts from.
         """
-        if self._rule.prefill_blocks is None:
-            return num_tokens
         about = (request.num_prompt_tokens, options(request))
-        reservation = self._reserved.get(request.request_id)
-        if reservation:  # its row has not been folded yet
-            plan = self._rule.next_plan(*about, reservation.run.plan)
-        elif self.req_to_blocks.get(request.request_id):
-            plan = self._plans[request.request_id]
-        else:  # it waits, and may have just found a run to start from
-            found = self._found[1] if self._found and self._found[0] is request else None
-            plan = self._rule.next_plan(*about, found.plan if found else None)
-        return self._rule.next_stop(*about, plan, reservation is not None, first, num_tokens)
+        if reservation := self._reserved.get(request.request_id):  # its row is to be folded
+            return self.rule.next_plan(*about, reservation.run.plan), True
+        if self.req_to_blocks.get(request.request_id):
+            return self._plans[request.request_id], False
+        found = self._found[1] if self._found and self._found[0] is request else None
+        return self.rule.next_plan(*about, found.plan if found else None), False
 
     def fits_uncompressed(self, request: Request) -> bool:
         """Whether it can be served uncompressed to its end; a prefill budget lets others in."""
-        if self._rule.prefill_blocks is None:
+        if self.rule.prefill_blocks is None:
             return True
         longest = request.num_prompt_tokens + request.max_tokens
         return bool(longest <= (self.block_pool.num_gpu_blocks - 1) * self.block_size)
@@ -388,7 +379,7 @@ class HeadPageManager(FullAttentionManager):
         request = request or self._at_hand(request_id)
         if request is None:
             return None
-        return self._rule.next_plan(request.num_prompt_tokens, options(request), done)
+        return self.rule.next_plan(request.num_prompt_tokens, options(request), done)
 
     def _is_off(self, request_id: str) -> bool:
         return options(self._at_hand(request_id)).is_off

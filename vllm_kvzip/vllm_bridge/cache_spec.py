@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from vllm.config import VllmConfig
 
+    from vllm_kvzip.reconstruction import RepeatRule
     from vllm_kvzip.vllm_bridge.settings import Settings
 
 # vLLM's merge makes a spec of the fields it knows; ours are put in afterwards.
@@ -39,7 +40,8 @@ class HeadPageSpec(FullAttentionSpec):
     """Full attention whose prompt prefix is compressed into head pages after prefill.
 
     ``rule`` also sizes the extra room of the crossing step; a request that asks for a higher keep
-    ratio than the server's may need up to twice its prompt's blocks. The manager counts bytes by
+    ratio than the server's may need up to twice its prompt's blocks. ``repeat`` says how the model
+    repeats contexts, where the scorer wants it. The manager counts bytes by
     ``num_layers``, the layers of the KV cache group, and ``num_ranks``, the tensor-parallel
     workers, each of which holds a part of every block.
     """
@@ -49,10 +51,11 @@ class HeadPageSpec(FullAttentionSpec):
     num_ranks: int = 1
     metrics_directory: str | None = None
     reuse: ReuseRule = field(default_factory=ReuseRule)
+    repeat: RepeatRule | None = None
 
     @classmethod
     def from_full_attention(
-        cls, spec: FullAttentionSpec, settings: Settings, num_layers: int, num_ranks: int
+        cls, spec: FullAttentionSpec, settings: Settings, num_layers: int, vllm_config: VllmConfig
     ) -> HeadPageSpec:
         """The same layer cache as ``spec``, with the compression rule of ``settings``."""
         config = settings.config
@@ -61,8 +64,9 @@ class HeadPageSpec(FullAttentionSpec):
             cls,
             rule=settings.rule(spec.block_size, spec.head_size, spec.dtype.itemsize),
             num_layers=num_layers,
-            num_ranks=num_ranks,
+            num_ranks=vllm_config.parallel_config.tensor_parallel_size,
             metrics_directory=settings.metrics_directory,
+            repeat=settings.repeat_rule(vllm_config),
             reuse=ReuseRule(
                 fingerprint=settings.fingerprint(spec.block_size),
                 prefer_raw=config.prefix_reuse == "raw",
@@ -88,6 +92,7 @@ class HeadPageSpec(FullAttentionSpec):
             num_ranks=first.num_ranks,
             metrics_directory=first.metrics_directory,
             reuse=first.reuse,
+            repeat=first.repeat,
         )
 
     def max_num_blocks_per_req(self, vllm_config: Any, max_len: int) -> int:
@@ -135,9 +140,8 @@ def as_head_page_specs(
     """
     full = {name: _without_window(spec, vllm_config) for name, spec in specs.items()}
     check_layers(full, layers, vllm_config)
-    num_ranks = vllm_config.parallel_config.tensor_parallel_size
     return {
-        name: HeadPageSpec.from_full_attention(spec, settings, len(specs), num_ranks)
+        name: HeadPageSpec.from_full_attention(spec, settings, len(specs), vllm_config)
         for name, spec in full.items()
         if isinstance(spec, FullAttentionSpec)  # all are, after the check
     }

@@ -106,8 +106,9 @@ class CalibrationPass(ReconstructionPass):
             by_layer, self._vllm_config, num_tokens=len(token_ids), skip_compiled=True
         ):
             self._model(input_ids=ids, positions=positions)
-        ((scores, _),) = self.run([(token_ids, range(len(token_ids)))])
-        return scores
+        context = self.begin(token_ids, range(len(token_ids)))
+        self.go_on([(context, context.num_left)])
+        return context.scores
 
     @property
     def repeated_share(self) -> float:

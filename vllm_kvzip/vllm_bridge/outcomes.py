@@ -17,6 +17,7 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
 )
+from vllm.logger import init_logger
 from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from vllm_kvzip.metrics import FAILURES
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from vllm.v1.outputs import ModelRunnerOutput
+
+logger = init_logger("vllm." + __name__)
 
 _ATTRIBUTE = "kvzip_outcomes"
 NOT_FINITE, FAILED = FAILURES
@@ -108,6 +111,16 @@ def told(output: ModelRunnerOutput) -> Mapping[int, Outcome]:
     """What :meth:`WorkerOutcomes.attach` attached, on the scheduler's side."""
     outcomes: Mapping[int, Outcome] = getattr(output, _ATTRIBUTE, {})
     return outcomes
+
+
+def log_failure(request_id: str, error: Exception) -> None:
+    """One line; a traceback would keep alive what was in memory."""
+    logger.error(
+        "Request %s could not be compressed and goes on uncompressed: %s: %s",
+        request_id,
+        type(error).__name__,
+        " ".join(str(error).split()),
+    )
 
 
 def _as_codes(outcomes: list[Outcome | torch.Tensor], device: torch.device) -> torch.Tensor:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from vllm_kvzip.core import PrefixPlan
     from vllm_kvzip.prefix_rule import PrefixRule
+    from vllm_kvzip.reconstruction import RepeatRule
     from vllm_kvzip.request_options import RequestOptions
     from vllm_kvzip.vllm_bridge.prefix_cache import CompressedPrefixCache, PrefixRun, ReuseRule
 
@@ -26,6 +27,7 @@ class PrefixLookup:
         rule: what is compressed.
         reuse: which one wins.
         null_block: vLLM's, for the dead entries of a folded row.
+        repeat: how the model repeats contexts; None where it does not.
     """
 
     def __init__(
@@ -34,21 +36,34 @@ class PrefixLookup:
         rule: PrefixRule,
         reuse: ReuseRule,
         null_block: KVCacheBlock,
+        repeat: RepeatRule | None = None,
     ) -> None:
         self._prefixes = prefixes
         self._rule = rule
         self._reuse = reuse
         self._null_block = null_block
+        self._repeat = repeat
 
     def most_raw_tokens(self, request: Request | None, max_length: int) -> int:
-        """How much of a prefix may be read raw: with a prefill budget, what the first round ends.
+        """How much of a prefix may be read raw.
+
+        With a prefill budget, what the first round ends. Where a context is repeated in parts, its
+        request must have something to compute before it waits for them.
 
         Args:
             request: who looks.
             max_length: tokens vLLM would read.
         """
-        first = None if options(request).is_off else self._rule.first_round_tokens
-        return max_length if first is None else min(max_length, first - 1)
+        asked = options(request)
+        if asked.is_off:
+            return max_length
+        if (first := self._rule.first_round_tokens) is not None:
+            return min(max_length, first - 1)
+        if self._repeat is not None and request is not None:
+            plan = self._rule.plan(request.num_prompt_tokens, asked)
+            if plan is not None and len(self._repeat.fed_tokens(plan.boundary_tokens)) > 1:
+                return min(max_length, plan.ready_tokens - 2)
+        return max_length
 
     def find(
         self, request: Request | None, block_hashes: Sequence[Any], max_length: int, raw_tokens: int

@@ -36,7 +36,7 @@ from vllm_kvzip.core import CacheGeometry
 from vllm_kvzip.errors import ProfileError, UnsupportedError
 from vllm_kvzip.profile import HeadProfile, Provenance
 from vllm_kvzip.profile_cache import build_lock, is_usable, store
-from vllm_kvzip.reconstruction import retrieval_fractions
+from vllm_kvzip.reconstruction import RepeatRule, retrieval_fractions
 from vllm_kvzip.repeat_prompt import repeat_wording
 from vllm_kvzip.surrogate_training import SurrogateTrainer
 from vllm_kvzip.vllm_bridge.calibration_pass import CalibrationPass, CaughtCache
@@ -225,16 +225,24 @@ def _calibration_pass(
         block_size=1,
     )
     layer_index = {name: index for index, name in enumerate(attention)}
+    repeat = RepeatPrompt(*map(tuple, wording.token_ids(tokenizer)))
+    max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+    max_positions = num_positions(model, vllm_config.model_config)
     cache = CaughtCache(geometry, layer_index, next(model.parameters()).device)
     watch = CalibrationPass(
         model=model,
         vllm_config=vllm_config,
         cache=cache,
-        repeat=RepeatPrompt(*map(tuple, wording.token_ids(tokenizer))),
+        repeat=repeat,
+        rule=RepeatRule.fitting(
+            config.scoring_chunk_tokens,
+            min(max_tokens, max_positions),
+            len(repeat.first),
+            len(repeat.later),
+        ),
         num_sinks=config.sink_tokens,
-        chunk_tokens=config.scoring_chunk_tokens,
-        max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
-        max_positions=num_positions(model, vllm_config.model_config),
+        max_tokens=max_tokens,
+        max_positions=max_positions,
         score_columns=score_columns,
         skip_compiled=True,
     )

@@ -25,30 +25,33 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_kvzip.errors import NotFiniteError
 from vllm_kvzip.head_pages import fold_row
-from vllm_kvzip.vllm_bridge.attempts import log_failure, repeat_prefixes
 from vllm_kvzip.vllm_bridge.batches import PrefixState, QuerySpan
 from vllm_kvzip.vllm_bridge.fp8_cache import queries_of_model
-from vllm_kvzip.vllm_bridge.outcomes import FAILED, NOT_FINITE, WorkerOutcomes
+from vllm_kvzip.vllm_bridge.outcomes import (
+    FAILED,
+    NOT_FINITE,
+    WorkerOutcomes,
+    log_failure,
+)
 from vllm_kvzip.vllm_bridge.requests import checksum
 from vllm_kvzip.vllm_bridge.step_message import attached
 from vllm_kvzip.vllm_bridge.use_times import UseTimes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.core.sched.output import SchedulerOutput
 
-    from vllm_kvzip.clocks import Clock, Stopwatch
+    from vllm_kvzip.clocks import Stopwatch
     from vllm_kvzip.core import CompressedPrefix, PrefixPlan
     from vllm_kvzip.pipeline import Compressor
-    from vllm_kvzip.vllm_bridge.attempts import Repeated
     from vllm_kvzip.vllm_bridge.attention_timer import AttentionTimer
     from vllm_kvzip.vllm_bridge.batches import Batcher, SplitBatch
     from vllm_kvzip.vllm_bridge.head_page_cache import HeadPageCache
+    from vllm_kvzip.vllm_bridge.repeats import Repeated, Repeats
     from vllm_kvzip.vllm_bridge.requests import RequestTracker, TrackedRequest
     from vllm_kvzip.vllm_bridge.runners import Rows
-    from vllm_kvzip.vllm_bridge.scoring_pass import ReconstructionPass
     from vllm_kvzip.vllm_bridge.stats_export import WorkerRecorder
 
 _NULL_BLOCK = 0
@@ -89,9 +92,7 @@ class HeadPageRuntime:
         timer: of attention; likewise.
         observation_window_tokens: how many of the last prompt queries the scorer wants (0: none).
         scale: softmax scale of the attention layers.
-        clock: measures the work of the device.
-        num_ranks: of tensor parallelism.
-        reconstruction: runs the model over a context once more, for scorers that want it.
+        repeats: lets the model repeat contexts, for scorers that want it.
         ttl_seconds: how long an unused prefix lives.
     """
 
@@ -107,15 +108,11 @@ class HeadPageRuntime:
         timer: AttentionTimer | None,
         observation_window_tokens: int,
         scale: float,
-        clock: Clock,
-        num_ranks: int = 1,
-        reconstruction: ReconstructionPass | None = None,
+        repeats: Repeats | None = None,
         ttl_seconds: float | None = None,
     ) -> None:
         self._uses = UseTimes(ttl_seconds)
-        self._num_ranks = num_ranks
         self.outcomes = WorkerOutcomes(cache.pages.device)
-        self._clock = clock
         self._unrecorded: list[Stopwatch] = []
         self._cache = cache
         self._batcher = batcher
@@ -126,7 +123,7 @@ class HeadPageRuntime:
         self._timer = timer
         self._window = observation_window_tokens
         self._scale = scale
-        self._reconstruction = reconstruction
+        self.repeats = repeats
         self._states: dict[str, PrefixState] = {}
         self._runs: dict[int, KeptRun] = {}
         self._pending: list[TrackedRequest] = []
@@ -162,9 +159,16 @@ class HeadPageRuntime:
     def before_step(self, output: SchedulerOutput) -> None:
         """Compress what the last step completed, drop what ended, prepare this step."""
         pending, self._pending = self._pending, []
+        gone = self._tracker.finished(output) | self._tracker.suspended(output) if pending else ()
+        wanted = [r for r in pending if r.kept_as is not None or r.request_id not in gone]
+        message = attached(output)
+        if self.repeats is not None:
+            due: list[tuple[TrackedRequest, int | None]] = [(request, None) for request in wanted]
+            for rid, count in message.repeats.items() if message else ():
+                if (waiting := self._tracker.get(rid)) is not None:
+                    due.append((waiting, count))
+            self.repeats.go_on(due)
         if pending:
-            gone = self._tracker.finished(output) | self._tracker.suspended(output)
-            wanted = [r for r in pending if r.kept_as is not None or r.request_id not in gone]
             for request in pending:
                 if request.serial is not None:
                     self.outcomes.add(request.serial, None)
@@ -175,7 +179,7 @@ class HeadPageRuntime:
         self._uses.step()
         runs: dict[str, KeptRun] = {}
         broken: Iterable[str] = ()  # start from a prefix that could not be compressed
-        if (message := attached(output)) is not None:
+        if message is not None:
             for serial in message.dropped:
                 self._runs.pop(serial, None)
                 self._uses.drop(serial)
@@ -243,17 +247,14 @@ class HeadPageRuntime:
         return Step(batch, spans) if batch or spans else None
 
     def _compress(self, requests: list[TrackedRequest]) -> None:
-        """Compress prefixes that are complete; the model repeats all of them in common passes."""
-        scored: Sequence[Repeated | None] = [None] * len(requests)
-        if self._reconstruction is not None:
-            scored = repeat_prefixes(self._reconstruction, requests, self._clock, self._num_ranks)
-        for request, repeated in zip(requests, scored, strict=True):
+        """Compress prefixes that are complete."""
+        for request in requests:
             assert request.plan is not None
             row, plan = request.block_ids, request.plan
             first_quantized = request.reserve_start + plan.num_full_blocks
             end = request.reserve_start + plan.num_compressed_blocks
             self._dirty.update(row[first_quantized:end])  # also where only some are filled
-            prefix = self._attempt(request, repeated)
+            prefix = self._attempt(request)
             self._tracker.folded(request, fold_row(row, plan, request.reserve_start, _NULL_BLOCK))
             self._rows.replace_row(request.request_id, request.block_ids)
             if prefix is None:
@@ -265,14 +266,13 @@ class HeadPageRuntime:
                 self._runs[request.kept_as] = KeptRun(prefix, plan, request.seed)
                 self._uses.starts(request.request_id, request.kept_as)
 
-    def _attempt(
-        self, request: TrackedRequest, repeated: Repeated | None
-    ) -> CompressedPrefix | None:
+    def _attempt(self, request: TrackedRequest) -> CompressedPrefix | None:
         """Compress one prefix and note what became of it; None when it could not be."""
         outcome: str | torch.Tensor | None
         prefix = None
+        repeated = self.repeats.take(request.request_id) if self.repeats else None
         try:
-            if self._reconstruction is not None and repeated is None:
+            if self.repeats is not None and repeated is None:
                 outcome = FAILED
             else:
                 prefix, stages = self._compress_one(request, repeated)
@@ -306,7 +306,7 @@ class HeadPageRuntime:
             earlier=self._states[request.request_id].prefix if plan.start_blocks else None,
         )
         if repeated is not None:
-            stages.add("score", repeated.begin, repeated.end, repeated.share)
+            repeated.record(stages)
         return prefix, stages
 
     def _clean_blocks(self, output: SchedulerOutput) -> None:
@@ -382,3 +382,5 @@ class HeadPageRuntime:
         self._states.pop(request_id, None)
         self._uses.ends(request_id)
         self._observed.pop(request_id, None)
+        if self.repeats is not None:
+            self.repeats.forget(request_id)

@@ -1,10 +1,11 @@
 """vLLM's scheduler, which tells the block manager and the workers what only it knows.
 
 ``scheduler_config.scheduler_cls`` is vLLM's own way to name a scheduler. Scheduling itself is left
-alone; six things are added: the block manager learns which request it works for, the workers
-learn which requests start from a compressed prefix, a reset of the prefix cache reaches us,
-prefixes expire while the engine is idle, requests that could not be compressed start again, and
-clients that ask for something of ours are told what became of it.
+alone; seven things are added: the block manager learns which request it works for, the workers
+learn which requests start from a compressed prefix, steps end where something is to be compressed
+or make room for a context that the model repeats, a reset of the prefix cache reaches us, prefixes
+expire while the engine is idle, requests that could not be compressed start again, and clients that
+ask for something of ours are told what became of it.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import functools
 import time
 from contextlib import nullcontext
 from copy import copy
+from dataclasses import replace
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
 from vllm.v1.request import RequestStatus
@@ -26,13 +29,16 @@ from vllm_kvzip.request_options import LEFT_ALONE, has_options
 from vllm_kvzip.vllm_bridge.block_manager import HeadPageManager
 from vllm_kvzip.vllm_bridge.idle_expiry import IdleExpiry
 from vllm_kvzip.vllm_bridge.outcomes import NOT_FINITE, told
+from vllm_kvzip.vllm_bridge.prefix_lookup import options
+from vllm_kvzip.vllm_bridge.repeat_schedule import RepeatSchedule
 from vllm_kvzip.vllm_bridge.settings import KEY
-from vllm_kvzip.vllm_bridge.step_message import attach
+from vllm_kvzip.vllm_bridge.step_message import StepPrefixes, attach
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
+    from vllm.config import SchedulerConfig
     from vllm.v1.core.kv_cache_manager import KVCacheManager
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import ModelRunnerOutput
@@ -71,6 +77,9 @@ class _HeadPageScheduling:
     requests: dict[str, Request]
     running: list[Request]
     prev_step_scheduled_req_ids: set[str]
+    scheduler_config: SchedulerConfig
+    num_spec_tokens: int
+    _pause_state: PauseState
     _preempt_request: Callable[..., None]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -81,14 +90,26 @@ class _HeadPageScheduling:
         self._kvzip_expiry = None
         if ttl is not None:
             self._kvzip_expiry = IdleExpiry(self._kvzip_manager.prefixes, ttl, self._kvzip_lock)
-        if self._kvzip_manager.kv_cache_spec.rule.prefill_blocks is not None:
+        self._kvzip_repeats = None
+        if (repeat := self._kvzip_manager.kv_cache_spec.repeat) is not None:
+            tokens = self.scheduler_config.max_num_batched_tokens
+            self._kvzip_repeats = RepeatSchedule(repeat, tokens, 1 + self.num_spec_tokens)
+        rounds = self._kvzip_manager.rule.prefill_blocks is not None
+        if rounds or self._kvzip_repeats is not None:
             self.need_mamba_block_aligned_split = True
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """vLLM's schedule, with our message attached."""
+        repeats, orders = self._kvzip_repeats, {}
         with self._kvzip_lock:
+            if repeats is not None:
+                repeats.step_starts(is_paused=self._pause_state == PauseState.PAUSED_ALL)
             output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
-            attach(output, self._kvzip_manager.end_of_schedule(output.num_scheduled_tokens))
+            scheduled = output.num_scheduled_tokens
+            message = self._kvzip_manager.end_of_schedule(scheduled)
+            if repeats is not None and (orders := repeats.step_ends(scheduled)):
+                message = replace(message or StepPrefixes({}, {}, []), repeats=orders)
+            attach(output, message)
         return output
 
     def update_from_output(
@@ -174,13 +195,18 @@ class _HeadPageScheduling:
     def _mamba_block_aligned_split(
         self, request: Request, num_new_tokens: int, local: int = 0, external: int = 0
     ) -> int:
-        """Where vLLM lets a step end at a position that matters; see :meth:`next_stop`.
+        """Where vLLM lets a step of a request end at a position that matters.
 
-        vLLM asks for models with recurrent layers, which compression refuses; with a prefill
-        budget we make it ask.
+        vLLM asks for models with recurrent layers, which compression refuses; we make it ask with a
+        prefill budget, so that equal prefixes are compressed equally and what is held stays within
+        bounds, and where the model repeats contexts.
         """
         first = request.num_computed_tokens + local + external
-        return self._kvzip_manager.next_stop(request, first, num_new_tokens)
+        plan, must_wait = self._kvzip_manager.plan_ahead(request)
+        if self._kvzip_repeats is not None:
+            return self._kvzip_repeats.next_stop(request, plan, first, num_new_tokens)
+        about = (request.num_prompt_tokens, options(request))
+        return self._kvzip_manager.rule.next_stop(*about, plan, must_wait, first, num_new_tokens)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """vLLM's; a client that asked for anything of ours is told what became of it.

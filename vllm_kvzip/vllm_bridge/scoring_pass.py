@@ -3,7 +3,8 @@
 The passes run between vLLM's steps, over the prompt's blocks as they lie in the cache. Their
 attention metadata is ours, so nothing is written: no slot, no block, no output, no random number.
 Chunks of several prompts share a pass. A chunk is repeated looking at the sinks and itself, not at
-the rest of the context, so that the cost is linear in the context.
+the rest of the context, so that the cost is linear in the context, and the chunks of one context
+can be repeated in different steps.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from vllm.forward_context import set_forward_context
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_kvzip.fused_attention import attend_with_normaliser
-from vllm_kvzip.reconstruction import LINK_TOKENS, Chunk, iter_chunks
+from vllm_kvzip.reconstruction import Chunk, iter_chunks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from vllm_kvzip.compaction import PageStore
+    from vllm_kvzip.reconstruction import RepeatRule
 
 
 @dataclass(frozen=True)
@@ -36,18 +38,31 @@ class RepeatPrompt:
 
 
 @dataclass(eq=False)
-class _Context:
+class RepeatedContext:
     """One prompt's prefix while it is scored.
 
     Attributes:
         token_ids: the tokens before the boundary.
         pages: int64 ``[L, H, nb]``, where they lie.
         scores: float32 ``[L, H, T]``, filled chunk by chunk.
+        chunks: all of them.
+        num_done: how many have been repeated.
     """
 
     token_ids: Sequence[int]
     pages: torch.Tensor
     scores: torch.Tensor
+    chunks: list[Chunk]
+    num_done: int = 0
+
+    @property
+    def num_left(self) -> int:
+        """Chunks that are still to be repeated."""
+        return len(self.chunks) - self.num_done
+
+    def next_chunks(self, count: int) -> list[Chunk]:
+        """The chunks that come next."""
+        return self.chunks[self.num_done : self.num_done + count]
 
 
 @dataclass(frozen=True)
@@ -56,7 +71,7 @@ class Segment:
 
     start: int
     end: int
-    context: _Context
+    context: RepeatedContext
     chunk: Chunk
 
 
@@ -155,8 +170,8 @@ class ReconstructionPass:
         vllm_config: of the engine.
         cache: what the contexts lie in, a ``HeadPageCache`` or what is read like one.
         repeat: what asks for the context.
+        rule: how a context is cut.
         num_sinks: first tokens of a context that every softmax includes.
-        chunk_tokens: longest chunk.
         max_tokens: tokens of one pass.
         max_positions: positions the model has; see :func:`.rotary.num_positions`.
         score_columns: see :class:`ScoringMetadata`.
@@ -170,8 +185,8 @@ class ReconstructionPass:
         vllm_config: VllmConfig,
         cache: Any,
         repeat: RepeatPrompt,
+        rule: RepeatRule,
         num_sinks: int,
-        chunk_tokens: int,
         max_tokens: int,
         max_positions: int,
         score_columns: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor],
@@ -187,46 +202,44 @@ class ReconstructionPass:
         self._layer_index = cache.layer_index
         self._repeat = repeat
         self._num_sinks = num_sinks
-        longest_prompt = max(len(repeat.first), len(repeat.later)) + LINK_TOKENS
-        self._chunk_tokens = max(1, min(chunk_tokens, max_tokens, max_positions) - longest_prompt)
+        self._chunk_tokens = rule.chunk_tokens
         self._max_tokens = max_tokens
         self._max_positions = max_positions
 
-    def run(
-        self, prefixes: Sequence[tuple[Sequence[int], Sequence[int]]]
-    ) -> list[tuple[torch.Tensor, float]]:
-        """Score the prefixes of some prompts.
+    def begin(self, token_ids: Sequence[int], blocks: Sequence[int]) -> RepeatedContext:
+        """Make ready to score the prefix of a prompt.
 
         Args:
-            prefixes: token ids before the boundary, and the blocks that hold them.
-
-        Returns:
-            for each, float32 ``[L, H, T]`` and its share of the work that all of them took.
+            token_ids: the tokens before the boundary.
+            blocks: where they lie.
         """
         geometry, device = self._geometry, self._store.device
-        contexts = [
-            _Context(
-                token_ids,
-                self._pool.page_ids(async_tensor_h2d(list(blocks), device, torch.int64)),
-                torch.zeros(
-                    geometry.num_layers, geometry.num_kv_heads, len(token_ids), device=device
-                ),
-            )
-            for token_ids, blocks in prefixes
-        ]
-        for batch in self._batches(contexts):
-            self._forward(batch)
-        total = sum(len(context.token_ids) for context in contexts)
-        return [(c.scores, len(c.token_ids) / total) for c in contexts]
+        return RepeatedContext(
+            token_ids,
+            self._pool.page_ids(async_tensor_h2d(list(blocks), device, torch.int64)),
+            torch.zeros(geometry.num_layers, geometry.num_kv_heads, len(token_ids), device=device),
+            list(
+                iter_chunks(token_ids, self._chunk_tokens, self._repeat.first, self._repeat.later)
+            ),
+        )
 
-    def _batches(self, contexts: list[_Context]) -> Iterator[list[Segment]]:
-        """Chunks of all contexts, as many in one pass as fit."""
+    def go_on(self, work: Sequence[tuple[RepeatedContext, int]]) -> None:
+        """Repeat the next chunks of some contexts.
+
+        Args:
+            work: contexts, and how many chunks of each.
+        """
+        for batch in self._batches(work):
+            self._forward(batch)
+        for context, count in work:
+            context.num_done += count
+
+    def _batches(self, work: Sequence[tuple[RepeatedContext, int]]) -> Iterator[list[Segment]]:
+        """The chunks of all contexts, as many in one pass as fit."""
         batch: list[Segment] = []
         end = 0
-        for context in contexts:
-            for chunk in iter_chunks(
-                context.token_ids, self._chunk_tokens, self._repeat.first, self._repeat.later
-            ):
+        for context, count in work:
+            for chunk in context.next_chunks(count):
                 if batch and end + len(chunk.input_ids) > self._max_tokens:
                     yield batch
                     batch, end = [], 0
@@ -266,7 +279,7 @@ class ReconstructionPass:
         repeated at the last it has, and then the end of the context is scored too low.
         """
         length = len(segment.chunk.input_ids)
-        first = min(len(segment.context.token_ids), self._max_positions - length)
+        first = max(0, min(len(segment.context.token_ids), self._max_positions - length))
         return torch.arange(first, first + length, device=self._store.device)
 
 

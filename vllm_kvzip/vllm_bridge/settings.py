@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from vllm_kvzip.quantization import Quantization
+    from vllm_kvzip.reconstruction import RepeatRule
 
 KEY = "kvzip"
 PREFIX_FORMAT = 4  # how a compressed prefix lies in its blocks
@@ -153,6 +154,23 @@ class Settings:
             min_output_tokens=self.config.min_output_tokens,
             prefill_blocks=self.prefill_blocks(block_size),
             tiers=tiers,
+        )
+
+    def repeat_rule(self, vllm_config: VllmConfig) -> RepeatRule | None:
+        """How the model repeats contexts; None where the scorer does not ask for it.
+
+        Args:
+            vllm_config: of the engine.
+        """
+        if self.repeat_ids is None:
+            return None
+        from vllm_kvzip.reconstruction import RepeatRule
+
+        most = vllm_config.scheduler_config.max_num_batched_tokens
+        return RepeatRule.fitting(
+            self.config.scoring_chunk_tokens,
+            min(most, vllm_config.model_config.max_model_len),
+            *map(len, self.repeat_ids),
         )
 
     def prefill_blocks(self, block_size: int) -> int | None:

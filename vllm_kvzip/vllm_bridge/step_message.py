@@ -21,6 +21,7 @@ class StepPrefixes:
         dropped: runs that left the prefix cache.
         reserved: request that crosses in this step -> its run, kept or not.
         left_alone: requests whose compression failed; nothing of them is compressed any more.
+        repeats: request -> how many chunks of its context the model repeats before this step.
     """
 
     kept: dict[str, int]
@@ -28,6 +29,7 @@ class StepPrefixes:
     dropped: list[int]
     reserved: dict[str, int] = field(default_factory=dict)
     left_alone: list[str] = field(default_factory=list)
+    repeats: dict[str, int] = field(default_factory=dict)
 
 
 def attach(output: SchedulerOutput, prefixes: StepPrefixes | None) -> None:

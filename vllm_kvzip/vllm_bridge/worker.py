@@ -34,6 +34,7 @@ from vllm_kvzip.vllm_bridge.cache_view import map_head_pages
 from vllm_kvzip.vllm_bridge.checks import check_capped_logits
 from vllm_kvzip.vllm_bridge.fp8_cache import read_scales
 from vllm_kvzip.vllm_bridge.head_page_cache import HeadPageCache
+from vllm_kvzip.vllm_bridge.repeats import Repeats
 from vllm_kvzip.vllm_bridge.requests import RequestTracker
 from vllm_kvzip.vllm_bridge.rotary import find_rotary, num_positions
 from vllm_kvzip.vllm_bridge.runners import adapt
@@ -266,19 +267,22 @@ class HeadPageWorker(WorkerBase):
             seed=config.seed,
             clock=self.clock,
         )
-        reconstruction = None
-        if settings.repeat_ids is not None:
+        repeats = None
+        if (repeat_rule := settings.repeat_rule(self.vllm_config)) is not None:
+            assert settings.repeat_ids is not None
             reconstruction = ReconstructionPass(
                 model=model,
                 vllm_config=self.vllm_config,
                 cache=cache,
                 repeat=RepeatPrompt(*map(tuple, settings.repeat_ids)),
+                rule=repeat_rule,
                 num_sinks=config.sink_tokens,
-                chunk_tokens=config.scoring_chunk_tokens,
                 max_tokens=self.vllm_config.scheduler_config.max_num_batched_tokens,
                 max_positions=num_positions(model, self.model_config),
                 score_columns=self.score_columns,
             )
+            num_ranks = self.parallel_config.tensor_parallel_size
+            repeats = Repeats(reconstruction, self.clock, num_ranks)
         recorder = timer = None
         if rank == 0:  # the others would record the same
             recorder = WorkerRecorder(settings.metrics_directory)
@@ -289,15 +293,13 @@ class HeadPageWorker(WorkerBase):
             cache=cache,
             compressor=compressor,
             batcher=self.attach(cache, builders),
-            tracker=RequestTracker(rule, keep_tokens=reconstruction is not None),
+            tracker=RequestTracker(rule, keep_tokens=repeats is not None),
             rows=adapt(self.model_runner),
             recorder=recorder,
             timer=timer,
             observation_window_tokens=settings.observation_tokens,
             scale=first.impl.scale,
-            clock=self.clock,
-            num_ranks=self.parallel_config.tensor_parallel_size,
-            reconstruction=reconstruction,
+            repeats=repeats,
             ttl_seconds=config.reuse_ttl_seconds,
         )
         for builder in builders:
