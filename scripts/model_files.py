@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
+from vllm_kvzip.attention_kinds import attention_layers_and_kv_heads
 from vllm_kvzip.errors import ProfileError
 from vllm_kvzip.profile import ModelFingerprint, find_profile, load_profile, profile_folders
 from vllm_kvzip.repeat_prompt import repeat_wording
@@ -27,11 +28,12 @@ def fingerprint_from_config(config: Any, name: str) -> ModelFingerprint:
     if not config.architectures:
         raise ValueError("its config.json names no architectures")
     num_heads = text.num_attention_heads
+    num_layers, num_kv_heads = attention_layers_and_kv_heads(text)
     return ModelFingerprint(
         architecture=config.architectures[0],
-        num_layers=text.num_hidden_layers,
+        num_layers=num_layers,
         num_query_heads=num_heads,
-        num_kv_heads=getattr(text, "num_key_value_heads", None) or num_heads,
+        num_kv_heads=num_kv_heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // num_heads,
         name=name,
     )

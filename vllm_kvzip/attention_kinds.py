@@ -83,10 +83,32 @@ def _is_varied(config: Any) -> bool:
         value = getattr(config, name, None)
         if isinstance(value, list | tuple) and len(set(value)) > 1:
             return True
-    layers = getattr(config, "block_configs", None) or ()  # of Llama-Nemotron
-    attention = [_field(layer, "attention") for layer in layers]
-    groups = {_field(a, "n_heads_in_group") for a in attention if a and not _field(a, "no_op")}
+    groups = {_field(attention, "n_heads_in_group") for attention in _attention_blocks(config)}
     return len(groups) > 1
+
+
+def attention_layers_and_kv_heads(config: Any) -> tuple[int, int]:
+    """How many layers have attention, and how many KV heads each.
+
+    Args:
+        config: of the text model, in transformers' format.
+
+    Raises:
+        AttributeError, TypeError: if it says nothing of heads.
+    """
+    num_layers, num_heads = config.num_hidden_layers, config.num_attention_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    if blocks := _attention_blocks(config):
+        num_layers = len(blocks)
+        num_kv_heads = num_heads // _field(blocks[0], "n_heads_in_group")
+    return num_layers, num_kv_heads
+
+
+def _attention_blocks(config: Any) -> list[Any]:
+    """What Llama-Nemotron says of each layer that has attention; empty for other models."""
+    layers = getattr(config, "block_configs", None) or ()
+    attention = [_field(layer, "attention") for layer in layers]
+    return [block for block in attention if block and not _field(block, "no_op")]
 
 
 def _field(values: Any, name: str) -> Any:

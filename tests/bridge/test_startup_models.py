@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from engine_job import MODEL
+from model_files import fingerprint_from_config
 from startup import ON, engine_config, refusal
 from vllm.transformers_utils.configs.minimax_m3 import MiniMaxM3TextConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
@@ -253,3 +254,31 @@ def test_layers_that_no_configuration_tells_of_are_refused_once_loaded(spec, lay
     specs |= {} if spec is None else {"b": spec}
     with pytest.raises(UnsupportedError, match=f"not support layer b: it has {problem}.*; run Ll"):
         check_layers(specs, layers | {"b": layer}, config)
+
+
+@pytest.mark.parametrize(
+    ("values", "layers", "kv_heads"),
+    [
+        ({"num_key_value_heads": 2}, 3, 2),
+        ({}, 3, 8),
+        (
+            {
+                "num_key_value_heads": None,
+                "block_configs": [
+                    {"attention": {"no_op": True}},
+                    {"attention": {"n_heads_in_group": 4}},
+                    {"attention": {"n_heads_in_group": 4, "no_op": False}},
+                ],
+            },
+            2,
+            2,
+        ),
+    ],
+    ids=["groups", "no groups", "a layer without attention"],
+)
+def test_a_profile_has_a_row_for_every_layer_with_attention(values, layers, kv_heads):
+    config = transformers.LlamaConfig(
+        num_hidden_layers=3, num_attention_heads=8, hidden_size=64, architectures=["A"], **values
+    )
+    found = fingerprint_from_config(config, "m")
+    assert (found.num_layers, found.num_kv_heads, found.head_dim) == (layers, kv_heads, 8)
