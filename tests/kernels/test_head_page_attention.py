@@ -112,7 +112,7 @@ def test_pages_may_have_any_strides():
 )
 def test_runs_are_neither_tiny_nor_too_many(programs, most, processors):
     runs = choose_num_runs(programs, most, processors, 256)
-    assert 1 <= runs <= 64
+    assert 1 <= runs <= 32
     assert runs == 1 or (runs - 1) * 256 < most
-    assert runs * programs >= min(2 * processors, 64 * programs, -(-most // 256) * programs)
-    assert runs <= 8 or (runs - 1) * programs < 2 * processors
+    assert runs * programs >= min(16 * processors, 32 * programs, -(-most // 256) * programs)
+    assert runs <= 4 or (runs - 1) * programs < 16 * processors
