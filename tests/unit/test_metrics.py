@@ -125,11 +125,3 @@ def test_other_metrics_of_the_process_keep_their_values_in_memory(tmp_path):
     SchedulerRecorder(str(tmp_path))
     assert values.ValueClass is value_class
     assert metrics.DIRECTORY_VARIABLE not in os.environ
-
-
-def test_every_metric_is_in_the_readme():
-    readme = (metrics.__file__.rsplit("/", 2)[0]) + "/README.md"
-    with open(readme, encoding="utf-8") as file:
-        text = file.read()
-    for metric in metrics.METRICS:
-        assert metric.name in text
