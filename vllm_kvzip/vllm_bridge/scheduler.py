@@ -1,10 +1,11 @@
 """vLLM's scheduler, which tells the block manager and the workers what only it knows.
 
 ``scheduler_config.scheduler_cls`` is vLLM's own way to name a scheduler. Scheduling itself is left
-alone; six things are added: the block manager learns which request it works for, the workers
+alone; seven things are added: the block manager learns which request it works for, the workers
 learn which requests start from a compressed prefix, a reset of the prefix cache reaches us,
-prefixes expire while the engine is idle, requests that could not be compressed start again, and
-clients that ask for something of ours are told what became of it.
+prefixes expire while the engine is idle, requests that could not be compressed start again, blocks
+that a preempted request did not compute leave the prefix cache, and clients that ask for something
+of ours are told what became of it.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from vllm_kvzip.vllm_bridge.idle_expiry import IdleExpiry
 from vllm_kvzip.vllm_bridge.outcomes import NOT_FINITE, told
 from vllm_kvzip.vllm_bridge.settings import KEY
 from vllm_kvzip.vllm_bridge.step_message import attach
+from vllm_kvzip.vllm_bridge.uncomputed import withdraw_uncomputed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,7 +73,6 @@ class _HeadPageScheduling:
     requests: dict[str, Request]
     running: list[Request]
     prev_step_scheduled_req_ids: set[str]
-    _preempt_request: Callable[..., None]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -158,6 +159,11 @@ class _HeadPageScheduling:
             request.is_prefill_chunk = True  # no draft tokens, until it is scheduled again
         elif request.num_stale_output_tokens:
             request.drop_stale_output = True
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """vLLM's; what the request has not computed is found by nobody."""
+        withdraw_uncomputed(self._kvzip_manager, request)
+        super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
         """vLLM's, while no prefix expires."""
