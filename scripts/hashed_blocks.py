@@ -25,8 +25,11 @@ class HashedBlockWatch:
         self.written = []
         self.compared = {"raw": 0, "compressed": 0}
 
-    def after_step(self):
-        """Look at every hashed block; must follow each step."""
+    def after_step(self, stepped=True):
+        """Look at every hashed block; must follow each step.
+
+        ``stepped`` is false where nothing has been computed since the last look.
+        """
         known, unwritten = {}, {}
         for block in self._pool.blocks:
             key, number = block.block_hash, block.block_id
@@ -35,7 +38,7 @@ class HashedBlockWatch:
             compressed = self._prefixes is not None and self._prefixes.owner([block]) is not None
             known_key, copies = self._known.get(number, (None, None))
             if known_key != key:
-                if compressed and self._unwritten.get(number) != key:
+                if compressed and not (stepped and self._unwritten.get(number) == key):
                     unwritten[number] = key
                 else:
                     known[number] = (key, [view.clone() for view in self._bytes(number)])

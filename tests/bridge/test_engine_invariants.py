@@ -3,16 +3,20 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from cache_manager import build_cache
 from engine_invariants import BrokenInvariantError, EngineInvariants
+from held_blocks import HeldBlocks
 from vllm import SamplingParams
 from vllm.v1.request import Request
 
+from vllm_kvzip.head_pages import PagePool
 from vllm_kvzip.vllm_bridge.prefix_cache import ReuseRule
 
 pytestmark = pytest.mark.vllm
 
 BLOCK = 16
+FORMULA = HeldBlocks(0.25, 10, BLOCK, min_prompt_tokens=64)
 
 
 class Watch:
@@ -21,7 +25,7 @@ class Watch:
     def __init__(self):
         self.written, self.compared = [], {"raw": 3}
 
-    def after_step(self):
+    def after_step(self, stepped):
         pass
 
 
@@ -40,9 +44,11 @@ def engine(tmp_path):
         manager.end_of_schedule({name})
         request.num_computed_tokens = length
         requests.append(request)
-    scheduler = SimpleNamespace(kv_cache_manager=cache, running=requests, waiting=[])
+    scheduler = SimpleNamespace(
+        kv_cache_manager=cache, running=requests, waiting=[], current_step=1
+    )
     watch = Watch()
-    checks = EngineInvariants(scheduler, watch, keep_ratio=0.25, protected_tokens=10)
+    checks = EngineInvariants(scheduler, watch, FORMULA)
     return SimpleNamespace(
         cache=cache, manager=manager, long=requests[0], scheduler=scheduler, watch=watch,
         checks=checks, rows=manager.req_to_blocks,
@@ -104,6 +110,10 @@ def keep_another_ratio(engine):
     engine.long.sampling_params.extra_args = {"kvzip_keep_ratio": 0.5}
 
 
+def forget_to_compress(engine):
+    engine.long.num_computed_tokens += 1
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -115,6 +125,7 @@ def keep_another_ratio(engine):
         (write_to_a_cached_block, r"cached blocks \[7\] were written to"),
         (compress_who_opted_out, "long is off, and compressed"),
         (keep_another_ratio, "long holds 3 blocks in a row of 9, not 4"),
+        (forget_to_compress, "long has 131 tokens, and its 8 blocks are not compressed"),
     ],
 )
 def test_damage_is_seen(engine, damage, message):
@@ -133,3 +144,32 @@ def test_what_is_left_behind_is_seen(engine):
     engine.manager._raw_tokens["ghost"] = 1
     with pytest.raises(BrokenInvariantError, match="_raw_tokens is not empty"):
         engine.checks.check_idle()
+
+
+def test_pages_of_other_blocks_are_seen(engine):
+    fold(engine)
+    pool = PagePool(num_blocks=60, num_layers=3, num_kv_heads=2)
+    blocks = [block.block_id for block in engine.manager._runs["long"].blocks]
+    right = pool.page_ids(torch.tensor(blocks)).flatten()
+    states = {"long": SimpleNamespace(prefix=SimpleNamespace(page_ids=right, quantized_split=1))}
+    worker = SimpleNamespace(_states=states, _cache=SimpleNamespace(pool=pool))
+
+    def check():
+        EngineInvariants(engine.scheduler, engine.watch, FORMULA, worker).check()
+
+    check()
+    for wrong in (right + 60, right[1:]):
+        states["long"].prefix.page_ids = wrong
+        with pytest.raises(BrokenInvariantError, match="long uses other pages"):
+            check()
+    states.clear()
+    with pytest.raises(BrokenInvariantError, match="long is compressed, and its worker knows"):
+        check()
+
+
+def test_a_worker_that_reads_a_prefix_of_nobody_is_seen(engine):
+    engine.checks = EngineInvariants(
+        engine.scheduler, engine.watch, FORMULA, SimpleNamespace(_states={"short": None})
+    )
+    with pytest.raises(BrokenInvariantError, match="short is not compressed, and its worker reads"):
+        engine.checks.check()

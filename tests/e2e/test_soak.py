@@ -8,16 +8,22 @@ from forked_script import ENGINES, run_script
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "soak.py"
+PRIORITY = ("--scheduling-policy", "priority")
+RUNS = {  # requests, seed, flags
+    "evict": (150, 3),
+    "prefill budget": (150, 3, "--prefill-budget", "192"),
+    "mixed": (150, 3, "--mode", "mixed"),
+    "quantize, priority": (150, 3, "--mode", "quantize", *PRIORITY),
+    "identity, priority": (150, 5, "--identity", *PRIORITY),
+}
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [(), ("--prefill-budget", "192"), ("--mode", "mixed")],
-    ids=["", "prefill budget", "mixed"],
+    ("requests", "seed", "flags"), [(r, s, f) for r, s, *f in RUNS.values()], ids=RUNS
 )
-def test_everything_adds_up_after_every_step(flags):
-    arguments = ("--requests", "200", "--seed", "3", *flags)
+def test_everything_adds_up_after_every_step(requests, seed, flags):
+    arguments = ("--requests", str(requests), "--seed", str(seed), *flags)
     done = run_script(SCRIPT, *arguments, environment=ENGINES, timeout=600)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    assert "200 requests" in done.stdout
+    assert f"{requests} requests" in done.stdout
     assert "all adds up" in done.stdout

@@ -1,11 +1,12 @@
 """vLLM's scheduler, which tells the block manager and the workers what only it knows.
 
 ``scheduler_config.scheduler_cls`` is vLLM's own way to name a scheduler. Scheduling itself is left
-alone; seven things are added: the block manager learns which request it works for, the workers
+alone; eight things are added: the block manager learns which request it works for, the workers
 learn which requests start from a compressed prefix, steps end where something is to be compressed
 or make room for a context that the model repeats, a reset of the prefix cache reaches us, prefixes
-expire while the engine is idle, requests that could not be compressed start again, and clients that
-ask for something of ours are told what became of it.
+expire while the engine is idle, requests that could not be compressed start again, blocks that a
+preempted request did not compute leave the prefix cache, and clients that ask for something of ours
+are told what became of it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from vllm_kvzip.vllm_bridge.prefix_lookup import options
 from vllm_kvzip.vllm_bridge.repeat_schedule import RepeatSchedule
 from vllm_kvzip.vllm_bridge.settings import KEY
 from vllm_kvzip.vllm_bridge.step_message import StepPrefixes, attach
+from vllm_kvzip.vllm_bridge.uncomputed import withdraw_uncomputed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,7 +82,6 @@ class _HeadPageScheduling:
     scheduler_config: SchedulerConfig
     num_spec_tokens: int
     _pause_state: PauseState
-    _preempt_request: Callable[..., None]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -179,6 +180,11 @@ class _HeadPageScheduling:
             request.is_prefill_chunk = True  # no draft tokens, until it is scheduled again
         elif request.num_stale_output_tokens:
             request.drop_stale_output = True
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """vLLM's; what the request has not computed is found by nobody."""
+        withdraw_uncomputed(self._kvzip_manager, request)
+        super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
         """vLLM's, while no prefix expires."""
