@@ -56,7 +56,9 @@ def main() -> int:
         "model": str(arguments.model), "dtype": "float32", "enforce_eager": True,
         "gpu_memory_utilization": 0.3, "block_size": BLOCK_SIZE, "max_model_len": MAX_MODEL_LEN,
         "num_gpu_blocks_override": arguments.pool_blocks, "max_num_seqs": 12,
-        "max_num_batched_tokens": arguments.max_num_batched_tokens, "skip_tokenizer_init": True,
+        "max_num_batched_tokens": arguments.max_num_batched_tokens,
+        # Scorer kvzip asks for the context in words.
+        "skip_tokenizer_init": arguments.scorer != "kvzip",
         "scheduling_policy": arguments.scheduling_policy,
     }  # fmt: skip
     stock = stock_answers(workload.requests, options) if arguments.identity else None

@@ -68,6 +68,16 @@ def test_rounds_are_counted_and_are_no_requests(long_prompts):
     assert report.metrics["vllm_kvzip_requests_compressed_total"] == len(done)
 
 
+def test_who_cannot_be_compressed_and_does_not_fit_ends_alone():
+    requests, answers = asked(np.random.default_rng(24), 1900, 1000, 1400)
+    requests[0].fault = requests[1].fault = "raises"
+    report = run_job(requests, kvzip={**BUDGET, "scorer": "contrast"}, **SMALL)
+    assert report.finish_reasons == ["error", "length", "length"]
+    assert [output[:1] for output in report.outputs[1:]] == [[answer] for answer in answers[1:]]
+    assert report.metrics["vllm_kvzip_requests_skipped_total/failed"] == 2
+    assert report.free_blocks[-1] == report.free_blocks[0]
+
+
 def test_a_control_that_keeps_at_random_forgets():
     requests, answers = asked(np.random.default_rng(22), *[1900] * 8)
     control = {"scorer": "random", "budget": "uniform", "profile": "none"}
