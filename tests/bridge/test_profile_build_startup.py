@@ -26,9 +26,7 @@ def test_a_profile_is_built_only_where_none_is_found(tmp_path, monkeypatch):
     assert missing.scorer == options.DEFAULT_SCORER
 
 
-@pytest.mark.parametrize(
-    "flags", [("--tensor-parallel-size", "2"), ("--enable-lora",), ("--skip-tokenizer-init",)]
-)
+@pytest.mark.parametrize("flags", [("--enable-lora",), ("--skip-tokenizer-init",)])
 def test_what_a_profile_cannot_be_built_with_is_refused(capsys, flags):
     message = refusal(capsys, *ON, *BUILD, *flags)
     assert f"profile build does not work with {' '.join(flags)} yet" in message

@@ -121,6 +121,23 @@ def test_the_engine_that_builds_answers_from_it_without_a_folder_to_keep_it(
     assert report.metrics["vllm_kvzip_requests_compressed_total"] == 1
 
 
+def test_two_ranks_build_what_one_builds(model, settings, tmp_path):
+    (alone,) = Path(settings["profile_cache"]).glob("*.json")
+    requests, wanted = questions()
+    kvzip = {**settings, "profile_cache": str(tmp_path)}
+    report = run_job(
+        requests, kvzip=kvzip, model=model, environment=ONE_THREAD,
+        tensor_parallel_size=2, distributed_executor_backend="mp",
+    )  # fmt: skip
+    (together,) = tmp_path.glob("*.json")
+    one, two = map(load_profile, (alone, together))
+    np.testing.assert_allclose(one.importance, two.importance, atol=1e-4)
+    networks = load_surrogate(together.with_suffix(".safetensors"), two.model)
+    assert [len(layer.out) for layer in networks] == [one.model.num_kv_heads] * 4
+    assert answered(report, wanted) >= 0.9
+    assert report.free_blocks[-1] == report.free_blocks[0]
+
+
 def test_without_time_the_engine_serves_without_a_profile(model, settings, tmp_path):
     kvzip = {**settings, "profile_cache": str(tmp_path), "profile_build_seconds": 0.01}
     (log,) = start(model, kvzip, 1)

@@ -154,9 +154,7 @@ def check_profile_build(vllm_config: VllmConfig) -> None:
     Raises:
         UnsupportedError: names the model property or the flag, and what to do.
     """
-    ranks = vllm_config.parallel_config.tensor_parallel_size
-    problems = [f"--tensor-parallel-size {ranks}"] if ranks > 1 else []
-    for what in (*problems, *_pass_problems(vllm_config)):
+    for what in _pass_problems(vllm_config):
         raise UnsupportedError(
             f"profile build does not work with {what} yet; build the profile with "
             f"scripts/profile_heads.py, or set profile to auto."
