@@ -125,7 +125,7 @@ def _arguments() -> argparse.Namespace:
     if arguments.format and arguments.mode == "evict":
         parser.error("--format has no effect in mode evict")
     if arguments.pool_blocks is None:  # vLLM wants room for the longest prompt, before and after
-        arguments.pool_blocks = 48 if arguments.identity else 36
+        arguments.pool_blocks = 46 if arguments.identity else 32
     return arguments
 
 

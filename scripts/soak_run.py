@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MOST_OPEN = 30  # requests at a time
 ARRIVALS_IN_PAUSE = 5
 ABORTS, IDLE_RESETS, RESETS, PAUSES = 0.01, 0.005, 0.003, 0.007  # before a step
-MORE_OFTEN = 8  # where a request is on its way to its compressed form
+MORE_OFTEN = 20  # where a request is on its way to its compressed form
 KEEP, CLEAR, WAIT, ABORT = PAUSE_KINDS = (
     "pause that keeps requests",
     "pause that clears the cache",

@@ -10,11 +10,11 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "soak.py"
 PRIORITY = ("--scheduling-policy", "priority")
 RUNS = {  # requests, seed, flags
-    "evict": (150, 3),
+    "evict": (120, 3),
     "prefill budget": (150, 3, "--prefill-budget", "192"),
-    "mixed": (150, 3, "--mode", "mixed"),
-    "quantize, priority": (150, 3, "--mode", "quantize", *PRIORITY),
-    "identity, priority": (150, 5, "--identity", *PRIORITY),
+    "mixed": (120, 3, "--mode", "mixed"),
+    "quantize, priority": (120, 3, "--mode", "quantize", *PRIORITY),
+    "identity, priority": (120, 5, "--identity", *PRIORITY),
 }
 
 
