@@ -55,13 +55,13 @@ def _check_before_streaming(serving: type, method: str) -> None:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def _checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
         prompt, params = given["engine_input"], given["sampling_params"]
         check_prompt(self.engine_client.vllm_config, params, prompt)
         return original(self, *args, **kwargs)
 
-    setattr(serving, method, checked)
+    setattr(serving, method, _checked)
 
 
 def _refuse_options(owner: type, method: str, place: int, what: str) -> None:
@@ -76,7 +76,7 @@ def _refuse_options(owner: type, method: str, place: int, what: str) -> None:
     original = getattr(owner, method)
 
     @functools.wraps(original)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def _checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = [self, *args, *kwargs.values()][place]
         options = getattr(request, _FIELD, None)  # also where pydantic keeps an unknown field
         if isinstance(options, dict) and has_options(options):
@@ -87,4 +87,4 @@ def _refuse_options(owner: type, method: str, place: int, what: str) -> None:
             )
         return original(self, *args, **kwargs)
 
-    setattr(owner, method, checked)
+    setattr(owner, method, _checked)
