@@ -75,6 +75,8 @@ class RepeatSchedule:
         if is_paused:
             return
         used, self._due = self._due, 0
+        for waiting in self._waiting.values():
+            waiting.may_cross = False
         for key, waiting in self._waiting.items():
             left = waiting.left
             while len(left) > 1 and self._fits(left[0], self._step_tokens - used):
