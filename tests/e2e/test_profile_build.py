@@ -89,8 +89,13 @@ def start(model, kvzip, count):
     return logs
 
 
-def test_two_engines_build_once_and_later_ones_load(model, settings):
-    logs = start(model, settings, 2)
+@pytest.fixture(scope="module")
+def logs(model, settings):
+    """Of two engines that start at once; the profile is there afterwards."""
+    return start(model, settings, 2)
+
+
+def test_two_engines_build_once_and_later_ones_load(model, settings, logs):
     assert sum("was built in" in log for log in logs) == 1
     assert all("scorer surrogate, budget adaptive" in log for log in logs)
     folder = Path(settings["profile_cache"])
@@ -121,7 +126,8 @@ def test_the_engine_that_builds_answers_from_it_without_a_folder_to_keep_it(
     assert report.metrics["vllm_kvzip_requests_compressed_total"] == 1
 
 
-def test_two_ranks_build_what_one_builds(model, settings, tmp_path):
+def test_two_ranks_build_what_one_builds(model, settings, logs, tmp_path):
+    assert sum("was built in" in log for log in logs) == 1
     (alone,) = Path(settings["profile_cache"]).glob("*.json")
     requests, wanted = questions()
     kvzip = {**settings, "profile_cache": str(tmp_path)}
