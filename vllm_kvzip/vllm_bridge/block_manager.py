@@ -250,7 +250,9 @@ class HeadPageManager(FullAttentionManager):
         reason = self.rule.skip_reason(request.num_prompt_tokens, options(request))
         return {"left_alone": reason or "ended_before_decode"}
 
-    def end_of_schedule(self, scheduled: Container[str]) -> StepPrefixes | None:
+    def end_of_schedule(
+        self, scheduled: Container[str], repeats: dict[str, int] | None = None
+    ) -> StepPrefixes | None:
         """Publish the prefixes that the scheduled step completes; tell the workers of it.
 
         The workers compact at the start of the next step, whatever becomes of the request by then,
@@ -258,6 +260,7 @@ class HeadPageManager(FullAttentionManager):
 
         Args:
             scheduled: ids of the requests in the step.
+            repeats: how many chunks of whose context the model repeats before it.
 
         Returns:
             None when there is nothing to tell.
@@ -274,7 +277,8 @@ class HeadPageManager(FullAttentionManager):
         self._held.report()
         hits, self._hits = self._hits, {}
         dropped = self.prefixes.take_dropped()
-        news = kept, hits, dropped, reserved, self.unconfirmed.take_left_alone()
+        left_alone = self.unconfirmed.take_left_alone()
+        news = kept, hits, dropped, reserved, left_alone, repeats or {}
         return StepPrefixes(*news) if any(news) else None
 
     def _reserve(self, request_id: str, count: int) -> list[KVCacheBlock]:

@@ -61,7 +61,7 @@ class PrefixLookup:
             return min(max_length, first - 1)
         if self._repeat is not None and request is not None:
             plan = self._rule.plan(request.num_prompt_tokens, asked)
-            if plan is not None and len(self._repeat.fed_tokens(plan.boundary_tokens)) > 1:
+            if plan is not None and plan.boundary_tokens > self._repeat.chunk_tokens:
                 return min(max_length, plan.ready_tokens - 2)
         return max_length
 

@@ -87,9 +87,8 @@ def settings_with_profile(
     deadline = time.monotonic() + config.profile_build_seconds
     try:
         path = _find_or_build(vllm_config, model, score_columns, path, deadline, ranks)
-        found = path
         settings = ranks.together(
-            lambda: resolve(vllm_config, config, found, given.metrics_directory)
+            partial(resolve, vllm_config, config, path, given.metrics_directory)
         )
     except Exception as error:  # an engine without a profile is better than none
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
@@ -122,8 +121,8 @@ def _find_or_build(
         if is_there:
             return path
         begin = time.monotonic()
-        built = _build(vllm_config, model, score_columns, deadline, ranks)
-        ranks.on_first(lambda: store(path, *built))
+        builder = _read_all(vllm_config, model, score_columns, deadline, ranks)
+        ranks.on_first(lambda: store(path, *builder.finish()))
         if ranks.is_first:
             logger.info("Head profile %s was built in %.0f s.", path, time.monotonic() - begin)
     return path
@@ -157,14 +156,14 @@ def _claim(
     return path, False
 
 
-def _build(
+def _read_all(
     vllm_config: VllmConfig,
     model: Any,
     score_columns: ScoreColumns,
     deadline: float,
     ranks: Ranks,
-) -> tuple[HeadProfile, list[LayerSurrogate]]:
-    """The profile and its networks; on the first rank, which learns from the heads of all."""
+) -> _Builder:
+    """Let all ranks read and repeat the contexts; the first learns from the heads of all."""
     builder = ranks.together(lambda: _Builder(vllm_config, model, score_columns, deadline))
     num_kv_heads = vllm_config.model_config.get_total_num_kv_heads()
     for context in builder.contexts:
@@ -176,7 +175,7 @@ def _build(
                 for _, (keys, values) in sorted(builder.cache.layers.items())
             ]
             ranks.on_first(partial(builder.take_in, layers, scores))
-    return ranks.on_first(builder.finish)
+    return builder
 
 
 class _Builder:

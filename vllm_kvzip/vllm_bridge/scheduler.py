@@ -15,7 +15,6 @@ import functools
 import time
 from contextlib import nullcontext
 from copy import copy
-from dataclasses import replace
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,7 @@ from vllm_kvzip.vllm_bridge.outcomes import NOT_FINITE, told
 from vllm_kvzip.vllm_bridge.prefix_lookup import options
 from vllm_kvzip.vllm_bridge.repeat_schedule import RepeatSchedule
 from vllm_kvzip.vllm_bridge.settings import KEY
-from vllm_kvzip.vllm_bridge.step_message import StepPrefixes, attach
+from vllm_kvzip.vllm_bridge.step_message import attach
 from vllm_kvzip.vllm_bridge.uncomputed import withdraw_uncomputed
 
 if TYPE_CHECKING:
@@ -101,16 +100,14 @@ class _HeadPageScheduling:
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """vLLM's schedule, with our message attached."""
-        repeats, orders = self._kvzip_repeats, {}
+        repeats = self._kvzip_repeats
         with self._kvzip_lock:
             if repeats is not None:
                 repeats.step_starts(is_paused=self._pause_state == PauseState.PAUSED_ALL)
             output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
             scheduled = output.num_scheduled_tokens
-            message = self._kvzip_manager.end_of_schedule(scheduled)
-            if repeats is not None and (orders := repeats.step_ends(scheduled)):
-                message = replace(message or StepPrefixes({}, {}, []), repeats=orders)
-            attach(output, message)
+            orders = repeats.step_ends(scheduled) if repeats is not None else None
+            attach(output, self._kvzip_manager.end_of_schedule(scheduled, orders))
         return output
 
     def update_from_output(
