@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .runtime import INTERPRETED, dot_precision
+from .launching import INTERPRETED, dot_precision
 
 
 @triton.jit(

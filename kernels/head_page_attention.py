@@ -22,10 +22,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .launching import INTERPRETED, dot_precision
 from .online_softmax import weigh_tile
 from .page_tables import find_pages, find_pair, find_quantized
 from .quantized_attention import attend_quantized, tier_arguments
-from .runtime import INTERPRETED, dot_precision
 from .tile_sizes import LEAST_RUN, MOST_RUNS, choose_num_runs, choose_tile, num_processors
 
 if TYPE_CHECKING:

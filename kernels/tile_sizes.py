@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from .runtime import INTERPRETED
+from .launching import INTERPRETED
 
 LEAST_RUN = 256
 """Tokens of the shortest run."""

@@ -22,14 +22,14 @@ from rich.console import Console
 from rich.table import Table
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from vllm_kvzip.compaction import PackedPages
 from vllm_kvzip.core import CacheGeometry
-from vllm_kvzip.key_transform import KeyTransform
+from vllm_kvzip.model.key_transform import KeyTransform
 from vllm_kvzip.quantization import Quantization, choose_quantization
 from vllm_kvzip.quantization.reading import PageReader
-from vllm_kvzip.tiered_attention import TieredAttention, TierPages
-from vllm_kvzip.vllm_bridge.cpu_attention import PairBatch
-from vllm_kvzip.vllm_bridge.cpu_pages import discover_codec
+from vllm_kvzip.storage.page_store import PackedPages
+from vllm_kvzip.storage.tiered_attention import TieredAttention, TierPages
+from vllm_kvzip.vllm_bridge.attention.cpu_attention import PairBatch
+from vllm_kvzip.vllm_bridge.cache.cpu_pages import discover_codec
 
 BLOCK = 32
 FORMATS = ("nf4", "int4", "int8")

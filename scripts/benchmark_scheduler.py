@@ -56,7 +56,7 @@ def build_scheduler(num_requests: int, prompt_tokens: int, *, compress: bool) ->
         block_size=BLOCK_SIZE, num_kv_heads=4, head_size=32, dtype=torch.float32
     )
     if compress:
-        from vllm_kvzip.vllm_bridge.cache_spec import HeadPageSpec
+        from vllm_kvzip.vllm_bridge.cache.cache_spec import HeadPageSpec
         from vllm_kvzip.vllm_bridge.settings import Settings
 
         settings = Settings.from_vllm_config(config)

@@ -41,8 +41,13 @@ def write_model(folder: Path) -> None:
     """The model's configuration, a profile that fits it, and random networks beside it."""
     import torch
 
-    from vllm_kvzip.profile import HeadProfile, ModelFingerprint, Provenance, save_profile
-    from vllm_kvzip.surrogate import RECENCY_TOKENS, LayerSurrogate, save_surrogate
+    from vllm_kvzip.head_profiles.head_profile import (
+        HeadProfile,
+        ModelFingerprint,
+        Provenance,
+        save_profile,
+    )
+    from vllm_kvzip.head_profiles.networks import RECENCY_TOKENS, LayerSurrogate, save_surrogate
 
     (folder / "config.json").write_text(json.dumps(SHAPE))
     layers, heads = SHAPE["num_hidden_layers"], SHAPE["num_key_value_heads"]

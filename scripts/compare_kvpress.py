@@ -42,8 +42,8 @@ from transformers import AutoConfig
 
 from vllm_kvzip.config import load_config
 from vllm_kvzip.errors import ConfigError, KVzipError, suggest
-from vllm_kvzip.prefix_rule import PrefixRule
-from vllm_kvzip.request_options import RequestOptions
+from vllm_kvzip.planning.prefix_rule import PrefixRule
+from vllm_kvzip.planning.request_options import RequestOptions
 from vllm_kvzip.scoring import available_scorers
 
 if TYPE_CHECKING:

@@ -31,8 +31,8 @@ from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 from vllm_kvzip.kernels.column_maximum import column_maximum
-from vllm_kvzip.kernels.compaction import compact_pages
 from vllm_kvzip.kernels.flat_tables import flatten_tables
+from vllm_kvzip.kernels.page_copies import compact_pages
 from vllm_kvzip.kernels.quantized_pages import dequantize_pages, quantize_pages
 
 from vllm_kvzip.quantization import Int4, Int8, NormalFloat4

@@ -38,12 +38,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
-from vllm_kvzip.budgeting import allocate_adaptive, allocate_uniform
+from vllm_kvzip.budgeting.budgets import allocate_adaptive, allocate_uniform
+from vllm_kvzip.budgeting.selection import protect, select
 from vllm_kvzip.config import KVzipConfig
 from vllm_kvzip.errors import ConfigError, KVzipError
-from vllm_kvzip.prefix_rule import PrefixRule
-from vllm_kvzip.request_options import RequestOptions
-from vllm_kvzip.selection import protect, select
+from vllm_kvzip.planning.prefix_rule import PrefixRule
+from vllm_kvzip.planning.request_options import RequestOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable

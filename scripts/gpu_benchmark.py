@@ -20,9 +20,9 @@ from gpu_checks import compaction_inputs
 from kernel_cases import Asked, Case, Shape, make_case
 from triton.runtime.errors import OutOfResources
 from vllm_kvzip.kernels.column_maximum import column_maximum
-from vllm_kvzip.kernels.compaction import compact_pages
 from vllm_kvzip.kernels.flat_tables import flatten_tables
 from vllm_kvzip.kernels.head_page_attention import head_page_attention
+from vllm_kvzip.kernels.page_copies import compact_pages
 
 from vllm_kvzip.quantization import Int8, NormalFloat4
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from kernel_cases import Asked, Shape, attend, attend_exactly, make_case, relative_error
 from vllm_kvzip.kernels.column_maximum import column_maximum
-from vllm_kvzip.kernels.compaction import compact_pages
 from vllm_kvzip.kernels.flat_tables import flatten_tables
+from vllm_kvzip.kernels.page_copies import compact_pages
 from vllm_kvzip.kernels.quantized_pages import dequantize_pages, quantize_pages
 from vllm_kvzip.kernels.reference import (
     column_maximum_reference,

@@ -242,7 +242,7 @@ def installed_layout(folder: Path) -> str:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-kvzip\nVersion: 0\n")
     (info / "entry_points.txt").write_text(
-        "[vllm.general_plugins]\nkvzip = vllm_kvzip.vllm_bridge.plugin:register\n"
+        "[vllm.general_plugins]\nkvzip = vllm_kvzip.vllm_bridge.start.plugin:register\n"
     )
     return str(folder)
 

@@ -25,8 +25,8 @@ import torch
 from model_files import fingerprint_of
 
 from vllm_kvzip.errors import ProfileError
-from vllm_kvzip.profile import HeadProfile, Provenance, save_profile
-from vllm_kvzip.reconstruction import retrieval_fractions
+from vllm_kvzip.head_profiles.head_profile import HeadProfile, Provenance, save_profile
+from vllm_kvzip.planning.reconstruction import retrieval_fractions
 
 KEEP_RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 METHODS = {".pt": "KVzip head scores", ".tsv": "DuoAttention pattern", ".npy": "LU-KV budgets"}

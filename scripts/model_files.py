@@ -8,10 +8,15 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer
 
-from vllm_kvzip.attention_kinds import attention_layers_and_kv_heads
 from vllm_kvzip.errors import ProfileError
-from vllm_kvzip.profile import ModelFingerprint, find_profile, load_profile, profile_folders
-from vllm_kvzip.repeat_prompt import repeat_wording
+from vllm_kvzip.head_profiles.head_profile import (
+    ModelFingerprint,
+    find_profile,
+    load_profile,
+    profile_folders,
+)
+from vllm_kvzip.head_profiles.repeat_prompt import repeat_wording
+from vllm_kvzip.model.attention_kinds import attention_layers_and_kv_heads
 
 
 def fingerprint_from_config(config: Any, name: str) -> ModelFingerprint:

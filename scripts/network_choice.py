@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from documents import Document, Question
 from reconstruction_probe import layers_of, rotary_of
 
-from vllm_kvzip.calibration import NETWORK_TOKENS
+from vllm_kvzip.budgeting.selection import protect
 from vllm_kvzip.config import KVzipConfig
-from vllm_kvzip.selection import protect
-from vllm_kvzip.surrogate import MIN_LOG_SCORE
-from vllm_kvzip.surrogate_training import ATTENTION_FLOOR, SurrogateTrainer, predict
+from vllm_kvzip.head_profiles.calibration import NETWORK_TOKENS
+from vllm_kvzip.head_profiles.network_training import ATTENTION_FLOOR, SurrogateTrainer, predict
+from vllm_kvzip.head_profiles.networks import MIN_LOG_SCORE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from masked_model import MaskedModel
     from transformers import DynamicCache
 
-    from vllm_kvzip.surrogate import LayerSurrogate
+    from vllm_kvzip.head_profiles.networks import LayerSurrogate
 
 FLOORS = {"influence": MIN_LOG_SCORE, "attention": ATTENTION_FLOOR}
 DEFAULTS = KVzipConfig()

@@ -38,8 +38,9 @@ from tier_budgets import TierBudgetBuilder
 from tqdm import tqdm
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
-from vllm_kvzip.attention_kinds import slides_within, sliding_window, unusual_attention
-from vllm_kvzip.calibration import (
+from vllm_kvzip.config import FormatName
+from vllm_kvzip.errors import ProfileError
+from vllm_kvzip.head_profiles.calibration import (
     CONTEXT_TOKENS,
     KEEP_RATIOS,
     MIN_REPEATED_SHARE,
@@ -49,12 +50,11 @@ from vllm_kvzip.calibration import (
     default_material,
     read_material,
 )
-from vllm_kvzip.config import FormatName
-from vllm_kvzip.errors import ProfileError
-from vllm_kvzip.profile import HeadProfile, Provenance, save_profile
-from vllm_kvzip.reconstruction import pair_fractions, retrieval_fractions
-from vllm_kvzip.repeat_prompt import repeat_wording
-from vllm_kvzip.surrogate import LayerSurrogate, save_surrogate
+from vllm_kvzip.head_profiles.head_profile import HeadProfile, Provenance, save_profile
+from vllm_kvzip.head_profiles.networks import LayerSurrogate, save_surrogate
+from vllm_kvzip.head_profiles.repeat_prompt import repeat_wording
+from vllm_kvzip.model.attention_kinds import slides_within, sliding_window, unusual_attention
+from vllm_kvzip.planning.reconstruction import pair_fractions, retrieval_fractions
 
 
 def task_contexts(args: argparse.Namespace) -> list[list[int]]:

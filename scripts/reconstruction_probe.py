@@ -11,17 +11,17 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, D
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-from vllm_kvzip.attention_kinds import sliding_window
 from vllm_kvzip.errors import ProfileError
-from vllm_kvzip.influence import influence_scores, log_odds
-from vllm_kvzip.reconstruction import Chunk, iter_chunks, reconstruction_scores
-from vllm_kvzip.transformers_rotary import transformers_tables
+from vllm_kvzip.head_profiles.influence import influence_scores, log_odds
+from vllm_kvzip.model.attention_kinds import sliding_window
+from vllm_kvzip.model.transformers_rotary import transformers_tables
+from vllm_kvzip.planning.reconstruction import Chunk, iter_chunks, reconstruction_scores
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from vllm_kvzip.profile import ModelFingerprint
-    from vllm_kvzip.rotary import RotaryTables
+    from vllm_kvzip.head_profiles.head_profile import ModelFingerprint
+    from vllm_kvzip.model.rotary import RotaryTables
 
 CHECKED_TOKENS = 256  # of each chunk; logits of a large vocabulary are large
 
@@ -165,7 +165,7 @@ class ReconstructionProbe:
         progress: Callable[[], Any] = lambda: None,
         cache: DynamicCache | None = None,
     ) -> torch.Tensor:
-        """Influence of every KV pair of a context; see :mod:`vllm_kvzip.influence`.
+        """Influence of every KV pair of a context; see :mod:`vllm_kvzip.head_profiles.influence`.
 
         Args:
             context_ids: token ids.

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_kvzip.key_transform import KeyTransform
-from vllm_kvzip.profile import TierBudgets
+from vllm_kvzip.budgeting.tier_solver import solve_tiers
+from vllm_kvzip.head_profiles.head_profile import TierBudgets
+from vllm_kvzip.model.key_transform import KeyTransform
 from vllm_kvzip.quantization import choose_quantization, unpack_pages
-from vllm_kvzip.tier_solver import solve_tiers
 
 if TYPE_CHECKING:
     from vllm_kvzip.config import FormatName

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_kvzip.rotary import unrotated
+from vllm_kvzip.model.rotary import unrotated
 
 if TYPE_CHECKING:
-    from vllm_kvzip.key_transform import KeyTransform
-    from vllm_kvzip.rotary import RotaryTables
+    from vllm_kvzip.model.key_transform import KeyTransform
+    from vllm_kvzip.model.rotary import RotaryTables
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class LayerInputs:
             the scorer asks for them. W may be smaller than the setting when vLLM took the start of
             the window from its prefix cache.
         reconstruction: float32 ``[H, T]``, the most attention each pair got while the model
-            repeated the prefix (:mod:`vllm_kvzip.reconstruction`); None unless the scorer asks.
+            repeated the prefix (``planning/reconstruction.py``); None unless the scorer asks.
         rotary: the model's rotary angles; None unless the scorer asks for them, or when the model
             has none.
         num_context_tokens: tokens a scorer may look at: the whole prompt, or T when the request

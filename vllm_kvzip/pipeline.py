@@ -7,24 +7,24 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_kvzip.allocation import PageAllocator
+from vllm_kvzip.budgeting.allocation import PageAllocator
+from vllm_kvzip.budgeting.selection import protect, rank, select, take_behind, take_best
 from vllm_kvzip.clocks import HostClock, Stopwatch
 from vllm_kvzip.core import CacheGeometry, CompressedPrefix, LayerInputs, PrefixPlan
 from vllm_kvzip.errors import NotFiniteError
-from vllm_kvzip.head_pages import PagePool, deal_pages
-from vllm_kvzip.key_transform import KeyTransform
-from vllm_kvzip.selection import protect, rank, select, take_behind, take_best
+from vllm_kvzip.model.key_transform import KeyTransform
+from vllm_kvzip.storage.head_pages import PagePool, deal_pages
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from vllm_kvzip.allocation import Grid
+    from vllm_kvzip.budgeting.allocation import Grid
     from vllm_kvzip.clocks import Clock
-    from vllm_kvzip.compaction import PageStore
     from vllm_kvzip.config import Budget
-    from vllm_kvzip.prefix_rule import PrefixRule
-    from vllm_kvzip.rotary import RotaryTables
+    from vllm_kvzip.model.rotary import RotaryTables
+    from vllm_kvzip.planning.prefix_rule import PrefixRule
     from vllm_kvzip.scoring import Scorer
+    from vllm_kvzip.storage.page_store import PageStore
 
 
 STAGES = ("score", "select", "compact")
@@ -48,7 +48,7 @@ class Compressor:
         budget: one of :data:`~vllm_kvzip.config.Budget`.
         head_fractions: keep ratio -> ``[L][H]``, share of its KV pairs each head keeps, for
             budgets ``profile`` and ``retrieval``.
-        head_importance, tier_fractions: see :class:`~vllm_kvzip.allocation.PageAllocator`.
+        head_importance, tier_fractions: see ``PageAllocator``.
         rotary: of each layer, for scorers that want it.
         seed: mixed into each prompt's seed.
         clock: measures the stages.

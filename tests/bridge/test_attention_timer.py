@@ -5,7 +5,7 @@ import itertools
 import pytest
 from scheduler_steps import new_request, output
 
-from vllm_kvzip.vllm_bridge.attention_timer import STEPS_PER_SAMPLE, AttentionTimer
+from vllm_kvzip.vllm_bridge.attention.attention_timer import STEPS_PER_SAMPLE, AttentionTimer
 
 pytestmark = pytest.mark.vllm
 

@@ -15,11 +15,11 @@ from scheduler_steps import new_request, output
 from vllm import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_kvzip.head_pages import fold_row
-from vllm_kvzip.vllm_bridge.prefix_cache import ReuseRule
-from vllm_kvzip.vllm_bridge.prefix_lookup import options
-from vllm_kvzip.vllm_bridge.requests import RequestTracker
+from vllm_kvzip.planning.reuse_rule import ReuseRule
+from vllm_kvzip.storage.head_pages import fold_row
+from vllm_kvzip.vllm_bridge.scheduler.prefix_lookup import options
 from vllm_kvzip.vllm_bridge.step_message import attach, attached
+from vllm_kvzip.vllm_bridge.worker.requests import RequestTracker
 
 pytestmark = pytest.mark.vllm
 

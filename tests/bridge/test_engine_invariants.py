@@ -10,8 +10,8 @@ from held_blocks import HeldBlocks
 from vllm import SamplingParams
 from vllm.v1.request import Request
 
-from vllm_kvzip.head_pages import PagePool
-from vllm_kvzip.vllm_bridge.prefix_cache import ReuseRule
+from vllm_kvzip.planning.reuse_rule import ReuseRule
+from vllm_kvzip.storage.head_pages import PagePool
 
 pytestmark = pytest.mark.vllm
 

@@ -5,7 +5,7 @@ import torch
 from vllm.model_executor.layers.attention import attention
 from vllm.platforms import current_platform
 
-from vllm_kvzip.stored_scales import KEYS, QUERIES, VALUES
+from vllm_kvzip.storage.stored_scales import KEYS, QUERIES, VALUES
 from vllm_kvzip.vllm_bridge.fp8_cache import queries_of_model, read_scales
 
 pytestmark = pytest.mark.vllm

@@ -10,9 +10,13 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_kvzip.config import KVzipConfig
 from vllm_kvzip.errors import KVzipError
-from vllm_kvzip.vllm_bridge import checks, gpu_backend, options, stats_export
-from vllm_kvzip.vllm_bridge.gpu_attention import HeadPageFlashBuilder, HeadPageTritonBackend
-from vllm_kvzip.vllm_bridge.gpu_worker import compression_bytes
+from vllm_kvzip.vllm_bridge import stats_export
+from vllm_kvzip.vllm_bridge.attention.gpu_attention import (
+    HeadPageFlashBuilder,
+    HeadPageTritonBackend,
+)
+from vllm_kvzip.vllm_bridge.start import checks, gpu_backend, options
+from vllm_kvzip.vllm_bridge.worker.gpu_worker import compression_bytes
 
 pytestmark = pytest.mark.vllm
 

@@ -9,12 +9,12 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm_kvzip.kernels.reference import head_page_attention_reference
 
 from vllm_kvzip.core import CacheGeometry, CompressedPrefix, PrefixPlan
-from vllm_kvzip.head_pages import PagePool, deal_pages
-from vllm_kvzip.row_pages import RowPages
-from vllm_kvzip.vllm_bridge.batches import PrefixState
-from vllm_kvzip.vllm_bridge.gpu_attention import _behind
-from vllm_kvzip.vllm_bridge.head_page_cache import HeadPageCache
-from vllm_kvzip.vllm_bridge.kernel_batches import KernelBatcher
+from vllm_kvzip.storage.head_pages import PagePool, deal_pages
+from vllm_kvzip.storage.row_pages import RowPages
+from vllm_kvzip.vllm_bridge.attention.batches import PrefixState
+from vllm_kvzip.vllm_bridge.attention.gpu_attention import _behind
+from vllm_kvzip.vllm_bridge.attention.kernel_batches import KernelBatcher
+from vllm_kvzip.vllm_bridge.cache.head_page_cache import HeadPageCache
 
 pytestmark = [
     pytest.mark.vllm,

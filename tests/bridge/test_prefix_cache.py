@@ -13,10 +13,11 @@ from vllm.v1.request import Request
 
 from vllm_kvzip.config import KVzipConfig
 from vllm_kvzip.metrics import EVICTION_REASONS
-from vllm_kvzip.vllm_bridge.idle_expiry import IdleExpiry
-from vllm_kvzip.vllm_bridge.prefix_cache import CompressedPrefixCache, ReuseRule
+from vllm_kvzip.planning.reuse_rule import ReuseRule
+from vllm_kvzip.vllm_bridge.scheduler.idle_expiry import IdleExpiry
+from vllm_kvzip.vllm_bridge.scheduler.prefix_cache import CompressedPrefixCache
 from vllm_kvzip.vllm_bridge.settings import Settings
-from vllm_kvzip.vllm_bridge.use_times import UseTimes
+from vllm_kvzip.vllm_bridge.worker.use_times import UseTimes
 
 pytestmark = pytest.mark.vllm
 

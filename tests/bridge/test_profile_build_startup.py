@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from startup import ON, engine_config, refusal
 
-from vllm_kvzip.vllm_bridge import options
 from vllm_kvzip.vllm_bridge.settings import Settings
+from vllm_kvzip.vllm_bridge.start import options
 
 pytestmark = pytest.mark.vllm
 

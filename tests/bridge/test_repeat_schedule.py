@@ -8,9 +8,9 @@ pytest.importorskip("vllm")
 from vllm import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_kvzip.prefix_rule import PrefixRule
-from vllm_kvzip.reconstruction import RepeatRule, iter_chunks
-from vllm_kvzip.vllm_bridge.repeat_schedule import RepeatSchedule
+from vllm_kvzip.planning.prefix_rule import PrefixRule
+from vllm_kvzip.planning.reconstruction import RepeatRule, iter_chunks
+from vllm_kvzip.vllm_bridge.scheduler.repeat_schedule import RepeatSchedule
 
 pytestmark = pytest.mark.vllm
 

@@ -3,9 +3,9 @@
 from scheduler_steps import new_request, output
 
 from vllm_kvzip.core import PrefixPlan
-from vllm_kvzip.head_pages import fold_row
-from vllm_kvzip.prefix_rule import PrefixRule
-from vllm_kvzip.vllm_bridge.requests import RequestTracker
+from vllm_kvzip.planning.prefix_rule import PrefixRule
+from vllm_kvzip.storage.head_pages import fold_row
+from vllm_kvzip.vllm_bridge.worker.requests import RequestTracker
 
 RULE = PrefixRule(0.5, min_prompt_tokens=32, sink_tokens=1, recent_tokens=1, block_size=16)
 

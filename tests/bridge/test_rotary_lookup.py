@@ -9,7 +9,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
 from vllm_kvzip.errors import UnsupportedError
-from vllm_kvzip.vllm_bridge.rotary import find_rotary, num_positions, tables_of
+from vllm_kvzip.vllm_bridge.passes.model_rotary import find_rotary, num_positions, tables_of
 
 pytestmark = pytest.mark.vllm
 

@@ -13,7 +13,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_kvzip.vllm_bridge.cache_spec import HeadPageSpec
+from vllm_kvzip.vllm_bridge.cache.cache_spec import HeadPageSpec
 from vllm_kvzip.vllm_bridge.settings import Settings
 
 pytestmark = pytest.mark.vllm

@@ -21,9 +21,10 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_kvzip.errors import KVzipError
-from vllm_kvzip.profile import load_profile, profile_folders
-from vllm_kvzip.vllm_bridge import options, plugin, versions
+from vllm_kvzip.head_profiles.head_profile import load_profile, profile_folders
+from vllm_kvzip.vllm_bridge import versions
 from vllm_kvzip.vllm_bridge.settings import Settings
+from vllm_kvzip.vllm_bridge.start import options, plugin
 
 pytestmark = pytest.mark.vllm
 
@@ -89,7 +90,7 @@ def test_off_imports_nothing_heavy():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = found.stdout.strip().splitlines()[-1]
-    assert "vllm_kvzip.vllm_bridge.plugin" in loaded
+    assert "vllm_kvzip.vllm_bridge.start.plugin" in loaded
     for heavy in (
         "scoring",
         "pipeline",

@@ -11,11 +11,11 @@ from startup import ON, engine_config, refusal
 from vllm.transformers_utils.configs.minimax_m3 import MiniMaxM3TextConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-from vllm_kvzip.attention_kinds import unusual_attention
 from vllm_kvzip.errors import UnsupportedError
-from vllm_kvzip.vllm_bridge.cache_spec import as_head_page_specs
-from vllm_kvzip.vllm_bridge.checks import check_layers
-from vllm_kvzip.vllm_bridge.cpu_attention import HeadPageCPUImpl
+from vllm_kvzip.model.attention_kinds import unusual_attention
+from vllm_kvzip.vllm_bridge.attention.cpu_attention import HeadPageCPUImpl
+from vllm_kvzip.vllm_bridge.cache.cache_spec import as_head_page_specs
+from vllm_kvzip.vllm_bridge.cache.layer_checks import check_layers
 from vllm_kvzip.vllm_bridge.settings import Settings
 
 pytestmark = pytest.mark.vllm

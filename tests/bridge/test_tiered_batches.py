@@ -7,13 +7,13 @@ import torch
 from tiered_world import BLOCK, DIM, IMPL, NAMES, TieredWorld
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from vllm_kvzip.compaction import PackedPages
-from vllm_kvzip.row_pages import RowPages
-from vllm_kvzip.vllm_bridge.cpu_attention import PairBatch
-from vllm_kvzip.vllm_bridge.cpu_pages import discover_codec
-from vllm_kvzip.vllm_bridge.kernel_batches import KernelBatcher
-from vllm_kvzip.vllm_bridge.pair_batches import PairBatcher
-from vllm_kvzip.vllm_bridge.tiered_batches import TieredBatch
+from vllm_kvzip.storage.page_store import PackedPages
+from vllm_kvzip.storage.row_pages import RowPages
+from vllm_kvzip.vllm_bridge.attention.cpu_attention import PairBatch
+from vllm_kvzip.vllm_bridge.attention.kernel_batches import KernelBatcher
+from vllm_kvzip.vllm_bridge.attention.pair_batches import PairBatcher
+from vllm_kvzip.vllm_bridge.attention.tiered_batches import TieredBatch
+from vllm_kvzip.vllm_bridge.cache.cpu_pages import discover_codec
 
 pytestmark = pytest.mark.vllm
 

@@ -17,7 +17,7 @@ from local_server import LocalServer
 from retrieval_task import VOCABULARY, make_context, question_prompt
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 
-from vllm_kvzip.vllm_bridge.contexts_endpoint import ContextsEndpoint
+from vllm_kvzip.vllm_bridge.server.contexts_endpoint import ContextsEndpoint
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

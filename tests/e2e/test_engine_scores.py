@@ -8,9 +8,9 @@ from reconstruction_probe import rotary_of
 from retrieval_task import make_context
 from transformers import AutoModelForCausalLM
 
-from vllm_kvzip.rotary import unrotated
-from vllm_kvzip.surrogate import MIN_LOG_SCORE, load_surrogate, token_features
-from vllm_kvzip.vllm_bridge.requests import prefix_seed
+from vllm_kvzip.head_profiles.networks import MIN_LOG_SCORE, load_surrogate, token_features
+from vllm_kvzip.model.rotary import unrotated
+from vllm_kvzip.planning.prefix_seed import prefix_seed
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

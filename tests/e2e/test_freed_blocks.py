@@ -7,7 +7,12 @@ import pytest
 from engine_job import MODEL, Request, run_job
 from retrieval_task import make_context
 
-from vllm_kvzip.profile import find_profile, load_profile, profile_folders, save_profile
+from vllm_kvzip.head_profiles.head_profile import (
+    find_profile,
+    load_profile,
+    profile_folders,
+    save_profile,
+)
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -82,7 +87,7 @@ def test_counters_tell_what_happened(quarter):
 @pytest.fixture(scope="module")
 def skewed_profile(tmp_path_factory):
     """One layer wants everything, all other heads nothing."""
-    from vllm_kvzip.profile import ModelFingerprint
+    from vllm_kvzip.head_profiles.head_profile import ModelFingerprint
 
     running = ModelFingerprint(
         architecture="LlamaForCausalLM", num_layers=4, num_query_heads=8, num_kv_heads=4,

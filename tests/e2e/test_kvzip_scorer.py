@@ -11,7 +11,7 @@ from quality_rows import settings_of
 from reconstruction_probe import ReconstructionProbe
 from retrieval_task import VOCABULARY, make_context, question_prompt
 
-from vllm_kvzip.vllm_bridge.requests import prefix_seed
+from vllm_kvzip.planning.prefix_seed import prefix_seed
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -9,7 +9,7 @@ from engine_job import MODEL, Request, run_job
 from retrieval_task import copy_prompt, make_context, question_prompt
 from safetensors.torch import load_file, save_file
 
-from vllm_kvzip.profile import profile_folders
+from vllm_kvzip.head_profiles.head_profile import profile_folders
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from vllm_kvzip.kernels.page_tables import PagePlace, PageTables
 from vllm_kvzip.kernels.reference import pages_of
 
-from vllm_kvzip.head_pages import PagePool, deal_pages
+from vllm_kvzip.storage.head_pages import PagePool, deal_pages
 
 
 @given(

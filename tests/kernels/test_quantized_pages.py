@@ -16,7 +16,7 @@ from vllm_kvzip.quantization import (
     NormalFloat4,
     PageLayout,
     pack_pages,
-    scales,
+    packing,
     unpack_pages,
 )
 
@@ -180,7 +180,7 @@ def test_what_a_kernel_cannot_take_is_refused():
 
 
 def test_kernels_and_references_share_their_numbers():
-    assert quantized_pages.LARGEST.value == scales.LARGEST
-    assert quantized_pages.SMALLEST_SCALE.value == scales.SMALLEST_SCALE
-    assert quantized_pages.LARGEST_FLOAT8.value == scales.LARGEST_FLOAT8
-    assert quantized_tiles.FLOAT8_EXPONENT.value == scales._FLOAT8_EXPONENT
+    assert quantized_pages.LARGEST.value == packing.LARGEST
+    assert quantized_pages.SMALLEST_SCALE.value == packing.SMALLEST_SCALE
+    assert quantized_pages.LARGEST_FLOAT8.value == packing.LARGEST_FLOAT8
+    assert quantized_tiles.FLOAT8_EXPONENT.value == packing._FLOAT8_EXPONENT

@@ -6,9 +6,9 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
-from vllm_kvzip.prefix_rule import PrefixRule
-from vllm_kvzip.vllm_bridge.cache_spec import HeadPageSpec
-from vllm_kvzip.vllm_bridge.scheduler import introduce_requests
+from vllm_kvzip.planning.prefix_rule import PrefixRule
+from vllm_kvzip.vllm_bridge.cache.cache_spec import HeadPageSpec
+from vllm_kvzip.vllm_bridge.scheduler.scheduler import introduce_requests
 
 
 def build_cache(directory, block_size, num_blocks, reuse, **rule):

@@ -222,8 +222,8 @@ def execute(job: dict[str, Any]) -> Report:
 
         take_gpu_path()
     if job["triton_attention"]:
-        from vllm_kvzip.vllm_bridge.cpu_worker import HeadPageCPUWorker
-        from vllm_kvzip.vllm_bridge.kernel_batches import KernelBatcher
+        from vllm_kvzip.vllm_bridge.attention.kernel_batches import KernelBatcher
+        from vllm_kvzip.vllm_bridge.worker.cpu_worker import HeadPageCPUWorker
 
         HeadPageCPUWorker.attach = lambda worker, cache, builders: KernelBatcher(
             cache, worker.scheduler_config.max_num_seqs

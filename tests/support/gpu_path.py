@@ -13,9 +13,10 @@ from vllm.v1.attention.ops import triton_reshape_and_cache_flash
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_kvzip.clocks import HostClock
-from vllm_kvzip.vllm_bridge import checks, gpu_worker, options
-from vllm_kvzip.vllm_bridge.gpu_attention import HeadPageTritonBackend
-from vllm_kvzip.vllm_bridge.gpu_worker import TritonPath
+from vllm_kvzip.vllm_bridge.attention.gpu_attention import HeadPageTritonBackend
+from vllm_kvzip.vllm_bridge.start import checks, options
+from vllm_kvzip.vllm_bridge.worker.gpu_worker import TritonPath
+from vllm_kvzip.vllm_bridge.worker.worker import gpu_worker
 
 
 class GPUPathWorker(TritonPath, CPUWorker):

@@ -6,15 +6,15 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_kvzip.core import CacheGeometry
-from vllm_kvzip.head_pages import PagePool, fold_row
 from vllm_kvzip.pipeline import Compressor
-from vllm_kvzip.prefix_rule import PrefixRule
+from vllm_kvzip.planning.prefix_rule import PrefixRule
+from vllm_kvzip.planning.tiers import TierRule
 from vllm_kvzip.quantization import choose_quantization, rotate_back, unpack_pages
 from vllm_kvzip.scoring import create_scorer
-from vllm_kvzip.tiered_attention import quantized_tokens
-from vllm_kvzip.tiers import TierRule
-from vllm_kvzip.vllm_bridge.batches import PrefixState
-from vllm_kvzip.vllm_bridge.head_page_cache import HeadPageCache
+from vllm_kvzip.storage.head_pages import PagePool, fold_row
+from vllm_kvzip.storage.tiered_attention import quantized_tokens
+from vllm_kvzip.vllm_bridge.attention.batches import PrefixState
+from vllm_kvzip.vllm_bridge.cache.head_page_cache import HeadPageCache
 
 LAYERS, HEADS, GROUP, DIM, BLOCK = 2, 2, 3, 32, 32
 GEOMETRY = CacheGeometry(LAYERS, HEADS, GROUP, DIM, BLOCK)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_kvzip.budgeting import (
+from vllm_kvzip.budgeting.budgets import (
     allocate_adaptive,
     allocate_behind,
     allocate_from_fractions,

@@ -4,8 +4,8 @@ import pytest
 from engine_job import MODEL
 from transformers import AutoTokenizer
 
-from vllm_kvzip.calibration import Material, calibration_contexts, default_material
 from vllm_kvzip.errors import ProfileError
+from vllm_kvzip.head_profiles.calibration import Material, calibration_contexts, default_material
 
 
 class Letters:

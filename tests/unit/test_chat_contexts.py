@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_kvzip.chat_contexts import common_prefix, continuations
+from vllm_kvzip.planning.chat_contexts import common_prefix, continuations
 
 IMAGE = {"type": "image_url", "image_url": {"url": "data:,"}}
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_kvzip.fused_attention import attend_with_normaliser
+from vllm_kvzip.model.fused_attention import attend_with_normaliser
 
 
 @pytest.mark.parametrize("causal", [False, True])

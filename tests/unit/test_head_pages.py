@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_kvzip.core import CompressedPrefix
-from vllm_kvzip.head_pages import HeadPageTable, PagePool, deal_pages
+from vllm_kvzip.storage.head_pages import HeadPageTable, PagePool, deal_pages
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 20), st.data())

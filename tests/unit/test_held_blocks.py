@@ -5,10 +5,10 @@ import itertools
 import pytest
 from held_blocks import HeldBlocks, quantized_tokens
 
-from vllm_kvzip.prefix_rule import PrefixRule
+from vllm_kvzip.planning.prefix_rule import PrefixRule
+from vllm_kvzip.planning.request_options import RequestOptions
+from vllm_kvzip.planning.tiers import TierRule
 from vllm_kvzip.quantization.choice import choose_quantization
-from vllm_kvzip.request_options import RequestOptions
-from vllm_kvzip.tiers import TierRule
 
 FORMATS, BLOCK, PROTECTED = ("nf4", "int4", "int8"), 32, (4, 16)
 RATIOS = (0.01, 0.15, 0.25, 0.3, 0.4, 0.7, 0.95, 1.0)

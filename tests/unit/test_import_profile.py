@@ -6,7 +6,7 @@ import pytest
 import torch
 from engine_job import MODEL
 
-from vllm_kvzip.profile import load_profile
+from vllm_kvzip.head_profiles.head_profile import load_profile
 
 LAYERS, HEADS = 4, 4  # of the tiny model
 

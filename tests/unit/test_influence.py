@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_kvzip.influence import influence_scores, log_odds
+from vllm_kvzip.head_profiles.influence import influence_scores, log_odds
 
 
 def by_hand(queries, keys, values, gradients, scale, pairs):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from vllm_kvzip.key_transform import LARGEST_SCALE, MOST_FIRST, KeyTransform, num_first
+from vllm_kvzip.model.key_transform import LARGEST_SCALE, MOST_FIRST, KeyTransform, num_first
 from vllm_kvzip.quantization import choose_quantization
 from vllm_kvzip.quantization.reading import PageReader
-from vllm_kvzip.tiered_attention import TieredAttention, TierPages
+from vllm_kvzip.storage.tiered_attention import TieredAttention, TierPages
 
 DIM, SINKS, SCALE = 64, 4, 64**-0.5
 PAIR = [3, 35]  # the two dimensions that a rotary embedding turns together

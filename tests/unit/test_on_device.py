@@ -9,19 +9,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vllm_kvzip import row_pages
-from vllm_kvzip.allocation import PageAllocator
+from vllm_kvzip.budgeting.allocation import PageAllocator
 from vllm_kvzip.core import CacheGeometry
-from vllm_kvzip.head_pages import PagePool
+from vllm_kvzip.head_profiles.networks import LayerSurrogate
+from vllm_kvzip.model.rotary import RotaryTables
 from vllm_kvzip.pipeline import Compressor
-from vllm_kvzip.prefix_rule import PrefixRule
+from vllm_kvzip.planning.prefix_rule import PrefixRule
+from vllm_kvzip.planning.tiers import TierRule
 from vllm_kvzip.quantization import choose_quantization
-from vllm_kvzip.rotary import RotaryTables
 from vllm_kvzip.scoring import create_scorer
 from vllm_kvzip.scoring.base import Scorer, ScorerSettings
 from vllm_kvzip.scoring.surrogate import SurrogateScorer
-from vllm_kvzip.surrogate import LayerSurrogate
-from vllm_kvzip.tiers import TierRule
+from vllm_kvzip.storage import row_pages
+from vllm_kvzip.storage.head_pages import PagePool
 
 GEOMETRY = CacheGeometry(num_layers=3, num_kv_heads=2, group_size=2, head_dim=8, block_size=4)
 POOL = PagePool(num_blocks=64, num_layers=3, num_kv_heads=2)

@@ -5,13 +5,13 @@ from typing import get_args
 import pytest
 import torch
 
-from vllm_kvzip.compaction import PackedPages, PageCodec
 from vllm_kvzip.config import Budget
 from vllm_kvzip.core import CacheGeometry, KeepPlan
-from vllm_kvzip.head_pages import PagePool
 from vllm_kvzip.pipeline import Compressor
-from vllm_kvzip.prefix_rule import PrefixRule
+from vllm_kvzip.planning.prefix_rule import PrefixRule
 from vllm_kvzip.scoring import create_scorer
+from vllm_kvzip.storage.head_pages import PagePool
+from vllm_kvzip.storage.page_store import PackedPages, PageCodec
 
 BY_HEAD = ("profile", "retrieval")
 GEOMETRY = CacheGeometry(num_layers=3, num_kv_heads=2, group_size=2, head_dim=8, block_size=4)

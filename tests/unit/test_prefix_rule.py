@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_kvzip.metrics import SKIP_REASONS
-from vllm_kvzip.prefix_rule import PrefixRule
-from vllm_kvzip.request_options import DEFAULT, RequestOptions
+from vllm_kvzip.planning.prefix_rule import PrefixRule
+from vllm_kvzip.planning.request_options import DEFAULT, RequestOptions
 
 RULES = st.builds(
     PrefixRule,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_kvzip.errors import ProfileError
-from vllm_kvzip.profile import (
+from vllm_kvzip.head_profiles.head_profile import (
     HeadProfile,
     ModelFingerprint,
     check_matches,

@@ -6,9 +6,15 @@ import time
 import pytest
 import torch
 
-from vllm_kvzip.profile import HeadProfile, ModelFingerprint, Provenance
-from vllm_kvzip.profile_cache import build_lock, cache_file, is_usable, store, weight_files
-from vllm_kvzip.surrogate import RECENCY_TOKENS, LayerSurrogate
+from vllm_kvzip.head_profiles.head_profile import HeadProfile, ModelFingerprint, Provenance
+from vllm_kvzip.head_profiles.networks import RECENCY_TOKENS, LayerSurrogate
+from vllm_kvzip.head_profiles.profile_cache import (
+    build_lock,
+    cache_file,
+    is_usable,
+    store,
+    weight_files,
+)
 
 MODEL = ModelFingerprint(
     architecture="A", num_layers=1, num_query_heads=2, num_kv_heads=1, head_dim=4, name="org/m"

@@ -21,11 +21,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from vllm_kvzip import surrogate_training
-from vllm_kvzip.influence import influence_scores, log_odds
-from vllm_kvzip.profile import load_profile
-from vllm_kvzip.reconstruction import iter_chunks
-from vllm_kvzip.surrogate import load_surrogate
+from vllm_kvzip.head_profiles import network_training as surrogate_training
+from vllm_kvzip.head_profiles.head_profile import load_profile
+from vllm_kvzip.head_profiles.influence import influence_scores, log_odds
+from vllm_kvzip.head_profiles.networks import load_surrogate
+from vllm_kvzip.planning.reconstruction import iter_chunks
 
 
 @pytest.fixture(scope="module")

@@ -18,14 +18,15 @@ from vllm_kvzip.quantization import (
     unpack_pages,
 )
 from vllm_kvzip.quantization.nf4 import BOUNDARIES, LEVELS, normal_float_levels
-from vllm_kvzip.quantization.nibbles import pack_nibbles, unpack_nibbles
-from vllm_kvzip.quantization.scales import (
+from vllm_kvzip.quantization.packing import (
     LARGEST,
     SMALLEST_SCALE,
     bfloat16_down,
     bfloat16_up,
     float8_decode,
     float8_encode,
+    pack_nibbles,
+    unpack_nibbles,
 )
 
 HEAD_DIMS = st.sampled_from([64, 96, 128, 256])

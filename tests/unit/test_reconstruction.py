@@ -6,8 +6,8 @@ import pytest
 import torch
 from shifted_logits import rank_correlation, shifted_case
 
-from vllm_kvzip.fused_attention import attend_with_normaliser
-from vllm_kvzip.reconstruction import (
+from vllm_kvzip.model.fused_attention import attend_with_normaliser
+from vllm_kvzip.planning.reconstruction import (
     iter_chunks,
     pair_fractions,
     reconstruction_scores,

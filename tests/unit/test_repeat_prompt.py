@@ -4,9 +4,9 @@ import pytest
 from engine_job import MODEL
 from transformers import AutoTokenizer
 
-from vllm_kvzip.profile import Provenance
-from vllm_kvzip.reconstruction import FIRST_REPEAT_PROMPT, LATER_REPEAT_PROMPT
-from vllm_kvzip.repeat_prompt import RepeatWording, around_message, repeat_wording
+from vllm_kvzip.head_profiles.head_profile import Provenance
+from vllm_kvzip.head_profiles.repeat_prompt import RepeatWording, around_message, repeat_wording
+from vllm_kvzip.planning.reconstruction import FIRST_REPEAT_PROMPT, LATER_REPEAT_PROMPT
 
 TURNS = (
     "{{ '<s>' }}{% for message in messages %}{{ '[' + message['role'] + ']' + message['content'] + "

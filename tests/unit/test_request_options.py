@@ -3,7 +3,7 @@
 import pytest
 
 from vllm_kvzip.errors import RequestError
-from vllm_kvzip.request_options import RequestOptions, check_request, has_options
+from vllm_kvzip.planning.request_options import RequestOptions, check_request, has_options
 
 
 @pytest.mark.parametrize(

@@ -4,18 +4,18 @@ import pytest
 import torch
 from live_bytes import peak_bytes
 
-from vllm_kvzip.calibration import NETWORK_WIDTH
-from vllm_kvzip.compaction import PackedPages, PageCodec
 from vllm_kvzip.core import CacheGeometry, LayerInputs
-from vllm_kvzip.head_pages import PagePool
-from vllm_kvzip.key_transform import KeyTransform
+from vllm_kvzip.head_profiles.calibration import NETWORK_WIDTH
+from vllm_kvzip.head_profiles.head_profile import ModelFingerprint
+from vllm_kvzip.head_profiles.networks import LayerSurrogate, save_surrogate
+from vllm_kvzip.model.key_transform import KeyTransform
+from vllm_kvzip.model.rotary import RotaryTables
 from vllm_kvzip.pipeline import Compressor
-from vllm_kvzip.prefix_rule import PrefixRule
-from vllm_kvzip.profile import ModelFingerprint
-from vllm_kvzip.rotary import RotaryTables
+from vllm_kvzip.planning.prefix_rule import PrefixRule
 from vllm_kvzip.scoring import ScorerSettings, available_scorers, create_scorer
-from vllm_kvzip.surrogate import LayerSurrogate, save_surrogate
-from vllm_kvzip.vllm_bridge.gpu_worker import compression_bytes
+from vllm_kvzip.storage.head_pages import PagePool
+from vllm_kvzip.storage.page_store import PackedPages, PageCodec
+from vllm_kvzip.vllm_bridge.worker.gpu_worker import compression_bytes
 
 TOKENS = 4096
 # KV heads of a rank, query group, head size: of Llama 8B, Qwen 7B, both on one of many ranks, and

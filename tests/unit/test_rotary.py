@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from vllm_kvzip.rotary import RotaryTables
+from vllm_kvzip.model.rotary import RotaryTables
 
 POSITIONS, DIM, ROTATED = 40, 10, 8
 

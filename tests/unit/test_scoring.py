@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from vllm_kvzip.core import LayerInputs
-from vllm_kvzip.profile import ModelFingerprint
-from vllm_kvzip.rotary import RotaryTables
+from vllm_kvzip.head_profiles.head_profile import ModelFingerprint
+from vllm_kvzip.head_profiles.networks import LayerSurrogate, save_surrogate
+from vllm_kvzip.model.rotary import RotaryTables
 from vllm_kvzip.scoring import (
     Scorer,
     ScorerSettings,
@@ -17,7 +18,6 @@ from vllm_kvzip.scoring import (
     register_scorer,
 )
 from vllm_kvzip.scoring import base as scoring_base
-from vllm_kvzip.surrogate import LayerSurrogate, save_surrogate
 
 HEADS, TOKENS, DIM, GROUP = 2, 12, 8, 3
 

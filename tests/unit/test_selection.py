@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_kvzip.selection import protect, rank, select, take_behind, take_best
+from vllm_kvzip.budgeting.selection import protect, rank, select, take_behind, take_best
 
 
 def kept(plan, head):

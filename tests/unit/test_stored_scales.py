@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from vllm_kvzip.core import CacheGeometry
-from vllm_kvzip.head_pages import PagePool
 from vllm_kvzip.pipeline import Compressor
-from vllm_kvzip.prefix_rule import PrefixRule
+from vllm_kvzip.planning.prefix_rule import PrefixRule
+from vllm_kvzip.planning.tiers import TierRule
 from vllm_kvzip.quantization import choose_quantization, unpack_pages
-from vllm_kvzip.row_pages import RowPages
 from vllm_kvzip.scoring import create_scorer
-from vllm_kvzip.stored_scales import KEYS, VALUES, StoredScales
-from vllm_kvzip.tiers import TierRule
+from vllm_kvzip.storage.head_pages import PagePool
+from vllm_kvzip.storage.row_pages import RowPages
+from vllm_kvzip.storage.stored_scales import KEYS, VALUES, StoredScales
 
 N, D, BLOCKS = 16, 64, 30
 GEOMETRY = CacheGeometry(num_layers=2, num_kv_heads=2, group_size=2, head_dim=D, block_size=N)

@@ -12,14 +12,14 @@ from retrieval_task import VOCABULARY, make_context
 from safetensors.torch import save_file
 
 from vllm_kvzip.errors import ProfileError
-from vllm_kvzip.profile import ModelFingerprint, find_profile, profile_folders
-from vllm_kvzip.surrogate import (
+from vllm_kvzip.head_profiles.head_profile import ModelFingerprint, find_profile, profile_folders
+from vllm_kvzip.head_profiles.network_training import SurrogateTrainer, predict
+from vllm_kvzip.head_profiles.networks import (
     LayerSurrogate,
     load_surrogate,
     save_surrogate,
     token_features,
 )
-from vllm_kvzip.surrogate_training import SurrogateTrainer, predict
 
 SHAPE = ModelFingerprint(
     architecture="A", num_layers=2, num_query_heads=4, num_kv_heads=2, head_dim=4

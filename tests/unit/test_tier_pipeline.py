@@ -7,18 +7,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_kvzip.allocation import PageAllocator
-from vllm_kvzip.compaction import PackedPages, PageCodec
+from vllm_kvzip.budgeting.allocation import PageAllocator
 from vllm_kvzip.config import Budget
 from vllm_kvzip.core import CacheGeometry
-from vllm_kvzip.head_pages import PagePool
 from vllm_kvzip.pipeline import Compressor
-from vllm_kvzip.prefix_rule import PrefixRule
+from vllm_kvzip.planning.prefix_rule import PrefixRule
+from vllm_kvzip.planning.tiers import TierRule
 from vllm_kvzip.quantization import choose_quantization, rotate_back, unpack_pages
-from vllm_kvzip.row_pages import RowPages
 from vllm_kvzip.scoring import create_scorer
-from vllm_kvzip.tiered_attention import quantized_tokens
-from vllm_kvzip.tiers import TierRule
+from vllm_kvzip.storage.head_pages import PagePool
+from vllm_kvzip.storage.page_store import PackedPages, PageCodec
+from vllm_kvzip.storage.row_pages import RowPages
+from vllm_kvzip.storage.tiered_attention import quantized_tokens
 
 N, D, BLOCKS = 8, 32, 40
 GEOMETRY = CacheGeometry(num_layers=2, num_kv_heads=2, group_size=2, head_dim=D, block_size=N)

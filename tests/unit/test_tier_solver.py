@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_kvzip.tier_solver import solve_tiers
+from vllm_kvzip.budgeting.tier_solver import solve_tiers
 
 
 def worth(scores, full, kept, loss):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from vllm_kvzip.key_transform import KeyTransform
+from vllm_kvzip.model.key_transform import KeyTransform
 from vllm_kvzip.quantization import choose_quantization, pack_pages, rotate, unpack_pages
 from vllm_kvzip.quantization.reading import PageReader
 from vllm_kvzip.quantization.rotation import rotate_back
-from vllm_kvzip.tiered_attention import TieredAttention, TierPages
+from vllm_kvzip.storage.tiered_attention import TieredAttention, TierPages
 
 N = 8
 FORMATS = [("nf4", "nf4"), ("int4", "int4"), ("int8", "int8"), ("int8", "nf4"), ("nf4", "int4")]
@@ -103,7 +103,7 @@ class Pool:
 @pytest.mark.parametrize("rotation", ["none", "hadamard"])
 def test_few_rows_of_many_sequences(keys, values, rotation, monkeypatch):
     torch.manual_seed(1)
-    monkeypatch.setattr("vllm_kvzip.tiered_attention.VALUES_AT_ONCE", 32 * 120)
+    monkeypatch.setattr("vllm_kvzip.storage.tiered_attention.VALUES_AT_ONCE", 32 * 120)
     head_dim, steps, scale = 32, 3, 0.2
     chosen = quantization(keys, values, head_dim, rotation)
     page_tokens = chosen.layout.page_tokens

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_kvzip.prefix_rule import PrefixRule
+from vllm_kvzip.planning.prefix_rule import PrefixRule
+from vllm_kvzip.planning.request_options import RequestOptions
+from vllm_kvzip.planning.tiers import TierBlocks, TierRule
 from vllm_kvzip.quantization import choose_quantization
-from vllm_kvzip.request_options import RequestOptions
-from vllm_kvzip.tiers import TierBlocks, TierRule
 
 N, Q = 16, 60
 ratios = st.floats(0.01, 1.0)

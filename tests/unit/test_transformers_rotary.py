@@ -7,7 +7,7 @@ from transformers.models.cohere import modeling_cohere
 from transformers.models.glm import modeling_glm
 from transformers.models.llama import modeling_llama
 
-from vllm_kvzip.transformers_rotary import transformers_tables
+from vllm_kvzip.model.transformers_rotary import transformers_tables
 
 SHAPE = {"hidden_size": 64, "num_attention_heads": 4, "head_dim": 16, "pad_token_id": None}
 YARN = {

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 import torch
 
 from vllm_kvzip.quantization.base import Encoded, Format, check_block_size, whole_blocks
-from vllm_kvzip.quantization.nibbles import in_blocks, pack_nibbles, unpack_nibbles
-from vllm_kvzip.quantization.scales import (
+from vllm_kvzip.quantization.packing import (
     LARGEST,
     SMALLEST_SCALE,
     as_bytes,
     bfloat16_down,
     bfloat16_up,
+    in_blocks,
+    pack_nibbles,
+    unpack_nibbles,
 )
 
 

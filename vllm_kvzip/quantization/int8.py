@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_kvzip.quantization.base import Encoded, Format
-from vllm_kvzip.quantization.scales import LARGEST, SMALLEST_SCALE, as_bytes
+from vllm_kvzip.quantization.packing import LARGEST, SMALLEST_SCALE, as_bytes
 
 
 @dataclass(frozen=True)

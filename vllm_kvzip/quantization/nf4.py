@@ -15,14 +15,16 @@ from dataclasses import dataclass, field
 import torch
 
 from vllm_kvzip.quantization.base import Encoded, Format, check_block_size, whole_blocks
-from vllm_kvzip.quantization.nibbles import in_blocks, pack_nibbles, unpack_nibbles
-from vllm_kvzip.quantization.scales import (
+from vllm_kvzip.quantization.packing import (
     LARGEST,
     LARGEST_FLOAT8,
     SMALLEST_SCALE,
     as_bytes,
     float8_decode,
     float8_encode,
+    in_blocks,
+    pack_nibbles,
+    unpack_nibbles,
 )
 
 

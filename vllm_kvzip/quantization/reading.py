@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_kvzip.quantization.scales import float8_decode
+from vllm_kvzip.quantization.packing import float8_decode
 
 if TYPE_CHECKING:
     from vllm_kvzip.quantization.layout import HalfPage, PageLayout

@@ -2,7 +2,7 @@
 
 A scorer answers one question: how important is each KV pair? It sees one layer at a time, so no
 more than one layer's keys and values are ever unpacked. How many pairs a head may keep is not its
-business (:mod:`vllm_kvzip.budgeting`).
+business (:mod:`vllm_kvzip.budgeting.budgets`).
 """
 
 from __future__ import annotations

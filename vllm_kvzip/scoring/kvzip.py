@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class KVzipScorer(Scorer):
     """The most attention any query of the group pays to the pair, section 3.2 of the paper.
 
-    The engine runs the model once more over the context for it (:mod:`vllm_kvzip.reconstruction`),
+    The engine runs the model once more over the context for it (``planning/reconstruction.py``),
     which costs about as much as the prefill and depends on nothing but the context.
     """
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from vllm_kvzip.head_profiles.networks import MIN_LOG_SCORE, load_surrogate, recency
+from vllm_kvzip.model.slices import token_slices
 from vllm_kvzip.scoring.base import Scorer, ScorerSettings, register_scorer
 from vllm_kvzip.scoring.contrast import contrast, ramp
-from vllm_kvzip.slices import token_slices
-from vllm_kvzip.surrogate import MIN_LOG_SCORE, load_surrogate, recency
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ def contrast_power(keep_ratio: float) -> float:
 class SurrogateScorer(Scorer):
     """Influence, or the score of scorer ``kvzip``, predicted for a small part of its cost.
 
-    The head profile says which, see :mod:`vllm_kvzip.influence`. Where little is kept it is
+    The head profile says which, see ``head_profiles/influence.py``. Where little is kept it is
     multiplied by a power of scorer ``contrast``.
 
     Raises:

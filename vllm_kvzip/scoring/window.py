@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch.nn.functional import max_pool1d
 
+from vllm_kvzip.model.slices import group_slices, token_slices
 from vllm_kvzip.scoring.base import Scorer, register_scorer
-from vllm_kvzip.slices import group_slices, token_slices
 
 if TYPE_CHECKING:
     from vllm_kvzip.core import LayerInputs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_kvzip.profile import ModelFingerprint
+from vllm_kvzip.head_profiles.head_profile import ModelFingerprint
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

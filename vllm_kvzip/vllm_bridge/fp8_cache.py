@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.platforms import current_platform
 
-from vllm_kvzip.stored_scales import StoredScales
+from vllm_kvzip.storage.stored_scales import StoredScales
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

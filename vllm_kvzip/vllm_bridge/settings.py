@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any
 from vllm_kvzip import __version__
 from vllm_kvzip.config import DEFAULT_FULL_SHARE, Budget, KVzipConfig
 from vllm_kvzip.errors import ConfigError
-from vllm_kvzip.prefix_rule import PrefixRule
-from vllm_kvzip.profile import interpolate
+from vllm_kvzip.head_profiles.head_profile import interpolate
+from vllm_kvzip.planning.prefix_rule import PrefixRule
+from vllm_kvzip.planning.tiers import TierRule
 from vllm_kvzip.scoring import scorer_class
-from vllm_kvzip.tiers import TierRule
 from vllm_kvzip.vllm_bridge.fp8_cache import running_cache_dtype
 from vllm_kvzip.vllm_bridge.stats_export import FOLDER_VARIABLE
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from vllm_kvzip.planning.reconstruction import RepeatRule
     from vllm_kvzip.quantization import Quantization
-    from vllm_kvzip.reconstruction import RepeatRule
 
 KEY = "kvzip"
 PREFIX_FORMAT = 4  # how a compressed prefix lies in its blocks
@@ -164,7 +164,7 @@ class Settings:
         """
         if self.repeat_ids is None:
             return None
-        from vllm_kvzip.reconstruction import RepeatRule
+        from vllm_kvzip.planning.reconstruction import RepeatRule
 
         most = vllm_config.scheduler_config.max_num_batched_tokens
         return RepeatRule.fitting(
@@ -201,7 +201,7 @@ class Settings:
             return interpolate(self.head_budgets, keep_ratio)
         import torch
 
-        from vllm_kvzip.reconstruction import retrieval_fractions
+        from vllm_kvzip.planning.reconstruction import retrieval_fractions
 
         importance = torch.tensor(self.head_importance)
         fractions: list[list[float]] = retrieval_fractions(importance, keep_ratio).tolist()

@@ -17,14 +17,11 @@ def running_version() -> str:
     return str(vllm.__version__).split("+")[0]
 
 
-def check_version(serves: bool) -> None:
+def check_version() -> None:
     """Refuse a vLLM that lacks what the bridge is built on.
 
-    Args:
-        serves: whether HTTP routes are among that.
-
     Raises:
-        UnsupportedError: if it is too old, or a name that the bridge imports is gone.
+        UnsupportedError: if it is too old.
     """
     version = running_version()
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
@@ -33,18 +30,14 @@ def check_version(serves: bool) -> None:
         raise UnsupportedError(
             f"KV compression needs vLLM {oldest} or newer, but {version} is running; upgrade vLLM."
         )
-    try:
-        import vllm_kvzip.vllm_bridge.admission
-        import vllm_kvzip.vllm_bridge.cache_spec
-        import vllm_kvzip.vllm_bridge.scheduler
 
-        if serves:
-            import vllm_kvzip.vllm_bridge.routes  # noqa: F401
-    except ImportError as error:
-        raise UnsupportedError(
-            f"KV compression does not fit vLLM {version} ({error}); install a tested version: "
-            f"{', '.join(TESTED_VERSIONS)}."
-        ) from error
+
+def misfit(error: ImportError) -> UnsupportedError:
+    """The sentence for a name that the bridge imports and the running vLLM lacks."""
+    return UnsupportedError(
+        f"KV compression does not fit vLLM {running_version()} ({error}); install a tested "
+        f"version: {', '.join(TESTED_VERSIONS)}."
+    )
 
 
 def untested_warning() -> str | None:

@@ -1,0 +1,156 @@
+"""Which budget, with what it needs: pages of either tier for every head of one compression."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_kvzip.budgeting import budgets
+from vllm_kvzip.planning.tiers import EPSILON, pages_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from vllm_kvzip.config import Budget
+    from vllm_kvzip.core import CacheGeometry, PrefixPlan
+    from vllm_kvzip.planning.prefix_rule import PrefixRule
+
+    Grid = Sequence[Sequence[float]]
+
+
+class PageAllocator:
+    """Deals the pages that a plan has to heads; every page of the reserved blocks is used.
+
+    Args:
+        geometry: shape of the compressed layers.
+        rule: what follows from a prompt's length.
+        budget: one of :data:`~vllm_kvzip.config.Budget`.
+        head_fractions: keep ratio -> ``[L][H]``, share of its KV pairs each head keeps, for
+            budgets ``profile`` and ``retrieval``.
+        head_importance: ``[L][H]``, which heads come first; likewise.
+        tier_fractions: bytes ratio -> ``[L][H]`` twice, shares of its KV pairs each head keeps as
+            they are and in either tier, for budget ``profile``; None: both by ``head_fractions``.
+
+    Raises:
+        ValueError: for fractions that are missing or of another shape.
+    """
+
+    def __init__(
+        self,
+        geometry: CacheGeometry,
+        rule: PrefixRule,
+        budget: Budget,
+        head_fractions: Callable[[float], Sequence[Sequence[float]]] | None,
+        head_importance: Sequence[Sequence[float]] | None,
+        tier_fractions: Callable[[float], tuple[Grid, Grid]] | None = None,
+    ) -> None:
+        self._geometry = geometry
+        self._rule = rule
+        self._budget = budget
+        self._tier_fractions = tier_fractions
+        self._head_fractions = None
+        if budget in ("profile", "retrieval"):
+            assert head_fractions is not None
+            self._head_fractions = head_fractions
+            self._head_importance = torch.tensor(head_importance, dtype=torch.float64)
+            wanted = (geometry.num_layers, geometry.num_kv_heads)
+            if self._head_importance.shape != wanted:
+                found = tuple(self._head_importance.shape)
+                raise ValueError(f"profile of {found} heads, not {wanted}")
+
+    def full(
+        self, scores: torch.Tensor, plan: PrefixPlan, available: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Pages of KV pairs as they are, int64 ``[L, H]``.
+
+        Args:
+            scores: float32 ``[L, H, T]``.
+            plan: of the prompt.
+            available: int64 ``[L, H]``, pages each head has to choose from; None: all its tokens.
+        """
+        geometry = self._geometry
+        total = plan.num_full_blocks * geometry.pages_per_block
+        if not total:
+            place = scores.device if self._by_score else None
+            shape = geometry.num_layers, geometry.num_kv_heads
+            return torch.zeros(shape, dtype=torch.int64, device=place)
+        min_pages = self._rule.min_pages_per_head(plan.boundary_tokens)
+        if plan.num_quantized_blocks:
+            least = pages_for(self._num_protected(plan), plan.quantized_page_tokens)
+            if plan.num_quantized_pages >= least:  # they may lie there
+                min_pages = 0
+        if self._by_score:
+            return budgets.allocate_adaptive(
+                scores,
+                total,
+                geometry.block_size,
+                min_pages,
+                max_pages=available,
+                per_layer=self._per_layer,
+            )
+        if self._head_fractions is not None:
+            return budgets.allocate_from_fractions(
+                self._fractions(plan, plan.full_share, tier=0),
+                self._head_importance,
+                total,
+                min_pages,
+                plan.num_prefix_blocks,
+                None if available is None else available.cpu(),
+            )
+        return budgets.allocate_uniform(total, geometry.num_layers, geometry.num_kv_heads)
+
+    def quantized(
+        self, scores: torch.Tensor, full_pages: torch.Tensor, plan: PrefixPlan
+    ) -> torch.Tensor:
+        """Pages of the quantized tier, int64 ``[L, H]``.
+
+        Args:
+            scores: float32 ``[L, H, T]``.
+            full_pages: int64 ``[L, H]``, of :meth:`full`.
+            plan: of the prompt.
+        """
+        geometry = self._geometry
+        total = plan.num_quantized_pages * geometry.pages_per_block
+        page_tokens = plan.quantized_page_tokens
+        taken = full_pages * geometry.block_size
+        left = (max(1, self._num_protected(plan)) - taken).clamp_min(0)
+        least = (left + page_tokens - 1) // page_tokens
+        if self._by_score:
+            return budgets.allocate_behind(
+                scores, taken, total, page_tokens, least, per_layer=self._per_layer
+            )
+        if self._head_fractions is not None:
+            num_tokens = plan.boundary_tokens
+            most = (num_tokens - taken + page_tokens - 1) // page_tokens
+            missing = total - int(most.sum())
+            if missing > 0:  # whole blocks can be a little more than there is to keep
+                most += -(-missing // most.numel())
+            kept = self._fractions(plan, plan.share, tier=1)
+            # Rounded up: a head that shall keep everything must not miss its last few tokens.
+            wanted = ((kept * num_tokens - taken) / page_tokens - EPSILON).ceil().clamp_min(0)
+            num_pages = num_tokens / page_tokens
+            return budgets.allocate_from_fractions(
+                wanted / num_pages, self._head_importance, total, least, num_pages, most
+            )
+        return budgets.allocate_uniform(total, geometry.num_layers, geometry.num_kv_heads)
+
+    def _num_protected(self, plan: PrefixPlan) -> int:
+        """Tokens that every head keeps, in either tier."""
+        return sum(self._rule.protected_in_prefix(plan.boundary_tokens))
+
+    @property
+    def _by_score(self) -> bool:
+        return self._budget in ("adaptive", "adaptive-per-layer")
+
+    @property
+    def _per_layer(self) -> bool:
+        return self._budget == "adaptive-per-layer"
+
+    def _fractions(self, plan: PrefixPlan, keep_ratio: float, tier: int) -> torch.Tensor:
+        """Shares of each head as they are (tier 0), or in either tier (1)."""
+        if self._tier_fractions is not None and plan.num_quantized_blocks:
+            held = plan.num_compressed_blocks / plan.num_prefix_blocks
+            return torch.tensor(self._tier_fractions(held)[tier], dtype=torch.float64)
+        assert self._head_fractions is not None
+        return torch.tensor(self._head_fractions(keep_ratio), dtype=torch.float64)

@@ -1,0 +1,1 @@
+"""Profiles of a model's heads: files, networks, and how both are made."""

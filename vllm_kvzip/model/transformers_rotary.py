@@ -1,0 +1,54 @@
+"""The rotary embedding of a model that runs by transformers' own code, as tables of angles."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from vllm_kvzip.model.rotary import RotaryTables
+
+BY_LENGTH = ("dynamic", "longrope")
+"""Kinds whose angles depend on the length of what is read."""
+TRIED_POSITIONS = 16
+
+
+def transformers_tables(embedding: Any, num_positions: int) -> RotaryTables | None:
+    """Angles of a rotary embedding in transformers' format.
+
+    Which dimensions are turned together is not said anywhere, so the model's own function turns
+    random numbers, and what turns them back is taken.
+
+    Args:
+        embedding: the module; gives cosines and sines ``[1, T, R]`` for positions ``[1, T]``.
+        num_positions: T.
+
+    Returns:
+        None where they depend on the length of what is read, or nothing turns the numbers back.
+    """
+    turn = getattr(sys.modules[type(embedding).__module__], "apply_rotary_pos_emb", None)
+    if getattr(embedding, "rope_type", "default") in BY_LENGTH or turn is None:
+        return None
+    device = embedding.inv_freq.device
+    positions = torch.arange(num_positions, device=device)
+    cos, sin = embedding(torch.zeros(1, device=device), positions[None])
+    cos, sin = cos.float(), sin.float()
+    tried = positions[-TRIED_POSITIONS:]
+    plain = torch.randn(
+        1, 1, len(tried), cos.shape[-1], generator=torch.Generator().manual_seed(0)
+    ).to(device)
+    try:
+        turned, _ = turn(plain, plain, cos[:, tried], sin[:, tried])
+    except TypeError:  # a function of other arguments
+        return None
+    half = cos.shape[-1] // 2
+    for columns, interleaved in (
+        (slice(half), False),
+        (slice(half), True),
+        (slice(None, None, 2), True),
+    ):
+        tables = RotaryTables(cos[0, :, columns], sin[0, :, columns], interleaved)
+        if torch.allclose(tables.unrotate(turned, tried), plain, atol=1e-4):
+            return tables
+    return None

@@ -1,0 +1,1 @@
+"""What is compressed and into how many blocks; follows from lengths and options alone."""

@@ -1,0 +1,248 @@
+"""What is compressed, and into how many blocks: known from lengths alone, before any score is.
+
+So scheduler and workers agree without a message, and blocks can be reserved in advance.
+
+With a prefill budget of P blocks no request ever holds much more than that. Whenever P + C blocks
+are full, and again after each C blocks more (C is half of P), everything so far is compressed into
+P blocks: what was kept before competes with what is new. Where that happens depends on positions
+only, so equal prefixes are compressed equally whatever follows them.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import TYPE_CHECKING
+
+from vllm_kvzip.core import PrefixPlan
+from vllm_kvzip.planning import request_options
+from vllm_kvzip.planning.tiers import TierBlocks, TierRule, pages_for
+
+if TYPE_CHECKING:
+    from vllm_kvzip.planning.request_options import RequestOptions
+
+_SPARE_BLOCKS = 2  # vLLM's null block, and one for tokens behind the prompt
+
+
+@dataclass(frozen=True)
+class PrefixRule:
+    """How a prompt's length and a request's options decide what is compressed, in how many blocks.
+
+    What a compressed prefix looks like depends on nothing behind its boundary, so that every
+    prompt with the same first tokens and the same keep ratio can share it.
+
+    Attributes:
+        keep_ratio: kept / all KV pairs of the prefix, or bytes where ``tiers`` says so, in (0, 1];
+            a request may name its own.
+        min_prompt_tokens: shorter prompts, or declared contexts, are left alone.
+        sink_tokens: first tokens of the prefix that every head keeps.
+        recent_tokens: last tokens of the prefix that every head keeps.
+        block_size: tokens per block.
+        min_output_tokens: requests that generate fewer are left alone, unless they declare a
+            context that others shall reuse.
+        prefill_blocks: the prefill budget in blocks; None reads every prompt raw.
+        pool_blocks: blocks of the whole pool; a prompt that would not fit into it together with
+            its compressed prefix is left alone. None: not known.
+        tiers: how a keep ratio becomes blocks; None: all of them hold KV pairs as they are.
+    """
+
+    keep_ratio: float
+    min_prompt_tokens: int
+    sink_tokens: int
+    recent_tokens: int
+    block_size: int
+    min_output_tokens: int = 0
+    prefill_blocks: int | None = None
+    pool_blocks: int | None = None
+    tiers: TierRule | None = None
+
+    def plan(
+        self, num_prompt_tokens: int, options: RequestOptions = request_options.DEFAULT
+    ) -> PrefixPlan | None:
+        """The plan for a whole prompt or context, or None when it is left alone.
+
+        Args:
+            num_prompt_tokens: length of the prompt.
+            options: what the request asks for.
+        """
+        if self.skip_reason(num_prompt_tokens, options) is not None:
+            return None
+        num_blocks = self._num_prefix_blocks(num_prompt_tokens, options)
+        boundary = num_blocks * self.block_size
+        blocks = self._compressed_blocks(num_blocks, options)
+        return PrefixPlan(
+            boundary_tokens=boundary,
+            num_prefix_blocks=num_blocks,
+            num_compressed_blocks=blocks.total,
+            ready_tokens=num_prompt_tokens if options.context_tokens is None else boundary,
+            keep_ratio=self.wanted_ratio(options),
+            num_quantized_blocks=blocks.quantized,
+            quantized_page_tokens=self.tiers.page_tokens if self.tiers and blocks.quantized else 0,
+            quantized_split=self.tiers.split if self.tiers and blocks.quantized else 1,
+        )
+
+    def next_plan(
+        self,
+        num_prompt_tokens: int,
+        options: RequestOptions = request_options.DEFAULT,
+        done: PrefixPlan | None = None,
+    ) -> PrefixPlan | None:
+        """What is compressed next, or None when nothing is any more.
+
+        Args:
+            num_prompt_tokens: length of the prompt.
+            options: what the request asks for.
+            done: the compression that its row begins with, its own or one that it found.
+        """
+        last = self.plan(num_prompt_tokens, options)
+        if self.prefill_blocks is None or options.is_off:
+            return None if done else last
+        start, held = (done.num_prefix_blocks, done.num_compressed_blocks) if done else (0, 0)
+        end = self._next_round(start, held)
+        may_end = last is not None and (done is None or done.is_round)
+        if last is not None and may_end and start < last.num_prefix_blocks <= end:
+            return replace(last, start_blocks=start, held_blocks=held)
+        return PrefixPlan(
+            boundary_tokens=end * self.block_size,
+            num_prefix_blocks=end,
+            num_compressed_blocks=self.prefill_blocks,
+            ready_tokens=end * self.block_size,
+            keep_ratio=self.wanted_ratio(options),
+            start_blocks=start,
+            held_blocks=held,
+            is_round=True,
+        )
+
+    def next_stop(
+        self,
+        num_prompt_tokens: int,
+        options: RequestOptions,
+        plan: PrefixPlan | None,
+        must_wait: bool,
+        first: int,
+        num_tokens: int,
+    ) -> int:
+        """How many tokens a step may compute, so that it ends where something is compressed.
+
+        Args:
+            num_prompt_tokens: length of the prompt.
+            options: what the request asks for.
+            plan: what is compressed next.
+            must_wait: whether another compression is still to be carried out before it.
+            first: position of the step's first token.
+            num_tokens: what could be computed.
+        """
+        while plan is not None and plan.ready_tokens <= first:  # found raw; compressed in this step
+            plan, must_wait = self.next_plan(num_prompt_tokens, options, plan), True
+        if plan is None:
+            return num_tokens
+        return min(num_tokens, plan.ready_tokens - first - must_wait)
+
+    @property
+    def peak_blocks(self) -> int | None:
+        """The most blocks a request holds with a prefill budget.
+
+        What was kept, what is about to be, and what is new in the meantime; twice, because with
+        asynchronous scheduling a step is under way while the next one is scheduled.
+        """
+        if self.prefill_blocks is None:
+            return None
+        return 2 * self.prefill_blocks + 2 * self._round_blocks + _SPARE_BLOCKS
+
+    @property
+    def first_round_tokens(self) -> int | None:
+        """Where a raw prefix is compressed at the latest; None without a prefill budget."""
+        if self.prefill_blocks is None:
+            return None
+        return self._next_round(0, 0) * self.block_size
+
+    def _next_round(self, start_blocks: int, held_blocks: int) -> int:
+        """Blocks before the next position where more than the prefill budget is held.
+
+        Args:
+            start_blocks: blocks that have been compressed already.
+            held_blocks: blocks that hold what was kept of them.
+        """
+        budget, step = self.prefill_blocks, self._round_blocks
+        assert budget is not None
+        # The first position behind what the budget holds, rounded up to budget + k * step.
+        full = start_blocks + budget - held_blocks
+        return budget + max(1, (full - budget) // step + 1) * step
+
+    @property
+    def _round_blocks(self) -> int:
+        assert self.prefill_blocks is not None
+        return max(1, self.prefill_blocks // 2)
+
+    def skip_reason(
+        self, num_prompt_tokens: int, options: RequestOptions = request_options.DEFAULT
+    ) -> str | None:
+        """Why a prompt is left alone, one of ``metrics.SKIP_REASONS``; None when it is not.
+
+        At the server's keep ratio 1.0 nothing is freed either, but the prompt goes through the
+        whole machinery: its output must equal that of stock vLLM, which is how a deployment is
+        checked.
+        """
+        if options.is_off:
+            return options.left_alone or "off_by_request"
+        num_blocks = self._num_prefix_blocks(num_prompt_tokens, options)
+        context = options.context_tokens
+        if num_blocks == 0 or self.min_prompt_tokens > (
+            num_prompt_tokens if context is None else context
+        ):
+            return "below_min_prompt_tokens"
+        num_output = options.max_output_tokens
+        if context is None and num_output is not None and num_output < self.min_output_tokens:
+            return "below_min_output_tokens"
+        blocks = self._compressed_blocks(num_blocks, options)
+        is_check = self.keep_ratio == self.wanted_ratio(options) == 1 and not blocks.quantized
+        if blocks.total >= num_blocks and not is_check:
+            return "nothing_to_free"
+        if self.pool_blocks is not None and self.prefill_blocks is None:
+            crossing = ceil(num_prompt_tokens / self.block_size) + blocks.total
+            if crossing > self.pool_blocks - _SPARE_BLOCKS:
+                return "no_room"
+        return None
+
+    def wanted_ratio(self, options: RequestOptions) -> float:
+        """The keep ratio of a request: its own, or the server's."""
+        return self.keep_ratio if options.keep_ratio is None else options.keep_ratio
+
+    def protected_in_prefix(self, boundary_tokens: int) -> tuple[int, int]:
+        """Protected tokens of a prefix of ``boundary_tokens`` tokens: (first ones, last ones)."""
+        num_sinks = min(self.sink_tokens, boundary_tokens)
+        return num_sinks, min(self.recent_tokens, boundary_tokens - num_sinks)
+
+    def min_pages_per_head(self, boundary_tokens: int) -> int:
+        """Ordinary head pages that a head needs for its protected tokens, at least one."""
+        return pages_for(sum(self.protected_in_prefix(boundary_tokens)), self.block_size)
+
+    def max_compressed_blocks(self, max_tokens: int) -> int:
+        """The most blocks any prompt of up to ``max_tokens`` tokens needs, unless it says more."""
+        return _most_compressed_blocks(self, max_tokens // self.block_size)
+
+    def _num_prefix_blocks(self, num_prompt_tokens: int, options: RequestOptions) -> int:
+        end = num_prompt_tokens if options.context_tokens is None else options.context_tokens
+        return min(end, num_prompt_tokens) // self.block_size
+
+    def _compressed_blocks(self, num_blocks: int, options: RequestOptions) -> TierBlocks:
+        tiers = self.tiers or TierRule("evict", self.block_size)
+        num_protected = sum(self.protected_in_prefix(num_blocks * self.block_size))
+        blocks = tiers.blocks(self.wanted_ratio(options), num_blocks, num_protected)
+        if self.prefill_blocks is None:
+            return blocks
+        return TierBlocks(min(blocks.full, self.prefill_blocks), blocks.quantized)
+
+
+@functools.lru_cache(maxsize=8)
+def _most_compressed_blocks(rule: PrefixRule, num_blocks: int) -> int:
+    """The most of any prefix of up to so many blocks.
+
+    With two tiers a shorter prefix can need more than a longer one: where protected tokens need
+    ordinary pages.
+    """
+    mixed = rule.tiers is not None and rule.tiers.mode == "mixed"
+    lengths = range(1 if mixed else num_blocks, num_blocks + 1)
+    found = (rule._compressed_blocks(length, request_options.DEFAULT).total for length in lengths)
+    return max(found, default=0)

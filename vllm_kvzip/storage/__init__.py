@@ -1,0 +1,1 @@
+"""Head pages: where they lie, how they are read, written and attended to."""

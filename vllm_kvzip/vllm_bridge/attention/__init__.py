@@ -1,0 +1,1 @@
+"""Attention over compressed and other requests, on CPUs and GPUs."""

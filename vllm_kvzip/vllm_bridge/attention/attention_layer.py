@@ -1,0 +1,70 @@
+"""What our attention of a layer does on every platform, in front of vLLM's implementation."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.attention.backend import AttentionImpl
+
+from vllm_kvzip.vllm_bridge.fp8_cache import queries_of_model
+from vllm_kvzip.vllm_bridge.passes.scoring_pass import PassMetadata
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_kvzip.vllm_bridge.attention.attention_timer import AttentionTimer
+
+
+class HeadPageLayer(AttentionImpl):
+    """Serves scoring passes, and times a sample of the steps.
+
+    ``timer`` is set by the worker, on the rank that records metrics.
+    """
+
+    attends_over_head_pages = True
+    timer: AttentionTimer | None = None
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of one layer into ``output``; shapes as in vLLM's implementation."""
+        if isinstance(attn_metadata, PassMetadata):
+            query = queries_of_model(layer, query, output.dtype)
+            attn_metadata.attend(layer, self.scale, query, key, value, output)
+            return output
+        timer = self.timer if self.timer is not None and self.timer.running is not None else None
+        if timer is not None:
+            timer.layer_starts()
+        scales = (output_scale, output_block_scale)
+        self.attend_step(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+        if timer is not None:
+            timer.layer_ends()
+        return output
+
+    @abstractmethod
+    def attend_step(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        *scales: torch.Tensor | None,
+    ) -> None:
+        """Attention of one layer in one of vLLM's steps; ``output`` is written."""
+
+    def vllms_forward(self, *args: Any) -> None:
+        """vLLM's own :meth:`forward`."""
+        super().forward(*args)

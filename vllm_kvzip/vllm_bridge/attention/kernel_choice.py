@@ -1,0 +1,208 @@
+"""Which kernel attends over compressed prefixes on this card: ours or vLLM's. Measured at start-up.
+
+Both are timed on the same made-up decode step over the engine's own cache, whose contents do not
+matter. The same step compiles our kernels, so that no request waits for that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from vllm_kvzip.kernels.column_maximum import column_maximum
+from vllm_kvzip.kernels.page_copies import compact_pages
+from vllm_kvzip.kernels.page_tables import PageTables
+from vllm_kvzip.kernels.quantized_pages import quantize_pages
+from vllm_kvzip.vllm_bridge.attention.kernel_batches import KernelBatch
+from vllm_kvzip.vllm_bridge.attention.stock_pairs import StockPairs, fits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vllm_kvzip.clocks import Clock
+    from vllm_kvzip.core import CacheGeometry
+    from vllm_kvzip.vllm_bridge.attention.batches import AttendingBatch
+    from vllm_kvzip.vllm_bridge.attention.gpu_attention import HeadPageBuilder
+    from vllm_kvzip.vllm_bridge.attention.kernel_batches import KernelBatcher
+
+logger = init_logger("vllm." + __name__)
+
+REQUESTS, CONTEXT_TOKENS, KEEP_RATIO = 32, 8192, 0.25  # of the made-up step
+WARM_UPS, RUNS = 3, 10
+
+
+@dataclass(frozen=True)
+class MadeUpStep:
+    """Requests that are all alike, each with a compressed prefix and some tokens behind it.
+
+    Attributes:
+        batch: as our kernel takes it.
+        common: vLLM's metadata of it.
+        query, output: ``[tokens, H * G, D]``.
+    """
+
+    batch: KernelBatch
+    common: CommonAttentionMetadata
+    query: torch.Tensor
+    output: torch.Tensor
+
+
+def make_up_step(
+    batcher: KernelBatcher,
+    geometry: CacheGeometry,
+    *,
+    num_requests: int,
+    context_tokens: int,
+    num_blocks: int,
+    query_len: int = 1,
+) -> MadeUpStep:
+    """A step over the first blocks of the cache.
+
+    Args:
+        batcher: of the engine.
+        geometry: of the cache.
+        num_requests: R.
+        context_tokens: of each request, before compression; a quarter is kept.
+        num_blocks: of the cache; requests share blocks when there are few.
+        query_len: tokens of each request in this step.
+    """
+    keys, _ = batcher.pages
+    device, size = keys.device, geometry.block_size
+    prefix_blocks = context_tokens // size
+    kept = max(1, round(KEEP_RATIO * prefix_blocks))
+    width = prefix_blocks + -(-query_len // size)
+    table = torch.arange(num_requests * width, dtype=torch.int32, device=device) % num_blocks
+    table = table.view(num_requests, width)
+    seq_len = prefix_blocks * size + query_len
+    seq_lens = torch.full((num_requests,), seq_len, dtype=torch.int32, device=device)
+    starts = torch.arange(num_requests + 1, dtype=torch.int32) * query_len
+    pairs = torch.arange(geometry.pages_per_block + 1, dtype=torch.int32, device=device)
+    quantized = transforms = None  # what else they have
+    if batcher.quantized is not None:
+        rest = -(-(prefix_blocks - kept) * size // batcher.quantized.layout.page_tokens)
+        quantized = (batcher.quantized_split * kept * geometry.pages_per_block + rest * pairs)[None]
+        shape = (1, geometry.pages_per_block, 2 + batcher.num_first, geometry.head_dim)
+        transforms = torch.ones(shape, dtype=torch.float32, device=device)
+    tables = PageTables(
+        offsets=kept * pairs[None],
+        boundary_blocks=torch.full((1,), prefix_blocks, dtype=torch.int32, device=device),
+        slots=torch.zeros(num_requests, dtype=torch.int32, device=device),
+        block_table=table,
+        seq_lens=seq_lens,
+        place=batcher.place,
+        num_kv_heads=geometry.num_kv_heads,
+        page_tokens=size,
+        quantized_offsets=quantized,
+        key_transforms=transforms,
+        split=batcher.quantized_split,
+    )
+    common = CommonAttentionMetadata(
+        query_start_loc=starts.to(device),
+        query_start_loc_cpu=starts,
+        seq_lens=seq_lens,
+        num_reqs=num_requests,
+        num_actual_tokens=num_requests * query_len,
+        max_query_len=query_len,
+        max_seq_len=seq_len,
+        block_table_tensor=table,
+        slot_mapping=torch.full((num_requests * query_len,), -1, device=device),
+    )
+    num_query_heads = geometry.num_kv_heads * geometry.group_size
+    query = torch.zeros(
+        num_requests * query_len, num_query_heads, geometry.head_dim,
+        dtype=batcher.query_dtype, device=device,
+    )  # fmt: skip
+    batch = KernelBatch(
+        batcher.pages, tables, common.query_start_loc, query_len, seq_len, batcher.layer_index,
+        batcher.quantized, batcher.scales,
+    )  # fmt: skip
+    return MadeUpStep(batch, common, query, torch.empty_like(query, dtype=batcher.dtype))
+
+
+def warm_up(
+    batcher: KernelBatcher, geometry: CacheGeometry, layer: Any, num_blocks: int, most_tokens: int
+) -> None:
+    """Compile our kernels before a request or a CUDA graph needs them.
+
+    Attention for few and for many query tokens, in one run and in several; compaction of block 0,
+    which holds nothing, into itself; scores.
+    """
+    group = geometry.group_size
+    query_lens = {1, *(-(-rows // group) for rows in (17, 33, 65))}  # tiles of 16, 32, 64; two
+    for query_len in query_lens:
+        for context_tokens in {2 * geometry.block_size, most_tokens}:
+            step = make_up_step(
+                batcher, geometry, num_requests=2, context_tokens=context_tokens,
+                num_blocks=num_blocks, query_len=query_len,
+            )  # fmt: skip
+            step.batch.attend(layer.impl, layer, step.query, step.output)
+    keys, values = batcher.pages
+    zeros = torch.zeros(geometry.block_size, dtype=torch.int32, device=keys.device)
+    stored = (half.view(torch.uint8) if batcher.scales else half for half in (keys, values))
+    compact_pages(*stored, zeros[:1, None], zeros, zeros[:1], zeros[:1])
+    if (chosen := batcher.quantized) is not None:
+        dense = torch.zeros(1, geometry.head_dim, device=keys.device)
+        empty = torch.full((1, chosen.layout.page_tokens), -1, device=keys.device)
+        page = torch.zeros(1, dtype=torch.int64, device=keys.device)
+        quantize_pages(dense, dense, empty, chosen.pages, page, chosen.layout, chosen.code_book)
+        chosen.pages[0].zero_()  # of block 0, which a kernel may read as numbers
+    rows = keys[0][None].to(batcher.dtype).contiguous()
+    column_maximum(rows, rows, rows[:, :, 0].float(), layer.impl.scale)
+
+
+def vllms_kernel_is_faster(
+    step: MadeUpStep, builder: HeadPageBuilder, pages: torch.Tensor, layer: Any, clock: Clock
+) -> bool:
+    """Time one layer of a made-up step by either kernel; what vLLM's tables take is counted.
+
+    Args:
+        step: see :func:`make_up_step`.
+        builder: makes vLLM's metadata.
+        pages: the pool as vLLM's kernel wants a cache.
+        layer: any attention layer.
+        clock: of the device.
+    """
+    if not fits(step.batch):
+        return False
+    stock = builder.stock_metadata(step.common)
+
+    def lay_out() -> StockPairs:
+        pairs = StockPairs(step.batch, pages, stock, step.common)
+        assert pairs.by_layer
+        return pairs
+
+    def attend(batch: AttendingBatch) -> None:
+        batch.attend(layer.impl, layer, step.query, step.output)
+
+    ours = seconds(lambda: attend(step.batch), clock)
+    try:
+        pairs = lay_out()
+        num_layers = step.batch.tables.num_layers
+        theirs = seconds(lambda: attend(pairs), clock) + seconds(lay_out, clock) / num_layers
+    except Exception as error:  # ours serves then; whatever it was must not stop the server
+        logger.warning("vLLM's kernel cannot attend over head pages here: %s", error)
+        return False
+    logger.info(
+        "Attention of a layer over %d compressed requests: our kernel %.0f us, vLLM's %.0f us.",
+        len(step.batch.tables.slots),
+        1e6 * ours,
+        1e6 * theirs,
+    )
+    return theirs < ours
+
+
+def seconds(call: Callable[[], Any], clock: Clock) -> float:
+    """Mean time of a call on the device; waits for it."""
+    for _ in range(WARM_UPS):
+        call()
+    begin = clock.mark()
+    for _ in range(RUNS):
+        call()
+    end = clock.mark()
+    while not clock.passed(end):
+        pass
+    return clock.seconds(begin, end) / RUNS

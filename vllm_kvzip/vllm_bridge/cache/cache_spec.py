@@ -1,0 +1,165 @@
+"""The KV cache spec of compressed layers.
+
+Importing this module registers the spec and its block manager with vLLM. The spec is pickled from
+the workers to the engine core, so the import happens exactly where compression is on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
+
+from vllm.utils.math_utils import cdiv
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheSpec,
+    SlidingWindowSpec,
+    replace_as,
+)
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from vllm_kvzip.planning.prefix_rule import PrefixRule
+from vllm_kvzip.planning.reuse_rule import ReuseRule
+from vllm_kvzip.vllm_bridge.cache.layer_checks import check_layers
+from vllm_kvzip.vllm_bridge.scheduler.block_manager import HeadPageManager
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vllm.config import VllmConfig
+
+    from vllm_kvzip.planning.reconstruction import RepeatRule
+    from vllm_kvzip.vllm_bridge.settings import Settings
+
+# vLLM's merge makes a spec of the fields it knows; ours are put in afterwards.
+_NO_RULE = PrefixRule(1.0, min_prompt_tokens=0, sink_tokens=0, recent_tokens=0, block_size=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadPageSpec(FullAttentionSpec):
+    """Full attention whose prompt prefix is compressed into head pages after prefill.
+
+    ``rule`` also sizes the extra room of the crossing step; a request that asks for a higher keep
+    ratio than the server's may need up to twice its prompt's blocks. ``repeat`` says how the model
+    repeats contexts, where the scorer wants it. The manager counts bytes by
+    ``num_layers``, the layers of the KV cache group, and ``num_ranks``, the tensor-parallel
+    workers, each of which holds a part of every block.
+    """
+
+    rule: PrefixRule = _NO_RULE
+    num_layers: int = 0
+    num_ranks: int = 1
+    metrics_directory: str | None = None
+    reuse: ReuseRule = field(default_factory=ReuseRule)
+    repeat: RepeatRule | None = None
+
+    @classmethod
+    def from_full_attention(
+        cls, spec: FullAttentionSpec, settings: Settings, num_layers: int, vllm_config: VllmConfig
+    ) -> HeadPageSpec:
+        """The same layer cache as ``spec``, with the compression rule of ``settings``."""
+        config = settings.config
+        return replace_as(
+            spec,
+            cls,
+            rule=settings.rule(spec.block_size, spec.head_size, spec.dtype.itemsize),
+            num_layers=num_layers,
+            num_ranks=vllm_config.parallel_config.tensor_parallel_size,
+            metrics_directory=settings.metrics_directory,
+            repeat=settings.repeat_rule(vllm_config),
+            reuse=ReuseRule(
+                fingerprint=settings.fingerprint(spec.block_size),
+                prefer_raw=config.prefix_reuse == "raw",
+                ttl_seconds=config.reuse_ttl_seconds,
+                observation_tokens=settings.observation_tokens,
+            ),
+        )
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers of the group and all ranks."""
+        return int(self.page_size_bytes) * self.num_layers * self.num_ranks
+
+    @classmethod
+    def merge(cls, specs: list[Self]) -> Self:
+        """One spec for a group; vLLM's merge drops fields it does not know."""
+        merged = super().merge(specs)
+        first = specs[0]
+        return replace(
+            merged,
+            rule=first.rule,
+            num_layers=first.num_layers,
+            num_ranks=first.num_ranks,
+            metrics_directory=first.metrics_directory,
+            reuse=first.reuse,
+            repeat=first.repeat,
+        )
+
+    def max_num_blocks_per_req(self, vllm_config: Any, max_len: int) -> int:
+        """Width of a block table row in blocks: the crossing step holds prompt and reserve."""
+        width: int = super().max_num_blocks_per_req(vllm_config, max_len)
+        return 2 * width
+
+    def max_memory_usage_bytes(self, vllm_config: Any) -> int:
+        """Bytes one layer needs for the longest request at its peak, the crossing step."""
+        max_len = vllm_config.model_config.max_model_len
+        num_blocks = cdiv(max_len, self.block_size) + self.rule.max_compressed_blocks(max_len)
+        if self.rule.peak_blocks is not None:
+            num_blocks = min(num_blocks, self.rule.peak_blocks)
+        return int(num_blocks * self.page_size_bytes)
+
+
+def register_spec() -> None:
+    """Tell vLLM which manager serves :class:`HeadPageSpec`; harmless when repeated.
+
+    vLLM's own specs are registered lazily, and only while its registry is empty: asking for them
+    first keeps our entry from being taken for theirs.
+    """
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(
+        HeadPageSpec, HeadPageManager, uniform_type_base_spec=FullAttentionSpec
+    )
+
+
+def as_head_page_specs(
+    specs: dict[str, KVCacheSpec],
+    layers: Mapping[str, Any],
+    settings: Settings,
+    vllm_config: VllmConfig,
+) -> dict[str, KVCacheSpec]:
+    """Every layer's spec as :class:`HeadPageSpec`.
+
+    Args:
+        specs: vLLM's spec by layer name; all must attend to the whole context.
+        layers: vLLM's attention layers by name.
+        settings: resolved settings of this engine.
+        vllm_config: of the engine.
+
+    Raises:
+        UnsupportedError: see :func:`~vllm_kvzip.vllm_bridge.cache.layer_checks.check_layers`.
+    """
+    full = {name: _without_window(spec, vllm_config) for name, spec in specs.items()}
+    check_layers(full, layers, vllm_config)
+    return {
+        name: HeadPageSpec.from_full_attention(spec, settings, len(specs), vllm_config)
+        for name, spec in full.items()
+        if isinstance(spec, FullAttentionSpec)  # all are, after the check
+    }
+
+
+def _without_window(spec: KVCacheSpec, vllm_config: VllmConfig) -> KVCacheSpec:
+    """The spec of a layer whose window holds the longest request, as full attention."""
+    longest = vllm_config.model_config.max_model_len
+    if type(spec) is not SlidingWindowSpec or spec.sliding_window < longest:
+        return spec
+    return FullAttentionSpec(
+        block_size=vllm_config.cache_config.block_size,
+        num_kv_heads=spec.num_kv_heads,
+        head_size=spec.head_size,
+        head_size_v=spec.head_size_v,
+        dtype=spec.dtype,
+        kv_quant_mode=spec.kv_quant_mode,
+    )
+
+
+register_spec()

@@ -1,0 +1,81 @@
+"""Where the head pages of vLLM's cache lie.
+
+vLLM allocates one buffer for all layers. Under the layout ``LBHNC`` the page of one KV head in one
+block of one layer is a contiguous run of ``2 * block_size * head_dim`` elements.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from vllm_kvzip.errors import UnsupportedError
+from vllm_kvzip.storage.head_pages import PagePool
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from vllm_kvzip.vllm_bridge.cache.cache_spec import HeadPageSpec
+
+
+def map_head_pages(
+    kv_cache_config: KVCacheConfig,
+    spec: HeadPageSpec,
+    layer_caches: list[torch.Tensor],
+    layer_names: list[str],
+    layout: KVCacheLayout,
+) -> tuple[torch.Tensor, PagePool]:
+    """View vLLM's cache as one flat pool of head pages, without a copy.
+
+    Args:
+        kv_cache_config: vLLM's placement of the layers.
+        spec: the spec of the only KV cache group.
+        layer_caches: vLLM's view of each layer, ``[B, H, N, 2 * D]``, in ``layer_names`` order.
+        layer_names: layer order of ``kv_cache_config``'s tensor.
+        layout: the resolved layout.
+
+    Returns:
+        ``[num_pages, 2 * block_size * head_dim]`` over the whole buffer, and the arithmetic that
+        finds a page in it.
+
+    Raises:
+        UnsupportedError: when the buffer is not laid out page by page.
+    """
+    if layout is not KVCacheLayout.LBHNC or len(kv_cache_config.kv_cache_tensors) != 1:
+        raise UnsupportedError(
+            f"KV compression needs the KV cache layout LBHNC in one tensor, but vLLM chose "
+            f"{layout.name} in {len(kv_cache_config.kv_cache_tensors)}; unset VLLM_KV_CACHE_LAYOUT."
+        )
+    placement = kv_cache_config.kv_cache_tensors[0]
+    if placement.layers != layer_names:
+        raise UnsupportedError("KV compression needs every layer in vLLM's one KV cache tensor.")
+    first = layer_caches[0]
+    num_heads = spec.num_kv_heads
+    page_elements = 2 * spec.block_size * spec.head_size
+    page_bytes = page_elements * first.element_size()
+    strides = (placement.layer_stride, placement.block_stride, placement.offset)
+    if any(stride % page_bytes for stride in strides):
+        raise UnsupportedError(
+            f"KV compression needs whole head pages of {page_bytes} bytes, but vLLM placed layers "
+            f"and blocks at strides {strides} bytes; choose another --block-size."
+        )
+    pool = PagePool(
+        num_blocks=kv_cache_config.num_blocks,
+        num_layers=len(layer_names),
+        num_kv_heads=num_heads,
+        first_page=placement.offset // page_bytes,
+        layer_stride=placement.layer_stride // page_bytes,
+        block_stride=placement.block_stride // page_bytes,
+    )
+    num_pages = first.untyped_storage().nbytes() // page_bytes
+    pages = first.as_strided((num_pages, page_elements), (page_elements, 1), 0)
+    for layer, cache in enumerate(layer_caches):
+        corner = pages[pool.page_id(layer, 0, 0)]
+        if cache.data_ptr() != corner.data_ptr() or not cache[0].is_contiguous():
+            raise UnsupportedError(
+                f"KV compression found layer {layer_names[layer]} elsewhere than vLLM's cache "
+                f"config says; this vLLM version is not supported."
+            )
+    return pages, pool

@@ -1,0 +1,1 @@
+"""The model runs beside vLLM's steps: to score a context, to make a profile."""

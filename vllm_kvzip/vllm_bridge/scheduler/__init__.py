@@ -1,0 +1,1 @@
+"""The engine core: blocks are reserved, freed, and shared."""

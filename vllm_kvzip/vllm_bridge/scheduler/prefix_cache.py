@@ -1,0 +1,260 @@
+"""Scheduler side: compressed prefixes as entries of vLLM's own prefix cache.
+
+A compressed prefix is a run of blocks. Its blocks are published in vLLM's block pool like any
+cached block, under keys made of the hash of the prefix's tokens (LoRA adapter, cache salt and
+multimodal inputs are part of it), its keep ratio, and a fingerprint of everything else that shaped
+the compression. So
+reference counts, LRU eviction, the reset of the cache and the pool's accounting are vLLM's own.
+A hit needs the whole run, and nobody ever writes to it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+import time
+from collections import Counter, OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
+    from vllm.v1.request import Request
+
+    from vllm_kvzip.core import PrefixPlan
+    from vllm_kvzip.planning.reuse_rule import ReuseRule
+    from vllm_kvzip.vllm_bridge.stats_export import SchedulerRecorder
+
+_serials = itertools.count(1)
+
+
+@dataclass(eq=False)
+class PrefixRun:
+    """The blocks of one compressed prefix.
+
+    Attributes:
+        plan: its boundary and block counts.
+        blocks: blocks that hold what is kept.
+        prefix_hash: vLLM's hash of the block that ends at the boundary, which covers all tokens
+            before it; None when prefix caching is off.
+        serial: tells runs apart, also when blocks are used again.
+        users: running requests that have it in their row instead of raw blocks.
+        last_used: seconds on the cache's clock.
+    """
+
+    plan: PrefixPlan
+    blocks: list[KVCacheBlock]
+    prefix_hash: bytes | None = None
+    serial: int = field(default_factory=lambda: next(_serials))
+    users: int = 0
+    last_used: float = 0.0
+
+    @property
+    def key(self) -> tuple[bytes, float]:
+        """What a request must share with it to start from it."""
+        assert self.prefix_hash is not None
+        return self.prefix_hash, self.plan.keep_ratio
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """Reserved blocks of a row that is not folded yet; they begin at ``row[start]``."""
+
+    start: int
+    run: PrefixRun
+    request: Request | None
+
+
+class CompressedPrefixCache:
+    """Which compressed prefixes are cached, and where.
+
+    Args:
+        pool: vLLM's block pool.
+        group_id: the KV cache group of the compressed layers.
+        rule: see :class:`ReuseRule`.
+        recorder: metrics.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        group_id: int,
+        rule: ReuseRule,
+        recorder: SchedulerRecorder,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._pool = pool
+        self._group_id = group_id
+        self._rule = rule
+        self._fingerprint = bytes.fromhex(rule.fingerprint)
+        self._recorder = recorder
+        self._clock = clock
+        self._runs: OrderedDict[int, PrefixRun] = OrderedDict()  # by serial, oldest use first
+        self._by_key: dict[tuple[bytes, float], PrefixRun] = {}
+        self._by_block: dict[int, PrefixRun] = {}
+        self._boundaries: Counter[int] = Counter()
+        self._dropped: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def add(self, run: PrefixRun) -> bool:
+        """Publish a run; False when an equal one is cached already, which then stays alone.
+
+        Two runs of one prefix may differ in a near tie between tokens, so their blocks must never
+        be mixed.
+        """
+        if run.key in self._by_key:
+            if self._is_whole(self._by_key[run.key]):
+                return False
+            self.drop(self._by_key[run.key], "lru")
+        num_tokens = run.plan.boundary_tokens
+        for key, block in zip(self._keys(run), run.blocks, strict=True):
+            self._pool._insert_block_hash(key, block, num_tokens=num_tokens)
+            self._by_block[block.block_id] = run
+        self._runs[run.serial] = run
+        self._by_key[run.key] = run
+        self._boundaries[run.plan.num_prefix_blocks] += 1
+        self.used(run)
+        self._recorder.prefix_cached()
+        return True
+
+    def find(
+        self,
+        block_hashes: Sequence[Any],
+        max_blocks: int,
+        keep_ratio: float,
+        accepts: Callable[[PrefixPlan], bool],
+    ) -> PrefixRun | None:
+        """The longest cached prefix of a request.
+
+        Args:
+            block_hashes: vLLM's hashes of the request's blocks.
+            max_blocks: a prefix must not be longer.
+            keep_ratio: it must have been compressed to.
+            accepts: whether the request wants a prefix with that plan.
+        """
+        self.expire()
+        limit = min(max_blocks, len(block_hashes))
+        lengths: Iterable[int] = range(limit, 0, -1)
+        if len(self._boundaries) < limit:
+            lengths = sorted((n for n in self._boundaries if n <= limit), reverse=True)
+        for num_blocks in lengths:
+            run = self._by_key.get((block_hashes[num_blocks - 1], keep_ratio))
+            if run is None or not accepts(run.plan):
+                continue
+            if self._is_whole(run):
+                return run
+            self.drop(run, "reset")
+        return None
+
+    def owner(self, blocks: Sequence[KVCacheBlock]) -> PrefixRun | None:
+        """The cached run that ``blocks``, found for a request, begin with."""
+        return self._by_block.get(blocks[0].block_id) if blocks else None
+
+    def cached_tail(
+        self, run: PrefixRun, block_hashes: Sequence[Any], max_blocks: int
+    ) -> list[KVCacheBlock]:
+        """Dense blocks behind the boundary that were computed over the run, as far as cached."""
+        tail: list[KVCacheBlock] = []
+        for index in range(run.plan.num_prefix_blocks, min(max_blocks, len(block_hashes))):
+            key = self._tail_key(run, block_hashes[index])
+            block = self._pool.cached_block_hash_to_block.get_one_block(key)
+            if block is None:
+                break
+            tail.append(block)
+        return tail
+
+    def cache_tail(
+        self, run: PrefixRun, block_hash: bytes, block: KVCacheBlock, num_tokens: int
+    ) -> None:
+        """Publish a full dense block that was computed over the run."""
+        if run.serial not in self._runs:
+            return
+        self._pool._insert_block_hash(self._tail_key(run, block_hash), block, num_tokens=num_tokens)
+
+    def used(self, run: PrefixRun) -> None:
+        """A request starts from the run, or has just left it."""
+        if run.serial in self._runs:
+            run.last_used = self._clock()
+            self._runs.move_to_end(run.serial)
+
+    def blocks_taken(self, blocks: Iterable[KVCacheBlock]) -> None:
+        """The pool gave these blocks to somebody: runs that held one are no longer whole."""
+        if self._by_block:
+            for block in blocks:
+                if run := self._by_block.get(block.block_id):
+                    self.drop(run, "lru")
+
+    def clear(self) -> None:
+        """vLLM's prefix cache was reset."""
+        for run in list(self._runs.values()):
+            self.drop(run, "reset")
+
+    def drop(self, run: PrefixRun, reason: str) -> None:
+        """Take a run out of the cache; requests that use it keep its blocks."""
+        del self._runs[run.serial]
+        del self._by_key[run.key]
+        self._boundaries[run.plan.num_prefix_blocks] -= 1
+        if not self._boundaries[run.plan.num_prefix_blocks]:
+            del self._boundaries[run.plan.num_prefix_blocks]
+        for key, block in zip(self._keys(run), run.blocks, strict=True):
+            del self._by_block[block.block_id]
+            if block.block_hash == key:
+                self._pool.evict_blocks({block.block_id})
+        self._dropped.append(run.serial)
+        self._recorder.prefix_evicted(reason)
+
+    def expire(self) -> float | None:
+        """Drop the runs that nobody has used for their time to live.
+
+        Returns:
+            seconds until the next run may be over; None when none can be.
+        """
+        ttl = self._rule.ttl_seconds
+        if ttl is None:
+            return None
+        now = self._clock()
+        while self._runs:
+            run = next(iter(self._runs.values()))
+            if (left := run.last_used + ttl - now) > 0:
+                return left
+            if run.users:
+                self.used(run)
+            else:
+                self.drop(run, "ttl")
+        return None
+
+    def failed(self, run: PrefixRun) -> None:
+        """A run could not be compressed, so it must not be found any more."""
+        if run.serial in self._runs:
+            self.drop(run, "failed")
+
+    def take_dropped(self) -> list[int]:
+        """Serials of the runs dropped since the last call."""
+        dropped, self._dropped = self._dropped, []
+        return dropped
+
+    def _is_whole(self, run: PrefixRun) -> bool:
+        pairs = zip(self._keys(run), run.blocks, strict=True)
+        return all(block.block_hash == key for key, block in pairs)
+
+    def _keys(self, run: PrefixRun) -> list[BlockHashWithGroupId]:
+        prefix_hash, keep_ratio = run.key
+        stem = prefix_hash + struct.pack(">d", keep_ratio) + self._fingerprint
+        return [
+            make_block_hash_with_group_id(
+                BlockHash(stem + index.to_bytes(4, "big")), self._group_id
+            )
+            for index in range(len(run.blocks))
+        ]
+
+    def _tail_key(self, run: PrefixRun, block_hash: bytes) -> BlockHashWithGroupId:
+        stem = block_hash + self._fingerprint + b"tail" + run.serial.to_bytes(8, "big")
+        return make_block_hash_with_group_id(BlockHash(stem), self._group_id)

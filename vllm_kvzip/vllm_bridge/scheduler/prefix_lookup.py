@@ -1,0 +1,143 @@
+"""Scheduler side: which cached prefix, raw or compressed, a request starts from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm_kvzip.planning.request_options import options_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.request import Request
+
+    from vllm_kvzip.core import PrefixPlan
+    from vllm_kvzip.planning.prefix_rule import PrefixRule
+    from vllm_kvzip.planning.reconstruction import RepeatRule
+    from vllm_kvzip.planning.request_options import RequestOptions
+    from vllm_kvzip.planning.reuse_rule import ReuseRule
+    from vllm_kvzip.vllm_bridge.scheduler.prefix_cache import CompressedPrefixCache, PrefixRun
+
+
+class PrefixLookup:
+    """Chooses between what vLLM found raw and what is cached compressed.
+
+    Args:
+        prefixes: the compressed ones.
+        rule: what is compressed.
+        reuse: which one wins.
+        null_block: vLLM's, for the dead entries of a folded row.
+        repeat: how the model repeats contexts; None where it does not.
+    """
+
+    def __init__(
+        self,
+        prefixes: CompressedPrefixCache,
+        rule: PrefixRule,
+        reuse: ReuseRule,
+        null_block: KVCacheBlock,
+        repeat: RepeatRule | None = None,
+    ) -> None:
+        self._prefixes = prefixes
+        self._rule = rule
+        self._reuse = reuse
+        self._null_block = null_block
+        self._repeat = repeat
+
+    def most_raw_tokens(self, request: Request | None, max_length: int) -> int:
+        """How much of a prefix may be read raw.
+
+        With a prefill budget, what the first round ends. Where a context is repeated in parts, its
+        request must have something to compute before it waits for them.
+
+        Args:
+            request: who looks.
+            max_length: tokens vLLM would read.
+        """
+        asked = options(request)
+        if asked.is_off:
+            return max_length
+        if (first := self._rule.first_round_tokens) is not None:
+            return min(max_length, first - 1)
+        if self._repeat is not None and request is not None:
+            plan = self._rule.plan(request.num_prompt_tokens, asked)
+            if plan is not None and plan.boundary_tokens > self._repeat.chunk_tokens:
+                return min(max_length, plan.ready_tokens - 2)
+        return max_length
+
+    def find(
+        self, request: Request | None, block_hashes: Sequence[Any], max_length: int, raw_tokens: int
+    ) -> tuple[PrefixRun, list[KVCacheBlock]] | None:
+        """The compressed prefix to start from, and the start of a folded row; None: raw is better.
+
+        Args:
+            request: who looks; None when nobody introduced it.
+            block_hashes: vLLM's hashes of its blocks.
+            max_length: tokens that may be found.
+            raw_tokens: tokens vLLM found raw.
+        """
+        asked = options(request)
+        if not len(self._prefixes) or asked.is_off:
+            return None
+        block_size = self._rule.block_size
+        max_blocks = max_length // block_size
+        keep_ratio = self._rule.wanted_ratio(asked)
+        run = self._prefixes.find(
+            block_hashes, max_blocks, keep_ratio, lambda plan: self._accepts(request, plan)
+        )
+        if run is None:
+            return None
+        if request is not None:
+            following = self._rule.next_plan(request.num_prompt_tokens, asked, run.plan)
+            if following is not None:  # a step must lie before the next compression
+                max_blocks = min(max_blocks, following.num_prefix_blocks - 1)
+        tail = self._prefixes.cached_tail(run, block_hashes, max_blocks)
+        blocks = [*run.blocks, *[self._null_block] * run.plan.num_saved_blocks, *tail]
+        num_tokens = len(blocks) * block_size
+        gain = raw_tokens - num_tokens
+        if asked.context_tokens is not None:
+            # What lies behind the declared context is short, and raw blocks of it are a lucky
+            # find: they must not keep a request from sharing the compressed context.
+            end = asked.context_tokens // block_size * block_size
+            gain = min(raw_tokens, end) - min(num_tokens, end)
+        if gain > 0 or (gain == 0 and self._reuse.prefer_raw):
+            return None
+        return run, blocks
+
+    def shared_hash(self, request: Request, plan: PrefixPlan, raw_tokens: int) -> bytes | None:
+        """vLLM's hash of the tokens before the boundary; None when the prefix is not reusable.
+
+        Args:
+            request: who compresses it.
+            plan: how.
+            raw_tokens: tokens of its prompt that were found raw, and not computed.
+        """
+        if plan.is_round:
+            return None
+        if window := self._reuse.observation_tokens:
+            # The scorer must have seen the last queries of the context, and nothing behind it.
+            is_declared = options(request).context_tokens is not None
+            if not is_declared or raw_tokens > plan.boundary_tokens - window:
+                return None
+        hashes: list[bytes] = request.block_hashes
+        return hashes[plan.num_prefix_blocks - 1] if len(hashes) >= plan.num_prefix_blocks else None
+
+    def _accepts(self, request: Request | None, plan: PrefixPlan) -> bool:
+        """Whether a request wants to start from a compressed prefix with that plan.
+
+        One that declares its context wants exactly that one. Any other takes the longest, unless
+        more would stay dense behind it than it covers: then the prompt is compressed anew, whole.
+        """
+        if request is None:
+            return True
+        context = options(request).context_tokens
+        if context is not None:
+            return bool(plan.num_prefix_blocks == context // self._rule.block_size)
+        rest = request.num_prompt_tokens - plan.boundary_tokens
+        return rest <= max(plan.boundary_tokens, self._rule.min_prompt_tokens)
+
+
+def options(request: Request | None) -> RequestOptions:
+    """What a request asks for."""
+    return options_of(request.sampling_params if request is not None else None)

@@ -1,0 +1,241 @@
+"""vLLM's scheduler, which tells the block manager and the workers what only it knows.
+
+``scheduler_config.scheduler_cls`` is vLLM's own way to name a scheduler. Scheduling itself is left
+alone; eight things are added: the block manager learns which request it works for, the workers
+learn which requests start from a compressed prefix, steps end where something is to be compressed
+or make room for a context that the model repeats, a reset of the prefix cache reaches us, prefixes
+expire while the engine is idle, requests that could not be compressed start again, blocks that a
+preempted request did not compute leave the prefix cache, and clients that ask for something of ours
+are told what became of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from contextlib import nullcontext
+from copy import copy
+from threading import RLock
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.request import RequestStatus
+
+from vllm_kvzip.planning.request_options import LEFT_ALONE, has_options
+from vllm_kvzip.vllm_bridge.outcomes import NOT_FINITE, told
+from vllm_kvzip.vllm_bridge.scheduler.block_manager import HeadPageManager
+from vllm_kvzip.vllm_bridge.scheduler.idle_expiry import IdleExpiry
+from vllm_kvzip.vllm_bridge.scheduler.prefix_lookup import options
+from vllm_kvzip.vllm_bridge.scheduler.repeat_schedule import RepeatSchedule
+from vllm_kvzip.vllm_bridge.scheduler.uncomputed import withdraw_uncomputed
+from vllm_kvzip.vllm_bridge.settings import KEY
+from vllm_kvzip.vllm_bridge.step_message import attach
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from vllm.config import SchedulerConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm.v1.request import Request
+
+logger = init_logger("vllm." + __name__)
+
+
+def introduce_requests(cache: KVCacheManager) -> HeadPageManager:
+    """Make ``cache`` tell its block manager which request it works for; returns that manager.
+
+    Symptom without it: a manager sees a request's hashes, but not what the request asked for. Two
+    methods of this one object are wrapped; they pass everything on unchanged. Remove when vLLM
+    hands managers the request.
+    """
+    (manager,) = cache.coordinator.single_type_managers
+    assert isinstance(manager, HeadPageManager)
+
+    def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def wrapped(request: Request, *args: Any, **kwargs: Any) -> Any:
+            manager.request = request
+            return method(request, *args, **kwargs)
+
+        return wrapped
+
+    cache.get_computed_blocks = wrap(cache.get_computed_blocks)
+    cache.allocate_slots = wrap(cache.allocate_slots)
+    return manager
+
+
+class _HeadPageScheduling:
+    """What is added to either of vLLM's schedulers."""
+
+    kv_cache_manager: KVCacheManager
+    requests: dict[str, Request]
+    running: list[Request]
+    prev_step_scheduled_req_ids: set[str]
+    scheduler_config: SchedulerConfig
+    num_spec_tokens: int
+    _pause_state: PauseState
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._kvzip_manager = introduce_requests(self.kv_cache_manager)
+        ttl = self._kvzip_manager.kv_cache_spec.reuse.ttl_seconds
+        self._kvzip_lock: AbstractContextManager[object] = nullcontext() if ttl is None else RLock()
+        self._kvzip_expiry = None
+        if ttl is not None:
+            self._kvzip_expiry = IdleExpiry(self._kvzip_manager.prefixes, ttl, self._kvzip_lock)
+        self._kvzip_repeats = None
+        if (repeat := self._kvzip_manager.kv_cache_spec.repeat) is not None:
+            tokens = self.scheduler_config.max_num_batched_tokens
+            self._kvzip_repeats = RepeatSchedule(repeat, tokens, 1 + self.num_spec_tokens)
+        rounds = self._kvzip_manager.rule.prefill_blocks is not None
+        if rounds or self._kvzip_repeats is not None:
+            self.need_mamba_block_aligned_split = True
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """vLLM's schedule, with our message attached."""
+        repeats = self._kvzip_repeats
+        with self._kvzip_lock:
+            if repeats is not None:
+                repeats.step_starts(is_paused=self._pause_state == PauseState.PAUSED_ALL)
+            output: SchedulerOutput = super().schedule(*args, **kwargs)  # type: ignore[misc]
+            scheduled = output.num_scheduled_tokens
+            orders = repeats.step_ends(scheduled) if repeats is not None else None
+            attach(output, self._kvzip_manager.end_of_schedule(scheduled, orders))
+        return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """vLLM's, without the tokens of requests that could not be compressed.
+
+        No prefix expires meanwhile.
+        """
+        with self._kvzip_lock:
+            return self._update_from_output(scheduler_output, model_runner_output)
+
+    def _update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        manager, ended = self._kvzip_manager, []
+        affected = manager.unconfirmed.settle(told(model_runner_output))
+        for request, reason in affected.items():
+            is_over = self.requests.get(request.request_id) is not request
+            if is_over:
+                continue
+            self._start_uncompressed(request, reason)
+            if not manager.fits_uncompressed(request):
+                ended.append(request.request_id)
+        outputs: dict[int, EngineCoreOutputs] = super().update_from_output(  # type: ignore[misc]
+            scheduler_output, model_runner_output
+        )
+        failed = self.finish_requests(ended, RequestStatus.FINISHED_ERROR) if ended else []
+        for request in failed:
+            logger.error(
+                "Request %s could not be compressed, and does not fit into the KV cache as it is.",
+                request.request_id,
+            )
+            of_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            of_client.outputs.append(
+                EngineCoreOutput(
+                    request.request_id,
+                    new_token_ids=[],
+                    finish_reason=request.get_finished_reason(),
+                    events=request.take_events(),
+                    trace_headers=request.trace_headers,
+                )
+            )
+        return outputs
+
+    def _start_uncompressed(self, request: Request, reason: str) -> None:
+        """Take back what a request computed over a prefix that could not be compressed.
+
+        As vLLM does it when the prefix cache is reset under running requests: the request is
+        preempted, and what is being computed for it is dropped. Tokens that it has been sent stay.
+        """
+        if reason == NOT_FINITE:  # else a worker has logged what it was
+            logger.error(
+                "Request %s could not be compressed and goes on uncompressed: its keys, values or "
+                "scores are NaN or infinite.",
+                request.request_id,
+            )
+        params = copy(request.sampling_params)  # samples of one request share it
+        assert params is not None  # pooling models are refused
+        params.extra_args = {**(params.extra_args or {}), LEFT_ALONE: reason}
+        request.sampling_params = params
+        self._kvzip_manager.unconfirmed.leave_alone(request)
+        if request.status == RequestStatus.RUNNING:
+            self.running.remove(request)
+            self._preempt_request(request, time.monotonic(), drop_stale_output=True)
+            self.prev_step_scheduled_req_ids.discard(request.request_id)
+            request.is_prefill_chunk = True  # no draft tokens, until it is scheduled again
+        elif request.num_stale_output_tokens:
+            request.drop_stale_output = True
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """vLLM's; what the request has not computed is found by nobody."""
+        withdraw_uncomputed(self._kvzip_manager, request)
+        super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
+
+    def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's, while no prefix expires."""
+        with self._kvzip_lock:
+            return super().finish_requests(*args, **kwargs)  # type: ignore[misc]
+
+    def shutdown(self) -> None:
+        """vLLM's; what this engine held is held no more."""
+        if self._kvzip_expiry is not None:
+            self._kvzip_expiry.stop()
+        self._kvzip_manager.close()
+        super().shutdown()  # type: ignore[misc]
+
+    def _mamba_block_aligned_split(
+        self, request: Request, num_new_tokens: int, local: int = 0, external: int = 0
+    ) -> int:
+        """Where vLLM lets a step of a request end at a position that matters.
+
+        vLLM asks for models with recurrent layers, which compression refuses; we make it ask with a
+        prefill budget, so that equal prefixes are compressed equally and what is held stays within
+        bounds, and where the model repeats contexts.
+        """
+        first = request.num_computed_tokens + local + external
+        plan, must_wait = self._kvzip_manager.plan_ahead(request)
+        if self._kvzip_repeats is not None:
+            return self._kvzip_repeats.next_stop(request, plan, first, num_new_tokens)
+        about = (request.num_prompt_tokens, options(request))
+        return self._kvzip_manager.rule.next_stop(*about, plan, must_wait, first, num_new_tokens)
+
+    def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """vLLM's; a client that asked for anything of ours is told what became of it.
+
+        ``kv_transfer_params`` is the only field of an answer that a scheduler can fill. Without a
+        KV connector, which compression refuses, nobody else does.
+        """
+        told = None
+        params = request.sampling_params
+        if params is not None and has_options(params.extra_args):
+            told = {KEY: self._kvzip_manager.outcome(request)}
+        ours, encoder_params = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+        return (told if ours is None else ours), encoder_params
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """vLLM's reset; compressed prefixes go with everything else."""
+        with self._kvzip_lock:
+            done: bool = super().reset_prefix_cache(*args, **kwargs)  # type: ignore[misc]
+            if done:
+                self._kvzip_manager.prefixes.clear()
+        return done
+
+
+class HeadPageScheduler(_HeadPageScheduling, Scheduler):
+    """vLLM's scheduler for compressed prefixes."""
+
+
+class HeadPageAsyncScheduler(_HeadPageScheduling, AsyncScheduler):
+    """vLLM's asynchronous scheduler for compressed prefixes."""

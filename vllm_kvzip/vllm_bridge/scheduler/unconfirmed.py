@@ -1,0 +1,115 @@
+"""Scheduler side: compressions that may still turn out to have failed.
+
+Rows are folded, blocks freed and prefixes published as if every compression succeeded, because
+nearly all of them do and the news comes a step later. Until then it is remembered who relies on
+what, so that all of it can be taken back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vllm.v1.request import Request
+
+    from vllm_kvzip.vllm_bridge.outcomes import Outcome
+    from vllm_kvzip.vllm_bridge.scheduler.prefix_cache import CompressedPrefixCache, PrefixRun
+    from vllm_kvzip.vllm_bridge.stats_export import SchedulerRecorder
+
+
+@dataclass(eq=False)
+class _Unconfirmed:
+    """One compression.
+
+    Attributes:
+        run: its blocks.
+        owner: the request whose prompt is compressed, if our scheduler introduced it.
+        takers: requests that have started from it since.
+        folded: prompt length and block size, once the owner's row is folded.
+    """
+
+    run: PrefixRun
+    owner: Request | None
+    takers: list[Request] = field(default_factory=list)
+    folded: tuple[int, int] | None = None
+
+
+class UnconfirmedRuns:
+    """Runs whose compression has been ordered, until the workers tell what became of it.
+
+    Args:
+        prefixes: cached compressed prefixes.
+        recorder: metrics.
+    """
+
+    def __init__(self, prefixes: CompressedPrefixCache, recorder: SchedulerRecorder) -> None:
+        self._prefixes = prefixes
+        self._recorder = recorder
+        self._runs: dict[int, _Unconfirmed] = {}
+        self._left_alone: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def add(self, run: PrefixRun, owner: Request | None) -> None:
+        """The step that completes the prefix has been scheduled."""
+        self._runs[run.serial] = _Unconfirmed(run, owner)
+
+    def joined(self, run: PrefixRun, taker: Request | None) -> None:
+        """A request starts from a run."""
+        if taker is not None and (entry := self._runs.get(run.serial)):
+            entry.takers.append(taker)
+
+    def folded(self, run: PrefixRun, num_prompt_tokens: int, block_size: int) -> None:
+        """The owner's row begins with the run now; counted as soon as that is for good."""
+        if entry := self._runs.get(run.serial):
+            entry.folded = (num_prompt_tokens, block_size)
+        else:
+            self._recorder.compressed(run.plan, num_prompt_tokens, block_size)
+
+    def settle(self, outcomes: Mapping[int, Outcome]) -> dict[Request, str]:
+        """Take in what became of some compressions.
+
+        Args:
+            outcomes: by serial.
+
+        Returns:
+            the requests that cannot go on as they are, and why: those that were compressed, and
+            those that started from what was to be their prefix.
+        """
+        affected: dict[Request, str] = {}
+        for serial, reason in outcomes.items():
+            entry = self._runs.pop(serial, None)
+            if entry is None:
+                continue
+            if reason is not None:
+                self._fail(entry, reason, affected)
+            elif entry.folded is not None:
+                self._recorder.compressed(entry.run.plan, *entry.folded)
+        return affected
+
+    def leave_alone(self, request: Request) -> None:
+        """Let the workers know that nothing of a request is compressed any more."""
+        self._left_alone.append(request.request_id)
+
+    def take_left_alone(self) -> list[str]:
+        """Ids of such requests since the last call."""
+        taken, self._left_alone = self._left_alone, []
+        return taken
+
+    def _fail(self, entry: _Unconfirmed, reason: str, affected: dict[Request, str]) -> None:
+        self._prefixes.failed(entry.run)
+        if entry.owner is None:
+            self._recorder.skipped(reason)
+        for request in (entry.owner, *entry.takers):
+            if request is None or request in affected:
+                continue
+            affected[request] = reason
+            self._recorder.skipped(reason)
+            own = [serial for serial, other in self._runs.items() if other.owner is request]
+            for serial in own:  # rests on what has failed
+                if other := self._runs.pop(serial, None):
+                    self._fail(other, reason, affected)

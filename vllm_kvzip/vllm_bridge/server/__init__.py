@@ -1,0 +1,1 @@
+"""The API server: requests are checked, contexts are compressed by name."""

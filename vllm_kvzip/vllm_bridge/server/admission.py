@@ -1,0 +1,118 @@
+"""Requests are checked where they enter, so that a wrong option is an answer to its client."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.utils import length_from_prompt_token_ids_or_embeds
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.input_processor import InputProcessor
+
+from vllm_kvzip.errors import RequestError
+from vllm_kvzip.planning.request_options import SWITCH, check_request, options_of
+from vllm_kvzip.vllm_bridge.settings import KEY, Settings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.engine import EngineCoreRequest
+
+_MARK = "_kvzip_checks_requests"
+
+
+def check_requests() -> None:
+    """Make vLLM check the options of every request of an engine that compresses; idempotent.
+
+    Symptom without it: a wrong option would reach the scheduler, where an error ends the engine.
+    vLLM has no hook that sees a request's parameters and its prompt's length, so two methods are
+    wrapped: ``InputProcessor.process_inputs``, through which every request goes, and
+    ``AsyncLLM.generate``, because a streamed answer has begun (with HTTP 200) when its inputs are
+    processed. Safe: engines without compression are passed through. Remove when vLLM lets a plugin
+    validate requests.
+    """
+    if getattr(InputProcessor, _MARK, False):
+        return
+    setattr(InputProcessor, _MARK, True)
+    process_inputs, generate = InputProcessor.process_inputs, AsyncLLM.generate
+
+    @functools.wraps(process_inputs)
+    def checked_process_inputs(
+        self: InputProcessor, *args: Any, **kwargs: Any
+    ) -> EngineCoreRequest:
+        """vLLM's, then a look at the request it made."""
+        request = process_inputs(self, *args, **kwargs)
+        if _is_on(self.vllm_config) and request.resumable:
+            raise VLLMValidationError(
+                "Streaming-input sessions, whose prompt grows after decoding began, do not work "
+                "with KV compression yet; send the whole prompt in one request."
+            )
+        embeds = request.prompt_embeds
+        _check(self.vllm_config, request.sampling_params, request.prompt_token_ids, embeds)
+        return request
+
+    @functools.wraps(generate)
+    def checked_generate(
+        self: AsyncLLM, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """A look at the prompt, then vLLM's."""
+        check_prompt(self.vllm_config, sampling_params, prompt)
+        return generate(self, prompt, sampling_params, *args, **kwargs)
+
+    InputProcessor.process_inputs = checked_process_inputs
+    AsyncLLM.generate = checked_generate
+
+
+def check_prompt(vllm_config: VllmConfig, params: Any, prompt: Any) -> None:
+    """Check what is asked for a prompt that has been tokenized; any other is seen later.
+
+    Args:
+        vllm_config: of the engine.
+        params: sampling parameters, or others.
+        prompt: as vLLM's engine takes it.
+
+    Raises:
+        VLLMValidationError: which is an HTTP 400.
+    """
+    if isinstance(prompt, dict):
+        tokens, embeds = prompt.get("prompt_token_ids"), prompt.get("prompt_embeds")
+        _check(vllm_config, params, tokens, embeds)
+
+
+def _is_on(vllm_config: VllmConfig) -> bool:
+    return KEY in (vllm_config.additional_config or {})
+
+
+def _check(vllm_config: VllmConfig, params: Any, token_ids: Any, embeds: Any) -> None:
+    if not _is_on(vllm_config):
+        return
+    extra_args = getattr(params, "extra_args", None)  # pooling parameters have none
+    if not extra_args or (token_ids is None and embeds is None):
+        return
+    num_prompt_tokens = length_from_prompt_token_ids_or_embeds(token_ids, embeds)
+    try:
+        check_request(extra_args, num_prompt_tokens)
+        _check_room(vllm_config, params, num_prompt_tokens)
+    except RequestError as error:
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
+
+
+def _check_room(vllm_config: VllmConfig, params: Any, num_prompt_tokens: int) -> None:
+    """Refuse a request that is off and would never fit, where a prefill budget lets others in.
+
+    Raises:
+        RequestError: in one sentence.
+    """
+    cache = vllm_config.cache_config
+    asked = options_of(params)
+    if not asked.is_off or not cache.num_gpu_blocks:
+        return
+    if Settings.from_vllm_config(vllm_config).config.prefill_budget is None:
+        return
+    most = (cache.num_gpu_blocks - 1) * cache.block_size
+    if num_prompt_tokens + (asked.max_output_tokens or 1) > most:
+        raise RequestError(
+            f'The KV cache holds {most} tokens, and {SWITCH}="off" keeps all of the '
+            f"{num_prompt_tokens} of the prompt and up to {asked.max_output_tokens} more; leave "
+            f"the option out, or lower max_tokens."
+        )

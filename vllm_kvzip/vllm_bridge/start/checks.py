@@ -1,0 +1,296 @@
+"""What cannot be combined with KV compression, said at start-up in one sentence."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm import envs
+from vllm.platforms import current_platform
+
+from vllm_kvzip.errors import ConfigError, UnsupportedError
+from vllm_kvzip.model.attention_kinds import (
+    VARIED,
+    caps_logits,
+    slides_within,
+    sliding_window,
+    unusual_attention,
+)
+from vllm_kvzip.vllm_bridge.fp8_cache import (
+    FP8_CACHES,
+    FP8_CAPABILITY,
+    running_cache_dtype,
+)
+from vllm_kvzip.vllm_bridge.tensor_parallel import can_share
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_kvzip.config import KVzipConfig, Mode
+
+STOCK_WORKERS = ("auto", "vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker")
+GPU_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
+GPU_BLOCK_SIZES = (16, 32, 64, 128)
+SIZES = {"head_size", "total_num_kv_heads", "total_num_attention_heads"}
+
+
+def check_supported(vllm_config: VllmConfig) -> None:
+    """Refuse what does not work yet.
+
+    Raises:
+        UnsupportedError: names the model property or the flag, and what to do.
+    """
+    for problem in (*_model_problems(vllm_config), *_engine_problems(vllm_config)):
+        raise UnsupportedError(f"KV compression does not support {problem}.")
+
+
+def check_scoring_passes(vllm_config: VllmConfig, scorer: str) -> None:
+    """Refuse what keeps the model from running once more over its context.
+
+    Raises:
+        UnsupportedError: names the model property or the flag, and what to do.
+    """
+    for what in _pass_problems(vllm_config):
+        raise UnsupportedError(
+            f"Scorer {scorer} does not work with {what} yet; choose another scorer."
+        )
+
+
+def check_profile_build(vllm_config: VllmConfig) -> None:
+    """Refuse what keeps an engine from making a head profile when it starts.
+
+    Raises:
+        UnsupportedError: names the model property or the flag, and what to do.
+    """
+    for what in _pass_problems(vllm_config):
+        raise UnsupportedError(
+            f"profile build does not work with {what} yet; build the profile with "
+            f"scripts/profile_heads.py, or set profile to auto."
+        )
+
+
+def _pass_problems(vllm_config: VllmConfig) -> list[str]:
+    model = vllm_config.model_config
+    problems = [
+        (vllm_config.lora_config is not None, "--enable-lora"),
+        (model.is_multimodal_model, f"multimodal models such as {model.architecture}"),
+        (getattr(model, "enable_prompt_embeds", False), "--enable-prompt-embeds"),
+        (model.skip_tokenizer_init, "--skip-tokenizer-init"),
+        (
+            vllm_config.parallel_config.data_parallel_size > 1 and model.is_moe,
+            "--data-parallel-size for mixture-of-experts models, whose ranks step together",
+        ),
+    ]
+    return [what for present, what in problems if present]
+
+
+def check_prefill_budget(
+    vllm_config: VllmConfig, mode: Mode, scorer: str, scores_last: bool
+) -> None:
+    """Refuse what cannot be combined with a prefill budget.
+
+    Args:
+        vllm_config: of the engine.
+        mode: of compression.
+        scorer: its name.
+        scores_last: see :class:`~vllm_kvzip.scoring.Scorer`.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if not scores_last:
+        raise ConfigError(
+            f"Scorer {scorer} does not work with prefill_budget: its scores of one part of a "
+            f"prompt cannot be compared with those of another; choose keydiff, surrogate or "
+            f"profile."
+        )
+    if mode != "evict":
+        raise ConfigError(
+            f"prefill_budget works with mode evict only, because KV pairs that were quantized "
+            f"cannot compete with new ones; remove prefill_budget or mode {mode}."
+        )
+    if vllm_config.speculative_config is not None:
+        raise ConfigError(
+            "prefill_budget does not work with speculative decoding yet; remove one of them."
+        )
+
+
+def _model_problems(vllm_config: VllmConfig) -> list[str]:
+    model = vllm_config.model_config
+    text_config: Any = model.hf_text_config
+    layer_types = set(getattr(text_config, "layer_types", None) or ())
+    overrides = model.model_arch_config.per_layer_overrides or ()
+    unusual = unusual_attention(text_config)
+    if any(SIZES & set(layer) for layer in overrides) and VARIED not in unusual:
+        unusual.append(VARIED)
+    has_chunks = "chunked_attention" in layer_types or bool(
+        getattr(text_config, "attention_chunk_size", None)
+    )
+    run_without = f"run {model.architecture} without --kv-compression"
+    problems = [
+        (model.use_mla, f"multi-head latent attention (MLA); {run_without}"),
+        (
+            model.is_hybrid or model.is_attention_free,
+            f"Mamba and other state-space or linear-attention layers; {run_without}",
+        ),
+        (
+            not model.disable_sliding_window and slides_within(text_config, model.max_model_len),
+            f"sliding-window attention{_within_window(text_config)} {run_without}",
+        ),
+        (has_chunks, f"chunked local attention; {run_without}"),
+        (
+            bool(model.rswa_window),
+            f"attention whose window begins behind the prompt; {run_without}",
+        ),
+        *((True, f"{what}; {run_without}") for what in unusual),
+        (model.is_encoder_decoder, f"encoder-decoder models; {run_without}"),
+        (model.runner_type != "generate", f"--runner {model.runner_type}; it serves generation"),
+    ]
+    return [text for present, text in problems if present]
+
+
+def _within_window(text_config: Any) -> str:
+    window = sliding_window(text_config)
+    return f"; set --max-model-len to {window} or less, or" if window else ";"
+
+
+def _engine_problems(vllm_config: VllmConfig) -> list[str]:
+    parallel = vllm_config.parallel_config
+    cache = vllm_config.cache_config
+    speculative = vllm_config.speculative_config
+    sizes = {
+        "--pipeline-parallel-size": parallel.pipeline_parallel_size,
+        "--decode-context-parallel-size": parallel.decode_context_parallel_size,
+        "--prefill-context-parallel-size": parallel.prefill_context_parallel_size,
+    }
+    problems = [(size > 1, f"{flag} {size} yet; set it to 1") for flag, size in sizes.items()]
+    num_kv_heads = vllm_config.model_config.get_total_num_kv_heads()
+    problems += [
+        (
+            not can_share(parallel.tensor_parallel_size, num_kv_heads),
+            f"--tensor-parallel-size {parallel.tensor_parallel_size} for {num_kv_heads} KV heads; "
+            f"choose a divisor or a multiple of {num_kv_heads}",
+        ),
+        (
+            vllm_config.kv_transfer_config is not None,
+            "KV connectors; remove --kv-transfer-config and --kv-offloading-size",
+        ),
+        (
+            bool(getattr(vllm_config.kv_events_config, "enable_kv_cache_events", False)),
+            "KV cache events, which know nothing of compressed prefixes; remove --kv-events-config",
+        ),
+        (
+            speculative is not None and speculative.method != "ngram",
+            f"speculative method {getattr(speculative, 'method', None)} yet; use ngram or none",
+        ),
+        (
+            not (current_platform.is_cpu() or current_platform.is_cuda()),
+            f"{current_platform.device_name}; it runs on NVIDIA GPUs and on CPUs",
+        ),
+        (
+            parallel.worker_cls not in STOCK_WORKERS,
+            f"--worker-cls {parallel.worker_cls}; remove the flag",
+        ),
+        (
+            vllm_config.scheduler_config.scheduler_cls is not None,
+            f"--scheduler-cls {vllm_config.scheduler_config.scheduler_cls}; remove the flag",
+        ),
+    ]
+    problems += (
+        _cpu_problems(vllm_config) if current_platform.is_cpu() else _gpu_problems(vllm_config)
+    )
+    problems += [  # last, because vLLM itself adds such layers to some caches named above
+        (
+            bool(cache.kv_cache_dtype_skip_layers),
+            "layers of different dtypes; remove --kv-cache-dtype-skip-layers",
+        ),
+    ]
+    return [text for present, text in problems if present]
+
+
+def _cpu_problems(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
+    cache = vllm_config.cache_config
+    return [
+        (
+            cache.block_size % 32 != 0,
+            f"--block-size {cache.block_size} on the CPU; use a multiple of 32",
+        ),
+        _cache_dtype_problem(vllm_config, (), " on the CPU"),
+    ]
+
+
+def _gpu_problems(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    block_size, backend = cache.block_size, vllm_config.attention_config.backend
+    reads_fp8 = current_platform.has_device_capability(FP8_CAPABILITY)
+    before = f" on GPUs before compute capability {FP8_CAPABILITY / 10}"
+    return [
+        (
+            block_size not in GPU_BLOCK_SIZES,
+            f"--block-size {block_size} on GPUs; use one of {', '.join(map(str, GPU_BLOCK_SIZES))}",
+        ),
+        (
+            backend is not None and backend.name not in GPU_BACKENDS,
+            f"--attention-backend {getattr(backend, 'name', None)}; use one of "
+            f"{', '.join(GPU_BACKENDS)} or none",
+        ),
+        _cache_dtype_problem(vllm_config, FP8_CACHES if reads_fp8 else (), before),
+        (
+            bool(vllm_config.attention_config.backend_per_kind),
+            "attention backends by kind of layer; remove backend_per_kind",
+        ),
+        (vllm_config.parallel_config.use_ubatching, "--enable-dbo; remove the flag"),
+        (envs.VLLM_BATCH_INVARIANT, "VLLM_BATCH_INVARIANT; unset it"),
+        (model.is_mm_prefix_lm, "models whose prompts attend in both directions"),
+        (
+            caps_logits(model.hf_text_config),
+            f"capped attention logits on GPUs; run {model.architecture} without --kv-compression",
+        ),
+    ]
+
+
+def _cache_dtype_problem(
+    vllm_config: VllmConfig, also: tuple[str, ...], where: str
+) -> tuple[bool, str]:
+    """A KV cache must hold numbers of the model's dtype, or of a format that is read here.
+
+    Args:
+        vllm_config: of the engine.
+        also: names of vLLM's for the other formats that are read here.
+        where: a device that does not read ``fp8``.
+    """
+    dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    asked, running = vllm_config.cache_config.cache_dtype, running_cache_dtype(vllm_config)
+    cause = running if asked == running else f"{running}, which the checkpoint asks for,"
+    fitting = dtype
+    if dtype == "float32":  # vLLM has no name for such a cache
+        fitting = "auto" if asked == running else "bfloat16 and --dtype to bfloat16"
+    return (
+        running not in ("auto", dtype, *also),
+        f"--kv-cache-dtype {cause}{where if running in FP8_CACHES else ''} for a model that runs "
+        f"in {dtype}; set it to {' or '.join([fitting, *also[:1]])}",
+    )
+
+
+def check_attention_kernel(config: KVzipConfig, cache_dtype: str) -> None:
+    """Refuse a choice where there is none.
+
+    Args:
+        config: of compression.
+        cache_dtype: vLLM's name of it.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    kernel = config.attention_kernel
+    if kernel != "auto" and current_platform.is_cpu():
+        raise ConfigError(f"attention_kernel {kernel} is a choice for GPUs; remove it on the CPU.")
+    if kernel == "vllm" and cache_dtype in FP8_CACHES:
+        raise ConfigError(
+            f"attention_kernel vllm does not work with --kv-cache-dtype {cache_dtype} yet; set it "
+            f"to auto or triton."
+        )
+    if kernel == "vllm" and config.mode != "evict":
+        raise ConfigError(
+            f"attention_kernel vllm cannot read the quantized pages of mode {config.mode}; set it "
+            f"to auto or triton."
+        )

@@ -1,0 +1,1 @@
+"""The workers: requests are followed, prompts compressed, rows rewritten."""

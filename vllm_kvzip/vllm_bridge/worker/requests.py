@@ -1,0 +1,198 @@
+"""Worker side: follow each request through vLLM's scheduler output until it must be compressed.
+
+Everything needed is in ``SchedulerOutput``, which both of vLLM's model runners get, so this file
+knows nothing of a runner. No torch here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vllm_kvzip.planning.prefix_seed import prefix_seed
+from vllm_kvzip.planning.request_options import options_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+
+    from vllm_kvzip.core import PrefixPlan
+    from vllm_kvzip.planning.prefix_rule import PrefixRule
+    from vllm_kvzip.planning.request_options import RequestOptions
+
+
+@dataclass
+class TrackedRequest:
+    """A request that has, or will have, a compressed prefix.
+
+    Attributes:
+        plan: what is compressed next; None when nothing is any more.
+        first_plan: what is compressed first when it starts afresh.
+        num_prompt_tokens, options: what plans follow from.
+        seed: depends on the tokens before the boundary only, so equal prefixes are compressed
+            equally.
+        block_ids: the block table row as the scheduler sent it.
+        num_computed_tokens: tokens computed before the current step.
+        crossed: the prefix is complete in the cache and the reserve is at the row's end.
+        folded: the prefix is compressed, and nothing is compressed any more.
+        token_ids: the tokens before the boundary, when the scorer lets the model repeat them.
+        kept_as: serial of the run that later requests may start from, once it is compressed.
+        serial: of that run, whether or not it is kept.
+    """
+
+    request_id: str
+    plan: PrefixPlan | None
+    first_plan: PrefixPlan | None
+    num_prompt_tokens: int
+    options: RequestOptions
+    seed: int
+    block_ids: list[int]
+    num_computed_tokens: int
+    crossed: bool = False
+    folded: bool = False
+    reserve_start: int = field(default=0)
+    kept_as: int | None = None
+    serial: int | None = None
+    token_ids: Sequence[int] = ()
+
+
+class RequestTracker:
+    """Requests that have, or will have, a compressed prefix; all others are forgotten at once.
+
+    Args:
+        rule: the rule the scheduler's block manager uses as well.
+        group_id: the KV cache group of the compressed layers.
+        keep_tokens: whether a request's token ids are kept until it is compressed.
+    """
+
+    def __init__(self, rule: PrefixRule, group_id: int = 0, keep_tokens: bool = False) -> None:
+        self._rule = rule
+        self._keep_tokens = keep_tokens
+        self._group_id = group_id
+        self._requests: dict[str, TrackedRequest] = {}
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def get(self, request_id: str) -> TrackedRequest | None:
+        """The tracked request of that id, or None when it is left alone."""
+        return self._requests.get(request_id)
+
+    def forget(self, request_id: str) -> None:
+        """Nothing of a request is compressed any more."""
+        self._requests.pop(request_id, None)
+
+    def drop_ended(self, output: SchedulerOutput) -> list[str]:
+        """Forget what was kept for requests that ended or lost their blocks; returns their ids.
+
+        A preempted request is still known afterwards: model runner V1 is not told its prompt again
+        when it resumes, only its new row. Requests that are not tracked are named as well: one that
+        would be left alone may have resumed on a compressed prefix.
+        """
+        dropped = set(output.finished_req_ids)
+        for rid in self.finished(output):
+            if self._requests.pop(rid, None):
+                dropped.add(rid)
+        for rid in self.suspended(output):
+            dropped.add(rid)
+            if request := self._requests.get(rid):
+                request.crossed = request.folded = False
+                request.plan = request.first_plan
+                request.kept_as = None
+                request.block_ids = []
+        return sorted(dropped)
+
+    @staticmethod
+    def finished(output: SchedulerOutput) -> set[str]:
+        """Ids whose request is over; an id may come back at once, for a new request."""
+        return {*output.finished_req_ids, *(new.req_id for new in output.scheduled_new_reqs)}
+
+    @staticmethod
+    def suspended(output: SchedulerOutput) -> set[str]:
+        """Ids of requests that lost their blocks, and of those that got new ones."""
+        return {*(output.preempted_req_ids or ()), *output.scheduled_cached_reqs.resumed_req_ids}
+
+    def new_blocks(self, output: SchedulerOutput) -> Iterator[tuple[str, Sequence[int]]]:
+        """Blocks that a step gives to requests, without those found in the prefix cache."""
+        size = self._rule.block_size
+        for new in output.scheduled_new_reqs:
+            yield new.req_id, new.block_ids[self._group_id][new.num_computed_tokens // size :]
+        running = output.scheduled_cached_reqs
+        for index, rid in enumerate(running.req_ids):
+            blocks = running.new_block_ids[index]
+            if blocks is not None:
+                found = running.num_computed_tokens[index] // size
+                first = found if rid in running.resumed_req_ids else 0
+                yield rid, blocks[self._group_id][first:]
+
+    def advance(
+        self, output: SchedulerOutput, hits: Mapping[str, PrefixPlan] | None = None
+    ) -> None:
+        """Take in new requests and new blocks of the step that is about to run.
+
+        Must follow the compaction of what the last step completed: the blocks named here belong
+        behind the folded row.
+
+        Args:
+            output: the step.
+            hits: requests that start from a compressed prefix in this step, and its plan.
+        """
+        hits = hits or {}
+        for new in output.scheduled_new_reqs:
+            self._add(new, hits.get(new.req_id))
+        running = output.scheduled_cached_reqs
+        for index, rid in enumerate(running.req_ids):
+            request = self._requests.get(rid)
+            if request is None or request.folded:
+                continue
+            request.num_computed_tokens = running.num_computed_tokens[index]
+            new_block_ids = running.new_block_ids[index]
+            if new_block_ids is not None:
+                request.block_ids.extend(new_block_ids[self._group_id])
+            if rid in hits:
+                self._go_on(request, hits[rid])
+
+    def folded(self, request: TrackedRequest, row: list[int]) -> None:
+        """A request's prefix has been compressed, and its row folded to ``row``."""
+        assert request.plan is not None
+        request.block_ids = row
+        self._go_on(request, request.plan)
+
+    def _go_on(self, request: TrackedRequest, done: PrefixPlan) -> None:
+        """After a compression, or from a compressed prefix."""
+        request.plan = self._rule.next_plan(request.num_prompt_tokens, request.options, done)
+        request.folded = request.crossed = request.plan is None
+
+    def crossing(self, output: SchedulerOutput) -> Iterator[TrackedRequest]:
+        """Requests whose prefix is complete once the step of ``output`` has run; marks them."""
+        for rid, num_scheduled in output.num_scheduled_tokens.items():
+            request = self._requests.get(rid)
+            if request is None or request.crossed or request.plan is None:
+                continue
+            if request.num_computed_tokens + num_scheduled >= request.plan.ready_tokens:
+                request.crossed = True
+                request.reserve_start = len(request.block_ids) - request.plan.num_compressed_blocks
+                yield request
+
+    def _add(self, new: NewRequestData, hit: PrefixPlan | None) -> None:
+        options = options_of(new.sampling_params)
+        plan = self._rule.next_plan(new.prompt_len, options)
+        if plan is None and hit is None:
+            return
+        boundary = plan.boundary_tokens if plan else 0
+        token_ids = new.prompt_token_ids or ()
+        request = TrackedRequest(
+            request_id=new.req_id,
+            plan=plan,
+            first_plan=plan,
+            num_prompt_tokens=new.prompt_len,
+            options=options,
+            seed=prefix_seed(token_ids, boundary),
+            block_ids=list(new.block_ids[self._group_id]),
+            num_computed_tokens=new.num_computed_tokens,
+            token_ids=token_ids[:boundary] if self._keep_tokens else (),
+        )
+        self._requests[new.req_id] = request
+        if hit is not None:
+            self._go_on(request, hit)
