@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from vllm_kvzip.head_profiles.head_profile import ModelFingerprint
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm_kvzip.vllm_bridge.symbols import VllmConfig
 
 
 def model_fingerprint(vllm_config: VllmConfig) -> ModelFingerprint:

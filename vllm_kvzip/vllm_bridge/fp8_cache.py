@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.platforms import current_platform
 
 from vllm_kvzip.storage.stored_scales import StoredScales
+from vllm_kvzip.vllm_bridge.symbols import current_platform
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vllm.config import VllmConfig
+    from vllm_kvzip.vllm_bridge.symbols import VllmConfig
 
 FP8_CACHES = ("fp8", "fp8_e4m3")
 """Names of vLLM's for the same format."""

@@ -13,19 +13,19 @@ from copy import copy
 from typing import TYPE_CHECKING
 
 import torch
-from vllm.distributed import (
-    get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_reduce,
-)
-from vllm.logger import init_logger
-from vllm.v1.outputs import AsyncModelRunnerOutput
 
 from vllm_kvzip.metrics import FAILURES
+from vllm_kvzip.vllm_bridge.symbols import (
+    AsyncModelRunnerOutput,
+    get_tensor_model_parallel_world_size,
+    init_logger,
+    tensor_model_parallel_all_reduce,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from vllm.v1.outputs import ModelRunnerOutput
+    from vllm_kvzip.vllm_bridge.symbols import ModelRunnerOutput
 
 logger = init_logger("vllm." + __name__)
 

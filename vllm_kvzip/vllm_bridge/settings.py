@@ -24,10 +24,9 @@ from vllm_kvzip.vllm_bridge.fp8_cache import running_cache_dtype
 from vllm_kvzip.vllm_bridge.stats_export import FOLDER_VARIABLE
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-
     from vllm_kvzip.planning.reconstruction import RepeatRule
     from vllm_kvzip.quantization import Quantization
+    from vllm_kvzip.vllm_bridge.symbols import VllmConfig
 
 KEY = "kvzip"
 PREFIX_FORMAT = 4  # how a compressed prefix lies in its blocks
@@ -270,7 +269,7 @@ class Settings:
 
 def cache_shape(vllm_config: VllmConfig) -> tuple[int, int, int]:
     """Tokens per block, head size, and bytes per number of an engine's KV cache."""
-    from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+    from vllm_kvzip.vllm_bridge.symbols import kv_cache_dtype_str_to_dtype
 
     model, cache = vllm_config.model_config, vllm_config.cache_config
     dtype = kv_cache_dtype_str_to_dtype(running_cache_dtype(vllm_config), model)

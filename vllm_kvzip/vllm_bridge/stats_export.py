@@ -19,9 +19,8 @@ from vllm_kvzip import metrics
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vllm.v1.core.block_pool import BlockPool
-
     from vllm_kvzip.core import PrefixPlan
+    from vllm_kvzip.vllm_bridge.symbols import BlockPool
 
 FOLDER_VARIABLE = "KVZIP_METRICS_DIRECTORY"
 """Tells the processes of an engine where their metric files go.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm_kvzip.vllm_bridge.symbols import SchedulerOutput
 
 _ATTRIBUTE = "kvzip_prefixes"
 

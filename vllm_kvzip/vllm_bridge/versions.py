@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 
-import vllm
-
 from vllm_kvzip.errors import UnsupportedError
+from vllm_kvzip.vllm_bridge import symbols
 
 TESTED_VERSIONS = ("0.32.0",)
 OLDEST_VERSION = (0, 32)
@@ -14,14 +13,17 @@ OLDEST_VERSION = (0, 32)
 
 def running_version() -> str:
     """Version of the imported vLLM without a local part such as ``+cpu``."""
-    return str(vllm.__version__).split("+")[0]
+    return str(symbols.vllm_version).split("+")[0]
 
 
-def check_version() -> None:
+def check_version(serves: bool) -> None:
     """Refuse a vLLM that lacks what the bridge is built on.
 
+    Args:
+        serves: whether HTTP routes are among that.
+
     Raises:
-        UnsupportedError: if it is too old.
+        UnsupportedError: if it is too old, or a name that the bridge uses is gone.
     """
     version = running_version()
     numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
@@ -30,14 +32,15 @@ def check_version() -> None:
         raise UnsupportedError(
             f"KV compression needs vLLM {oldest} or newer, but {version} is running; upgrade vLLM."
         )
-
-
-def misfit(error: ImportError) -> UnsupportedError:
-    """The sentence for a name that the bridge imports and the running vLLM lacks."""
-    return UnsupportedError(
-        f"KV compression does not fit vLLM {running_version()} ({error}); install a tested "
-        f"version: {', '.join(TESTED_VERSIONS)}."
-    )
+    on_cpu = symbols.current_platform.is_cpu()
+    needed = [symbols.COMMON, symbols.CPU if on_cpu else symbols.GPU]
+    try:
+        symbols.check_symbols(*needed, *([symbols.SERVER] if serves else []))
+    except ImportError as error:
+        raise UnsupportedError(
+            f"KV compression does not fit vLLM {version} ({error}); install a tested version: "
+            f"{', '.join(TESTED_VERSIONS)}."
+        ) from error
 
 
 def untested_warning() -> str | None:

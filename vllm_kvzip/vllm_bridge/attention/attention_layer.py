@@ -5,10 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
-from vllm.v1.attention.backend import AttentionImpl
-
 from vllm_kvzip.vllm_bridge.fp8_cache import queries_of_model
 from vllm_kvzip.vllm_bridge.passes.scoring_pass import PassMetadata
+from vllm_kvzip.vllm_bridge.symbols import AttentionImpl
 
 if TYPE_CHECKING:
     import torch

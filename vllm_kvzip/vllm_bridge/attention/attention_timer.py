@@ -12,10 +12,9 @@ from vllm_kvzip.clocks import HostClock, Stopwatch
 from vllm_kvzip.metrics import PHASES
 
 if TYPE_CHECKING:
-    from vllm.v1.core.sched.output import SchedulerOutput
-
     from vllm_kvzip.clocks import Clock
     from vllm_kvzip.vllm_bridge.stats_export import WorkerRecorder
+    from vllm_kvzip.vllm_bridge.symbols import SchedulerOutput
 
 STEPS_PER_SAMPLE = 32
 

@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
-    from vllm.v1.attention.backend import CommonAttentionMetadata
 
     from vllm_kvzip.core import CompressedPrefix, PrefixPlan
+    from vllm_kvzip.vllm_bridge.symbols import CommonAttentionMetadata
 
 
 @dataclass(frozen=True)

@@ -13,22 +13,21 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm import _custom_ops as ops
-from vllm import envs
-from vllm.v1.attention.backends.cpu_attn import (
+
+from vllm_kvzip.vllm_bridge.attention.attention_layer import HeadPageLayer
+from vllm_kvzip.vllm_bridge.cache.layer_checks import check_attention
+from vllm_kvzip.vllm_bridge.symbols import (
     CPUAttentionBackend,
     CPUAttentionBackendImpl,
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
+    envs,
 )
-
-from vllm_kvzip.vllm_bridge.attention.attention_layer import HeadPageLayer
-from vllm_kvzip.vllm_bridge.cache.layer_checks import check_attention
+from vllm_kvzip.vllm_bridge.symbols import custom_ops as ops
 
 if TYPE_CHECKING:
-    from vllm.v1.attention.backend import CommonAttentionMetadata
-
     from vllm_kvzip.vllm_bridge.attention.batches import AttendingBatch, QuerySpan, StepDescriber
+    from vllm_kvzip.vllm_bridge.symbols import CommonAttentionMetadata
 
 
 class HeadPageCPUBackend(CPUAttentionBackend):

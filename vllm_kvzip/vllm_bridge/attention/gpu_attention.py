@@ -11,36 +11,29 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from vllm.v1.attention.backend import (
-    AttentionCGSupport,
-    AttentionMetadataBuilder,
-)
-from vllm.v1.attention.backends.flash_attn import (
-    FlashAttentionBackend,
-    FlashAttentionImpl,
-    FlashAttentionMetadataBuilder,
-)
-from vllm.v1.attention.backends.triton_attn import (
-    TritonAttentionBackend,
-    TritonAttentionImpl,
-    TritonAttentionMetadataBuilder,
-)
-from vllm.v1.kv_cache_layout import KVCacheLayout
-
 from vllm_kvzip.vllm_bridge.attention import stock_pairs
 from vllm_kvzip.vllm_bridge.attention.attention_layer import HeadPageLayer
 from vllm_kvzip.vllm_bridge.attention.kernel_batches import KernelBatch
 from vllm_kvzip.vllm_bridge.cache.layer_checks import check_attention
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings
+from vllm_kvzip.vllm_bridge.symbols import (
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadataBuilder,
+    KVCacheLayout,
+    TritonAttentionBackend,
+    TritonAttentionImpl,
+    TritonAttentionMetadataBuilder,
+)
 
 if TYPE_CHECKING:
     import torch
-    from vllm.config import VllmConfig
-    from vllm.v1.attention.backend import CommonAttentionMetadata
-    from vllm.v1.kv_cache_interface import KVCacheSpec
 
     from vllm_kvzip.vllm_bridge.attention.batches import AttendingBatch, QuerySpan, StepDescriber
     from vllm_kvzip.vllm_bridge.attention.kernel_batches import KernelBatcher
+    from vllm_kvzip.vllm_bridge.symbols import CommonAttentionMetadata, KVCacheSpec, VllmConfig
 
 _STEP = "kvzip_step"  # attribute of vLLM's metadata that holds ours
 

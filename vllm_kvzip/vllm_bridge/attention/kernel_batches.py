@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.kernels.head_page_attention import head_page_attention
@@ -20,13 +19,13 @@ from vllm_kvzip.kernels.page_tables import PagePlace, PageTables
 from vllm_kvzip.kernels.quantized_attention import QuantizedPages
 from vllm_kvzip.quantization.rotation import hadamard_matrix
 from vllm_kvzip.vllm_bridge.attention.batches import PrefixState, SplitBatch
+from vllm_kvzip.vllm_bridge.symbols import async_tensor_h2d
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vllm.v1.attention.backend import CommonAttentionMetadata
-
     from vllm_kvzip.vllm_bridge.cache.head_page_cache import HeadPageCache
+    from vllm_kvzip.vllm_bridge.symbols import CommonAttentionMetadata
 
 _UNCOMPRESSED = 0  # the slot of a prefix of no page
 

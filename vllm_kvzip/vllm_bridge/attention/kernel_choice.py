@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.logger import init_logger
-from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_kvzip.kernels.column_maximum import column_maximum
 from vllm_kvzip.kernels.page_copies import compact_pages
@@ -19,6 +17,7 @@ from vllm_kvzip.kernels.page_tables import PageTables
 from vllm_kvzip.kernels.quantized_pages import quantize_pages
 from vllm_kvzip.vllm_bridge.attention.kernel_batches import KernelBatch
 from vllm_kvzip.vllm_bridge.attention.stock_pairs import StockPairs, fits
+from vllm_kvzip.vllm_bridge.symbols import CommonAttentionMetadata, init_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -19,10 +19,9 @@ from vllm_kvzip.vllm_bridge.attention.tiered_batches import QuantizedTier, Tiere
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vllm.v1.attention.backend import CommonAttentionMetadata
-
     from vllm_kvzip.vllm_bridge.attention.batches import PrefixState
     from vllm_kvzip.vllm_bridge.cache.head_page_cache import HeadPageCache
+    from vllm_kvzip.vllm_bridge.symbols import CommonAttentionMetadata
 
 
 @dataclass

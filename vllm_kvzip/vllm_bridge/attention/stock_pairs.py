@@ -13,14 +13,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_kvzip.kernels.flat_tables import flatten_tables
+from vllm_kvzip.vllm_bridge.symbols import async_tensor_h2d
 
 if TYPE_CHECKING:
-    from vllm.v1.attention.backend import CommonAttentionMetadata
-
     from vllm_kvzip.vllm_bridge.attention.kernel_batches import KernelBatch
+    from vllm_kvzip.vllm_bridge.symbols import CommonAttentionMetadata
 
 MOST_TABLE_BYTES = 256 * 2**20
 TILE_TOKENS = 128

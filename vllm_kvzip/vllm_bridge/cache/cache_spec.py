@@ -9,27 +9,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
-from vllm.utils.math_utils import cdiv
-from vllm.v1.kv_cache_interface import (
-    FullAttentionSpec,
-    KVCacheSpec,
-    SlidingWindowSpec,
-    replace_as,
-)
-from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
-
 from vllm_kvzip.planning.prefix_rule import PrefixRule
 from vllm_kvzip.planning.reuse_rule import ReuseRule
 from vllm_kvzip.vllm_bridge.cache.layer_checks import check_layers
 from vllm_kvzip.vllm_bridge.scheduler.block_manager import HeadPageManager
+from vllm_kvzip.vllm_bridge.symbols import (
+    FullAttentionSpec,
+    KVCacheSpec,
+    KVCacheSpecRegistry,
+    SlidingWindowSpec,
+    cdiv,
+    replace_as,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vllm.config import VllmConfig
-
     from vllm_kvzip.planning.reconstruction import RepeatRule
     from vllm_kvzip.vllm_bridge.settings import Settings
+    from vllm_kvzip.vllm_bridge.symbols import VllmConfig
 
 # vLLM's merge makes a spec of the fields it knows; ours are put in afterwards.
 _NO_RULE = PrefixRule(1.0, min_prompt_tokens=0, sink_tokens=0, recent_tokens=0, block_size=1)

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm.v1.kv_cache_layout import KVCacheLayout
-
 from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.storage.head_pages import PagePool
+from vllm_kvzip.vllm_bridge.symbols import KVCacheLayout
 
 if TYPE_CHECKING:
     import torch
-    from vllm.v1.kv_cache_interface import KVCacheConfig
 
     from vllm_kvzip.vllm_bridge.cache.cache_spec import HeadPageSpec
+    from vllm_kvzip.vllm_bridge.symbols import KVCacheConfig
 
 
 def map_head_pages(

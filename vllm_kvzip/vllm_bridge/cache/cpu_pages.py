@@ -7,9 +7,9 @@ by storing a known pattern through vLLM's own op, so nothing about it is assumed
 from __future__ import annotations
 
 import torch
-from vllm import _custom_ops as ops
 
 from vllm_kvzip.storage.page_store import PageCodec
+from vllm_kvzip.vllm_bridge.symbols import custom_ops as ops
 
 _DIGIT = 64  # small enough to be exact in every cache dtype, bfloat16 and float8 excepted
 

@@ -9,10 +9,8 @@ from vllm_kvzip.errors import UnsupportedError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheSpec
-
     from vllm_kvzip.config import Mode
+    from vllm_kvzip.vllm_bridge.symbols import KVCacheSpec, VllmConfig
 
 ATTENDS_OVER_HEAD_PAGES = "attends_over_head_pages"
 """Attribute of our attention implementations."""
@@ -31,7 +29,7 @@ def check_layers(
     Raises:
         UnsupportedError: names the layer, its kind, and what to do.
     """
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm_kvzip.vllm_bridge.symbols import FullAttentionSpec
 
     shapes = set()
     problems: list[tuple[str, bool, str]] = []

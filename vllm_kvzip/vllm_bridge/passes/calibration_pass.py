@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.forward_context import set_forward_context
 
 from vllm_kvzip.model.fused_attention import attend_with_normaliser
 from vllm_kvzip.vllm_bridge.passes.scoring_pass import PassMetadata, ReconstructionPass, Segment
+from vllm_kvzip.vllm_bridge.symbols import set_forward_context
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
-from vllm.model_executor.layers.rotary_embedding.phi3_long_rope_scaled_rope import (
-    Phi3LongRoPEScaledRotaryEmbedding,
-)
-
 from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.model.rotary import RotaryTables
 from vllm_kvzip.model.transformers_rotary import transformers_tables
+from vllm_kvzip.vllm_bridge.symbols import (
+    Attention,
+    Phi3LongRoPEScaledRotaryEmbedding,
+    RotaryEmbeddingBase,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import nn
-    from vllm.config import ModelConfig
+
+    from vllm_kvzip.vllm_bridge.symbols import ModelConfig
 
 ROTARY_MODULES = (RotaryEmbeddingBase, Phi3LongRoPEScaledRotaryEmbedding)
 

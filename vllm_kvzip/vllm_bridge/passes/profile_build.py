@@ -19,9 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.config import get_layers_from_vllm_config
-from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
 
 from vllm_kvzip.core import CacheGeometry
 from vllm_kvzip.errors import ProfileError, UnsupportedError
@@ -48,16 +45,16 @@ from vllm_kvzip.vllm_bridge.passes.ranks import Ranks
 from vllm_kvzip.vllm_bridge.passes.scoring_pass import RepeatPrompt
 from vllm_kvzip.vllm_bridge.settings import Settings
 from vllm_kvzip.vllm_bridge.start.options import resolve, without_profile
+from vllm_kvzip.vllm_bridge.symbols import Attention, get_layers_from_vllm_config, init_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from vllm.config import VllmConfig
 
     from vllm_kvzip.config import KVzipConfig
     from vllm_kvzip.head_profiles.head_profile import ModelFingerprint
     from vllm_kvzip.head_profiles.networks import LayerSurrogate
     from vllm_kvzip.head_profiles.repeat_prompt import RepeatWording
+    from vllm_kvzip.vllm_bridge.symbols import VllmConfig
 
     ScoreColumns = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
@@ -190,7 +187,7 @@ class _Builder:
     def __init__(
         self, vllm_config: VllmConfig, model: Any, score_columns: ScoreColumns, deadline: float
     ) -> None:
-        from vllm.tokenizers import cached_tokenizer_from_config
+        from vllm_kvzip.vllm_bridge.symbols import cached_tokenizer_from_config
 
         self._vllm_config, self._deadline = vllm_config, deadline
         self._config = config = Settings.from_vllm_config(vllm_config).config

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from vllm.distributed import get_tp_group, tensor_model_parallel_all_gather
 
 from vllm_kvzip.errors import ProfileError
+from vllm_kvzip.vllm_bridge.symbols import get_tp_group, tensor_model_parallel_all_gather
 
 if TYPE_CHECKING:
     from collections.abc import Callable

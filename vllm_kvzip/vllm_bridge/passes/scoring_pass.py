@@ -14,19 +14,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.forward_context import set_forward_context
-from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_kvzip.model.fused_attention import attend_with_normaliser
 from vllm_kvzip.planning.reconstruction import Chunk, iter_chunks
+from vllm_kvzip.vllm_bridge.symbols import async_tensor_h2d, set_forward_context
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from vllm.config import VllmConfig
-
     from vllm_kvzip.planning.reconstruction import RepeatRule
     from vllm_kvzip.storage.page_store import PageStore
+    from vllm_kvzip.vllm_bridge.symbols import VllmConfig
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-
 from vllm_kvzip.metrics import FAILURES
 from vllm_kvzip.storage.head_pages import fold_row
 from vllm_kvzip.vllm_bridge.scheduler.prefix_cache import (
@@ -33,15 +31,14 @@ from vllm_kvzip.vllm_bridge.scheduler.prefix_lookup import PrefixLookup, options
 from vllm_kvzip.vllm_bridge.scheduler.unconfirmed import UnconfirmedRuns
 from vllm_kvzip.vllm_bridge.stats_export import HeldBytes, SchedulerRecorder
 from vllm_kvzip.vllm_bridge.step_message import StepPrefixes
+from vllm_kvzip.vllm_bridge.symbols import FullAttentionManager
 
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
 
-    from vllm.v1.core.kv_cache_utils import KVCacheBlock
-    from vllm.v1.request import Request
-
     from vllm_kvzip.core import PrefixPlan
     from vllm_kvzip.vllm_bridge.scheduler.terms import CompressionTerms
+    from vllm_kvzip.vllm_bridge.symbols import KVCacheBlock, Request
 
 
 class HeadPageManager(FullAttentionManager):

@@ -17,18 +17,20 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
+from vllm_kvzip.vllm_bridge.symbols import BlockHash, make_block_hash_with_group_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from vllm.v1.core.block_pool import BlockPool
-    from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
-    from vllm.v1.request import Request
-
     from vllm_kvzip.core import PrefixPlan
     from vllm_kvzip.planning.reuse_rule import ReuseRule
     from vllm_kvzip.vllm_bridge.stats_export import SchedulerRecorder
+    from vllm_kvzip.vllm_bridge.symbols import (
+        BlockHashWithGroupId,
+        BlockPool,
+        KVCacheBlock,
+        Request,
+    )
 
 _serials = itertools.count(1)
 

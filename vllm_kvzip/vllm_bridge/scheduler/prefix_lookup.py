@@ -9,15 +9,13 @@ from vllm_kvzip.planning.request_options import options_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vllm.v1.core.kv_cache_utils import KVCacheBlock
-    from vllm.v1.request import Request
-
     from vllm_kvzip.core import PrefixPlan
     from vllm_kvzip.planning.prefix_rule import PrefixRule
     from vllm_kvzip.planning.reconstruction import RepeatRule
     from vllm_kvzip.planning.request_options import RequestOptions
     from vllm_kvzip.planning.reuse_rule import ReuseRule
     from vllm_kvzip.vllm_bridge.scheduler.prefix_cache import CompressedPrefixCache, PrefixRun
+    from vllm_kvzip.vllm_bridge.symbols import KVCacheBlock, Request
 
 
 class PrefixLookup:

@@ -17,15 +17,14 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm.v1.request import RequestStatus
+from vllm_kvzip.vllm_bridge.symbols import RequestStatus
 
 if TYPE_CHECKING:
     from collections.abc import Container
 
-    from vllm.v1.request import Request
-
     from vllm_kvzip.core import PrefixPlan
     from vllm_kvzip.planning.reconstruction import RepeatRule
+    from vllm_kvzip.vllm_bridge.symbols import Request
 
 
 @dataclass

@@ -18,13 +18,6 @@ from copy import copy
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
-from vllm.logger import init_logger
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
-from vllm.v1.request import RequestStatus
-
 from vllm_kvzip.planning.request_options import LEFT_ALONE, has_options
 from vllm_kvzip.vllm_bridge.outcomes import NOT_FINITE, told
 from vllm_kvzip.vllm_bridge.scheduler.block_manager import HeadPageManager
@@ -34,16 +27,27 @@ from vllm_kvzip.vllm_bridge.scheduler.repeat_schedule import RepeatSchedule
 from vllm_kvzip.vllm_bridge.scheduler.uncomputed import withdraw_uncomputed
 from vllm_kvzip.vllm_bridge.settings import KEY
 from vllm_kvzip.vllm_bridge.step_message import attach
+from vllm_kvzip.vllm_bridge.symbols import (
+    AsyncScheduler,
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    PauseState,
+    RequestStatus,
+    Scheduler,
+    init_logger,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
-    from vllm.config import SchedulerConfig
-    from vllm.v1.core.kv_cache_manager import KVCacheManager
-    from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.outputs import ModelRunnerOutput
-    from vllm.v1.request import Request
+    from vllm_kvzip.vllm_bridge.symbols import (
+        KVCacheManager,
+        ModelRunnerOutput,
+        Request,
+        SchedulerConfig,
+        SchedulerOutput,
+    )
 
 logger = init_logger("vllm." + __name__)
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vllm.v1.request import Request
-
     from vllm_kvzip.vllm_bridge.scheduler.block_manager import HeadPageManager
+    from vllm_kvzip.vllm_bridge.symbols import Request
 
 
 def withdraw_uncomputed(manager: HeadPageManager, request: Request) -> None:

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vllm.v1.request import Request
-
     from vllm_kvzip.vllm_bridge.outcomes import Outcome
     from vllm_kvzip.vllm_bridge.scheduler.prefix_cache import CompressedPrefixCache, PrefixRun
     from vllm_kvzip.vllm_bridge.stats_export import SchedulerRecorder
+    from vllm_kvzip.vllm_bridge.symbols import Request
 
 
 @dataclass(eq=False)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from vllm.exceptions import VLLMValidationError
-from vllm.utils import length_from_prompt_token_ids_or_embeds
-from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.input_processor import InputProcessor
-
 from vllm_kvzip.errors import RequestError
 from vllm_kvzip.planning.request_options import SWITCH, check_request, options_of
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings
+from vllm_kvzip.vllm_bridge.symbols import (
+    AsyncLLM,
+    InputProcessor,
+    VLLMValidationError,
+    length_from_prompt_token_ids_or_embeds,
+)
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-    from vllm.v1.engine import EngineCoreRequest
+    from vllm_kvzip.vllm_bridge.symbols import EngineCoreRequest, VllmConfig
 
 _MARK = "_kvzip_checks_requests"
 

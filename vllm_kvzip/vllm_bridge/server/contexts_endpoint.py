@@ -14,23 +14,6 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import State
-from vllm import SamplingParams
-from vllm.config import ModelConfig
-from vllm.engine.protocol import EngineClient
-from vllm.entrypoints.generate.base.protocol import validate_cache_salt
-from vllm.entrypoints.serve.tokenize.protocol import (
-    TokenizeChatRequest,
-    TokenizeCompletionRequest,
-)
-from vllm.entrypoints.serve.utils.api_utils import validate_json_request, with_cancellation
-from vllm.exceptions import (
-    VLLMClientError,
-    VLLMNotFoundError,
-    VLLMServerError,
-    VLLMValidationError,
-)
-from vllm.renderers import TokenizeParams
-from vllm.utils import random_uuid
 
 from vllm_kvzip.metrics import FAILURES
 from vllm_kvzip.planning.chat_contexts import common_prefix, continuations
@@ -39,6 +22,22 @@ from vllm_kvzip.planning.prefix_seed import checksum, prefix_seed
 from vllm_kvzip.planning.request_options import CONTEXT_TOKENS, KEEP_RATIO, RequestOptions
 from vllm_kvzip.vllm_bridge.server.data_parallel import call_workers, on_each
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings, cache_shape
+from vllm_kvzip.vllm_bridge.symbols import (
+    EngineClient,
+    ModelConfig,
+    SamplingParams,
+    TokenizeChatRequest,
+    TokenizeCompletionRequest,
+    TokenizeParams,
+    VLLMClientError,
+    VLLMNotFoundError,
+    VLLMServerError,
+    VLLMValidationError,
+    random_uuid,
+    validate_cache_salt,
+    validate_json_request,
+    with_cancellation,
+)
 
 PATH = "/v1/kvzip/contexts"
 

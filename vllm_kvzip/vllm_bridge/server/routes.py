@@ -6,17 +6,18 @@ import functools
 import inspect
 from typing import Any
 
-from vllm.entrypoints.generate.generative_scoring.serving import ServingGenerativeScoring
-from vllm.entrypoints.generate.structured_decisions.serving import ServingStructuredDecisions
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
-from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
-from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequest
-from vllm.exceptions import VLLMValidationError
-
 from vllm_kvzip.planning.request_options import has_options
 from vllm_kvzip.vllm_bridge.server.admission import check_prompt
+from vllm_kvzip.vllm_bridge.symbols import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    OpenAIServingResponses,
+    ServingGenerativeScoring,
+    ServingStructuredDecisions,
+    TranscriptionRequest,
+    TranslationRequest,
+    VLLMValidationError,
+)
 
 _MARK = "_kvzip_checks_routes"
 _FIELD = "vllm_xargs"

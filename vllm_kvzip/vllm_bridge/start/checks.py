@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm import envs
-from vllm.platforms import current_platform
-
 from vllm_kvzip.errors import ConfigError, UnsupportedError
 from vllm_kvzip.model.attention_kinds import (
     VARIED,
@@ -20,12 +17,12 @@ from vllm_kvzip.vllm_bridge.fp8_cache import (
     FP8_CAPABILITY,
     running_cache_dtype,
 )
+from vllm_kvzip.vllm_bridge.symbols import current_platform, envs
 from vllm_kvzip.vllm_bridge.tensor_parallel import can_share
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-
     from vllm_kvzip.config import KVzipConfig, Mode
+    from vllm_kvzip.vllm_bridge.symbols import VllmConfig
 
 STOCK_WORKERS = ("auto", "vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker")
 GPU_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")

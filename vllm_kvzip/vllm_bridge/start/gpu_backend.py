@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm.platforms import current_platform
-
 from vllm_kvzip.vllm_bridge.fp8_cache import running_cache_dtype
+from vllm_kvzip.vllm_bridge.symbols import current_platform
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm_kvzip.vllm_bridge.symbols import AttentionBackendEnum, VllmConfig
 
 
 def default_gpu_backend(vllm_config: VllmConfig) -> AttentionBackendEnum:
     """FlashAttention where it runs; else vLLM's Triton attention, which runs everywhere."""
-    from vllm.config import set_current_vllm_config
-    from vllm.v1.attention.backends.fa_utils import is_flash_attn_varlen_func_available
-    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm_kvzip.vllm_bridge.symbols import (
+        AttentionBackendEnum,
+        FlashAttentionBackend,
+        is_flash_attn_varlen_func_available,
+        set_current_vllm_config,
+    )
 
     model = vllm_config.model_config
     capability = current_platform.get_device_capability()

@@ -12,9 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm.logger import init_logger
-from vllm.platforms import current_platform
-
 from vllm_kvzip.config import CONFIG_FLAG, METHOD, Budget, KVzipConfig, is_enabled, load_config
 from vllm_kvzip.errors import ConfigError
 from vllm_kvzip.head_profiles.head_profile import (
@@ -36,15 +33,14 @@ from vllm_kvzip.vllm_bridge.start.checks import (
     check_supported,
 )
 from vllm_kvzip.vllm_bridge.start.gpu_backend import default_gpu_backend
-from vllm_kvzip.vllm_bridge.versions import check_version, misfit, untested_warning
+from vllm_kvzip.vllm_bridge.symbols import current_platform, init_logger
+from vllm_kvzip.vllm_bridge.versions import check_version, untested_warning
 
 if TYPE_CHECKING:
     import argparse
 
-    from vllm.config import VllmConfig
-    from vllm.engine.arg_utils import EngineArgs
-
     from vllm_kvzip.scoring import Scorer
+    from vllm_kvzip.vllm_bridge.symbols import EngineArgs, VllmConfig
 
 logger = init_logger("vllm." + __name__)
 
@@ -95,8 +91,7 @@ def configure(vllm_config: VllmConfig, config: KVzipConfig, serves: bool = False
     Raises:
         KVzipError: with one sentence for the user.
     """
-    check_version()
-    _import_all(serves)
+    check_version(serves)
     check_supported(vllm_config)
     check_attention_kernel(config, running_cache_dtype(vllm_config))
     if warning := untested_warning():
@@ -118,23 +113,6 @@ def configure(vllm_config: VllmConfig, config: KVzipConfig, serves: bool = False
     scheduling.scheduler_cls = SCHEDULERS[bool(scheduling.async_scheduling)]
     values = {**vllm_config.additional_config, KEY: settings.to_additional_config()}
     vllm_config.additional_config = values
-
-
-def _import_all(serves: bool) -> None:
-    """What other processes import is imported here first, where a failure is one sentence.
-
-    Raises:
-        UnsupportedError: if a name of vLLM's that the bridge imports is gone.
-    """
-    try:
-        import vllm_kvzip.vllm_bridge.cache.cache_spec
-        import vllm_kvzip.vllm_bridge.scheduler.scheduler
-        import vllm_kvzip.vllm_bridge.server.admission
-
-        if serves:
-            import vllm_kvzip.vllm_bridge.server.routes  # noqa: F401
-    except ImportError as error:
-        raise misfit(error) from error
 
 
 def _resolve(vllm_config: VllmConfig, config: KVzipConfig) -> Settings:
@@ -298,9 +276,8 @@ def _head_budgets(
 
 def repeat_ids(vllm_config: VllmConfig, config: KVzipConfig, path: Path | None) -> list[list[int]]:
     """Token ids of the repeat prompts; the wording that made the profile is known to work."""
-    from vllm.tokenizers import cached_tokenizer_from_config
-
     from vllm_kvzip.head_profiles.repeat_prompt import repeat_wording
+    from vllm_kvzip.vllm_bridge.symbols import cached_tokenizer_from_config
 
     provenance = load_profile(path).provenance if path is not None else None
     tokenizer = cached_tokenizer_from_config(vllm_config.model_config)

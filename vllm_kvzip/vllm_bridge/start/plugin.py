@@ -20,15 +20,14 @@ from vllm_kvzip.errors import KVzipError
 if TYPE_CHECKING:
     import argparse
 
-    from vllm.config import VllmConfig
-    from vllm.engine.arg_utils import EngineArgs
+    from vllm_kvzip.vllm_bridge.symbols import EngineArgs, VllmConfig
 
 _INSTALLED = "_kvzip_installed"
 
 
 def register() -> None:
     """Install flags and configuration hook; harmless when repeated."""
-    from vllm.engine.arg_utils import EngineArgs
+    from vllm_kvzip.vllm_bridge.symbols import EngineArgs
 
     if getattr(EngineArgs, _INSTALLED, False):
         return
@@ -126,7 +125,7 @@ def _configure_engines(engine_args: type[EngineArgs]) -> None:
     get their configuration. Safe: with compression off the original runs alone. Remove when vLLM
     calls plugins with a finished configuration.
     """
-    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm_kvzip.vllm_bridge.symbols import AsyncEngineArgs
 
     original = engine_args.create_engine_config
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.worker.cpu_worker import CPUWorker
-
 from vllm_kvzip.clocks import HostClock
 from vllm_kvzip.planning.reconstruction import scores_from_normaliser
 from vllm_kvzip.storage.page_store import PackedPages
 from vllm_kvzip.vllm_bridge.attention.cpu_attention import HeadPageCPUBackend, HeadPageCPUBuilder
 from vllm_kvzip.vllm_bridge.attention.pair_batches import PairBatcher
 from vllm_kvzip.vllm_bridge.cache.cpu_pages import discover_codec
+from vllm_kvzip.vllm_bridge.symbols import AttentionBackendEnum, CPUWorker
 from vllm_kvzip.vllm_bridge.worker.worker import HeadPageWorker
 
 if TYPE_CHECKING:

@@ -4,12 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vllm.config import get_layers_from_vllm_config
-from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.worker.gpu_worker import Worker
-
 from vllm_kvzip.clocks import CudaClock
 from vllm_kvzip.kernels.column_maximum import column_maximum
 from vllm_kvzip.model.key_transform import num_first
@@ -28,6 +22,13 @@ from vllm_kvzip.vllm_bridge.attention.kernel_choice import (
     warm_up,
 )
 from vllm_kvzip.vllm_bridge.settings import cache_shape
+from vllm_kvzip.vllm_bridge.symbols import (
+    Attention,
+    AttentionBackendEnum,
+    get_layers_from_vllm_config,
+    init_logger,
+)
+from vllm_kvzip.vllm_bridge.symbols import GPUWorker as Worker
 from vllm_kvzip.vllm_bridge.worker.worker import HeadPageWorker
 
 if TYPE_CHECKING:

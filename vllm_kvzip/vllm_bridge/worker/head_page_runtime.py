@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_kvzip.errors import NotFiniteError
 from vllm_kvzip.planning.prefix_seed import checksum
@@ -35,13 +34,11 @@ from vllm_kvzip.vllm_bridge.outcomes import (
     log_failure,
 )
 from vllm_kvzip.vllm_bridge.step_message import attached
+from vllm_kvzip.vllm_bridge.symbols import async_tensor_h2d
 from vllm_kvzip.vllm_bridge.worker.use_times import UseTimes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-    from vllm.v1.attention.backend import CommonAttentionMetadata
-    from vllm.v1.core.sched.output import SchedulerOutput
 
     from vllm_kvzip.clocks import Stopwatch
     from vllm_kvzip.core import CompressedPrefix, PrefixPlan
@@ -50,6 +47,7 @@ if TYPE_CHECKING:
     from vllm_kvzip.vllm_bridge.attention.batches import Batcher
     from vllm_kvzip.vllm_bridge.cache.head_page_cache import HeadPageCache
     from vllm_kvzip.vllm_bridge.stats_export import WorkerRecorder
+    from vllm_kvzip.vllm_bridge.symbols import CommonAttentionMetadata, SchedulerOutput
     from vllm_kvzip.vllm_bridge.worker.repeats import Repeated, Repeats
     from vllm_kvzip.vllm_bridge.worker.requests import RequestTracker, TrackedRequest
     from vllm_kvzip.vllm_bridge.worker.runners import Rows

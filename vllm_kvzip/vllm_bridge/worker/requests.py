@@ -15,11 +15,10 @@ from vllm_kvzip.planning.request_options import options_of
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
-
     from vllm_kvzip.core import PrefixPlan
     from vllm_kvzip.planning.prefix_rule import PrefixRule
     from vllm_kvzip.planning.request_options import RequestOptions
+    from vllm_kvzip.vllm_bridge.symbols import NewRequestData, SchedulerOutput
 
 
 @dataclass

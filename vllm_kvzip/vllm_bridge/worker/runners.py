@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from vllm.utils.torch_utils import async_tensor_h2d
+from vllm_kvzip.vllm_bridge.symbols import async_tensor_h2d
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vllm.v1.attention.backend import CommonAttentionMetadata
-    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm_kvzip.vllm_bridge.symbols import (
+        CommonAttentionMetadata,
+        GPUModelRunner,
+        GPUModelRunnerV2,
+    )
 
 
 class Rows(Protocol):

@@ -13,15 +13,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from vllm.config import get_layers_from_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank
-from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.utils.gpu_sync_debug import with_gpu_sync_check
-from vllm.v1.attention.backends.registry import register_backend
-from vllm.v1.attention.selector import _cached_get_attn_backend
-from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_kvzip.core import CacheGeometry
 from vllm_kvzip.errors import UnsupportedError
@@ -38,6 +29,17 @@ from vllm_kvzip.vllm_bridge.passes.model_rotary import find_rotary, num_position
 from vllm_kvzip.vllm_bridge.passes.scoring_pass import ReconstructionPass, RepeatPrompt
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings
 from vllm_kvzip.vllm_bridge.stats_export import WorkerRecorder
+from vllm_kvzip.vllm_bridge.symbols import (
+    Attention,
+    AttentionLayerBase,
+    WorkerBase,
+    cached_get_attn_backend,
+    get_layers_from_vllm_config,
+    get_tensor_model_parallel_rank,
+    init_logger,
+    register_backend,
+    with_gpu_sync_check,
+)
 from vllm_kvzip.vllm_bridge.tensor_parallel import first_kv_head
 from vllm_kvzip.vllm_bridge.worker.head_page_runtime import HeadPageRuntime
 from vllm_kvzip.vllm_bridge.worker.repeats import Repeats
@@ -47,15 +49,17 @@ from vllm_kvzip.vllm_bridge.worker.runners import adapt
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-    from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
-
     from vllm_kvzip.clocks import Clock
     from vllm_kvzip.quantization import Quantization
     from vllm_kvzip.storage.page_store import PageStore
     from vllm_kvzip.storage.stored_scales import StoredScales
     from vllm_kvzip.vllm_bridge.attention.batches import Batcher
+    from vllm_kvzip.vllm_bridge.symbols import (
+        AttentionBackendEnum,
+        KVCacheConfig,
+        KVCacheSpec,
+        SchedulerOutput,
+    )
 
 logger = init_logger("vllm." + __name__)
 
@@ -81,7 +85,7 @@ class HeadPageWorker(WorkerBase):
         self._kvzip_serves = False
         for place, backend in self.backends.items():
             register_backend(place, f"{backend.__module__}.{backend.__qualname__}")
-        _cached_get_attn_backend.cache_clear()  # an earlier engine of this process may have asked
+        cached_get_attn_backend.cache_clear()  # an earlier engine of this process may have asked
         super().__init__(vllm_config, *args, **kwargs)
 
     @staticmethod

@@ -1,0 +1,176 @@
+"""Every name of vLLM's that the bridge uses, and where it is found: only here vLLM is imported.
+
+``from vllm_kvzip.vllm_bridge.symbols import Attention`` imports what the table below says, when it
+is asked for. So a process loads only what it needs, a name that moves in a new vLLM is one line
+here, and :func:`check_symbols` tells at start-up whether all of them are there, before a worker
+trips over one.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_ROTARY = "vllm.model_executor.layers.rotary_embedding"
+
+COMMON: dict[str, str] = {
+    "async_tensor_h2d": "vllm.utils.torch_utils",
+    "AsyncEngineArgs": "vllm.engine.arg_utils",
+    "AsyncModelRunnerOutput": "vllm.v1.outputs",
+    "AsyncScheduler": "vllm.v1.core.sched.async_scheduler",
+    "Attention": "vllm.model_executor.layers.attention",
+    "AttentionBackendEnum": "vllm.v1.attention.backends.registry",
+    "AttentionImpl": "vllm.v1.attention.backend",
+    "AttentionLayerBase": "vllm.model_executor.layers.attention_layer_base",
+    "BlockHash": "vllm.v1.core.kv_cache_utils",
+    "cached_get_attn_backend": "vllm.v1.attention.selector:_cached_get_attn_backend",
+    "cached_tokenizer_from_config": "vllm.tokenizers",
+    "cdiv": "vllm.utils.math_utils",
+    "current_platform": "vllm.platforms",
+    "EngineArgs": "vllm.engine.arg_utils",
+    "EngineCoreOutput": "vllm.v1.engine",
+    "EngineCoreOutputs": "vllm.v1.engine",
+    "envs": "vllm",
+    "FullAttentionManager": "vllm.v1.core.single_type_kv_cache_manager",
+    "FullAttentionSpec": "vllm.v1.kv_cache_interface",
+    "get_layers_from_vllm_config": "vllm.config",
+    "get_tensor_model_parallel_rank": "vllm.distributed",
+    "get_tensor_model_parallel_world_size": "vllm.distributed",
+    "get_tp_group": "vllm.distributed",
+    "init_logger": "vllm.logger",
+    "kv_cache_dtype_str_to_dtype": "vllm.utils.torch_utils",
+    "KVCacheLayout": "vllm.v1.kv_cache_layout",
+    "KVCacheSpec": "vllm.v1.kv_cache_interface",
+    "KVCacheSpecRegistry": "vllm.v1.kv_cache_spec_registry",
+    "make_block_hash_with_group_id": "vllm.v1.core.kv_cache_utils",
+    "PauseState": "vllm.v1.core.sched.interface",
+    "Phi3LongRoPEScaledRotaryEmbedding": f"{_ROTARY}.phi3_long_rope_scaled_rope",
+    "register_backend": "vllm.v1.attention.backends.registry",
+    "replace_as": "vllm.v1.kv_cache_interface",
+    "RequestStatus": "vllm.v1.request",
+    "RotaryEmbeddingBase": f"{_ROTARY}.base",
+    "Scheduler": "vllm.v1.core.sched.scheduler",
+    "set_forward_context": "vllm.forward_context",
+    "SlidingWindowSpec": "vllm.v1.kv_cache_interface",
+    "tensor_model_parallel_all_gather": "vllm.distributed",
+    "tensor_model_parallel_all_reduce": "vllm.distributed",
+    "with_gpu_sync_check": "vllm.utils.gpu_sync_debug",
+    "WorkerBase": "vllm.v1.worker.worker_base",
+    "vllm_version": "vllm:__version__",
+}
+"""Every process of an engine, or the one that makes its configuration."""
+
+SERVER: dict[str, str] = {
+    "AsyncLLM": "vllm.v1.engine.async_llm",
+    "ChatCompletionRequest": "vllm.entrypoints.openai.chat_completion.protocol",
+    "CompletionRequest": "vllm.entrypoints.openai.completion.protocol",
+    "EngineClient": "vllm.engine.protocol",
+    "InputProcessor": "vllm.v1.engine.input_processor",
+    "length_from_prompt_token_ids_or_embeds": "vllm.utils",
+    "ModelConfig": "vllm.config",
+    "OpenAIServingResponses": "vllm.entrypoints.openai.responses.serving",
+    "random_uuid": "vllm.utils",
+    "SamplingParams": "vllm",
+    "ServingGenerativeScoring": "vllm.entrypoints.generate.generative_scoring.serving",
+    "ServingStructuredDecisions": "vllm.entrypoints.generate.structured_decisions.serving",
+    "TokenizeChatRequest": "vllm.entrypoints.serve.tokenize.protocol",
+    "TokenizeCompletionRequest": "vllm.entrypoints.serve.tokenize.protocol",
+    "TokenizeParams": "vllm.renderers",
+    "TranscriptionRequest": "vllm.entrypoints.speech_to_text.transcription.protocol",
+    "TranslationRequest": "vllm.entrypoints.speech_to_text.translation.protocol",
+    "validate_cache_salt": "vllm.entrypoints.generate.base.protocol",
+    "validate_json_request": "vllm.entrypoints.serve.utils.api_utils",
+    "VLLMClientError": "vllm.exceptions",
+    "VLLMNotFoundError": "vllm.exceptions",
+    "VLLMServerError": "vllm.exceptions",
+    "VLLMValidationError": "vllm.exceptions",
+    "with_cancellation": "vllm.entrypoints.serve.utils.api_utils",
+}
+"""The API server."""
+
+CPU: dict[str, str] = {
+    "CPUAttentionBackend": "vllm.v1.attention.backends.cpu_attn",
+    "CPUAttentionBackendImpl": "vllm.v1.attention.backends.cpu_attn",
+    "CPUAttentionMetadata": "vllm.v1.attention.backends.cpu_attn",
+    "CPUAttentionMetadataBuilder": "vllm.v1.attention.backends.cpu_attn",
+    "CPUWorker": "vllm.v1.worker.cpu_worker",
+    "custom_ops": "vllm:_custom_ops",
+}
+"""Workers on CPUs."""
+
+GPU: dict[str, str] = {
+    "AttentionCGSupport": "vllm.v1.attention.backend",
+    "AttentionMetadataBuilder": "vllm.v1.attention.backend",
+    "CommonAttentionMetadata": "vllm.v1.attention.backend",
+    "FlashAttentionBackend": "vllm.v1.attention.backends.flash_attn",
+    "FlashAttentionImpl": "vllm.v1.attention.backends.flash_attn",
+    "FlashAttentionMetadataBuilder": "vllm.v1.attention.backends.flash_attn",
+    "GPUWorker": "vllm.v1.worker.gpu_worker:Worker",
+    "is_flash_attn_varlen_func_available": "vllm.v1.attention.backends.fa_utils",
+    "set_current_vllm_config": "vllm.config",
+    "TritonAttentionBackend": "vllm.v1.attention.backends.triton_attn",
+    "TritonAttentionImpl": "vllm.v1.attention.backends.triton_attn",
+    "TritonAttentionMetadataBuilder": "vllm.v1.attention.backends.triton_attn",
+}
+"""Workers on GPUs."""
+
+TYPES: dict[str, str] = {
+    "BlockHashWithGroupId": "vllm.v1.core.kv_cache_utils",
+    "BlockPool": "vllm.v1.core.block_pool",
+    "EngineCoreRequest": "vllm.v1.engine",
+    "GPUModelRunner": "vllm.v1.worker.gpu_model_runner",
+    "GPUModelRunnerV2": "vllm.v1.worker.gpu.model_runner:GPUModelRunner",
+    "KVCacheBlock": "vllm.v1.core.kv_cache_utils",
+    "KVCacheConfig": "vllm.v1.kv_cache_interface",
+    "KVCacheManager": "vllm.v1.core.kv_cache_manager",
+    "ModelRunnerOutput": "vllm.v1.outputs",
+    "NewRequestData": "vllm.v1.core.sched.output",
+    "Request": "vllm.v1.request",
+    "SchedulerConfig": "vllm.config",
+    "SchedulerOutput": "vllm.v1.core.sched.output",
+    "VllmConfig": "vllm.config",
+}
+"""Annotations only: nothing imports them when it runs."""
+
+PLACES = {**COMMON, **SERVER, **CPU, **GPU, **TYPES}
+"""Name -> ``module``, or ``module:name`` where vLLM's own name is another one.
+
+Places of several vLLM versions are separated by a space; the first one that exists is taken.
+"""
+
+
+def __getattr__(name: str) -> Any:
+    """A name of vLLM's.
+
+    Raises:
+        AttributeError: if it is not in the table.
+        ImportError: if the running vLLM has it in no place of the table.
+    """
+    if name not in PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    failure: Exception | None = None
+    for place in PLACES[name].split():
+        module, _, attribute = place.partition(":")
+        try:
+            return _find(module, attribute or name)
+        except (ImportError, AttributeError) as error:
+            failure = failure or error
+    raise ImportError(f"cannot import name {name!r} from vLLM: {failure}") from failure
+
+
+def check_symbols(*groups: dict[str, str]) -> None:
+    """Import all names of some groups.
+
+    Raises:
+        ImportError: names the first one that is missing.
+    """
+    for group in groups:
+        for name in group:
+            __getattr__(name)
+
+
+def _find(module: str, attribute: str) -> Any:
+    found = import_module(module)
+    if hasattr(found, attribute):
+        return getattr(found, attribute)
+    return import_module(f"{module}.{attribute}")  # a module of a package
