@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import vllm
 from engine_job import MODEL
 from retrieval_task import VOCABULARY
 from startup import ON, engine_config, refusal
@@ -324,7 +325,7 @@ def test_an_untested_vllm_is_a_warning(monkeypatch, caplog):
 
 
 def test_an_old_vllm_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(versions.vllm, "__version__", "0.31.2+cpu")
+    monkeypatch.setattr(vllm, "__version__", "0.31.2+cpu")
     assert "needs vLLM 0.32 or newer, but 0.31.2 is running" in refusal(capsys, *ON)
 
 

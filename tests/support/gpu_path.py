@@ -15,8 +15,8 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm_kvzip.clocks import HostClock
 from vllm_kvzip.vllm_bridge.attention.gpu_attention import HeadPageTritonBackend
 from vllm_kvzip.vllm_bridge.start import checks, options
+from vllm_kvzip.vllm_bridge.worker import gpu_worker
 from vllm_kvzip.vllm_bridge.worker.gpu_worker import TritonPath
-from vllm_kvzip.vllm_bridge.worker.worker import gpu_worker
 
 
 class GPUPathWorker(TritonPath, CPUWorker):
