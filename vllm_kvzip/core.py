@@ -52,6 +52,10 @@ class PrefixPlan:
         num_quantized_blocks: of the compressed blocks the last ones, which hold quantized pages.
         quantized_page_tokens: tokens of such a page.
         quantized_split: quantized pages of a head page.
+        num_sink_tokens: first tokens before the boundary, which every head keeps.
+        num_recent_tokens: last tokens before the boundary, which every head keeps; fewer than the
+            setting where the sink tokens leave no room for more.
+        min_pages_per_head: ordinary head pages that a head needs for both, at least one.
     """
 
     boundary_tokens: int
@@ -65,6 +69,14 @@ class PrefixPlan:
     num_quantized_blocks: int = 0
     quantized_page_tokens: int = 0
     quantized_split: int = 1
+    num_sink_tokens: int = 0
+    num_recent_tokens: int = 0
+    min_pages_per_head: int = 1
+
+    @property
+    def num_protected_tokens(self) -> int:
+        """Tokens that every head keeps: sink and recent ones."""
+        return self.num_sink_tokens + self.num_recent_tokens
 
     @property
     def num_full_blocks(self) -> int:

@@ -25,7 +25,7 @@ def test_chunked_prefill_crosses_once_when_the_prompt_is_complete():
     step = output(running=[("a", 64, [5, 8, 9])], scheduled={"a": 6})
     assert run(tracker, step) == ([], ["a"])
     request = tracker.get("a")
-    assert request.plan == PrefixPlan(64, 4, 2, 70, 0.5)
+    assert request.plan == PrefixPlan(64, 4, 2, 70, 0.5, num_sink_tokens=1, num_recent_tokens=1)
     assert request.block_ids[request.reserve_start :] == [8, 9]
     step = output(running=[("a", 70, None)], scheduled={"a": 1})
     assert run(tracker, step) == ([], [])

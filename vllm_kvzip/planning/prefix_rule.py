@@ -69,17 +69,17 @@ class PrefixRule:
         if self.skip_reason(num_prompt_tokens, options) is not None:
             return None
         num_blocks = self._num_prefix_blocks(num_prompt_tokens, options)
-        boundary = num_blocks * self.block_size
         blocks = self._compressed_blocks(num_blocks, options)
-        return PrefixPlan(
-            boundary_tokens=boundary,
-            num_prefix_blocks=num_blocks,
-            num_compressed_blocks=blocks.total,
-            ready_tokens=num_prompt_tokens if options.context_tokens is None else boundary,
-            keep_ratio=self.wanted_ratio(options),
+        plan = self._plan_of(num_blocks, blocks.total, options)
+        if options.context_tokens is None:
+            plan = replace(plan, ready_tokens=num_prompt_tokens)
+        if self.tiers is None or not blocks.quantized:
+            return plan
+        return replace(
+            plan,
             num_quantized_blocks=blocks.quantized,
-            quantized_page_tokens=self.tiers.page_tokens if self.tiers and blocks.quantized else 0,
-            quantized_split=self.tiers.split if self.tiers and blocks.quantized else 1,
+            quantized_page_tokens=self.tiers.page_tokens,
+            quantized_split=self.tiers.split,
         )
 
     def next_plan(
@@ -103,16 +103,8 @@ class PrefixRule:
         may_end = last is not None and (done is None or done.is_round)
         if last is not None and may_end and start < last.num_prefix_blocks <= end:
             return replace(last, start_blocks=start, held_blocks=held)
-        return PrefixPlan(
-            boundary_tokens=end * self.block_size,
-            num_prefix_blocks=end,
-            num_compressed_blocks=self.prefill_blocks,
-            ready_tokens=end * self.block_size,
-            keep_ratio=self.wanted_ratio(options),
-            start_blocks=start,
-            held_blocks=held,
-            is_round=True,
-        )
+        plan = self._plan_of(end, self.prefill_blocks, options)
+        return replace(plan, start_blocks=start, held_blocks=held, is_round=True)
 
     def next_stop(
         self,
@@ -221,6 +213,23 @@ class PrefixRule:
     def max_compressed_blocks(self, max_tokens: int) -> int:
         """The most blocks any prompt of up to ``max_tokens`` tokens needs, unless it says more."""
         return _most_compressed_blocks(self, max_tokens // self.block_size)
+
+    def _plan_of(
+        self, num_prefix_blocks: int, num_compressed_blocks: int, options: RequestOptions
+    ) -> PrefixPlan:
+        """The plan for a raw prefix that is compressed as soon as it has been computed."""
+        boundary = num_prefix_blocks * self.block_size
+        num_sinks, num_recent = self.protected_in_prefix(boundary)
+        return PrefixPlan(
+            boundary_tokens=boundary,
+            num_prefix_blocks=num_prefix_blocks,
+            num_compressed_blocks=num_compressed_blocks,
+            ready_tokens=boundary,
+            keep_ratio=self.wanted_ratio(options),
+            num_sink_tokens=num_sinks,
+            num_recent_tokens=num_recent,
+            min_pages_per_head=self.min_pages_per_head(boundary),
+        )
 
     def _num_prefix_blocks(self, num_prompt_tokens: int, options: RequestOptions) -> int:
         end = num_prompt_tokens if options.context_tokens is None else options.context_tokens
