@@ -122,6 +122,10 @@ class PrefixPlan:
         """Blocks that the request does without from then on."""
         return self.num_prefix_blocks - self.num_compressed_blocks
 
+    def num_blocks_to_reserve(self, num_tokens: int) -> int:
+        """Blocks to reserve in a step after which ``num_tokens`` of the request are computed."""
+        return 0 if num_tokens < self.ready_tokens else self.num_compressed_blocks
+
     @property
     def share(self) -> float:
         """Kept / all KV pairs of either tier, as asked for or as the prefill budget allows."""

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
         BlockHashWithGroupId,
         BlockPool,
         KVCacheBlock,
-        Request,
     )
 
 _serials = itertools.count(1)
@@ -61,15 +60,6 @@ class PrefixRun:
         """What a request must share with it to start from it."""
         assert self.prefix_hash is not None
         return self.prefix_hash, self.plan.keep_ratio
-
-
-@dataclass(frozen=True)
-class Reservation:
-    """Reserved blocks of a row that is not folded yet; they begin at ``row[start]``."""
-
-    start: int
-    run: PrefixRun
-    request: Request | None
 
 
 class CompressedPrefixCache:
@@ -174,12 +164,33 @@ class CompressedPrefixCache:
         return tail
 
     def cache_tail(
-        self, run: PrefixRun, block_hash: bytes, block: KVCacheBlock, num_tokens: int
-    ) -> None:
-        """Publish a full dense block that was computed over the run."""
-        if run.serial not in self._runs:
-            return
-        self._pool._insert_block_hash(self._tail_key(run, block_hash), block, num_tokens=num_tokens)
+        self,
+        run: PrefixRun,
+        block_hashes: Sequence[bytes],
+        row_blocks: Sequence[KVCacheBlock],
+        first: int,
+        num_tokens: int,
+    ) -> int:
+        """Publish full dense blocks that were computed over the run, if the run itself is cached.
+
+        Args:
+            run: what the row begins with.
+            block_hashes: vLLM's hashes of the request's full blocks.
+            row_blocks: of the request.
+            first: blocks of the row before this index have been published.
+            num_tokens: tokens that are computed.
+
+        Returns:
+            index of the first block of the row that is still to be published.
+        """
+        block_size = run.plan.boundary_tokens // run.plan.num_prefix_blocks
+        end = min(num_tokens // block_size, len(block_hashes))
+        for index in range(first, end) if run.serial in self._runs else ():
+            key = self._tail_key(run, block_hashes[index])
+            self._pool._insert_block_hash(
+                key, row_blocks[index], num_tokens=(index + 1) * block_size
+            )
+        return max(first, end)
 
     def used(self, run: PrefixRun) -> None:
         """A request starts from the run, or has just left it."""

@@ -43,7 +43,7 @@ class PrefixLookup:
         self._null_block = null_block
         self._repeat = repeat
 
-    def most_raw_tokens(self, request: Request | None, max_length: int) -> int:
+    def most_raw_tokens(self, request: Request, max_length: int) -> int:
         """How much of a prefix may be read raw.
 
         With a prefill budget, what the first round ends. Where a context is repeated in parts, its
@@ -58,19 +58,19 @@ class PrefixLookup:
             return max_length
         if (first := self._rule.first_round_tokens) is not None:
             return min(max_length, first - 1)
-        if self._repeat is not None and request is not None:
+        if self._repeat is not None:
             plan = self._rule.plan(request.num_prompt_tokens, asked)
             if plan is not None and plan.boundary_tokens > self._repeat.chunk_tokens:
                 return min(max_length, plan.ready_tokens - 2)
         return max_length
 
     def find(
-        self, request: Request | None, block_hashes: Sequence[Any], max_length: int, raw_tokens: int
+        self, request: Request, block_hashes: Sequence[Any], max_length: int, raw_tokens: int
     ) -> tuple[PrefixRun, list[KVCacheBlock]] | None:
         """The compressed prefix to start from, and the start of a folded row; None: raw is better.
 
         Args:
-            request: who looks; None when nobody introduced it.
+            request: who looks.
             block_hashes: vLLM's hashes of its blocks.
             max_length: tokens that may be found.
             raw_tokens: tokens vLLM found raw.
@@ -86,10 +86,9 @@ class PrefixLookup:
         )
         if run is None:
             return None
-        if request is not None:
-            following = self._rule.next_plan(request.num_prompt_tokens, asked, run.plan)
-            if following is not None:  # a step must lie before the next compression
-                max_blocks = min(max_blocks, following.num_prefix_blocks - 1)
+        following = self._rule.next_plan(request.num_prompt_tokens, asked, run.plan)
+        if following is not None:  # a step must come before the next compression
+            max_blocks = min(max_blocks, following.num_prefix_blocks - 1)
         tail = self._prefixes.cached_tail(run, block_hashes, max_blocks)
         blocks = [*run.blocks, *[self._null_block] * run.plan.num_saved_blocks, *tail]
         num_tokens = len(blocks) * block_size
@@ -121,14 +120,12 @@ class PrefixLookup:
         hashes: list[bytes] = request.block_hashes
         return hashes[plan.num_prefix_blocks - 1] if len(hashes) >= plan.num_prefix_blocks else None
 
-    def _accepts(self, request: Request | None, plan: PrefixPlan) -> bool:
+    def _accepts(self, request: Request, plan: PrefixPlan) -> bool:
         """Whether a request wants to start from a compressed prefix with that plan.
 
         One that declares its context wants exactly that one. Any other takes the longest, unless
         more would stay dense behind it than it covers: then the prompt is compressed anew, whole.
         """
-        if request is None:
-            return True
         context = options(request).context_tokens
         if context is not None:
             return bool(plan.num_prefix_blocks == context // self._rule.block_size)
@@ -136,6 +133,6 @@ class PrefixLookup:
         return rest <= max(plan.boundary_tokens, self._rule.min_prompt_tokens)
 
 
-def options(request: Request | None) -> RequestOptions:
+def options(request: Request) -> RequestOptions:
     """What a request asks for."""
-    return options_of(request.sampling_params if request is not None else None)
+    return options_of(request.sampling_params)

@@ -25,13 +25,13 @@ class _Unconfirmed:
 
     Attributes:
         run: its blocks.
-        owner: the request whose prompt is compressed, if our scheduler introduced it.
+        owner: the request whose prompt is compressed.
         takers: requests that have started from it since.
         folded: prompt length and block size, once the owner's row is folded.
     """
 
     run: PrefixRun
-    owner: Request | None
+    owner: Request
     takers: list[Request] = field(default_factory=list)
     folded: tuple[int, int] | None = None
 
@@ -53,13 +53,13 @@ class UnconfirmedRuns:
     def __len__(self) -> int:
         return len(self._runs)
 
-    def add(self, run: PrefixRun, owner: Request | None) -> None:
+    def add(self, run: PrefixRun, owner: Request) -> None:
         """The step that completes the prefix has been scheduled."""
         self._runs[run.serial] = _Unconfirmed(run, owner)
 
-    def joined(self, run: PrefixRun, taker: Request | None) -> None:
+    def joined(self, run: PrefixRun, taker: Request) -> None:
         """A request starts from a run."""
-        if taker is not None and (entry := self._runs.get(run.serial)):
+        if entry := self._runs.get(run.serial):
             entry.takers.append(taker)
 
     def folded(self, run: PrefixRun, num_prompt_tokens: int, block_size: int) -> None:
@@ -101,10 +101,8 @@ class UnconfirmedRuns:
 
     def _fail(self, entry: _Unconfirmed, reason: str, affected: dict[Request, str]) -> None:
         self._prefixes.failed(entry.run)
-        if entry.owner is None:
-            self._recorder.skipped(reason)
         for request in (entry.owner, *entry.takers):
-            if request is None or request in affected:
+            if request in affected:
                 continue
             affected[request] = reason
             self._recorder.skipped(reason)
