@@ -12,6 +12,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.vllm_bridge.cache.cache_spec import HeadPageSpec
 from vllm_kvzip.vllm_bridge.compressed_group import CompressedGroup
+from vllm_kvzip.vllm_bridge.scheduler.terms import CompressionTerms
 
 pytestmark = pytest.mark.vllm
 
@@ -26,9 +27,10 @@ def config(*groups):
 
 
 @pytest.mark.parametrize(
-    ("spec_type", "group"), [(FullAttentionSpec, FULL), (HeadPageSpec, COMPRESSED)]
+    ("spec_type", "group"),
+    [(FullAttentionSpec, FULL), (HeadPageSpec, COMPRESSED), (CompressionTerms, COMPRESSED)],
 )
-def test_the_group_is_found_behind_another_one(spec_type, group):
+def test_the_group_is_found_after_another_one(spec_type, group):
     found = CompressedGroup.find(config(WINDOW, group), spec_type)
     assert found == CompressedGroup(1, ("layers.1", "layers.3", "layers.5"))
     assert found.num_layers == 3
@@ -42,8 +44,8 @@ def test_an_only_group_has_id_0():
 @pytest.mark.parametrize(
     ("groups", "what"),
     [
-        ((), "made 0 .kinds of all groups: none."),
-        ((WINDOW, FULL), "made 0 .kinds of all groups: SlidingWindowSpec, FullAttentionSpec."),
+        ((), "made 0 .specs of all groups: none."),
+        ((WINDOW, FULL), "made 0 .specs of all groups: SlidingWindowSpec, FullAttentionSpec."),
         ((COMPRESSED, WINDOW, COMPRESSED), "made 2 "),
     ],
 )
@@ -51,3 +53,8 @@ def test_no_group_or_several_are_refused_in_one_sentence(groups, what):
     with pytest.raises(UnsupportedError, match=what) as error:
         CompressedGroup.find(config(*groups), HeadPageSpec)
     assert str(error.value).count(".") == 1
+
+
+def test_a_merged_spec_counts_the_layers_of_its_group():
+    layer = HeadPageSpec(**SHAPE)
+    assert layer.merge([layer] * 3).block_bytes == 3 * layer.page_size_bytes

@@ -37,15 +37,20 @@ _NO_RULE = PrefixRule(1.0, min_prompt_tokens=0, sink_tokens=0, recent_tokens=0, 
 class HeadPageSpec(FullAttentionSpec):
     """Full attention whose prompt prefix is compressed into head pages after prefill.
 
-    ``rule`` also sizes the extra room of the crossing step; a request that asks for a higher keep
-    ratio than the server's may need up to twice its prompt's blocks. ``repeat`` says how the model
-    repeats contexts, where the scorer wants it. The manager counts bytes by
-    ``num_layers``, the layers of the KV cache group, and ``num_ranks``, the tensor-parallel
-    workers, each of which holds a part of every block.
+    Attributes:
+        rule: what is compressed, into how many blocks. It also sizes the extra blocks of the
+            crossing step: a request that asks for a higher keep ratio than the server's may need
+            up to twice its prompt's blocks.
+        num_layers: layers that the spec is for: 1, or the layers of the KV cache group once vLLM
+            has merged their specs.
+        num_ranks: tensor-parallel workers, each of which holds a part of every block.
+        metrics_directory: where the engine's metric files go.
+        reuse: which compressed prefixes later requests start from.
+        repeat: how the model repeats contexts; None where the scorer does not want it.
     """
 
     rule: PrefixRule = _NO_RULE
-    num_layers: int = 0
+    num_layers: int = 1
     num_ranks: int = 1
     metrics_directory: str | None = None
     reuse: ReuseRule = field(default_factory=ReuseRule)
@@ -53,7 +58,7 @@ class HeadPageSpec(FullAttentionSpec):
 
     @classmethod
     def from_full_attention(
-        cls, spec: FullAttentionSpec, settings: Settings, num_layers: int, vllm_config: VllmConfig
+        cls, spec: FullAttentionSpec, settings: Settings, vllm_config: VllmConfig
     ) -> HeadPageSpec:
         """The same layer cache as ``spec``, with the compression rule of ``settings``."""
         config = settings.config
@@ -61,7 +66,6 @@ class HeadPageSpec(FullAttentionSpec):
             spec,
             cls,
             rule=settings.rule(spec.block_size, spec.head_size, spec.dtype.itemsize),
-            num_layers=num_layers,
             num_ranks=vllm_config.parallel_config.tensor_parallel_size,
             metrics_directory=settings.metrics_directory,
             repeat=settings.repeat_rule(vllm_config),
@@ -80,13 +84,16 @@ class HeadPageSpec(FullAttentionSpec):
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
-        """One spec for a group; vLLM's merge drops fields it does not know."""
+        """One spec for a KV cache group, of the specs of its layers.
+
+        vLLM's merge keeps only the fields that it knows.
+        """
         merged = super().merge(specs)
         first = specs[0]
         return replace(
             merged,
             rule=first.rule,
-            num_layers=first.num_layers,
+            num_layers=len(specs),
             num_ranks=first.num_ranks,
             metrics_directory=first.metrics_directory,
             reuse=first.reuse,
@@ -139,7 +146,7 @@ def as_head_page_specs(
     full = {name: _without_window(spec, vllm_config) for name, spec in specs.items()}
     check_layers(full, layers, vllm_config)
     return {
-        name: HeadPageSpec.from_full_attention(spec, settings, len(specs), vllm_config)
+        name: HeadPageSpec.from_full_attention(spec, settings, vllm_config)
         for name, spec in full.items()
         if isinstance(spec, FullAttentionSpec)  # all are, after the check
     }

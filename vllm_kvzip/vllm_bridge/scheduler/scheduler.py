@@ -19,11 +19,13 @@ from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvzip.planning.request_options import LEFT_ALONE, has_options
+from vllm_kvzip.vllm_bridge.compressed_group import CompressedGroup
 from vllm_kvzip.vllm_bridge.outcomes import NOT_FINITE, told
 from vllm_kvzip.vllm_bridge.scheduler.block_manager import HeadPageManager
 from vllm_kvzip.vllm_bridge.scheduler.idle_expiry import IdleExpiry
 from vllm_kvzip.vllm_bridge.scheduler.prefix_lookup import options
 from vllm_kvzip.vllm_bridge.scheduler.repeat_schedule import RepeatSchedule
+from vllm_kvzip.vllm_bridge.scheduler.terms import CompressionTerms
 from vllm_kvzip.vllm_bridge.scheduler.uncomputed import withdraw_uncomputed
 from vllm_kvzip.vllm_bridge.settings import KEY
 from vllm_kvzip.vllm_bridge.step_message import attach
@@ -53,13 +55,20 @@ logger = init_logger("vllm." + __name__)
 
 
 def introduce_requests(cache: KVCacheManager) -> HeadPageManager:
-    """Make ``cache`` tell its block manager which request it works for; returns that manager.
+    """Make ``cache`` tell the compressed group's block manager which request it works for.
 
     Symptom without it: a manager sees a request's hashes, but not what the request asked for. Two
     methods of this one object are wrapped; they pass everything on unchanged. Remove when vLLM
     hands managers the request.
+
+    Returns:
+        that manager.
+
+    Raises:
+        UnsupportedError: if there is no compressed group, or several.
     """
-    (manager,) = cache.coordinator.single_type_managers
+    group = CompressedGroup.find(cache.kv_cache_config, CompressionTerms)
+    manager = cache.coordinator.single_type_managers[group.group_id]
     assert isinstance(manager, HeadPageManager)
 
     def wrap(method: Callable[..., Any]) -> Callable[..., Any]:

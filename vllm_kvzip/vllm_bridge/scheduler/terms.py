@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from vllm_kvzip.planning.prefix_rule import PrefixRule
@@ -10,8 +10,11 @@ if TYPE_CHECKING:
     from vllm_kvzip.planning.reuse_rule import ReuseRule
 
 
+@runtime_checkable
 class CompressionTerms(Protocol):
     """What the spec of a group of compressed layers says to its block manager.
+
+    A spec of vLLM's has none of it, so ``isinstance`` tells the compressed group from others.
 
     Attributes:
         rule: what is compressed, into how many blocks.
