@@ -47,8 +47,9 @@ class PrefixPlan:
             prompt, or the tokens before the boundary when the request declares its context.
         keep_ratio: asked for, by the request or by the server's settings.
         start_blocks: blocks of the prefix that an earlier compression covered; 0 for a raw prefix.
-        held_blocks: blocks that hold what it kept of them.
-        is_round: one compression among others while a long prompt is read, not the last.
+        held_blocks: blocks that hold what the earlier compression kept.
+        is_round: it makes room while a long prompt is read, or a long answer generated; it is not
+            the one that compresses the whole prompt.
         num_quantized_blocks: of the compressed blocks the last ones, which hold quantized pages.
         quantized_page_tokens: tokens of such a page.
         quantized_split: quantized pages of a head page.

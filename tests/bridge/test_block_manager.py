@@ -2,7 +2,7 @@
 
 A small scheduler drives vLLM's `KVCacheManager` with our spec: chunked prefill, decode, prefix
 hits, preemption, resumption, aborts at any moment and resets. The worker's side sees what a worker
-would see, and keeps account of what lies in every slot of the cache. After every step the pool must
+would see, and notes what is stored in every slot of the cache. After every step the pool must
 add up, both sides must hold the same row, and every slot a request reads must hold its own tokens.
 """
 
@@ -70,7 +70,7 @@ class World:
         stem = [1 + self.random.randrange(2)] * size
         rest = self.random.randint(1, self.random.choice([90, self.longest - 210]))
         prompt = stem + [self.random.randrange(1000) for _ in range(rest)]
-        if self.running and self.random.random() < 0.15:  # somebody goes on from an answer
+        if self.running and self.random.random() < 0.15:  # a chat goes on after its answer
             prompt = [*self.random.choice(self.running).all_token_ids, 7, 8]
         prompt = prompt[: self.longest]
         context = self.random.choice([None, size, min(size, 64)])

@@ -106,7 +106,7 @@ def test_short_answers_are_left_alone_unless_others_reuse_the_context():
     )
     assert picky.skip_reason(1024, RequestOptions(max_output_tokens=64)) is None
     assert picky.skip_reason(1024, RequestOptions(1024, max_output_tokens=1)) is None
-    assert picky.skip_reason(1024) is None  # nobody knows
+    assert picky.skip_reason(1024) is None  # the number of output tokens is unknown
 
 
 def test_a_prompt_that_fits_only_without_its_compressed_prefix_is_left_alone():
@@ -135,6 +135,14 @@ def test_a_plan_fits_the_pool_and_every_refusal_has_a_name(
     assert plan.keep_ratio == wanted
     floor = plan.min_pages_per_head
     assert plan.num_compressed_blocks <= max(floor, ceil(wanted * plan.num_prefix_blocks))
+
+
+def test_what_fits_the_pool_uncompressed():
+    """Without a prefill budget a longer request is never admitted."""
+    budgeted = rule(prefill_blocks=8, pool_blocks=21)
+    assert budgeted.fits_uncompressed(640)
+    assert not budgeted.fits_uncompressed(641)
+    assert rule(pool_blocks=21).fits_uncompressed(641)
 
 
 def test_protected_tokens_never_exceed_the_prefix():
@@ -224,7 +232,7 @@ BUDGETED = st.builds(
 
 
 @given(BUDGETED, OPTIONS, st.integers(1, 5000), st.integers(0, 2000))
-def test_with_a_budget_nobody_holds_more(budgeted, options, num_prompt, num_generated):
+def test_with_a_budget_no_request_holds_more(budgeted, options, num_prompt, num_generated):
     plans = rounds(budgeted, num_prompt, num_prompt + num_generated, options)
     if options.is_off:
         assert not plans

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vllm_kvzip.vllm_bridge.settings import Settings
     from vllm_kvzip.vllm_bridge.symbols import VllmConfig
 
-# vLLM's merge makes a spec of the fields it knows; ours are put in afterwards.
+# vLLM's merge makes a spec of the fields it knows; our fields are set afterwards.
 _NO_RULE = PrefixRule(1.0, min_prompt_tokens=0, sink_tokens=0, recent_tokens=0, block_size=1)
 
 
@@ -106,7 +106,7 @@ class HeadPageSpec(FullAttentionSpec):
         return 2 * width
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
-        """Bytes one layer needs for the longest request at its peak, the crossing step."""
+        """Bytes that one layer needs for the longest request in its crossing step."""
         max_len = vllm_config.model_config.max_model_len
         num_blocks = cdiv(max_len, self.block_size) + self.rule.max_compressed_blocks(max_len)
         if self.rule.peak_blocks is not None:
@@ -117,8 +117,8 @@ class HeadPageSpec(FullAttentionSpec):
 def register_spec() -> None:
     """Tell vLLM which manager serves :class:`HeadPageSpec`; harmless when repeated.
 
-    vLLM's own specs are registered lazily, and only while its registry is empty: asking for them
-    first keeps our entry from being taken for theirs.
+    vLLM registers its own specs lazily, and only while its registry is empty. So it must register
+    them before ours makes the registry look complete.
     """
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(

@@ -163,7 +163,7 @@ class HeadPageManager(FullAttentionManager):
         return blocks
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Publish raw prompt blocks as vLLM does, and others only for users of the same prefix."""
+        """Publish raw prompt blocks as vLLM does, and dense blocks under keys of the row's run."""
         row = self.rows[request.request_id]
         if row.num_raw_tokens is not None:
             num_tokens = min(num_tokens, request.num_prompt_tokens, row.num_raw_tokens)
@@ -189,10 +189,10 @@ class HeadPageManager(FullAttentionManager):
     # What our scheduler calls.
 
     def plan_ahead(self, request: Request) -> tuple[PrefixPlan | None, bool]:
-        """What a request compresses next, and whether another compression is still to come first.
+        """What a request compresses next, and whether its row must fold once before that.
 
         Args:
-            request: it runs, or waits and has just looked for what it starts from.
+            request: it runs; or it waits, and its lookup in the prefix cache was the last one.
         """
         row = self.rows.get(request.request_id)
         if row is None:
@@ -210,18 +210,14 @@ class HeadPageManager(FullAttentionManager):
         self._held.report()
         return publish_step(self.rows, scheduled, self.prefixes, self.unconfirmed, repeats or {})
 
-    def fits_uncompressed(self, request: Request) -> bool:
-        """Whether it can be served uncompressed to its end; a prefill budget lets others in."""
-        if self.rule.prefill_blocks is None:
-            return True
-        longest = request.num_prompt_tokens + request.max_tokens
-        return bool(longest <= (self.block_pool.num_gpu_blocks - 1) * self.block_size)
-
     def outcome(self, request: Request) -> dict[str, Any]:
-        """What became of a request's prompt, as plain values for its client; it still has its row.
+        """What became of a request's prompt, as plain values for its client.
 
-        Either what :meth:`RowState.outcome` says, or ``left_alone`` with one of
-        ``metrics.SKIP_REASONS``.
+        Must be called while the request has its row.
+
+        Returns:
+            what :meth:`RowState.outcome` says, or ``left_alone`` with one of
+            ``metrics.SKIP_REASONS``.
         """
         row = self.rows.get(request.request_id)
         if row is not None and (outcome := row.outcome()):
@@ -239,7 +235,7 @@ class HeadPageManager(FullAttentionManager):
         return request
 
     def _next_plan(self, request: Request, run: PrefixRun | None) -> PrefixPlan | None:
-        """The compression after ``run``; the first one of a raw prefix without it."""
+        """The compression after ``run``; the first compression where ``run`` is None."""
         about = request.num_prompt_tokens, options(request)
         return self.rule.next_plan(*about, None if run is None else run.plan)
 
@@ -259,8 +255,12 @@ class HeadPageManager(FullAttentionManager):
         """Put blocks for the next compressed prefix at the end of the row.
 
         Args:
-            request_id, row: whose.
+            request_id: the request that owns the row.
+            row: state of the row.
             num_tokens: computed tokens once the step has run.
+
+        Returns:
+            those blocks.
         """
         plan = row.plan
         assert plan is not None

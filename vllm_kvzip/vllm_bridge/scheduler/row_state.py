@@ -9,8 +9,8 @@ The row goes through three shapes::
 In the folded row the block of logical index ``i`` is again at ``row[i]`` for every dense token, so
 vLLM's slot mapping, block accounting and prefix caching go on unchanged. The null block fills the
 places between the compressed blocks and the dense tail. In the fold the prompt's blocks return to
-the pool; nothing is ever written to them, so they stay valid in the prefix cache until the pool
-gives them to somebody else.
+the pool. They were not overwritten, so they stay valid in the prefix cache until the pool gives
+them to another request.
 
 A request that starts from a cached compressed prefix has a folded row from its first step on. With
 a prefill budget a folded row crosses again each time its dense tail has grown by a round.
@@ -42,8 +42,10 @@ class Reservation:
 
 @dataclass(eq=False)
 class RowState:
-    """State of one row. It begins when the request gets its first blocks, and ends when the
-    request gives its blocks up: at its end, when it is aborted, or when it is preempted.
+    """State of one row.
+
+    It begins when the request gets its first blocks. It ends when the request gives its blocks up:
+    when it is finished, aborted or preempted.
 
     Attributes:
         request: the request that owns the row.

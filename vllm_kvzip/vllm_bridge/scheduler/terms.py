@@ -20,7 +20,6 @@ class CompressionTerms(Protocol):
         rule: what is compressed, into how many blocks.
         reuse: which compressed prefixes later requests start from.
         repeat: how the model repeats contexts, where the scorer wants it.
-        block_bytes: of one block over all layers of the group and all ranks.
         metrics_directory: where the engine's metric files go.
     """
 
@@ -31,5 +30,5 @@ class CompressionTerms(Protocol):
 
     @property
     def block_bytes(self) -> int:
-        """See above."""
+        """Bytes of one block over all layers of the group and all ranks."""
         ...
