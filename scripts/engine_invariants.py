@@ -14,11 +14,6 @@ if TYPE_CHECKING:
     from hashed_blocks import HashedBlockWatch
     from held_blocks import HeldBlocks
 
-IDLE = (
-    "_plans", "_settled", "_reserved", "_runs", "_raw_tokens", "_raw_hits", "_hits", "_crossing",
-    "_unreported",
-)  # fmt: skip
-
 
 class BrokenInvariantError(Exception):
     """Something does not add up; the message says what."""
@@ -82,8 +77,7 @@ class EngineInvariants:
             pool.get_num_free_blocks() == pool.num_gpu_blocks - 1,
             f"{pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()} blocks were not returned",
         )
-        for name in IDLE:
-            _require(not getattr(manager, name), f"the block manager's {name} is not empty")
+        _require(not manager.rows, "the block manager's rows is not empty")
         if self._worker is not None:
             for name in ("_states", "_pending", "_observed"):
                 _require(not getattr(self._worker, name), f"the worker's {name} is not empty")
@@ -116,8 +110,8 @@ class EngineInvariants:
     def _check_row(self, request: Any) -> None:
         """A request holds exactly what the formula says."""
         rid, size, formula = request.request_id, self._formula.block_size, self._formula
-        row = self._manager.req_to_blocks[rid]
-        run, reservation = self._manager._runs.get(rid), self._manager._reserved.get(rid)
+        row, state = self._manager.req_to_blocks[rid], self._manager.rows[rid]
+        run, reservation = state.run, state.reservation
         logical = ceil(request.num_computed_tokens / size)
         held = sum(not block.is_null for block in row)
         options = request.sampling_params.extra_args or {}
@@ -133,7 +127,7 @@ class EngineInvariants:
             return
         _require(options.get("kvzip") != "off", f"{rid} is off, and compressed")
         prefix = run.plan.num_prefix_blocks
-        if rid in self._manager._raw_tokens and formula.prefill_blocks is None:  # by itself
+        if state.num_raw_tokens is not None and formula.prefill_blocks is None:  # by itself
             end = options.get("kvzip_context_tokens", request.num_prompt_tokens)
             _require(prefix == end // size, f"{rid}: {prefix} blocks compressed, not {end // size}")
         kept = formula.kept(prefix, options.get("kvzip_keep_ratio", formula.keep_ratio))
@@ -147,7 +141,7 @@ class EngineInvariants:
         if run.plan.is_round:
             self.seen["round"] += 1
         self._check_pages(request, run)
-        own = rid in self._manager._raw_tokens
+        own = state.num_raw_tokens is not None
         self.seen["compressed row" if own else "row on a shared prefix"] += 1
 
     def _check_pages(self, request: Any, run: Any) -> None:
@@ -190,7 +184,8 @@ class EngineInvariants:
             options = request.sampling_params.extra_args or {}
             pool_blocks = self._cache.block_pool.num_gpu_blocks - 1
             prefix = self._formula.prefix_blocks(request.num_prompt_tokens, options, pool_blocks)
-            if prefix is None or request.request_id in self._manager._runs:
+            state = self._manager.rows[request.request_id]
+            if prefix is None or state.run is not None:
                 continue
             declared = "kvzip_context_tokens" in options
             end = prefix * self._formula.block_size if declared else request.num_prompt_tokens

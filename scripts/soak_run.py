@@ -88,7 +88,8 @@ class Soak:
                         self._add(left.pop())
                 self._disturb()
                 if self._engine.has_unfinished_requests() or scheduler.has_finished_requests():
-                    compressed = set(self._manager._runs)
+                    rows = self._manager.rows.items()
+                    compressed = {rid for rid, row in rows if row.run is not None}
                     for output in self._engine.step():
                         self._take(output)
                     for request in self._who_lost_blocks():
@@ -154,7 +155,7 @@ class Soak:
         """Whether a running request is in the middle of its prompt, or about to be compressed."""
         return any(
             request.num_computed_tokens < request.num_prompt_tokens
-            or request.request_id in self._manager._reserved
+            or self._manager.rows[request.request_id].reservation is not None
             for request in self._scheduler.running
         )
 
@@ -184,9 +185,10 @@ class Soak:
             self.happened["reset of running requests"] += 1
             computed, prompt = request.num_computed_tokens, request.num_prompt_tokens
             self.happened["reset of a request in its prompt"] += computed < prompt
-            about_to = request.request_id in self._manager._reserved
+            row = self._manager.rows[request.request_id]
+            about_to = row.reservation is not None
             self.happened["reset of a request about to be compressed"] += about_to
-            is_compressed = request.request_id in self._manager._runs
+            is_compressed = row.run is not None
             self.happened["reset of a compressed request"] += is_compressed
         do_it()
         list(self._who_lost_blocks())

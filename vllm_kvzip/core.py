@@ -47,11 +47,16 @@ class PrefixPlan:
             prompt, or the tokens before the boundary when the request declares its context.
         keep_ratio: asked for, by the request or by the server's settings.
         start_blocks: blocks of the prefix that an earlier compression covered; 0 for a raw prefix.
-        held_blocks: blocks that hold what it kept of them.
-        is_round: one compression among others while a long prompt is read, not the last.
+        held_blocks: blocks that hold what the earlier compression kept.
+        is_round: it makes room while a long prompt is read, or a long answer generated; it is not
+            the one that compresses the whole prompt.
         num_quantized_blocks: of the compressed blocks the last ones, which hold quantized pages.
         quantized_page_tokens: tokens of such a page.
         quantized_split: quantized pages of a head page.
+        num_sink_tokens: first tokens before the boundary, which every head keeps.
+        num_recent_tokens: last tokens before the boundary, which every head keeps; fewer than the
+            setting where the sink tokens leave no room for more.
+        min_pages_per_head: ordinary head pages that a head needs for both, at least one.
     """
 
     boundary_tokens: int
@@ -65,6 +70,14 @@ class PrefixPlan:
     num_quantized_blocks: int = 0
     quantized_page_tokens: int = 0
     quantized_split: int = 1
+    num_sink_tokens: int = 0
+    num_recent_tokens: int = 0
+    min_pages_per_head: int = 1
+
+    @property
+    def num_protected_tokens(self) -> int:
+        """Tokens that every head keeps: sink and recent ones."""
+        return self.num_sink_tokens + self.num_recent_tokens
 
     @property
     def num_full_blocks(self) -> int:
@@ -109,6 +122,10 @@ class PrefixPlan:
     def num_saved_blocks(self) -> int:
         """Blocks that the request does without from then on."""
         return self.num_prefix_blocks - self.num_compressed_blocks
+
+    def num_blocks_to_reserve(self, num_tokens: int) -> int:
+        """Blocks to reserve in a step after which ``num_tokens`` of the request are computed."""
+        return 0 if num_tokens < self.ready_tokens else self.num_compressed_blocks
 
     @property
     def share(self) -> float:

@@ -12,6 +12,7 @@ from vllm.v1.request import Request
 
 from vllm_kvzip.planning.reuse_rule import ReuseRule
 from vllm_kvzip.storage.head_pages import PagePool
+from vllm_kvzip.vllm_bridge.scheduler.row_state import RowState
 
 pytestmark = pytest.mark.vllm
 
@@ -57,7 +58,7 @@ def engine(tmp_path):
 
 def fold(engine):
     engine.cache.new_step_starts()
-    assert engine.manager._runs
+    assert engine.manager.rows["long"].run is not None
 
 
 def test_a_healthy_engine_passes(engine):
@@ -141,15 +142,15 @@ def test_what_is_left_behind_is_seen(engine):
     for request in list(engine.scheduler.running):
         engine.cache.free(request)
         engine.scheduler.running.remove(request)
-    engine.manager._raw_tokens["ghost"] = 1
-    with pytest.raises(BrokenInvariantError, match="_raw_tokens is not empty"):
+    engine.manager.rows["ghost"] = RowState(engine.long, None)
+    with pytest.raises(BrokenInvariantError, match="rows is not empty"):
         engine.checks.check_idle()
 
 
 def test_pages_of_other_blocks_are_seen(engine):
     fold(engine)
     pool = PagePool(num_blocks=60, num_layers=3, num_kv_heads=2)
-    blocks = [block.block_id for block in engine.manager._runs["long"].blocks]
+    blocks = [block.block_id for block in engine.manager.rows["long"].run.blocks]
     right = pool.page_ids(torch.tensor(blocks)).flatten()
     states = {"long": SimpleNamespace(prefix=SimpleNamespace(page_ids=right, quantized_split=1))}
     worker = SimpleNamespace(_states=states, _cache=SimpleNamespace(pool=pool))

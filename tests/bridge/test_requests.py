@@ -25,7 +25,7 @@ def test_chunked_prefill_crosses_once_when_the_prompt_is_complete():
     step = output(running=[("a", 64, [5, 8, 9])], scheduled={"a": 6})
     assert run(tracker, step) == ([], ["a"])
     request = tracker.get("a")
-    assert request.plan == PrefixPlan(64, 4, 2, 70, 0.5)
+    assert request.plan == PrefixPlan(64, 4, 2, 70, 0.5, num_sink_tokens=1, num_recent_tokens=1)
     assert request.block_ids[request.reserve_start :] == [8, 9]
     step = output(running=[("a", 70, None)], scheduled={"a": 1})
     assert run(tracker, step) == ([], [])
@@ -59,7 +59,7 @@ def test_finished_requests_go_and_their_id_may_come_back():
 
 
 def test_requests_that_are_left_alone_are_named_when_they_lose_their_blocks():
-    """One of them may have resumed on somebody else's compressed prefix."""
+    """Such a request may have resumed on a compressed prefix of another one."""
     tracker = RequestTracker(RULE)
     run(tracker, output(new=[new_request("a", 31, [1, 2])], scheduled={"a": 31}))
     assert run(tracker, output(preempted=["a"])) == (["a"], [])
@@ -79,7 +79,7 @@ def test_equal_prefixes_have_equal_seeds():
         ),
     )
     assert tracker.get("a").seed == tracker.get("b").seed
-    assert tracker.get("a").seed == tracker.get("c").seed  # what lies behind the boundary is open
+    assert tracker.get("a").seed == tracker.get("c").seed  # tokens after the boundary do not count
     assert tracker.get("a").seed != tracker.get("d").seed
 
 
