@@ -112,7 +112,7 @@ class TritonPath(HeadPageWorker):
         if self.cache_config.kv_cache_memory_bytes is not None:
             return available
         model, parallel = self.model_config, self.parallel_config
-        quantization = self._kvzip_settings.quantization(*cache_shape(self.vllm_config))
+        quantization = self.kvzip_settings.quantization(*cache_shape(self.vllm_config))
         needed = compression_bytes(
             model.get_num_layers(parallel),
             model.get_num_kv_heads(parallel),
@@ -126,9 +126,9 @@ class TritonPath(HeadPageWorker):
                 self.scheduler_config.max_num_seqs,
                 pairs,
                 model.get_head_size(),
-                num_first(self._kvzip_settings.config.sink_tokens),
+                num_first(self.kvzip_settings.config.sink_tokens),
             )
-        if window := self._kvzip_settings.observation_tokens:
+        if window := self.kvzip_settings.observation_tokens:
             scheduling = self.scheduler_config
             needed += observation_bytes(
                 model.get_num_layers(parallel),
@@ -159,7 +159,7 @@ class TritonPath(HeadPageWorker):
         layer_name = next(iter(cache.layer_index))
         layer = get_layers_from_vllm_config(self.vllm_config, Attention, [layer_name])[layer_name]
         pages = cache.pages.view(-1, 1, geometry.block_size, 2 * geometry.head_dim)
-        kernel = self._kvzip_settings.config.attention_kernel
+        kernel = self.kvzip_settings.config.attention_kernel
         tokens = min(CONTEXT_TOKENS, self.model_config.max_model_len)
         warm_up(batcher, geometry, layer, num_blocks, tokens)
         if kernel == "auto" and batcher.quantized is None and cache.scales is None:
