@@ -56,10 +56,10 @@ def test_every_query_sees_what_its_request_keeps(settings, names, query_lens):
     batcher = PairBatcher(made.cache, ISA)
     common, query = made.step(names, query_lens)
     split = batcher.split(names, common, made.states)
-    assert isinstance(split.pairs, TieredBatch)
+    assert isinstance(split.compressed, TieredBatch)
     for name, layer in NAMES.items():
         output = torch.full_like(query, float("nan"))
-        split.pairs.attend(IMPL, SimpleNamespace(layer_name=name), query, output)
+        split.compressed.attend(IMPL, SimpleNamespace(layer_name=name), query, output)
         wanted = made.expected(names, query_lens, query, layer)
         start = 0
         for request, count in zip(names, query_lens, strict=True):
@@ -77,9 +77,9 @@ def test_a_batch_without_quantized_pages_is_left_to_vllms_kernel():
     made.add("whole", 200, 210)
     batcher = PairBatcher(made.cache, ISA)
     common, _ = made.step(["whole"], [1])
-    assert isinstance(batcher.split(["whole"], common, made.states).pairs, PairBatch)
+    assert isinstance(batcher.split(["whole"], common, made.states).compressed, PairBatch)
     common, _ = made.step(["whole", "a"], [1, 1])
-    assert isinstance(batcher.split(["whole", "a"], common, made.states).pairs, TieredBatch)
+    assert isinstance(batcher.split(["whole", "a"], common, made.states).compressed, TieredBatch)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted here")
@@ -98,6 +98,6 @@ def test_our_kernel_sees_the_same(settings):
         num_tokens = split.dense_tokens.start if split.dense_tokens else len(query)
         output = torch.full_like(query[:num_tokens], float("nan"))
         layer = SimpleNamespace(layer_name="second")
-        split.pairs.attend(IMPL, layer, query[:num_tokens], output)
+        split.compressed.attend(IMPL, layer, query[:num_tokens], output)
         wanted = made.expected(names, query_lens, query, 1)[:num_tokens]
         torch.testing.assert_close(output, wanted, rtol=1e-3, atol=1e-4)

@@ -9,12 +9,13 @@ dictionary look-up per request.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vllm_kvzip.vllm_bridge.attention.attention_layer import HeadPageLayer
+from vllm_kvzip.vllm_bridge.attention.metadata_builder import HeadPageBuilder
 from vllm_kvzip.vllm_bridge.cache.layer_checks import check_attention
 from vllm_kvzip.vllm_bridge.symbols import (
     CPUAttentionBackend,
@@ -26,7 +27,7 @@ from vllm_kvzip.vllm_bridge.symbols import (
 from vllm_kvzip.vllm_bridge.symbols import custom_ops as ops
 
 if TYPE_CHECKING:
-    from vllm_kvzip.vllm_bridge.attention.batches import AttendingBatch, QuerySpan, StepDescriber
+    from vllm_kvzip.vllm_bridge.attention.batches import SplitBatch
     from vllm_kvzip.vllm_bridge.symbols import CommonAttentionMetadata
 
 
@@ -124,118 +125,37 @@ class PairBatch:
             pair_output.index_copy_(0, self.pair_rows, target)
 
 
-@dataclass
-class HeadPageMetadata(CPUAttentionMetadata):
-    """vLLM's metadata plus what this step does beyond it.
+class HeadPageCPUBuilder(HeadPageBuilder, CPUAttentionMetadataBuilder):
+    """Builds vLLM's metadata, and what is done for compressed requests."""
 
-    Attributes:
-        pairs: compressed requests, or all when one kernel serves them; None: nobody is compressed.
-        dense: metadata of the other requests when the batch is mixed; None when there are none.
-        dense_tokens: rows of the tokens that ``dense`` covers.
-        spans: queries to hand to the scorer.
-        runtime: where they go.
-    """
-
-    pairs: AttendingBatch | None = None
-    dense: CPUAttentionMetadata | None = None
-    dense_tokens: torch.Tensor | slice | None = None
-    spans: tuple[QuerySpan, ...] = ()
-    runtime: StepDescriber | None = None
-
-
-class HeadPageCPUBuilder(CPUAttentionMetadataBuilder):
-    """Builds vLLM's metadata, and pair batches for compressed requests.
-
-    ``runtime`` is set by the worker once the cache exists; until then this is vLLM's builder.
-    """
-
-    runtime: StepDescriber | None = None
-
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> CPUAttentionMetadata:
-        """vLLM's metadata as it is when no request of the batch is compressed or observed."""
-        runtime = self.runtime
-        if runtime is None or not runtime.has_work:
-            return super().build(common_prefix_len, common_attn_metadata, fast_build)
-        step = runtime.describe_step(common_attn_metadata)
-        if step is None:
-            return super().build(common_prefix_len, common_attn_metadata, fast_build)
-        batch = step.batch
-        if batch is None:
-            stock = super().build(common_prefix_len, common_attn_metadata, fast_build)
-            return _extend(stock, spans=step.spans, runtime=runtime)
-        dense = None
-        if batch.dense_rows is not None:
-            rows = torch.arange(common_attn_metadata.num_reqs)[batch.dense_rows]
-            subset = _subset(common_attn_metadata, rows)
-            dense = super().build(common_prefix_len, subset, fast_build)
-        base = CPUAttentionMetadata(
-            num_actual_tokens=common_attn_metadata.num_actual_tokens,
-            max_query_len=common_attn_metadata.max_query_len,
-            query_start_loc=common_attn_metadata.query_start_loc,
-            max_seq_len=common_attn_metadata.max_seq_len,
-            seq_lens=common_attn_metadata.seq_lens,
-            block_table=common_attn_metadata.block_table_tensor,
-            slot_mapping=common_attn_metadata.slot_mapping,
+    def stock_metadata(self, common: CommonAttentionMetadata) -> CPUAttentionMetadata:
+        """See :class:`HeadPageBuilder`; without vLLM's plan of how threads share the work."""
+        return CPUAttentionMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            max_query_len=common.max_query_len,
+            query_start_loc=common.query_start_loc,
+            max_seq_len=common.max_seq_len,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping,
             scheduler_metadata=None,
         )
-        return _extend(
-            base,
-            pairs=batch.pairs,
-            dense=dense,
-            dense_tokens=batch.dense_tokens,
-            spans=step.spans,
-            runtime=runtime,
-        )
+
+    def dense_requests(
+        self, common: CommonAttentionMetadata, split: SplitBatch
+    ) -> CommonAttentionMetadata | None:
+        """See :class:`HeadPageBuilder`; they can be in any rows."""
+        if split.dense_rows is None:
+            return None
+        return _subset(common, torch.arange(common.num_reqs)[split.dense_rows])
 
 
 class HeadPageCPUImpl(HeadPageLayer, CPUAttentionBackendImpl):
-    """vLLM's CPU attention, which hands compressed requests to :class:`PairBatch`."""
+    """vLLM's CPU attention, and ours for compressed requests."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_attention(self)
-
-    def attend_step(
-        self,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: CPUAttentionMetadata | None,
-        output: torch.Tensor,
-        *scales: torch.Tensor | None,
-    ) -> None:
-        """See :class:`HeadPageLayer`."""
-        pairs = None
-        if isinstance(attn_metadata, HeadPageMetadata):
-            pairs = attn_metadata.pairs
-            if attn_metadata.spans:
-                assert attn_metadata.runtime is not None
-                attn_metadata.runtime.observe(layer, query, attn_metadata.spans, query.dtype)
-        if pairs is None:
-            self.vllms_forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
-            return
-        assert isinstance(attn_metadata, HeadPageMetadata)
-        num_tokens = attn_metadata.num_actual_tokens
-        pairs.attend(self, layer, query[:num_tokens], output[:num_tokens])
-        if attn_metadata.dense is not None:
-            tokens = attn_metadata.dense_tokens
-            dense_output = torch.empty_like(output[: attn_metadata.dense.num_actual_tokens])
-            self.vllms_forward(
-                layer, query[tokens], key, value, kv_cache, attn_metadata.dense, dense_output
-            )
-            output[tokens] = dense_output
-
-
-def _extend(stock: CPUAttentionMetadata, **extra: Any) -> HeadPageMetadata:
-    values = {field.name: getattr(stock, field.name) for field in fields(CPUAttentionMetadata)}
-    return HeadPageMetadata(**values, **extra)
 
 
 def _subset(common: CommonAttentionMetadata, rows: torch.Tensor) -> CommonAttentionMetadata:

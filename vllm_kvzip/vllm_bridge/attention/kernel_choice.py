@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vllm_kvzip.clocks import Clock
     from vllm_kvzip.core import CacheGeometry
     from vllm_kvzip.vllm_bridge.attention.batches import AttendingBatch
-    from vllm_kvzip.vllm_bridge.attention.gpu_attention import HeadPageBuilder
+    from vllm_kvzip.vllm_bridge.attention.gpu_attention import HeadPageGPUBuilder
     from vllm_kvzip.vllm_bridge.attention.kernel_batches import KernelBatcher
 
 logger = init_logger("vllm." + __name__)
@@ -154,7 +154,7 @@ def warm_up(
 
 
 def vllms_kernel_is_faster(
-    step: MadeUpStep, builder: HeadPageBuilder, pages: torch.Tensor, layer: Any, clock: Clock
+    step: MadeUpStep, builder: HeadPageGPUBuilder, pages: torch.Tensor, layer: Any, clock: Clock
 ) -> bool:
     """Time one layer of a made-up step by either kernel; what vLLM's tables take is counted.
 

@@ -15,6 +15,7 @@ from vllm_kvzip.model.key_transform import num_first
 from vllm_kvzip.pipeline import Compressor
 from vllm_kvzip.scoring import ScorerSettings, create_scorer
 from vllm_kvzip.vllm_bridge.attention.attention_timer import AttentionTimer
+from vllm_kvzip.vllm_bridge.attention.metadata_builder import HeadPageBuilder
 from vllm_kvzip.vllm_bridge.cache.cache_spec import HeadPageSpec
 from vllm_kvzip.vllm_bridge.cache.cache_view import map_head_pages
 from vllm_kvzip.vllm_bridge.cache.head_page_cache import HeadPageCache
@@ -125,7 +126,7 @@ def assemble_runtime(worker: HeadPageWorker, kv_cache_config: KVCacheConfig) -> 
         timer=timer,
     )
     for builder in layers.builders:
-        builder.runtime = runtime
+        builder.describer = runtime
     for layer in layers.by_name.values():
         layer.impl.timer = timer
     logger.info(
@@ -159,7 +160,7 @@ def find_layers(worker: HeadPageWorker, kv_cache_config: KVCacheConfig) -> Compr
         for attn_group in groups
         for builder in attn_group.metadata_builders
     ]
-    if not builders or not all(isinstance(b, worker.builder_class) for b in builders):
+    if not builders or not all(isinstance(b, HeadPageBuilder) for b in builders):
         wanted = " or ".join(place.name for place in worker.backends)
         raise UnsupportedError(
             f"KV compression is on, but vLLM chose another attention backend than {wanted}; "

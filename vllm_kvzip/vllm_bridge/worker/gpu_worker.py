@@ -9,7 +9,6 @@ from vllm_kvzip.kernels.column_maximum import column_maximum
 from vllm_kvzip.model.key_transform import num_first
 from vllm_kvzip.storage.row_pages import PAGES_AT_ONCE, RowPages
 from vllm_kvzip.vllm_bridge.attention.gpu_attention import (
-    HeadPageBuilder,
     HeadPageFlashBackend,
     HeadPageTritonBackend,
 )
@@ -100,7 +99,6 @@ def transform_bytes(max_requests: int, num_pairs: int, head_dim: int, num_first:
 class TritonPath(HeadPageWorker):
     """Everything of the GPU's worker but the card: kernels are Triton's."""
 
-    builder_class = HeadPageBuilder
     score_columns = staticmethod(column_maximum)
 
     def determine_available_memory(self) -> int:

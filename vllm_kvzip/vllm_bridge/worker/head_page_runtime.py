@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvzip.storage.head_pages import fold_row
-from vllm_kvzip.vllm_bridge.attention.batches import BatchWork, QuerySpan
+from vllm_kvzip.vllm_bridge.attention.batches import QuerySpan, StepDescription
 from vllm_kvzip.vllm_bridge.step_message import StepPrefixes, attached
 from vllm_kvzip.vllm_bridge.worker.compression import NULL_BLOCK
 
@@ -120,7 +120,7 @@ class HeadPageRuntime:
         """Let what became of the compressions travel with the output of a step."""
         return self._compression.outcomes.attach(result)
 
-    def describe_step(self, common: CommonAttentionMetadata) -> BatchWork | None:
+    def describe_step(self, common: CommonAttentionMetadata) -> StepDescription | None:
         """Split the batch into compressed and other requests; None when vLLM's path serves all.
 
         Args:
@@ -128,8 +128,8 @@ class HeadPageRuntime:
         """
         request_ids = self._rows.request_ids(common)
         spans = self._observation.spans(request_ids, common.query_start_loc_cpu)
-        batch = self._batcher.split(request_ids, common, self.prefixes.states)
-        return BatchWork(batch, spans) if batch or spans else None
+        split = self._batcher.split(request_ids, common, self.prefixes.states)
+        return StepDescription(split, spans) if split or spans else None
 
     def observe(
         self, layer: Any, query: torch.Tensor, spans: tuple[QuerySpan, ...], dtype: torch.dtype

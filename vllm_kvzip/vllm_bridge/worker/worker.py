@@ -47,13 +47,11 @@ class HeadPageWorker(WorkerBase):
 
     Attributes:
         backends: our attention backends, by the one of vLLM whose place they take.
-        builder_class: their metadata builders.
         clock: measures the work of this worker's device.
         kvzip_settings: resolved settings of this engine.
     """
 
     backends: ClassVar[Mapping[AttentionBackendEnum, type]]
-    builder_class: ClassVar[type]
     clock: ClassVar[Clock]
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
