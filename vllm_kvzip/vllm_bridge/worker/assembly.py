@@ -21,6 +21,7 @@ from vllm_kvzip.vllm_bridge.cache.cache_view import map_head_pages
 from vllm_kvzip.vllm_bridge.cache.head_page_cache import HeadPageCache
 from vllm_kvzip.vllm_bridge.cache.layer_checks import check_capped_logits
 from vllm_kvzip.vllm_bridge.cache.unclean_blocks import UncleanBlocks
+from vllm_kvzip.vllm_bridge.compressed_group import CompressedGroup
 from vllm_kvzip.vllm_bridge.fp8_cache import read_scales
 from vllm_kvzip.vllm_bridge.outcomes import WorkerOutcomes
 from vllm_kvzip.vllm_bridge.passes.model_rotary import find_rotary, num_positions
@@ -61,21 +62,18 @@ class CompressedLayers:
     """The layers that are compressed, as vLLM made them in this worker.
 
     Attributes:
-        spec: of their KV cache group.
-        by_name: vLLM's attention layers, in layer order.
-        builders: vLLM's metadata builders.
+        group: their KV cache group, whose order is the order of layers everywhere.
+        spec: of the group.
+        by_name: vLLM's attention layers.
+        builders: vLLM's metadata builders of the group.
         heads: this rank's KV heads, among those of all ranks.
     """
 
+    group: CompressedGroup
     spec: HeadPageSpec
     by_name: dict[str, Any]
     builders: list[Any]
     heads: slice
-
-    @property
-    def names(self) -> list[str]:
-        """In layer order."""
-        return list(self.by_name)
 
     @property
     def first(self) -> Any:
@@ -116,8 +114,8 @@ def assemble_runtime(worker: HeadPageWorker, kv_cache_config: KVCacheConfig) -> 
     )
     runtime = HeadPageRuntime(
         cache=cache,
-        tracker=RequestTracker(rule, keep_tokens=repeats is not None),
-        rows=adapt(worker.model_runner),
+        tracker=RequestTracker(rule, layers.group, keep_tokens=repeats is not None),
+        rows=adapt(worker.model_runner, layers.group),
         batcher=worker.attach(cache, layers.builders),
         prefixes=prefixes,
         observation=observation,
@@ -147,17 +145,11 @@ def find_layers(worker: HeadPageWorker, kv_cache_config: KVCacheConfig) -> Compr
     Raises:
         UnsupportedError: if vLLM chose another kind of cache or of attention.
     """
-    (group,) = kv_cache_config.kv_cache_groups
-    spec = group.kv_cache_spec
-    if not isinstance(spec, HeadPageSpec):
-        raise UnsupportedError(
-            f"KV compression is on, but vLLM allocated {type(spec).__name__} for the KV cache."
-        )
-    names = list(kv_cache_config.kv_cache_tensors[0].layers)
+    group = CompressedGroup.find(kv_cache_config, HeadPageSpec)
+    spec = kv_cache_config.kv_cache_groups[group.group_id].kv_cache_spec
     builders = [
         builder
-        for groups in worker.model_runner.attn_groups
-        for attn_group in groups
+        for attn_group in worker.model_runner.attn_groups[group.group_id]
         for builder in attn_group.metadata_builders
     ]
     if not builders or not all(isinstance(b, HeadPageBuilder) for b in builders):
@@ -172,8 +164,9 @@ def find_layers(worker: HeadPageWorker, kv_cache_config: KVCacheConfig) -> Compr
         worker.model_config.get_total_num_kv_heads(),
     )
     return CompressedLayers(
+        group=group,
         spec=spec,
-        by_name=get_layers_from_vllm_config(worker.vllm_config, Attention, names),
+        by_name=get_layers_from_vllm_config(worker.vllm_config, Attention, group.layer_names),
         builders=builders,
         heads=slice(heads_before, heads_before + spec.num_kv_heads),
     )
@@ -191,9 +184,9 @@ def view_cache(
     config = settings.config
     pages, pool = map_head_pages(
         kv_cache_config,
+        layers.group,
         spec,
         [layer.kv_cache for layer in layers.by_name.values()],
-        layers.names,
         worker.cache_config.get_resolved_kv_cache_layout(),
     )
     repeats_with = settings.scorer if settings.repeat_ids is not None else None
@@ -203,7 +196,7 @@ def view_cache(
     scales = read_scales(attention_layers, spec.num_kv_heads, worker.model_config.dtype)
     return HeadPageCache(
         geometry=CacheGeometry(
-            num_layers=len(layers.names),
+            num_layers=layers.group.num_layers,
             num_kv_heads=spec.num_kv_heads,
             group_size=layers.first.num_heads // spec.num_kv_heads,
             head_dim=spec.head_size,
@@ -212,7 +205,7 @@ def view_cache(
         pool=pool,
         pages=pages,
         store=worker.page_store(pages, spec, layers.builders, quantization, scales),
-        layer_index={name: index for index, name in enumerate(layers.names)},
+        layer_index={name: index for index, name in enumerate(layers.group.layer_names)},
         quantization=quantization,
         scales=scales,
         num_first=num_first(config.sink_tokens),
@@ -237,7 +230,7 @@ def make_scorer(
         return scorer, None
     model, text_config = worker.model_runner.get_model(), worker.model_config.hf_text_config
     try:
-        return scorer, find_rotary(model, layers.names, text_config)
+        return scorer, find_rotary(model, layers.group.layer_names, text_config)
     except UnsupportedError:
         if config.scorer is not None:
             raise
