@@ -18,7 +18,7 @@ PATHS = [
             "gpu_attention",
             "kernel_batches",
             "metadata_builder",
-            "stock_pairs",
+            "stock_head_sequences",
         )
     ),
 ]

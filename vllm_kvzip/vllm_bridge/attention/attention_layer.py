@@ -1,4 +1,4 @@
-"""What our attention of a layer does on every platform, in front of vLLM's implementation."""
+"""What our attention implementation adds to vLLM's, on every platform."""
 
 from __future__ import annotations
 

@@ -1,15 +1,13 @@
-"""Attention on the CPU over head pages, with vLLM's own kernel.
+"""Attention on the CPU over head pages: what vLLM's own backend, builder and implementation become.
 
-A (request, KV head) pair of a compressed request is a sequence of its own: one KV head, as many
-query heads as the query group has, a page table of its own, a length of its own. vLLM's paged
-kernel attends over such pairs when it is given the flat pool of head pages as its cache. Requests
-that are not compressed take vLLM's path unchanged; a batch without any compressed request costs a
-dictionary look-up per request.
+Compressed requests are attended to by vLLM's own kernel too, see :mod:`.head_sequence_batches`.
+Requests that are not compressed take vLLM's path unchanged; a batch without any compressed request
+costs a dictionary look-up per request.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +20,7 @@ from vllm_kvzip.vllm_bridge.symbols import (
     CPUAttentionBackendImpl,
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
-    envs,
 )
-from vllm_kvzip.vllm_bridge.symbols import custom_ops as ops
 
 if TYPE_CHECKING:
     from vllm_kvzip.vllm_bridge.attention.batches import SplitBatch
@@ -41,88 +37,6 @@ class HeadPageCPUBackend(CPUAttentionBackend):
     @staticmethod
     def get_builder_cls() -> type[HeadPageCPUBuilder]:
         return HeadPageCPUBuilder
-
-
-@dataclass
-class PairBatch:
-    """The compressed requests of one step as (request, KV head) pairs.
-
-    Attributes:
-        pages: the flat pool, keys and values: two views ``[num_pages, 1, N, D]``.
-        tables: int32 ``[L, R * H, W]``, head page ids of each pair.
-        seq_lens: int32 ``[L, R * H]``, tokens each pair attends over.
-        query_start_loc: int32 ``[R * H + 1]``, in rows of the pair batch.
-        pair_rows: int64 ``[sum of query lengths * H]``: pair row -> ``token * H + head``; None when
-            every token of the batch is one decode step of a compressed request, in order.
-        num_kv_heads, group_size, head_dim: H, G, D.
-        layer_index: vLLM layer name -> layer of ``tables``.
-    """
-
-    pages: tuple[torch.Tensor, torch.Tensor]
-    tables: torch.Tensor
-    seq_lens: torch.Tensor
-    query_start_loc: torch.Tensor
-    pair_rows: torch.Tensor | None
-    num_kv_heads: int
-    group_size: int
-    head_dim: int
-    layer_index: dict[str, int]
-    isa: str
-
-    def attend(
-        self, impl: HeadPageCPUImpl, layer: Any, query: torch.Tensor, output: torch.Tensor
-    ) -> None:
-        """Attention of one layer for the compressed requests.
-
-        Args:
-            impl: holds scale and soft cap.
-            layer: vLLM's attention layer.
-            query: ``[num_tokens, H * G, D]`` of the whole batch.
-            output: like ``query``; rows of compressed requests are written, others left alone.
-        """
-        index = self.layer_index[layer.layer_name]
-        num_tokens = query.shape[0]
-        pair_shape = (num_tokens * self.num_kv_heads, self.group_size, self.head_dim)
-        pair_query = query.reshape(pair_shape)
-        pair_output = output.view(pair_shape)
-        if self.pair_rows is None:
-            target = pair_output
-        else:
-            pair_query = pair_query.index_select(0, self.pair_rows)
-            target = torch.empty_like(pair_query)
-        seq_lens = self.seq_lens[index]
-        key_pages, value_pages = self.pages
-        metadata = ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=seq_lens.shape[0],
-            num_heads=self.group_size,
-            num_kv_heads=1,
-            head_dim=self.head_dim,
-            seq_lens=seq_lens,
-            dtype=query.dtype,
-            query_start_loc=self.query_start_loc,
-            causal=True,
-            sliding_window_size=-1,
-            isa=self.isa,
-            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
-        )
-        ops.cpu_attention_with_kv_cache(
-            query=pair_query,
-            key_cache=key_pages,
-            value_cache=value_pages,
-            output=target,
-            query_start_loc=self.query_start_loc,
-            seq_lens=seq_lens,
-            scale=impl.scale,
-            causal=True,
-            alibi_slopes=None,
-            sliding_window=-1,
-            block_table=self.tables[index],
-            softcap=impl.logits_soft_cap,
-            scheduler_metadata=metadata,
-            s_aux=None,
-        )
-        if self.pair_rows is not None:
-            pair_output.index_copy_(0, self.pair_rows, target)
 
 
 class HeadPageCPUBuilder(HeadPageBuilder, CPUAttentionMetadataBuilder):

@@ -1,7 +1,7 @@
 """Attention on GPUs over head pages: vLLM's FlashAttention or Triton backend, and what we add.
 
 A batch without a compressed request takes vLLM's path. In a mixed batch the requests up to the last
-compressed one are served over head pages, those behind it, which are in prefill, by vLLM's kernel.
+compressed one are served over head pages, the rest, which are in prefill, by vLLM's kernel.
 Inside a full CUDA graph there is no such choice, because it is captured once: there our kernel
 serves every request of a decode step, compressed or not.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvzip.vllm_bridge.attention import stock_pairs
+from vllm_kvzip.vllm_bridge.attention import stock_head_sequences
 from vllm_kvzip.vllm_bridge.attention.attention_layer import HeadPageLayer
 from vllm_kvzip.vllm_bridge.attention.batches import HeadPageWork
 from vllm_kvzip.vllm_bridge.attention.kernel_batches import KernelBatch
@@ -38,15 +38,15 @@ if TYPE_CHECKING:
 
 
 class HeadPageGPUBuilder(HeadPageBuilder):
-    """In front of vLLM's metadata builder for a GPU.
+    """What our metadata builder adds to vLLM's on GPUs.
 
-    A full CUDA graph reads from buffers who is in which row, so with such graphs the describer,
-    which writes there, is asked in every step.
+    A full CUDA graph reads from buffers which request is in which row. The describer writes them,
+    so with such graphs it is asked in every step.
 
     Attributes:
         batcher: set by the worker once the cache exists.
-        pages: the pool as vLLM's kernel wants a cache, when that kernel shall attend over pairs;
-            None: ours does.
+        pages: the pool as vLLM's kernel wants a cache, when that kernel serves compressed
+            requests; None: ours does.
     """
 
     batcher: KernelBatcher | None = None
@@ -109,16 +109,16 @@ class HeadPageGPUBuilder(HeadPageBuilder):
         if (
             self.pages is not None
             and isinstance(compressed, KernelBatch)
-            and stock_pairs.fits(compressed)
+            and stock_head_sequences.fits(compressed)
         ):
-            return stock_pairs.StockPairs(compressed, self.pages, metadata, common)
+            return stock_head_sequences.StockHeadSequences(compressed, self.pages, metadata, common)
         return compressed
 
 
 class HeadPageGPUImpl(HeadPageLayer):
-    """In front of vLLM's attention implementation."""
+    """What our attention implementation adds to vLLM's on GPUs."""
 
-    _pairs: Any = None
+    _of_sequences: Any = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -128,7 +128,7 @@ class HeadPageGPUImpl(HeadPageLayer):
         """No: over head pages the output is written as it is."""
         return False
 
-    def attend_over_pairs(
+    def attend_over_head_sequences(
         self,
         layer: Any,
         query: torch.Tensor,
@@ -136,18 +136,18 @@ class HeadPageGPUImpl(HeadPageLayer):
         metadata: Any,
         output: torch.Tensor,
     ) -> None:
-        """vLLM's kernel over (request, KV head) pairs; see :mod:`.stock_pairs`.
+        """vLLM's kernel over head sequences; see :mod:`.stock_head_sequences`.
 
         Args:
             layer: vLLM's attention layer.
-            query: ``[pair rows, G, D]``.
+            query: ``[rows, G, D]``, one row for each token of each head sequence.
             pages: ``[num_pages, 1, N, 2 * D]``.
-            metadata: vLLM's, of the pairs.
+            metadata: vLLM's, of the head sequences.
             output: like ``query``; written.
         """
-        if self._pairs is None:
-            self._pairs = stock_pairs.one_kv_head(self)
-        self._pairs.vllms_forward(layer, query, query, query, pages, metadata, output)
+        if self._of_sequences is None:
+            self._of_sequences = stock_head_sequences.one_kv_head(self)
+        self._of_sequences.vllms_forward(layer, query, query, query, pages, metadata, output)
 
 
 class HeadPageFlashBuilder(HeadPageGPUBuilder, FlashAttentionMetadataBuilder):

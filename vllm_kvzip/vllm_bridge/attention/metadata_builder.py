@@ -1,4 +1,4 @@
-"""What our metadata builder does on every platform, in front of vLLM's builder."""
+"""What our metadata builder adds to vLLM's, on every platform."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the head pages of vLLM's cache lie.
+"""Where the head pages are in vLLM's cache.
 
 vLLM allocates one buffer for all layers, and places the layers of each KV cache group in it. Under
 the layout ``LBHNC`` the page of one KV head in one block of one layer is a contiguous run of

@@ -105,7 +105,7 @@ class PrefixCompression:
             self.repeats.forget(request_id)
 
     def record_finished(self) -> None:
-        """Record how long compressions took, of those that the device is through with."""
+        """Record how long compressions took, of those that the device has finished."""
         while self._unrecorded and self._unrecorded[0].finished:
             assert self._recorder is not None
             self._recorder.compressed(self._unrecorded.pop(0).seconds())

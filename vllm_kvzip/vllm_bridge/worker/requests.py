@@ -131,8 +131,8 @@ class RequestTracker:
     ) -> None:
         """Take in new requests and new blocks of the step that is about to run.
 
-        Must follow the compaction of what the last step completed: the blocks named here belong
-        behind the folded row.
+        Must come after the compaction of what the last step completed: the blocks named here are
+        appended to the folded row.
 
         Args:
             output: the step.

@@ -92,8 +92,9 @@ class RunnerV2:
     def replace_row(self, request_id: str, block_ids: Sequence[int]) -> None:
         """See :class:`Rows`.
 
-        Written in the device's stream, not through vLLM's buffers for such writes: those have room
-        for one write of a slot in a step, and vLLM's follows, behind the length that is set here.
+        Written in the device's stream at once, not through vLLM's staged writes. These have room
+        for one write per slot and step, and vLLM needs it: it appends the blocks of this step,
+        starting at the length that is set here.
         """
         slot = self._runner.req_states.req_id_to_index.get(request_id)
         if slot is not None:

@@ -1,8 +1,8 @@
 """What compression adds to vLLM's workers, whatever they run on.
 
 ``parallel_config.worker_cls`` is vLLM's own way to name a worker, so nothing is patched in the
-worker process: a process without compression never imports this file. Beside it lie the CPU's
-worker and the GPU's, which say what differs.
+worker process: a process without compression never imports this file. ``cpu_worker.py`` and
+``gpu_worker.py`` say what differs.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 class HeadPageWorker(WorkerBase):
-    """In front of one of vLLM's workers; compresses prompts between steps.
+    """Mixed into one of vLLM's workers; compresses prompts between steps.
 
     Attributes:
         backends: our attention backends, by the one of vLLM whose place they take.
@@ -118,7 +118,7 @@ class HeadPageWorker(WorkerBase):
         self._kvzip = assemble_runtime(self, kv_cache_config)
 
     def compile_or_warm_up_model(self) -> Any:
-        """vLLM's, some of whose steps are made up: compression starts behind them."""
+        """vLLM's, which runs steps of made-up requests; compression starts after them."""
         result = super().compile_or_warm_up_model()
         self._kvzip_serves = True
         return result
