@@ -28,7 +28,7 @@ from vllm_kvzip.quantization import Quantization, choose_quantization
 from vllm_kvzip.quantization.reading import PageReader
 from vllm_kvzip.storage.page_store import PackedPages
 from vllm_kvzip.storage.tiered_attention import TieredAttention, TierPages
-from vllm_kvzip.vllm_bridge.attention.cpu_attention import PairBatch
+from vllm_kvzip.vllm_bridge.attention.head_sequence_batches import HeadSequenceBatch
 from vllm_kvzip.vllm_bridge.cache.cpu_pages import discover_codec
 
 BLOCK = 32
@@ -36,18 +36,18 @@ FORMATS = ("nf4", "int4", "int8")
 AT_ONCE = 64  # quantized pages
 
 
-def ordinary(args: argparse.Namespace, geometry: CacheGeometry) -> PairBatch:
+def ordinary(args: argparse.Namespace, geometry: CacheGeometry) -> HeadSequenceBatch:
     """Pairs whose pages hold everything as it is."""
-    num_pairs = args.requests * geometry.num_kv_heads
+    num_sequences = args.requests * geometry.num_kv_heads
     width = args.context_tokens // BLOCK
-    shape = (num_pairs * width, 1, 2 * BLOCK, geometry.head_dim)
+    shape = (num_sequences * width, 1, 2 * BLOCK, geometry.head_dim)
     halves = torch.randn(shape, dtype=torch.bfloat16).chunk(2, dim=2)
-    return PairBatch(
+    return HeadSequenceBatch(
         pages=(halves[0], halves[1]),
-        tables=torch.arange(num_pairs * width, dtype=torch.int32).view(1, num_pairs, width),
-        seq_lens=torch.full((1, num_pairs), args.context_tokens, dtype=torch.int32),
-        query_start_loc=torch.arange(num_pairs + 1, dtype=torch.int32),
-        pair_rows=None,
+        tables=torch.arange(num_sequences * width, dtype=torch.int32).view(1, num_sequences, width),
+        seq_lens=torch.full((1, num_sequences), args.context_tokens, dtype=torch.int32),
+        query_start_loc=torch.arange(num_sequences + 1, dtype=torch.int32),
+        sequence_rows=None,
         num_kv_heads=geometry.num_kv_heads,
         group_size=geometry.group_size,
         head_dim=geometry.head_dim,
@@ -98,14 +98,14 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     geometry = CacheGeometry(1, args.kv_heads, args.group_size, args.head_dim, BLOCK)
-    num_pairs = args.requests * args.kv_heads
+    num_sequences = args.requests * args.kv_heads
     query = torch.randn(args.requests, args.kv_heads * args.group_size, args.head_dim)
-    pairs = ordinary(args, geometry)
+    batch = ordinary(args, geometry)
     impl = SimpleNamespace(scale=args.head_dim**-0.5, logits_soft_cap=0)
     layer = SimpleNamespace(layer_name="layer")
     stock_query = query.bfloat16()
     empty = TierPages(*(torch.zeros(0, dtype=torch.int64) for _ in range(3)))
-    calls = {"stock": lambda: pairs.attend(impl, layer, stock_query, torch.empty_like(stock_query))}
+    calls = {"stock": lambda: batch.attend(impl, layer, stock_query, torch.empty_like(stock_query))}
     for name in FORMATS:
         chosen = choose_quantization(
             page_bytes=4 * BLOCK * args.head_dim, head_dim=args.head_dim, keys=name, values=name,
@@ -114,7 +114,7 @@ def main() -> None:
         tokens = chosen.layout.page_tokens
         count = -(-args.context_tokens // tokens)
         some = torch.randn(2, 64, tokens, args.head_dim)
-        pages = chosen.pack(some[0], some[1]).repeat(-(-num_pairs * count // 64), 1)
+        pages = chosen.pack(some[0], some[1]).repeat(-(-num_sequences * count // 64), 1)
         reader = PageReader(chosen.layout)
         attention = TieredAttention(
             reader=reader,
@@ -123,14 +123,16 @@ def main() -> None:
             read_full=lambda ids: (torch.zeros(0), torch.zeros(0)),
             scale=impl.scale,
         )
-        owners = torch.arange(num_pairs).repeat_interleave(count)
+        owners = torch.arange(num_sequences).repeat_interleave(count)
         tier = TierPages(
-            torch.arange(num_pairs * count), owners, torch.arange(count).repeat(num_pairs) * tokens
+            torch.arange(num_sequences * count),
+            owners,
+            torch.arange(count).repeat(num_sequences) * tokens,
         )
-        held = torch.full((num_pairs,), args.context_tokens)
-        rows = query.view(num_pairs, args.group_size, args.head_dim)
-        seen = torch.zeros(num_pairs, args.group_size, dtype=torch.int64)
-        keys = KeyTransform.fit(torch.randn(num_pairs, tokens, args.head_dim))
+        held = torch.full((num_sequences,), args.context_tokens)
+        rows = query.view(num_sequences, args.group_size, args.head_dim)
+        seen = torch.zeros(num_sequences, args.group_size, dtype=torch.int64)
+        keys = KeyTransform.fit(torch.randn(num_sequences, tokens, args.head_dim))
         calls[name] = lambda a=attention, t=tier, h=held, k=keys, r=rows, s=seen: a.attend_rows(
             r, t, h, k, empty, s
         )

@@ -79,8 +79,13 @@ class EngineInvariants:
         )
         _require(not manager.rows, "the block manager's rows is not empty")
         if self._worker is not None:
-            for name in ("_states", "_pending", "_observed"):
-                _require(not getattr(self._worker, name), f"the worker's {name} is not empty")
+            left = {
+                "compressed prefixes": self._worker.prefixes.states,
+                "complete prompts": self._worker._complete,
+                "kept queries": self._worker._observation,
+            }
+            for name, found in left.items():
+                _require(not found, f"the worker still has {name}")
         self.seen.update({f"{kind} comparisons": n for kind, n in self._watch.compared.items()})
 
     def _check_pool(self) -> None:
@@ -121,7 +126,7 @@ class EngineInvariants:
                 len(row) == held == logical + reserve,
                 f"{rid} holds {held} blocks in a row of {len(row)}, not {logical} + {reserve}",
             )
-            known = self._worker is not None and rid in self._worker._states
+            known = self._worker is not None and rid in self._worker.prefixes.states
             _require(not known, f"{rid} is not compressed, and its worker reads a prefix")
             self.seen["crossing row" if reserve else "raw row"] += 1
             return
@@ -150,9 +155,9 @@ class EngineInvariants:
         known = (run, request.num_preemptions)
         if self._worker is None or self._known_pages.get(request_id) == known:
             return
-        state = self._worker._states.get(request_id)
+        state = self._worker.prefixes.states.get(request_id)
         _require(state is not None, f"{request_id} is compressed, and its worker knows nothing")
-        pool, prefix, split = self._worker._cache.pool, state.prefix, state.prefix.quantized_split
+        pool, prefix, split = self._worker.cache.pool, state.prefix, state.prefix.quantized_split
         full = run.plan.num_full_blocks
         layer_stride, block_stride = pool.strides
 

@@ -151,8 +151,8 @@ def _formula(arguments: argparse.Namespace, worker: Any) -> HeldBlocks:
     """What requests must hold under these settings, in the cache of that worker."""
     quantized, budget = 0, arguments.prefill_budget
     if arguments.mode == "quantize":
-        page = worker._cache.pages[0]
-        head_dim = worker._cache.geometry.head_dim
+        page = worker.cache.pages[0]
+        head_dim = worker.cache.geometry.head_dim
         quantized = quantized_tokens(arguments.format or "nf4", page.nbytes, head_dim)
     return HeldBlocks(
         _keep_ratio(arguments),

@@ -18,6 +18,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_kvzip.planning.request_options import LEFT_ALONE
 from vllm_kvzip.planning.reuse_rule import ReuseRule
 from vllm_kvzip.storage.head_pages import fold_row
+from vllm_kvzip.vllm_bridge.compressed_group import CompressedGroup
 from vllm_kvzip.vllm_bridge.scheduler.prefix_lookup import options
 from vllm_kvzip.vllm_bridge.step_message import attach, attached
 from vllm_kvzip.vllm_bridge.worker.requests import RequestTracker
@@ -54,7 +55,7 @@ class World:
         self.manager.prefixes._clock = lambda: self.now
         self.waiting, self.running = [], []
         self.requests = {}
-        self.tracker = RequestTracker(self.manager.rule)
+        self.tracker = RequestTracker(self.manager.rule, CompressedGroup(0, ("a layer",)))
         self.pending, self.rows = [], {}  # the worker's
         self.slots = {}  # (block, offset) -> what was written there
         self.runs = {}  # serial -> (block ids, boundary, keep ratio, plan)

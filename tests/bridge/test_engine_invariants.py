@@ -153,7 +153,8 @@ def test_pages_of_other_blocks_are_seen(engine):
     blocks = [block.block_id for block in engine.manager.rows["long"].run.blocks]
     right = pool.page_ids(torch.tensor(blocks)).flatten()
     states = {"long": SimpleNamespace(prefix=SimpleNamespace(page_ids=right, quantized_split=1))}
-    worker = SimpleNamespace(_states=states, _cache=SimpleNamespace(pool=pool))
+    prefixes, cache = SimpleNamespace(states=states), SimpleNamespace(pool=pool)
+    worker = SimpleNamespace(prefixes=prefixes, cache=cache)
 
     def check():
         EngineInvariants(engine.scheduler, engine.watch, FORMULA, worker).check()
@@ -169,8 +170,7 @@ def test_pages_of_other_blocks_are_seen(engine):
 
 
 def test_a_worker_that_reads_a_prefix_of_nobody_is_seen(engine):
-    engine.checks = EngineInvariants(
-        engine.scheduler, engine.watch, FORMULA, SimpleNamespace(_states={"short": None})
-    )
+    worker = SimpleNamespace(prefixes=SimpleNamespace(states={"short": None}))
+    engine.checks = EngineInvariants(engine.scheduler, engine.watch, FORMULA, worker)
     with pytest.raises(BrokenInvariantError, match="short is not compressed, and its worker reads"):
         engine.checks.check()

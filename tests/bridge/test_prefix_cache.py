@@ -17,7 +17,7 @@ from vllm_kvzip.planning.reuse_rule import ReuseRule
 from vllm_kvzip.vllm_bridge.scheduler.idle_expiry import IdleExpiry
 from vllm_kvzip.vllm_bridge.scheduler.prefix_cache import CompressedPrefixCache
 from vllm_kvzip.vllm_bridge.settings import Settings
-from vllm_kvzip.vllm_bridge.worker.use_times import UseTimes
+from vllm_kvzip.vllm_bridge.worker.prefixes import UseTimes
 
 pytestmark = pytest.mark.vllm
 

@@ -22,6 +22,7 @@ COMMON: dict[str, str] = {
     "AttentionBackendEnum": "vllm.v1.attention.backends.registry",
     "AttentionImpl": "vllm.v1.attention.backend",
     "AttentionLayerBase": "vllm.model_executor.layers.attention_layer_base",
+    "AttentionMetadataBuilder": "vllm.v1.attention.backend",
     "BlockHash": "vllm.v1.core.kv_cache_utils",
     "cached_get_attn_backend": "vllm.v1.attention.selector:_cached_get_attn_backend",
     "cached_tokenizer_from_config": "vllm.tokenizers",
@@ -100,7 +101,6 @@ CPU: dict[str, str] = {
 
 GPU: dict[str, str] = {
     "AttentionCGSupport": "vllm.v1.attention.backend",
-    "AttentionMetadataBuilder": "vllm.v1.attention.backend",
     "CommonAttentionMetadata": "vllm.v1.attention.backend",
     "FlashAttentionBackend": "vllm.v1.attention.backends.flash_attn",
     "FlashAttentionImpl": "vllm.v1.attention.backends.flash_attn",

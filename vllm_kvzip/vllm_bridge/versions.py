@@ -6,6 +6,7 @@ import re
 
 from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.vllm_bridge import symbols
+from vllm_kvzip.vllm_bridge.platforms import running_platform
 
 TESTED_VERSIONS = ("0.32.0",)
 OLDEST_VERSION = (0, 32)
@@ -32,8 +33,7 @@ def check_version(serves: bool) -> None:
         raise UnsupportedError(
             f"KV compression needs vLLM {oldest} or newer, but {version} is running; upgrade vLLM."
         )
-    on_cpu = symbols.current_platform.is_cpu()
-    needed = [symbols.COMMON, symbols.CPU if on_cpu else symbols.GPU]
+    needed = [symbols.COMMON, running_platform().symbols]
     try:
         symbols.check_symbols(*needed, *([symbols.SERVER] if serves else []))
     except ImportError as error:

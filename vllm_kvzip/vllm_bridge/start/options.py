@@ -24,6 +24,7 @@ from vllm_kvzip.model.attention_kinds import caps_logits
 from vllm_kvzip.vllm_bridge.cache.layer_checks import check_capped_logits
 from vllm_kvzip.vllm_bridge.fingerprint import model_fingerprint
 from vllm_kvzip.vllm_bridge.fp8_cache import running_cache_dtype
+from vllm_kvzip.vllm_bridge.platforms import running_platform
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings, cache_shape
 from vllm_kvzip.vllm_bridge.start.checks import (
     check_attention_kernel,
@@ -33,7 +34,7 @@ from vllm_kvzip.vllm_bridge.start.checks import (
     check_supported,
 )
 from vllm_kvzip.vllm_bridge.start.gpu_backend import default_gpu_backend
-from vllm_kvzip.vllm_bridge.symbols import current_platform, init_logger
+from vllm_kvzip.vllm_bridge.symbols import init_logger
 from vllm_kvzip.vllm_bridge.versions import check_version, untested_warning
 
 if TYPE_CHECKING:
@@ -44,13 +45,10 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm." + __name__)
 
-CPU_WORKER = "vllm_kvzip.vllm_bridge.worker.cpu_worker.HeadPageCPUWorker"
-GPU_WORKER = "vllm_kvzip.vllm_bridge.worker.gpu_worker.HeadPageGPUWorker"
 SCHEDULERS = {
     False: "vllm_kvzip.vllm_bridge.scheduler.scheduler.HeadPageScheduler",
     True: "vllm_kvzip.vllm_bridge.scheduler.scheduler.HeadPageAsyncScheduler",
 }
-CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 32, 16
 SURROGATE_SUFFIX = ".safetensors"  # beside the profile, of the same name
 MOST_TIER_MISMATCH = 0.1  # of the bytes of a quantized KV pair
 DEFAULT_SCORER = "contrast"
@@ -77,7 +75,7 @@ def requested_config(engine_args: EngineArgs) -> KVzipConfig | None:
 def prepare_engine_args(engine_args: EngineArgs) -> None:
     """Choose the block size when the user named none: head pages of 128 tokens cost quality."""
     if engine_args.block_size is None:
-        engine_args.block_size = CPU_BLOCK_SIZE if current_platform.is_cpu() else GPU_BLOCK_SIZE
+        engine_args.block_size = running_platform().default_block_size
 
 
 def configure(vllm_config: VllmConfig, config: KVzipConfig, serves: bool = False) -> None:
@@ -105,9 +103,9 @@ def configure(vllm_config: VllmConfig, config: KVzipConfig, serves: bool = False
         from vllm_kvzip.vllm_bridge.server.routes import check_routes
 
         check_routes()
-    on_cpu = current_platform.is_cpu()
-    vllm_config.parallel_config.worker_cls = CPU_WORKER if on_cpu else GPU_WORKER
-    if not on_cpu and vllm_config.attention_config.backend is None:
+    platform = running_platform()
+    vllm_config.parallel_config.worker_cls = platform.worker_class
+    if platform.attention_backends and vllm_config.attention_config.backend is None:
         vllm_config.attention_config.backend = default_gpu_backend(vllm_config)
     scheduling = vllm_config.scheduler_config
     scheduling.scheduler_cls = SCHEDULERS[bool(scheduling.async_scheduling)]

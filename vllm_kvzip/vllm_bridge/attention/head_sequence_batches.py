@@ -1,20 +1,25 @@
-"""Which rows of a step's batch are compressed, and their page tables, kept while nothing changes.
+"""Compressed requests of a step as vLLM's CPU kernel takes them: as head sequences.
 
-Most steps decode one token of the same requests as the step before. What follows from who is in the
-batch is worked out when that changes; such a step adds lengths to it, and blocks that are new.
+A head sequence is one KV head of one request. For the kernel it is a sequence with one KV head, as
+many query heads as the query group has, a page table of its own and a length of its own. The kernel
+attends over head sequences when it is given the flat pool of head pages as its cache.
+
+Most steps decode one token of the same requests as the step before. So what follows from who is in
+the batch is kept until that changes; each step adds lengths to it, and blocks that are new.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vllm_kvzip.storage.head_pages import HeadPageTable
 from vllm_kvzip.vllm_bridge.attention.batches import SplitBatch
-from vllm_kvzip.vllm_bridge.attention.cpu_attention import PairBatch
 from vllm_kvzip.vllm_bridge.attention.tiered_batches import QuantizedTier, TieredBatch, TieredReader
+from vllm_kvzip.vllm_bridge.symbols import custom_ops as ops
+from vllm_kvzip.vllm_bridge.symbols import envs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,6 +27,87 @@ if TYPE_CHECKING:
     from vllm_kvzip.vllm_bridge.attention.batches import PrefixState
     from vllm_kvzip.vllm_bridge.cache.head_page_cache import HeadPageCache
     from vllm_kvzip.vllm_bridge.symbols import CommonAttentionMetadata
+
+
+@dataclass
+class HeadSequenceBatch:
+    """The compressed requests of one step as head sequences.
+
+    Attributes:
+        pages: the flat pool, keys and values: two views ``[num_pages, 1, N, D]``.
+        tables: int32 ``[L, R * H, W]``, head page ids of each head sequence.
+        seq_lens: int32 ``[L, R * H]``, tokens that each of them attends over.
+        query_start_loc: int32 ``[R * H + 1]``, first row of each of them in this batch.
+        sequence_rows: int64 ``[sum of query lengths * H]``, row of this batch -> ``token * H +
+            head``; None when every token of the step is one of a compressed request that decodes,
+            in order.
+        num_kv_heads, group_size, head_dim: H, G, D.
+        layer_index: vLLM layer name -> layer of ``tables``.
+    """
+
+    pages: tuple[torch.Tensor, torch.Tensor]
+    tables: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor
+    sequence_rows: torch.Tensor | None
+    num_kv_heads: int
+    group_size: int
+    head_dim: int
+    layer_index: dict[str, int]
+    isa: str
+
+    def attend(self, impl: Any, layer: Any, query: torch.Tensor, output: torch.Tensor) -> None:
+        """Attention of one layer for the compressed requests.
+
+        Args:
+            impl: holds scale and soft cap.
+            layer: vLLM's attention layer.
+            query: ``[num_tokens, H * G, D]`` of the whole batch.
+            output: like ``query``; rows of compressed requests are written, others left alone.
+        """
+        index = self.layer_index[layer.layer_name]
+        num_tokens = query.shape[0]
+        shape = (num_tokens * self.num_kv_heads, self.group_size, self.head_dim)
+        rows = query.reshape(shape)
+        rows_out = output.view(shape)
+        if self.sequence_rows is None:
+            target = rows_out
+        else:
+            rows = rows.index_select(0, self.sequence_rows)
+            target = torch.empty_like(rows)
+        seq_lens = self.seq_lens[index]
+        key_pages, value_pages = self.pages
+        metadata = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=seq_lens.shape[0],
+            num_heads=self.group_size,
+            num_kv_heads=1,
+            head_dim=self.head_dim,
+            seq_lens=seq_lens,
+            dtype=query.dtype,
+            query_start_loc=self.query_start_loc,
+            causal=True,
+            sliding_window_size=-1,
+            isa=self.isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+        )
+        ops.cpu_attention_with_kv_cache(
+            query=rows,
+            key_cache=key_pages,
+            value_cache=value_pages,
+            output=target,
+            query_start_loc=self.query_start_loc,
+            seq_lens=seq_lens,
+            scale=impl.scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=self.tables[index],
+            softcap=impl.logits_soft_cap,
+            scheduler_metadata=metadata,
+            s_aux=None,
+        )
+        if self.sequence_rows is not None:
+            rows_out.index_copy_(0, self.sequence_rows, target)
 
 
 @dataclass
@@ -34,11 +120,12 @@ class _Members:
         rows: int64 ``[R]``, their rows.
         dense_rows: int64, the other rows; None when there are none.
         table: their page table.
-        surplus: int32 ``[L, R, H]``, tokens a pair attends over beyond its request's length;
-            negative where something was evicted.
+        surplus: int32 ``[L, R, H]``, tokens a head sequence attends over beyond its request's
+            length; negative where something was evicted.
         room: int32 ``[R]``, length up to which the table knows a request's blocks.
         quantized: quantized pages of the compressed ones; None when they have none.
-        decode: query starts, pair rows and dense token rows of steps with one token per request.
+        decode: query starts, sequence rows and dense token rows of steps with one token per
+            request.
     """
 
     request_ids: list[str]
@@ -52,11 +139,11 @@ class _Members:
     decode: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None = None
 
 
-class PairBatcher:
+class HeadSequenceBatcher:
     """Splits batches into compressed and other requests; see the module docstring.
 
     Args:
-        cache: what the requests lie in.
+        cache: holds the KV pairs of all requests.
         isa: vLLM's name of the CPU kernel variant that wrote it.
     """
 
@@ -100,25 +187,25 @@ class PairBatcher:
         if common.max_query_len == 1:
             if members.decode is None:
                 members.decode = self._queries(members, common.query_start_loc, single=True)
-            starts, pair_rows, dense_tokens = members.decode
+            starts, sequence_rows, dense_tokens = members.decode
         else:
-            starts, pair_rows, dense_tokens = self._queries(
+            starts, sequence_rows, dense_tokens = self._queries(
                 members, common.query_start_loc, single=False
             )
         geometry = self._geometry
-        pairs = PairBatch(
+        batch = HeadSequenceBatch(
             pages=self._page_halves,
             tables=members.table.table,
             seq_lens=seq_lens,
             query_start_loc=starts,
-            pair_rows=pair_rows,
+            sequence_rows=sequence_rows,
             num_kv_heads=geometry.num_kv_heads,
             group_size=geometry.group_size,
             head_dim=geometry.head_dim,
             layer_index=self._cache.layer_index,
             isa=self._isa,
         )
-        return SplitBatch(pairs, members.dense_rows, dense_tokens)
+        return SplitBatch(batch, members.dense_rows, dense_tokens)
 
     def _in_tiers(
         self, members: _Members, common: CommonAttentionMetadata, seq_lens: torch.Tensor
@@ -184,7 +271,7 @@ class PairBatcher:
     def _queries(
         self, members: _Members, query_starts: torch.Tensor, *, single: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Query starts of the pairs, their rows, and the token rows of the other requests.
+        """Query starts of the head sequences, their rows, and the token rows of the other requests.
 
         ``single``: every request of the batch has one token.
         """
@@ -199,8 +286,8 @@ class PairBatcher:
             return starts, None, None
         heads = torch.arange(num_heads)[:, None]
         tokens = _token_rows(query_starts, members.rows)
-        pair_rows = torch.cat([(rows * num_heads + heads).flatten() for rows in tokens])
-        return starts, pair_rows, dense_tokens
+        sequence_rows = torch.cat([(rows * num_heads + heads).flatten() for rows in tokens])
+        return starts, sequence_rows, dense_tokens
 
 
 def _token_rows(starts: torch.Tensor, rows: torch.Tensor) -> list[torch.Tensor]:

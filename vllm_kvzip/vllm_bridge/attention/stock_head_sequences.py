@@ -1,8 +1,8 @@
-"""Attention over head pages by vLLM's own GPU kernel, each (request, KV head) pair a sequence.
+"""Attention over head pages by vLLM's own GPU kernel: each KV head of a request is a sequence.
 
-The pool of head pages is the kernel's cache, with one KV head; the page tables and lengths of all
-layers are laid out by one launch a step. The tables take 4 bytes for every page of every pair, so
-large batches of long requests are left to our own kernel, which needs none.
+The pool of head pages is the kernel's cache, with one KV head; one launch per step writes the page
+tables and lengths of these head sequences for all layers. The tables take 4 bytes for every page of
+every head sequence, so large batches of long requests are left to our own kernel, which needs none.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ TILE_TOKENS = 128
 
 
 @dataclass(frozen=True)
-class StockPairs:
-    """Requests of one step as (request, KV head) pairs.
+class StockHeadSequences:
+    """Requests of one step as head sequences.
 
-    Tables are laid out when the first layer attends: a step that replays a CUDA graph never does.
+    Their tables are written when the first layer attends, so not in a step that replays a CUDA
+    graph.
 
     Attributes:
         batch: as our kernel takes them.
@@ -48,14 +49,16 @@ class StockPairs:
         num_heads = self.batch.tables.num_kv_heads
         num_tokens, num_query_heads, head_dim = query.shape
         shape = (num_tokens * num_heads, num_query_heads // num_heads, head_dim)
-        pair_query, pair_output = query.reshape(shape), output.view(shape)
+        rows, rows_out = query.reshape(shape), output.view(shape)
         metadata = self.by_layer[self.batch.layer_index[layer.layer_name]]
         if self.batch.max_query_len == 1:  # one token each: the order is the same
-            impl.attend_over_pairs(layer, pair_query, self.pages, metadata, pair_output)
+            impl.attend_over_head_sequences(layer, rows, self.pages, metadata, rows_out)
             return
-        target = torch.empty_like(pair_query)
-        impl.attend_over_pairs(layer, pair_query[self.pair_rows], self.pages, metadata, target)
-        pair_output.index_copy_(0, self.pair_rows, target)
+        target = torch.empty_like(rows)
+        impl.attend_over_head_sequences(
+            layer, rows[self.sequence_rows], self.pages, metadata, target
+        )
+        rows_out.index_copy_(0, self.sequence_rows, target)
 
     @cached_property
     def _starts(self) -> torch.Tensor:
@@ -63,22 +66,22 @@ class StockPairs:
         return self.common.query_start_loc_cpu[: len(self.batch.tables.slots) + 1].long()
 
     @cached_property
-    def pair_rows(self) -> torch.Tensor:
-        """Pair row -> ``token * H + head``, int64."""
-        rows = _pair_rows(self._starts, self.batch.tables.num_kv_heads)
+    def sequence_rows(self) -> torch.Tensor:
+        """Row of a head sequence -> ``token * H + head``, int64."""
+        rows = _sequence_rows(self._starts, self.batch.tables.num_kv_heads)
         return async_tensor_h2d(rows, device=self.pages.device)
 
     @cached_property
     def by_layer(self) -> list[Any]:
-        """vLLM's metadata of each layer, of the pairs."""
+        """vLLM's metadata of the head sequences, for each layer."""
         tables, device = self.batch.tables, self.pages.device
         num_heads = tables.num_kv_heads
-        num_pairs = len(tables.slots) * num_heads
-        shape = (tables.num_layers, num_pairs, _width(self.batch))
+        num_sequences = len(tables.slots) * num_heads
+        shape = (tables.num_layers, num_sequences, _width(self.batch))
         flat = torch.empty(shape, dtype=torch.int32, device=device)
         lengths = torch.empty(shape[:2], dtype=torch.int32, device=device)
         flatten_tables(tables, flat, lengths)
-        starts = torch.zeros(num_pairs + 1, dtype=torch.int32)
+        starts = torch.zeros(num_sequences + 1, dtype=torch.int32)
         starts[1:] = self._starts.diff().repeat_interleave(num_heads).cumsum(0)
         shared = {
             "num_actual_tokens": int(self._starts[-1]) * num_heads,
@@ -97,9 +100,9 @@ class StockPairs:
 
 
 def fits(batch: KernelBatch) -> bool:
-    """Whether the tables of a batch are small enough to be laid out."""
-    num_pairs = len(batch.tables.slots) * batch.tables.pages_per_block
-    return 4 * num_pairs * _width(batch) <= MOST_TABLE_BYTES
+    """Whether the tables of a batch are small enough to be written."""
+    num_sequences = len(batch.tables.slots) * batch.tables.pages_per_block
+    return 4 * num_sequences * _width(batch) <= MOST_TABLE_BYTES
 
 
 def _width(batch: KernelBatch) -> int:
@@ -107,25 +110,25 @@ def _width(batch: KernelBatch) -> int:
     return -(-batch.max_tokens // TILE_TOKENS) * (TILE_TOKENS // batch.tables.page_tokens)
 
 
-def _pair_rows(starts: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Pair row -> ``token * H + head``, request after request, head after head; int64."""
+def _sequence_rows(starts: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Row of a head sequence -> ``token * H + head``, int64; ordered by request, head, token."""
     lengths = starts.diff()
     requests = torch.arange(len(lengths)).repeat_interleave(lengths)
     first, length = starts[requests][:, None], lengths[requests][:, None]
     token, head = torch.arange(len(requests))[:, None], torch.arange(num_heads)
-    pair_row = first * num_heads + head * length + token - first
-    rows = torch.empty(pair_row.numel(), dtype=torch.int64)
-    rows[pair_row.flatten()] = (token * num_heads + head).flatten()
+    sequence_row = first * num_heads + head * length + token - first
+    rows = torch.empty(sequence_row.numel(), dtype=torch.int64)
+    rows[sequence_row.flatten()] = (token * num_heads + head).flatten()
     return rows
 
 
 def one_kv_head(impl: Any) -> Any:
-    """A copy of vLLM's attention implementation that attends over pairs.
+    """A copy of vLLM's attention implementation that attends over head sequences.
 
     Args:
         impl: of a layer; FlashAttention's and Triton's read the number of heads from attributes.
     """
-    pairs = copy.copy(impl)
-    pairs.num_heads = impl.num_heads // impl.num_kv_heads
-    pairs.num_kv_heads = 1
-    return pairs
+    of_sequences = copy.copy(impl)
+    of_sequences.num_heads = impl.num_heads // impl.num_kv_heads
+    of_sequences.num_kv_heads = 1
+    return of_sequences
