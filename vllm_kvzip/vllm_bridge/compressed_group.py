@@ -42,7 +42,7 @@ class CompressedGroup:
 
         Args:
             kv_cache_config: vLLM's, of the scheduler or of a worker.
-            spec_type: our class of KV cache spec.
+            spec_type: what the specs of compressed layers are instances of.
 
         Raises:
             UnsupportedError: if no group has such a spec, or several groups have.
@@ -52,9 +52,9 @@ class CompressedGroup:
         if len(found) != 1:
             kinds = ", ".join(type(group.kv_cache_spec).__name__ for group in groups) or "none"
             raise UnsupportedError(
-                f"KV compression needs exactly one KV cache group of kind {spec_type.__name__}, "
-                f"but vLLM made {len(found)} (kinds of all groups: {kinds}); run this model "
-                f"without --kv-compression."
+                f"KV compression needs exactly one KV cache group of compressed layers, but vLLM "
+                f"made {len(found)} (specs of all groups: {kinds}); run this model without "
+                f"--kv-compression."
             )
         return cls(found[0], tuple(groups[found[0]].layer_names))
 
