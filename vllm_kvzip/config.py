@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vllm_kvzip.errors import ConfigError, suggest
+from vllm_kvzip.registry import FORMATS
 
 METHOD = "kvzip"
 ENABLED_VARIABLE = "LLM_KVZIP_ENABLED"
@@ -25,7 +26,6 @@ CONFIG_FLAG = "--kv-compression-config"
 
 Budget = Literal["uniform", "profile", "retrieval", "adaptive", "adaptive-per-layer"]
 Mode = Literal["evict", "quantize", "mixed"]
-FormatName = Literal["nf4", "int4", "int8"]
 Rotation = Literal["auto", "hadamard", "none"]
 
 DEFAULT_RATIOS: dict[Mode, float] = {"evict": 0.5, "quantize": 1.0, "mixed": 0.5}
@@ -65,8 +65,8 @@ class KVzipConfig(BaseModel):
         description="mode mixed: share of the bytes for KV pairs kept as they are; default the "
         f"profile's, or {DEFAULT_FULL_SHARE}",
     )
-    key_format: FormatName = Field("nf4", description="of quantized keys")
-    value_format: FormatName = Field("nf4", description="of quantized values")
+    key_format: str = Field("nf4", description="of quantized keys")
+    value_format: str = Field("nf4", description="of quantized values")
     rotation: Rotation = Field(
         "auto",
         description="spread outliers before quantizing; auto: where the head size allows it",
@@ -124,6 +124,12 @@ class KVzipConfig(BaseModel):
         "auto times both when the engine starts",
     )
     seed: int = Field(0, description="seed of scorer random")
+
+    @field_validator("key_format", "value_format")
+    @classmethod
+    def _known_format(cls, name: str) -> str:
+        FORMATS.check(name)
+        return name
 
     @property
     def ratio(self) -> float:
@@ -188,8 +194,9 @@ def load_config(
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])
-        reason = first["msg"][0].lower() + first["msg"][1:]
-        raise ConfigError(f"{origin[key]}: {key}={first['input']!r} is wrong, {reason}.") from error
+        reason = first["msg"].removeprefix("Value error, ").rstrip(".")
+        reason = reason[0].lower() + reason[1:] + ("" if reason.endswith("?") else ".")
+        raise ConfigError(f"{origin[key]}: {key}={first['input']!r} is wrong, {reason}") from error
     _refuse_contradictions(config, origin)
     return config
 
