@@ -118,8 +118,8 @@ class TieredWorld:
         for pair in range(LAYERS * HEADS):
             layer, head = divmod(pair, HEADS)
             full = prefix.page_ids[prefix.offsets[pair] : prefix.offsets[pair + 1]]
-            begin, end = (prefix.quantized_offsets[pair : pair + 2] - first).tolist()
-            ids = prefix.quantized_page_ids[begin:end]
+            begin, end = (prefix.offsets_of(1)[pair : pair + 2] - first).tolist()
+            ids = prefix.quantized.page_ids[begin:end]
             store = self.store
             kept = store.read_keys(full[None], layer)[0], store.read_values(full[None], layer)[0]
             if count := int(counts[layer, head]):

@@ -11,7 +11,7 @@ from vllm_kvzip.kernels.quantized_pages import quantize_pages
 from vllm_kvzip.storage.stored_scales import KEYS, VALUES
 
 if TYPE_CHECKING:
-    from vllm_kvzip.core import KeepPlan, QuantizedKeepPlan
+    from vllm_kvzip.core import KeepPlan
     from vllm_kvzip.model.key_transform import KeyTransform
     from vllm_kvzip.quantization import Quantization
     from vllm_kvzip.storage.stored_scales import StoredScales
@@ -79,7 +79,7 @@ class RowPages:
             self._keys,
             self._values,
             by_head,
-            keep.positions.to(torch.int32),
+            keep.positions.flatten().to(torch.int32),
             heads.repeat_interleave(keep.pages.flatten(), output_size=len(targets)),
             targets.to(torch.int32),
         )
@@ -87,7 +87,7 @@ class RowPages:
     def quantize(
         self,
         sources: torch.Tensor,
-        keep: QuantizedKeepPlan,
+        keep: KeepPlan,
         targets: torch.Tensor,
         transform: KeyTransform,
     ) -> torch.Tensor:

@@ -55,9 +55,9 @@ def quantized_tokens(
         boundary_tokens: of the prefix before compression.
         block_tokens, page_tokens: N and Q.
     """
-    assert prefix.quantized_pages is not None
+    assert prefix.quantized is not None
     left = boundary_tokens - prefix.pages * block_tokens
-    return torch.minimum(prefix.quantized_pages * page_tokens, left)
+    return torch.minimum(prefix.quantized.pages * page_tokens, left)
 
 
 class RunningSoftmax:
