@@ -136,9 +136,9 @@ def attend_quantized(
     VALUE_LOAD: tl.constexpr, VALUE_CODES: tl.constexpr,
     VALUE_GROUP: tl.constexpr, VALUE_SCALES: tl.constexpr, VALUE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Quantized tokens ``start`` to ``end`` of a pair, one at least; every row sees all of them.
+    """Quantized tokens ``start`` to ``end`` of a KV head, one at least; every row sees all of them.
 
-    ``q`` ``[ROWS, D_PADDED]``; ``key_transform`` points to mean, scale and first keys of the pair.
+    ``q`` ``[ROWS, D_PADDED]``; ``key_transform`` points to mean, scale and first keys of the head.
     Nothing may have been summed up before, as ``acc`` is rotated back. Returns ``best``, ``total``
     and ``acc``, see :func:`weigh_tile`.
     """

@@ -121,7 +121,7 @@ def join_halves(low, high, TOKENS: tl.constexpr, D_PADDED: tl.constexpr):
 
 @triton.jit
 def load_word(pages, place, mask):
-    """Byte ``place`` (int64) of the pool in the low bits of an int32; bytes behind it above."""
+    """Byte ``place`` (int64) of the pool in the low bits of an int32; the bytes after it above."""
     words = tl.load(pages.to(tl.pointer_type(tl.int32)) + (place >> 2), mask=mask, other=0)
     return words >> ((place & 3) * 8).to(tl.int32)
 

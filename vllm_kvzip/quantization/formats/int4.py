@@ -27,10 +27,10 @@ from vllm_kvzip.quantization.packing import (
     as_bytes,
     bfloat16_down,
     bfloat16_up,
+    byte_table,
     halves_side_by_side,
     in_blocks,
     pack_nibbles,
-    pairs_of,
     read_nibbles,
     unpack_nibbles,
 )
@@ -38,7 +38,7 @@ from vllm_kvzip.quantization.packing import (
 if TYPE_CHECKING:
     from vllm_kvzip.kernels.quantized_tiles import PageCode
 
-PAIRS = pairs_of(torch.arange(16).float())
+BYTE_TABLE = byte_table(torch.arange(16).float())
 
 
 @register_format
@@ -101,7 +101,7 @@ class Int4(Format):
     def read(self, encoded: Encoded) -> torch.Tensor:
         """See :class:`Format`; looks up two codes at once."""
         scale, zero = encoded.scales.contiguous().view(torch.bfloat16).float().chunk(2, dim=-1)
-        blocks = read_nibbles(encoded.codes, PAIRS, self.block_size)
+        blocks = read_nibbles(encoded.codes, BYTE_TABLE, self.block_size)
         blocks *= scale[..., None]
         blocks += zero[..., None]
         return blocks.flatten(-2)

@@ -28,12 +28,12 @@ from vllm_kvzip.quantization.packing import (
     LARGEST_FLOAT8,
     SMALLEST_SCALE,
     as_bytes,
+    byte_table,
     float8_decode,
     float8_encode,
     halves_side_by_side,
     in_blocks,
     pack_nibbles,
-    pairs_of,
     read_nibbles,
     unpack_nibbles,
 )
@@ -68,7 +68,7 @@ Triton's pipeliner, one by one.
 """
 
 LEVELS = CODE_BOOK.float()
-PAIRS = pairs_of(LEVELS)
+BYTE_TABLE = byte_table(LEVELS)
 BOUNDARIES = (LEVELS[1:] + LEVELS[:-1]) / 2
 """float32 ``[15]``; a value above boundary ``i`` is nearer to level ``i + 1`` than to ``i``."""
 
@@ -143,7 +143,7 @@ class NormalFloat4(Format):
 
     def read(self, encoded: Encoded) -> torch.Tensor:
         """See :class:`Format`; looks up two codes at once."""
-        blocks = read_nibbles(encoded.codes, PAIRS, self.block_size)
+        blocks = read_nibbles(encoded.codes, BYTE_TABLE, self.block_size)
         blocks *= self._scales(encoded)[..., None]
         return blocks.flatten(-2)
 
