@@ -157,7 +157,7 @@ class EngineInvariants:
             return
         state = self._worker.prefixes.states.get(request_id)
         _require(state is not None, f"{request_id} is compressed, and its worker knows nothing")
-        pool, prefix, split = self._worker.cache.pool, state.prefix, state.prefix.quantized_split
+        pool, tiers = self._worker.cache.pool, state.prefix.tiers
         full = run.plan.num_full_blocks
         layer_stride, block_stride = pool.strides
 
@@ -169,10 +169,10 @@ class EngineInvariants:
                 for head in range(pool.num_kv_heads)
             )
 
-        used = sorted(prefix.page_ids.tolist())
+        used = sorted(tiers[0].page_ids.tolist())
         _require(used == pages_of(run.blocks[:full]), f"{request_id} uses other pages: {used}")
         if full < len(run.blocks):
-            used = sorted(prefix.quantized_page_ids.tolist())
+            used, split = sorted(tiers[1].page_ids.tolist()), tiers[1].split
             parts = [
                 page * split + part for page in pages_of(run.blocks[full:]) for part in range(split)
             ]

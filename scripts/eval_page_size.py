@@ -39,7 +39,7 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from vllm_kvzip.budgeting.budgets import allocate_adaptive, allocate_uniform
-from vllm_kvzip.budgeting.selection import protect, select
+from vllm_kvzip.budgeting.selection import rank, select
 from vllm_kvzip.config import KVzipConfig
 from vllm_kvzip.errors import ConfigError, KVzipError
 from vllm_kvzip.planning.prefix_rule import PrefixRule
@@ -94,18 +94,19 @@ class Cell:
         boundary = plan.boundary_tokens
         sinks, recent = rule.protected_in_prefix(boundary)
         scores = scores[:, :, :boundary]
-        ranked = protect(scores, sinks, recent)
+        ranking = rank(scores, sinks, recent)
         total = plan.num_compressed_blocks * num_layers * num_heads
         if self.budget == "uniform":
             pages = allocate_uniform(total, num_layers, num_heads)
         else:
             pages = allocate_adaptive(
-                ranked, total, self.page_size, rule.min_pages_per_head(boundary),
+                ranking.scores, total, self.page_size, rule.min_pages_per_head(boundary),
                 per_layer=self.budget == "adaptive-per-layer",
             )  # fmt: skip
         keep = select(scores, pages, self.page_size, sinks, recent)
         kept = torch.zeros(num_layers * num_heads, boundary, dtype=torch.bool)
-        kept[torch.arange(len(kept)).repeat_interleave(keep.offsets.diff()), keep.positions] = True
+        heads = torch.arange(len(kept)).repeat_interleave(pages.flatten())
+        kept[heads[:, None], keep.positions] = True
         return kept.view(scores.shape)
 
 

@@ -42,8 +42,9 @@ from quality_run import QualityRun
 from rich.console import Console
 from tqdm import tqdm
 
-from vllm_kvzip.config import FormatName, Mode
+from vllm_kvzip.config import Mode
 from vllm_kvzip.errors import ConfigError, KVzipError
+from vllm_kvzip.registry import FORMATS
 
 if TYPE_CHECKING:
     from documents import Document
@@ -61,8 +62,8 @@ def formats(text: str) -> str:
         argparse.ArgumentTypeError: for another name.
     """
     names = text.split("+")
-    if len(names) > 2 or not set(names) <= set(get_args(FormatName)):
-        known = ", ".join(get_args(FormatName))
+    if len(names) > 2 or not set(names) <= set(FORMATS.names()):
+        known = ", ".join(FORMATS.names())
         raise argparse.ArgumentTypeError(f"{text!r} is none of {known}, nor two of them with a +")
     return text
 

@@ -25,7 +25,7 @@ import sys
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +38,6 @@ from tier_budgets import TierBudgetBuilder
 from tqdm import tqdm
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
-from vllm_kvzip.config import FormatName
 from vllm_kvzip.errors import ProfileError
 from vllm_kvzip.head_profiles.calibration import (
     CONTEXT_TOKENS,
@@ -55,6 +54,7 @@ from vllm_kvzip.head_profiles.networks import LayerSurrogate, save_surrogate
 from vllm_kvzip.head_profiles.repeat_prompt import repeat_wording
 from vllm_kvzip.model.attention_kinds import slides_within, sliding_window, unusual_attention
 from vllm_kvzip.planning.reconstruction import pair_fractions, retrieval_fractions
+from vllm_kvzip.registry import FORMATS
 
 
 def task_contexts(args: argparse.Namespace) -> list[list[int]]:
@@ -323,7 +323,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     for half in ("key", "value"):
         parser.add_argument(
-            f"--{half}-format", choices=get_args(FormatName), default="nf4",
+            f"--{half}-format", choices=FORMATS.names(), default="nf4",
             help=f"of quantized {half}s in mode mixed",
         )  # fmt: skip
     parser.add_argument(

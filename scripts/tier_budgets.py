@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -10,9 +10,6 @@ from vllm_kvzip.budgeting.tier_solver import solve_tiers
 from vllm_kvzip.head_profiles.head_profile import TierBudgets
 from vllm_kvzip.model.key_transform import KeyTransform
 from vllm_kvzip.quantization import choose_quantization, unpack_pages
-
-if TYPE_CHECKING:
-    from vllm_kvzip.config import FormatName
 
 BYTES_RATIOS = (0.03, 0.05, 0.08, 0.125, 0.18, 0.25, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0)
 CACHE_BLOCK, CACHE_ITEM_BYTES = 16, 2  # of the KV cache that the budgets are made for
@@ -35,8 +32,8 @@ class TierBudgetBuilder:
         num_layers: int,
         num_kv_heads: int,
         head_dim: int,
-        keys: FormatName = "nf4",
-        values: FormatName = "nf4",
+        keys: str = "nf4",
+        values: str = "nf4",
     ) -> None:
         self._formats = keys, values
         self._quantization = choose_quantization(

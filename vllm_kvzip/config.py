@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from vllm_kvzip.errors import ConfigError, suggest
+from vllm_kvzip.registry import FORMATS
 
 METHOD = "kvzip"
 ENABLED_VARIABLE = "LLM_KVZIP_ENABLED"
@@ -25,7 +26,6 @@ CONFIG_FLAG = "--kv-compression-config"
 
 Budget = Literal["uniform", "profile", "retrieval", "adaptive", "adaptive-per-layer"]
 Mode = Literal["evict", "quantize", "mixed"]
-FormatName = Literal["nf4", "int4", "int8"]
 Rotation = Literal["auto", "hadamard", "none"]
 
 DEFAULT_RATIOS: dict[Mode, float] = {"evict": 0.5, "quantize": 1.0, "mixed": 0.5}
@@ -75,10 +75,8 @@ class KVzipConfig(BaseModel):
         description="mode `mixed`: share of the bytes for KV pairs that are kept as they are",
         json_schema_extra=shown(f"the profile's, else {DEFAULT_FULL_SHARE}"),
     )
-    key_format: FormatName = Field(
-        "nf4", description="format of quantized keys: `nf4`, `int4` or `int8`"
-    )
-    value_format: FormatName = Field(
+    key_format: str = Field("nf4", description="format of quantized keys: `nf4`, `int4` or `int8`")
+    value_format: str = Field(
         "nf4", description="format of quantized values: `nf4`, `int4` or `int8`"
     )
     rotation: Rotation = Field(
@@ -172,6 +170,12 @@ class KVzipConfig(BaseModel):
     )
     seed: int = Field(0, description="seed of scorer `random`")
 
+    @field_validator("key_format", "value_format")
+    @classmethod
+    def _known_format(cls, name: str) -> str:
+        FORMATS.check(name)
+        return name
+
     @property
     def ratio(self) -> float:
         """Kept / all: of bytes when ``keep_bytes_ratio`` is given, else of KV pairs."""
@@ -235,8 +239,9 @@ def load_config(
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])
-        reason = first["msg"][0].lower() + first["msg"][1:]
-        raise ConfigError(f"{origin[key]}: {key}={first['input']!r} is wrong, {reason}.") from error
+        reason = first["msg"].removeprefix("Value error, ").rstrip(".")
+        reason = reason[0].lower() + reason[1:] + ("" if reason.endswith("?") else ".")
+        raise ConfigError(f"{origin[key]}: {key}={first['input']!r} is wrong, {reason}") from error
     _refuse_contradictions(config, origin)
     return config
 

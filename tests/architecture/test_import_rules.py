@@ -12,6 +12,7 @@ NO_TORCH = (
     "config",
     "errors",
     "metrics",
+    "registry",
     "planning.request_options",
     "head_profiles.head_profile",
 )

@@ -152,7 +152,8 @@ def test_pages_of_other_blocks_are_seen(engine):
     pool = PagePool(num_blocks=60, num_layers=3, num_kv_heads=2)
     blocks = [block.block_id for block in engine.manager.rows["long"].run.blocks]
     right = pool.page_ids(torch.tensor(blocks)).flatten()
-    states = {"long": SimpleNamespace(prefix=SimpleNamespace(page_ids=right, quantized_split=1))}
+    tier = SimpleNamespace(page_ids=right)
+    states = {"long": SimpleNamespace(prefix=SimpleNamespace(tiers=(tier,)))}
     prefixes, cache = SimpleNamespace(states=states), SimpleNamespace(pool=pool)
     worker = SimpleNamespace(prefixes=prefixes, cache=cache)
 
@@ -161,7 +162,7 @@ def test_pages_of_other_blocks_are_seen(engine):
 
     check()
     for wrong in (right + 60, right[1:]):
-        states["long"].prefix.page_ids = wrong
+        tier.page_ids = wrong
         with pytest.raises(BrokenInvariantError, match="long uses other pages"):
             check()
     states.clear()

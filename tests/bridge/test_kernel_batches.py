@@ -8,7 +8,7 @@ import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm_kvzip.kernels.reference import head_page_attention_reference
 
-from vllm_kvzip.core import CacheGeometry, CompressedPrefix, PrefixPlan
+from vllm_kvzip.core import CacheGeometry, CompressedPrefix, PrefixPlan, StoredTier
 from vllm_kvzip.storage.head_pages import PagePool, deal_pages
 from vllm_kvzip.storage.row_pages import RowPages
 from vllm_kvzip.vllm_bridge.attention.batches import PrefixState
@@ -59,7 +59,7 @@ class World:
             pages = torch.from_numpy(counts).view(2, 2)
             ids = deal_pages(torch.tensor(row[:held]), held * 4, POOL)
             plan = PrefixPlan(boundary * 16, boundary, held, boundary * 16, 0.3)
-            self.states[name] = PrefixState(CompressedPrefix(ids, pages), plan)
+            self.states[name] = PrefixState(CompressedPrefix((StoredTier(ids, pages),)), plan)
 
     def step(self, names, query_lens):
         """Write a batch into vLLM's buffers, in place; gives queries."""

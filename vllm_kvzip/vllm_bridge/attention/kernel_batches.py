@@ -210,7 +210,7 @@ class KernelBatcher:
         self._slot_of = {s: used for s, used in self._slot_of.items() if used != slot}
         self._offsets[slot].copy_(state.prefix.offsets, non_blocking=True)
         if self._quantized_offsets is not None:
-            self._quantized_offsets[slot].copy_(state.prefix.quantized_offsets, non_blocking=True)
+            self._quantized_offsets[slot].copy_(state.prefix.offsets_of(1), non_blocking=True)
         if (transform := state.prefix.key_transform) is not None:
             assert self._key_transforms is not None
             self._key_transforms[slot].copy_(transform.flat.packed, non_blocking=True)

@@ -92,16 +92,16 @@ class TieredReader:
         for number, state in enumerate(states):
             prefix = state.prefix
             parts.append(prefix.key_transform or self._unchanged)
-            if prefix.quantized_pages is None or prefix.quantized_page_ids is None:
+            if prefix.quantized is None:
                 continue
             boundary = state.plan.boundary_tokens
             num_tokens[:, number] = quantized_tokens(
                 prefix, boundary, geometry.block_size, page_tokens
             )
-            counts = prefix.quantized_pages.flatten()
+            counts = prefix.quantized.pages.flatten()
             heads = torch.arange(len(counts)).repeat_interleave(counts)
             index = torch.arange(len(heads)) - (counts.cumsum(0) - counts)[heads]
-            ids.append(prefix.quantized_page_ids)
+            ids.append(prefix.quantized.page_ids)
             layers.append(heads // num_heads)
             owners.append(number * num_heads + heads % num_heads)
             first.append(index * page_tokens)

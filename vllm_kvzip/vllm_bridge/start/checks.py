@@ -23,6 +23,7 @@ from vllm_kvzip.vllm_bridge.tensor_parallel import can_share
 
 if TYPE_CHECKING:
     from vllm_kvzip.config import KVzipConfig, Mode
+    from vllm_kvzip.quantization import Quantization
     from vllm_kvzip.vllm_bridge.symbols import VllmConfig
 
 STOCK_WORKERS = ("auto", "vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker")
@@ -289,4 +290,30 @@ def check_attention_kernel(config: KVzipConfig, cache_dtype: str) -> None:
         raise ConfigError(
             f"attention_kernel vllm cannot read the quantized pages of mode {config.mode}; set it "
             f"to auto or triton."
+        )
+
+
+def check_page_code(quantization: Quantization | None) -> None:
+    """Refuse formats whose pages our kernel cannot read on a GPU.
+
+    Args:
+        quantization: how quantized pages are written; None where there are none.
+
+    Raises:
+        ConfigError: naming the format.
+    """
+    if quantization is None or current_platform.is_cpu():
+        return
+    used = quantization.layout.key_format, quantization.layout.value_format
+    for setting, chosen in zip(("key_format", "value_format"), used, strict=True):
+        if chosen.page_code is None:
+            raise ConfigError(
+                f"{setting} {chosen.name} works on CPUs only, as it has no Triton code; choose "
+                f"another format on GPUs."
+            )
+    books = [chosen.code_book for chosen in used if chosen.code_book is not None]
+    if len(books) == 2 and not books[0].equal(books[1]):
+        raise ConfigError(
+            f"key_format {used[0].name} and value_format {used[1].name} look their codes up in "
+            f"different tables, which does not work on GPUs; choose one format for both."
         )

@@ -28,6 +28,7 @@ from vllm_kvzip.vllm_bridge.platforms import running_platform
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings, cache_shape
 from vllm_kvzip.vllm_bridge.start.checks import (
     check_attention_kernel,
+    check_page_code,
     check_prefill_budget,
     check_profile_build,
     check_scoring_passes,
@@ -95,7 +96,9 @@ def configure(vllm_config: VllmConfig, config: KVzipConfig, serves: bool = False
     if warning := untested_warning():
         logger.warning(warning)
     settings = _resolve(vllm_config, config)
-    settings.rule(*cache_shape(vllm_config))  # refuses what does not suit this cache
+    shape = cache_shape(vllm_config)
+    settings.rule(*shape)  # refuses what does not suit this cache
+    check_page_code(settings.quantization(*shape))
     from vllm_kvzip.vllm_bridge.server.admission import check_requests
 
     check_requests()

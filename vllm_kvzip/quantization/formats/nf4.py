@@ -11,21 +11,35 @@ have no sign, and the paper's subtraction of the mean is not needed.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_kvzip.quantization.base import Encoded, Format, check_block_size, whole_blocks
+from vllm_kvzip.quantization.base import (
+    Encoded,
+    Format,
+    check_block_size,
+    fitting_block_size,
+    register_format,
+    whole_blocks,
+)
 from vllm_kvzip.quantization.packing import (
     LARGEST,
     LARGEST_FLOAT8,
     SMALLEST_SCALE,
     as_bytes,
+    byte_table,
     float8_decode,
     float8_encode,
+    halves_side_by_side,
     in_blocks,
     pack_nibbles,
+    read_nibbles,
     unpack_nibbles,
 )
+
+if TYPE_CHECKING:
+    from vllm_kvzip.kernels.quantized_tiles import PageCode
 
 
 def normal_float_levels() -> torch.Tensor:
@@ -54,10 +68,12 @@ Triton's pipeliner, one by one.
 """
 
 LEVELS = CODE_BOOK.float()
+BYTE_TABLE = byte_table(LEVELS)
 BOUNDARIES = (LEVELS[1:] + LEVELS[:-1]) / 2
 """float32 ``[15]``; a value above boundary ``i`` is nearer to level ``i + 1`` than to ``i``."""
 
 
+@register_format
 @dataclass(frozen=True)
 class NormalFloat4(Format):
     """A value is ``level[code] * scale``.
@@ -71,7 +87,6 @@ class NormalFloat4(Format):
     """
 
     name = "nf4"
-    kernel_name = "nf4"
     code_book = CODE_BOOK
 
     block_size: int = 64
@@ -79,6 +94,11 @@ class NormalFloat4(Format):
 
     def __post_init__(self) -> None:
         check_block_size(self.name, self.block_size)
+
+    @classmethod
+    def for_head_size(cls, head_dim: int) -> NormalFloat4:
+        """See :class:`Format`; blocks of 32 values, whose scales are quantized too, or of 16."""
+        return cls(fitting_block_size(cls.name, head_dim, 32), double_quantization=True)
 
     @property
     def group_bytes(self) -> int:
@@ -112,10 +132,30 @@ class NormalFloat4(Format):
 
     def decode(self, encoded: Encoded) -> torch.Tensor:
         """See :class:`Format`."""
-        if encoded.group_scale is not None:
-            scale = float8_decode(encoded.scales) * encoded.group_scale[..., None, None]
-        else:
-            scale = encoded.scales.contiguous().view(torch.bfloat16).float()
+        scale = self._scales(encoded)
         codes = unpack_nibbles(encoded.codes, self.block_size)
         levels = LEVELS.to(codes.device)[codes.int()]
         return (levels * scale[..., None]).flatten(-2)
+
+    def reading_order(self, head_dim: int) -> torch.Tensor:
+        """See :class:`Format`; the two values that share a byte lie side by side."""
+        return halves_side_by_side(head_dim, self.block_size)
+
+    def read(self, encoded: Encoded) -> torch.Tensor:
+        """See :class:`Format`; looks up two codes at once."""
+        blocks = read_nibbles(encoded.codes, BYTE_TABLE, self.block_size)
+        blocks *= self._scales(encoded)[..., None]
+        return blocks.flatten(-2)
+
+    def _scales(self, encoded: Encoded) -> torch.Tensor:
+        """float32 ``[..., N, blocks]``."""
+        if encoded.group_scale is not None:
+            return float8_decode(encoded.scales) * encoded.group_scale[..., None, None]
+        return encoded.scales.contiguous().view(torch.bfloat16).float()
+
+    @property
+    def page_code(self) -> PageCode:
+        """See :class:`Format`."""
+        from vllm_kvzip.kernels.formats.nf4 import DOUBLE_PAGE_CODE, PAGE_CODE
+
+        return DOUBLE_PAGE_CODE if self.double_quantization else PAGE_CODE

@@ -9,22 +9,39 @@ and scale are bfloat16, rounded so that the codes still span the block; a value 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_kvzip.quantization.base import Encoded, Format, check_block_size, whole_blocks
+from vllm_kvzip.quantization.base import (
+    Encoded,
+    Format,
+    check_block_size,
+    fitting_block_size,
+    register_format,
+    whole_blocks,
+)
 from vllm_kvzip.quantization.packing import (
     LARGEST,
     SMALLEST_SCALE,
     as_bytes,
     bfloat16_down,
     bfloat16_up,
+    byte_table,
+    halves_side_by_side,
     in_blocks,
     pack_nibbles,
+    read_nibbles,
     unpack_nibbles,
 )
 
+if TYPE_CHECKING:
+    from vllm_kvzip.kernels.quantized_tiles import PageCode
 
+BYTE_TABLE = byte_table(torch.arange(16).float())
+
+
+@register_format
 @dataclass(frozen=True)
 class Int4(Format):
     """A value is ``zero + code * scale``; a vector stores its scales, then its zero points.
@@ -39,12 +56,16 @@ class Int4(Format):
     """
 
     name = "int4"
-    kernel_name = "int4"
 
     block_size: int = 64
 
     def __post_init__(self) -> None:
         check_block_size(self.name, self.block_size)
+
+    @classmethod
+    def for_head_size(cls, head_dim: int) -> Int4:
+        """See :class:`Format`; blocks of 64 values, fewer where the head size is no multiple."""
+        return cls(fitting_block_size(cls.name, head_dim, 64))
 
     def block_values(self, head_dim: int) -> int:
         return whole_blocks(self.name, head_dim, self.block_size)
@@ -72,3 +93,22 @@ class Int4(Format):
         scale, zero = encoded.scales.contiguous().view(torch.bfloat16).float().chunk(2, dim=-1)
         codes = unpack_nibbles(encoded.codes, self.block_size).float()
         return (zero[..., None] + codes * scale[..., None]).flatten(-2)
+
+    def reading_order(self, head_dim: int) -> torch.Tensor:
+        """See :class:`Format`; the two values that share a byte lie side by side."""
+        return halves_side_by_side(head_dim, self.block_size)
+
+    def read(self, encoded: Encoded) -> torch.Tensor:
+        """See :class:`Format`; looks up two codes at once."""
+        scale, zero = encoded.scales.contiguous().view(torch.bfloat16).float().chunk(2, dim=-1)
+        blocks = read_nibbles(encoded.codes, BYTE_TABLE, self.block_size)
+        blocks *= scale[..., None]
+        blocks += zero[..., None]
+        return blocks.flatten(-2)
+
+    @property
+    def page_code(self) -> PageCode:
+        """See :class:`Format`."""
+        from vllm_kvzip.kernels.formats.int4 import PAGE_CODE
+
+        return PAGE_CODE
