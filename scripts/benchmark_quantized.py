@@ -15,14 +15,15 @@ import functools
 import time
 from statistics import median
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from evaluation import versions
 from rich.console import Console
 from rich.table import Table
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from vllm_kvzip.core import CacheGeometry
+from vllm_kvzip.evaluation.engines import versions
 from vllm_kvzip.model.key_transform import KeyTransform
 from vllm_kvzip.quantization import Quantization, choose_quantization
 from vllm_kvzip.quantization.reading import PageReader
@@ -30,6 +31,9 @@ from vllm_kvzip.storage.page_store import PackedPages
 from vllm_kvzip.storage.tiered_attention import TieredAttention, TierPages
 from vllm_kvzip.vllm_bridge.attention.head_sequence_batches import HeadSequenceBatch
 from vllm_kvzip.vllm_bridge.cache.cpu_pages import discover_codec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 BLOCK = 32
 FORMATS = ("nf4", "int4", "int8")
@@ -101,11 +105,13 @@ def main() -> None:
     num_sequences = args.requests * args.kv_heads
     query = torch.randn(args.requests, args.kv_heads * args.group_size, args.head_dim)
     batch = ordinary(args, geometry)
-    impl = SimpleNamespace(scale=args.head_dim**-0.5, logits_soft_cap=0)
+    impl: Any = SimpleNamespace(scale=args.head_dim**-0.5, logits_soft_cap=0)
     layer = SimpleNamespace(layer_name="layer")
     stock_query = query.bfloat16()
     empty = TierPages(*(torch.zeros(0, dtype=torch.int64) for _ in range(3)))
-    calls = {"stock": lambda: batch.attend(impl, layer, stock_query, torch.empty_like(stock_query))}
+    calls: dict[str, Callable[[], Any]] = {
+        "stock": lambda: batch.attend(impl, layer, stock_query, torch.empty_like(stock_query))
+    }
     for name in FORMATS:
         chosen = choose_quantization(
             page_bytes=4 * BLOCK * args.head_dim, head_dim=args.head_dim, keys=name, values=name,
@@ -119,7 +125,7 @@ def main() -> None:
         attention = TieredAttention(
             reader=reader,
             rotated=chosen.rotated,
-            read_quantized=lambda ids, pages=pages: pages.index_select(0, ids),
+            read_quantized=functools.partial(pages.index_select, 0),
             read_full=lambda ids: (torch.zeros(0), torch.zeros(0)),
             scale=impl.scale,
         )
@@ -133,9 +139,7 @@ def main() -> None:
         rows = query.view(num_sequences, args.group_size, args.head_dim)
         seen = torch.zeros(num_sequences, args.group_size, dtype=torch.int64)
         keys = KeyTransform.fit(torch.randn(num_sequences, tokens, args.head_dim))
-        calls[name] = lambda a=attention, t=tier, h=held, k=keys, r=rows, s=seen: a.attend_rows(
-            r, t, h, k, empty, s
-        )
+        calls[name] = functools.partial(attention.attend_rows, rows, tier, held, keys, empty, seen)
         calls[f"{name}, scratch pages alone"] = functools.partial(
             write_scratch, chosen, reader, pages, tier.ids, scratch_store(geometry)
         )

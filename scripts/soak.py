@@ -22,13 +22,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engine_invariants import BrokenInvariantError, EngineInvariants
-from hashed_blocks import HashedBlockWatch
-from held_blocks import HeldBlocks, quantized_tokens
-from local_server import CPU_ENVIRONMENT
-from soak_run import DISTURBANCES, Soak
-from soak_workload import Asked, Workload
-from stock_answers import stock_answers
+from soaking.engine_invariants import BrokenInvariantError, EngineInvariants
+from soaking.hashed_blocks import HashedBlockWatch
+from soaking.held_blocks import HeldBlocks, quantized_tokens
+from soaking.run import DISTURBANCES, Soak
+from soaking.stock_answers import stock_answers
+from soaking.workload import Asked, Workload
+from vllm_kvzip.evaluation.local_server import CPU_ENVIRONMENT
 
 DEFAULT_MODEL = Path(__file__).parent.parent / "tests" / "models" / "tiny-retriever"
 BLOCK_SIZE, KEEP_RATIO, MAX_MODEL_LEN, PROTECTED_TOKENS = 32, 0.4, 640, 20

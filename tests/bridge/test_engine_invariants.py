@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cache_manager import build_cache
-from engine_invariants import BrokenInvariantError, EngineInvariants
-from held_blocks import HeldBlocks
 from vllm import SamplingParams
 from vllm.v1.request import Request
 
+from soaking.engine_invariants import BrokenInvariantError, EngineInvariants
+from soaking.held_blocks import HeldBlocks
 from vllm_kvzip.planning.reuse_rule import ReuseRule
 from vllm_kvzip.storage.head_pages import PagePool
 from vllm_kvzip.vllm_bridge.scheduler.row_state import RowState

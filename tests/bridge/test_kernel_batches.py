@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm_kvzip.kernels.reference import head_page_attention_reference
 
 from vllm_kvzip.core import CacheGeometry, CompressedPrefix, PrefixPlan, StoredTier
+from vllm_kvzip.kernels.reference import head_page_attention_reference
 from vllm_kvzip.storage.head_pages import PagePool, deal_pages
 from vllm_kvzip.storage.row_pages import RowPages
 from vllm_kvzip.vllm_bridge.attention.batches import PrefixState

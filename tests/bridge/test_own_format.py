@@ -9,13 +9,13 @@ import pytest
 import torch
 from startup import ON, engine_config
 from tiered_world import BLOCK, DIM, IMPL, NAMES, TieredWorld
-from vllm_kvzip.vllm_bridge.attention.pair_batches import PairBatcher
 
 from vllm_kvzip.config import load_config
 from vllm_kvzip.errors import ConfigError
 from vllm_kvzip.quantization import available_formats, choose_quantization, unpack_pages
 from vllm_kvzip.registry import FORMATS
 from vllm_kvzip.storage.page_store import PackedPages, PageCodec
+from vllm_kvzip.vllm_bridge.attention.pair_batches import PairBatcher
 from vllm_kvzip.vllm_bridge.settings import Settings
 from vllm_kvzip.vllm_bridge.start import checks
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import vllm
 from engine_job import MODEL
-from retrieval_task import VOCABULARY
 from startup import ON, engine_config, refusal
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
@@ -22,6 +21,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_kvzip.errors import KVzipError
+from vllm_kvzip.evaluation.tasks.retrieval_task import VOCABULARY
 from vllm_kvzip.head_profiles.head_profile import load_profile, profile_folders
 from vllm_kvzip.vllm_bridge import platforms, versions
 from vllm_kvzip.vllm_bridge.settings import Settings

@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+
 from vllm_kvzip.kernels import quantized_pages, quantized_tiles
 from vllm_kvzip.kernels.quantized_pages import dequantize_pages, quantize_pages
 from vllm_kvzip.kernels.quantized_tiles import load_functions, page_constants
-
 from vllm_kvzip.quantization import (
     Int4,
     Int8,

@@ -114,7 +114,18 @@ GPU: dict[str, str] = {
 }
 """Workers on GPUs."""
 
+TOOLS: dict[str, str] = {
+    "FlexibleArgumentParser": "vllm.utils.argparse_utils",
+    "LLM": "vllm",
+    "LogitsProcessor": "vllm.v1.sample.logits_processor.interface",
+    "make_arg_parser": "vllm.entrypoints.launchers.cli_args",
+    "process_dict_updates": "vllm.v1.sample.logits_processor.builtin",
+    "UsageContext": "vllm.usage.usage_lib",
+}
+"""The command ``vllm-kvzip``: no engine needs them, so none looks for them when it starts."""
+
 TYPES: dict[str, str] = {
+    "BatchUpdate": "vllm.v1.sample.logits_processor.interface",
     "BlockHashWithGroupId": "vllm.v1.core.kv_cache_utils",
     "BlockPool": "vllm.v1.core.block_pool",
     "EngineCoreRequest": "vllm.v1.engine",
@@ -132,7 +143,7 @@ TYPES: dict[str, str] = {
 }
 """Annotations only: nothing imports them when it runs."""
 
-PLACES = {**COMMON, **SERVER, **CPU, **GPU, **TYPES}
+PLACES = {**COMMON, **SERVER, **CPU, **GPU, **TOOLS, **TYPES}
 """Name -> ``module``, or ``module:name`` where vLLM's own name is another one.
 
 Places of several vLLM versions are separated by a space; the first one that exists is taken.

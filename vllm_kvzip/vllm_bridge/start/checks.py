@@ -61,7 +61,7 @@ def check_profile_build(vllm_config: VllmConfig) -> None:
     for what in _pass_problems(vllm_config):
         raise UnsupportedError(
             f"profile build does not work with {what} yet; build the profile with "
-            f"scripts/profile_heads.py, or set profile to auto."
+            f"`vllm-kvzip profile`, or set profile to auto."
         )
 
 

@@ -120,7 +120,7 @@ def _resolve(vllm_config: VllmConfig, config: KVzipConfig) -> Settings:
     """Fill in what the user left open: profile, scorer, budget, metrics folder."""
     from vllm_kvzip.vllm_bridge.stats_export import open_metrics_directory
 
-    path = _profile_path(vllm_config, config)
+    path = profile_path(vllm_config, config)
     if config.profile == "build":
         check_profile_build(vllm_config)
         if path is None:
@@ -160,7 +160,7 @@ def resolve(
     if path is None and config.profile == "auto" and config.scorer is None:
         logger.warning(
             "No head profile matches this model, so scorer %s chooses; build one with "
-            "scripts/profile_heads.py for better quality.",
+            "`vllm-kvzip profile` for better quality.",
             DEFAULT_SCORER,
         )
     else:
@@ -213,7 +213,7 @@ def _head_tiers(vllm_config: VllmConfig, settings: Settings, path: Path) -> dict
     if abs(token_bytes - tiers.token_bytes) > MOST_TIER_MISMATCH * tiers.token_bytes:
         logger.warning(
             "The head profile's tiers were made for quantized KV pairs of %.0f %% of their bytes, "
-            "not %.0f %%, and are not used; build it again with scripts/profile_heads.py.",
+            "not %.0f %%, and are not used; build it again with `vllm-kvzip profile`.",
             100 * tiers.token_bytes,
             100 * token_bytes,
         )
@@ -229,7 +229,7 @@ def _refuse_what_needs_a_profile(scorer: str, scorer_type: type[Scorer], budget:
         value = budget if setting == "budget" else scorer
         raise ConfigError(
             f"{setting} {value} needs a head profile, and none matches this model; build one with "
-            f"scripts/profile_heads.py or choose another {setting}."
+            f"`vllm-kvzip profile` or choose another {setting}."
         )
 
 
@@ -245,7 +245,7 @@ def _default_scorer(profile: Path | None) -> str:
         return "surrogate"
     logger.warning(
         "Head profile %s has no networks of scorer surrogate beside it, so scorer %s chooses; "
-        "build it again with scripts/profile_heads.py for better quality.",
+        "build it again with `vllm-kvzip profile` for better quality.",
         profile,
         DEFAULT_SCORER,
     )
@@ -289,7 +289,12 @@ def repeat_ids(vllm_config: VllmConfig, config: KVzipConfig, path: Path | None) 
         raise ConfigError(f"repeat_prompt {error}") from error
 
 
-def _profile_path(vllm_config: VllmConfig, config: KVzipConfig) -> Path | None:
+def profile_path(vllm_config: VllmConfig, config: KVzipConfig) -> Path | None:
+    """The head profile of an engine, or None.
+
+    Raises:
+        ProfileError: if the one that the user named does not fit.
+    """
     running = model_fingerprint(vllm_config)
     if config.profile in (None, "none"):
         return None
