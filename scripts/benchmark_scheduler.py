@@ -61,7 +61,7 @@ def build_scheduler(num_requests: int, prompt_tokens: int, *, compress: bool) ->
         from vllm_kvzip.vllm_bridge.settings import Settings
 
         settings = Settings.from_vllm_config(config)
-        spec = HeadPageSpec.from_full_attention(spec, settings, 4, config)
+        spec = HeadPageSpec.from_full_attention(spec, settings, config)
     num_blocks = 2 * num_requests * (-(-prompt_tokens // BLOCK_SIZE) + 8)
     config.cache_config.num_gpu_blocks = num_blocks
     scheduler: Scheduler = config.scheduler_config.get_scheduler_cls()(
