@@ -1,5 +1,6 @@
 """What a user installs: our package only, under one name, with no second vLLM."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -15,6 +16,7 @@ MAX_LINES = 400
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
+    shutil.rmtree(ROOT / "build", ignore_errors=True)  # setuptools would pack what lies there
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder)]
     subprocess.run([*command, str(ROOT)], check=True, capture_output=True)
     return zipfile.ZipFile(next(folder.glob("*.whl")))
