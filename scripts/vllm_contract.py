@@ -8,8 +8,9 @@ their signatures; ``tests/bridge/test_contract.py`` holds them against the vLLM 
     python scripts/vllm_contract.py vllm-0.33.0-*.whl          # a wheel, CUDA builds included
     python scripts/vllm_contract.py --write .venv-0.31.0 .venv # after a look at what was printed
 
-A signature is compatible when it takes every call that a recorded one takes. An override of ours
-must take every call that vLLM's method takes.
+A vLLM keeps the record when each signature takes the calls that a recorded one takes, and when each
+override of ours takes the calls that vLLM's method takes. ``absent`` stands for what some tested
+version has not: the bridge names it without needing it.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import argparse
 import ast
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 from vllm_source import FUNCTIONS, Found, Sources, constructor, members, signature
 
-from vllm_kvzip.vllm_bridge.symbols import PLACES
+from vllm_kvzip.vllm_bridge.symbols import PLACES, SINCE
 
 ROOT = Path(__file__).parent.parent
 BRIDGE = ROOT / "vllm_kvzip" / "vllm_bridge"
@@ -123,22 +125,24 @@ def _members(sources: Sources, name: str, target: Found, named: set[str]) -> dic
     return found
 
 
-def takes(found: str, recorded: str) -> bool:
-    """Whether a function of signature ``found`` takes every call that ``recorded`` takes."""
+def version_of(sources: Sources) -> tuple[int, ...]:
+    """Of the vLLM that is read; empty where it says none."""
+    module = sources.module("vllm._version")
+    text = ast.unparse(module.tree) if module else ""
+    numbers = re.search(r"__version__ = .*?'(\d+)\.(\d+)", text)
+    return tuple(map(int, numbers.groups())) if numbers else ()
+
+
+def keeps(found: str, recorded: str) -> bool:
+    """Whether ``found`` is of the recorded kind, and takes every call that was taken."""
     if "(" not in found or "(" not in recorded:
         return found == recorded
-    (kind, ours), (other, theirs) = (text.split("(", 1) for text in (found, recorded))
-    return kind == other and _takes(_arguments("(" + ours), _arguments("(" + theirs))
+    return found.split("(")[0] == recorded.split("(")[0] and takes(found, recorded)
 
 
-def _arguments(text: str) -> ast.arguments:
-    function = ast.parse(f"def f{text}: pass").body[0]
-    assert isinstance(function, ast.FunctionDef)
-    return function.args
-
-
-def _takes(ours: ast.arguments, theirs: ast.arguments) -> bool:
-    """Whether each parameter of theirs finds a place in ours, and ours asks for no more."""
+def takes(found: str, wanted: str) -> bool:
+    """Whether each parameter of ``wanted`` finds a place in ``found``, which asks for no more."""
+    ours, theirs = (_arguments(text[text.index("(") :]) for text in (found, wanted))
     mine = [*ours.posonlyargs, *ours.args]
     given = [*theirs.posonlyargs, *theirs.args]
     names = {a.arg for a in (*mine, *ours.kwonlyargs)}
@@ -153,6 +157,12 @@ def _takes(ours: ast.arguments, theirs: ast.arguments) -> bool:
     if {a.arg for a in needed} - {a.arg for a in (*given[: _required(theirs)], *passed)}:
         return False
     return _required(ours) <= _required(theirs)
+
+
+def _arguments(text: str) -> ast.arguments:
+    function = ast.parse(f"def f{text}: pass").body[0]
+    assert isinstance(function, ast.FunctionDef)
+    return function.args
 
 
 def _required(arguments: ast.arguments) -> int:
@@ -177,34 +187,38 @@ def overrides(sources: Sources) -> dict[str, tuple[str, str]]:
     return found
 
 
-def differences(sources: Sources, recorded: Contract) -> list[str]:
+def differences(
+    sources: Sources, recorded: Contract, found: dict[str, str] | None = None
+) -> list[str]:
     """What of the record a vLLM does not keep, a sentence each."""
-    problems = []
-    found = expectations(sources)
+    found = found or expectations(sources)
+    version, problems = version_of(sources), []
     for name, signatures in recorded.items():
-        mine = found.get(name, ABSENT)
-        if not any(takes(mine, known) for known in signatures):
-            known = " or ".join(signatures)
-            problems.append(
-                f"missing: {name}" if mine == ABSENT else f"changed: {name} is {mine}, was {known}"
-            )
-    problems += [f"not in the record: {name}" for name in found if name not in recorded]
+        mine, owner = found.get(name, ABSENT), name.split(".")[0]
+        known = [text for text in signatures if text != ABSENT or owner not in SINCE]
+        if owner in SINCE and () < version < SINCE[owner]:
+            known = [ABSENT]
+        if not any(keeps(mine, text) for text in known):
+            what = "missing" if mine == ABSENT else "changed"
+            problems.append(f"{what}: {name} is {mine}, and was {' or '.join(known)}")
+    problems += [
+        f"not in the record: {name} is {found[name]}" for name in found.keys() - recorded.keys()
+    ]
     for name, (ours, theirs) in overrides(sources).items():
         if not takes(ours, theirs):
-            problems.append(f"an override does not take every call: {name} is {ours} over {theirs}")
+            problems.append(f"an override takes other calls: {name} is {ours}, vLLM's is {theirs}")
     return problems
 
 
-def write(paths: list[Path]) -> Contract:
-    """A record that all of some vLLMs keep, the oldest first."""
+def make_record(paths: list[Path]) -> Contract:
+    """A record that each of some vLLMs keeps; the oldest come first."""
     record: Contract = {}
     each = [expectations(open_vllm(path)) for path in paths]
     for name in sorted(set().union(*each)):
         for found in each:
-            mine = found.get(name, ABSENT)
-            if not any(takes(mine, known) for known in record.setdefault(name, [])):
-                record[name].append(mine)
-    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+            mine, known = found.get(name, ABSENT), record.setdefault(name, [])
+            if not any(keeps(mine, text) for text in known):
+                known.append(mine)
     return record
 
 
@@ -217,7 +231,10 @@ def main() -> None:
     args = parser.parse_args()
     paths = args.vllm or [installed_vllm()]
     if args.write:
-        print(f"{len(write(paths))} entries in {RECORD}")
+        record = make_record(paths)
+        lines = (f"{json.dumps(name)}: {json.dumps(known)}" for name, known in record.items())
+        RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        print(f"{len(record)} entries in {RECORD.relative_to(ROOT)}")
         return
     recorded = json.loads(RECORD.read_text())
     found = {path: differences(open_vllm(path), recorded) for path in paths}

@@ -9,11 +9,11 @@ import ast
 import zipfile
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 MARK = "..."  # stands for any default
@@ -196,27 +196,26 @@ def parameters(arguments: ast.arguments) -> str:
 
 def constructor(sources: Sources, found: Found) -> str | None:
     """Parameters of a class, from ``__init__`` or from the fields of a dataclass; None: unknown."""
-    fields: dict[str, bool] = {}
+    text: str | None = None
+    fields: dict[str, tuple[bool, str]] = {}  # name -> whether by name only, and its text
     for ancestor in reversed(sources.lineage(found)):
         assert isinstance(ancestor.node, ast.ClassDef)
+        decorators = " ".join(map(ast.unparse, ancestor.node.decorator_list))
         if init := members(ancestor.node).get("__init__"):
-            fields = {"": False}
             text = signature(init)
-            continue
-        if not any("dataclass" in ast.unparse(item) for item in ancestor.node.decorator_list):
-            continue
-        fields.pop("", None)
-        for node in ancestor.node.body:
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                value = ast.unparse(node.value) if node.value else ""
-                if "ClassVar" not in ast.unparse(node.annotation) and "init=False" not in value:
-                    fields[node.target.id] = bool(value)
-    if "" in fields:
+        elif "dataclass" in decorators:
+            text = None
+            for node in ancestor.node.body:
+                if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                    value = ast.unparse(node.value) if node.value else ""
+                    if "ClassVar" not in ast.unparse(node.annotation) and "init=False" not in value:
+                        shown = node.target.id + (f"={MARK}" if value else "")
+                        fields[node.target.id] = ("kw_only=True" in decorators, shown)
+    if text or not fields:
         return text
-    if not fields:
-        return None
-    parts = [name + (f"={MARK}" if default else "") for name, default in fields.items()]
-    return f"({', '.join(['self', *parts])})"
+    positional = [shown for by_name, shown in fields.values() if not by_name]
+    named = [shown for by_name, shown in fields.values() if by_name]
+    return f"({', '.join(['self', *positional, *(['*'] if named else []), *named])})"
 
 
 def _reader(path: Path) -> Callable[[str], str | None]:
