@@ -40,7 +40,7 @@ test-versions: setup
 	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m versions tests/bridge tests/e2e
 
 test-newest: setup ## what meets vLLM's classes, on a vLLM that has no CPU build: its Python, our compiled part
-	@VENV=$(VENV) bash scripts/overlay.sh $(NEWEST_VERSION)
+	@VENV=$(VENV) bash scripts/overlay.sh $(NEWEST_VERSION) -n $(WORKERS) --dist loadfile
 
 lint: setup ## ruff and mypy
 	$(VENV)/bin/ruff check .
