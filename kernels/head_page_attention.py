@@ -93,10 +93,10 @@ def attend_runs(
     key_transforms=None, quantized_stride=None, Q: tl.constexpr = None,
     SPLIT: tl.constexpr = None, FIRST: tl.constexpr = None,
     QUANTIZED_TOKENS: tl.constexpr = None,
-    KEY_FORMAT: tl.constexpr = None, KEY_DOUBLE: tl.constexpr = None,
+    KEY_LOAD: tl.constexpr = None,
     KEY_CODES: tl.constexpr = None, KEY_GROUP: tl.constexpr = None,
     KEY_SCALES: tl.constexpr = None, KEY_BLOCK: tl.constexpr = None,
-    VALUE_FORMAT: tl.constexpr = None, VALUE_DOUBLE: tl.constexpr = None,
+    VALUE_LOAD: tl.constexpr = None,
     VALUE_CODES: tl.constexpr = None, VALUE_GROUP: tl.constexpr = None,
     VALUE_SCALES: tl.constexpr = None, VALUE_BLOCK: tl.constexpr = None,
     stored_scales=None, COMPUTE: tl.constexpr = None,
@@ -166,8 +166,8 @@ def attend_runs(
                 quantized_pages, quantized_stride, code_book,
                 rotation, table_row, first_page, layer_stride, block_stride, log2_scale,
                 HEADS, PAIRS, D, D_PADDED, QUANTIZED_TOKENS, UPCAST, PRECISION, Q, SPLIT, FIRST,
-                KEY_FORMAT, KEY_DOUBLE, KEY_CODES, KEY_GROUP, KEY_SCALES, KEY_BLOCK,
-                VALUE_FORMAT, VALUE_DOUBLE, VALUE_CODES, VALUE_GROUP, VALUE_SCALES, VALUE_BLOCK,
+                KEY_LOAD, KEY_CODES, KEY_GROUP, KEY_SCALES, KEY_BLOCK,
+                VALUE_LOAD, VALUE_CODES, VALUE_GROUP, VALUE_SCALES, VALUE_BLOCK,
             )  # fmt: skip
             if stored_scales is not None:
                 acc /= value_scale  # what follows is summed up as it is stored

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .online_softmax import weigh_tile
 from .page_tables import find_quantized_pages
-from .quantized_tiles import load_quantized, page_constants
+from .quantized_tiles import load_functions, page_constants
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ class QuantizedPages:
     Attributes:
         pages: uint8 ``[P * S, page_bytes]``, the pool as bytes, rows contiguous, 16 bytes aligned.
         layout: of a page.
-        code_book: float16 ``[16]``, of the formats that have one; where the pages are.
+        code_book: float16, of the formats that have one; where the pages are.
         rotation: ``[D, D]``, contiguous, in the dtype of the model: orthonormal, and the pages
             hold ``keys @ rotation.T`` and ``values @ rotation.T``, with the keys' mean and scale
             taken off before. None: without rotation.
@@ -94,6 +94,7 @@ def tier_arguments(
         "quantized_stride": quantized.pages.stride(0),
         "Q": constants["N"],
         "QUANTIZED_TOKENS": tokens,
+        **load_functions(quantized.layout),
         **{name: value for name, value in constants.items() if name.startswith(("KEY_", "VALUE_"))},
     }
 
@@ -130,14 +131,14 @@ def attend_quantized(
     HEADS: tl.constexpr, PAIRS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
     TOKENS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr,
     SPLIT: tl.constexpr, FIRST: tl.constexpr,
-    KEY_FORMAT: tl.constexpr, KEY_DOUBLE: tl.constexpr, KEY_CODES: tl.constexpr,
+    KEY_LOAD: tl.constexpr, KEY_CODES: tl.constexpr,
     KEY_GROUP: tl.constexpr, KEY_SCALES: tl.constexpr, KEY_BLOCK: tl.constexpr,
-    VALUE_FORMAT: tl.constexpr, VALUE_DOUBLE: tl.constexpr, VALUE_CODES: tl.constexpr,
+    VALUE_LOAD: tl.constexpr, VALUE_CODES: tl.constexpr,
     VALUE_GROUP: tl.constexpr, VALUE_SCALES: tl.constexpr, VALUE_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Quantized tokens ``start`` to ``end`` of a pair, one at least; every row sees all of them.
+    """Quantized tokens ``start`` to ``end`` of a KV head, one at least; every row sees all of them.
 
-    ``q`` ``[ROWS, D_PADDED]``; ``key_transform`` points to mean, scale and first keys of the pair.
+    ``q`` ``[ROWS, D_PADDED]``; ``key_transform`` points to mean, scale and first keys of the head.
     Nothing may have been summed up before, as ``acc`` is rotated back. Returns ``best``, ``total``
     and ``acc``, see :func:`weigh_tile`.
     """
@@ -157,13 +158,13 @@ def attend_quantized(
             HEADS, PAIRS, SPLIT,
         )  # fmt: skip
         in_page = tokens % Q
-        k = load_quantized(
+        k = KEY_LOAD(
             quantized_pages, page, quantized_stride, in_page, wanted, code_book,
-            KEY_FORMAT, KEY_DOUBLE, KEY_CODES, KEY_GROUP, KEY_SCALES, KEY_BLOCK, D, D_PADDED,
+            KEY_CODES, KEY_GROUP, KEY_SCALES, KEY_BLOCK, D, D_PADDED,
         ).to(q.dtype)  # fmt: skip
-        v = load_quantized(
+        v = VALUE_LOAD(
             quantized_pages, page, quantized_stride, in_page, wanted, code_book,
-            VALUE_FORMAT, VALUE_DOUBLE, VALUE_CODES, VALUE_GROUP, VALUE_SCALES, VALUE_BLOCK,
+            VALUE_CODES, VALUE_GROUP, VALUE_SCALES, VALUE_BLOCK,
             D, D_PADDED,
         ).to(q.dtype)  # fmt: skip
         logits = tl.dot(turned, tl.trans(k), input_precision=PRECISION) + offset[:, None]

@@ -1,5 +1,8 @@
 """Quantized head pages: filled from rows of keys and values, and read back into dense rows.
 
+How a vector becomes bytes is its format's Triton code, a ``PageCode``; here are the kernels around
+it, and what such code shares when it fills pages.
+
 The plain-torch references are ``pack_pages`` and ``unpack_pages`` (``vllm_kvzip/quantization/
 pages.py``): every byte written and every value read is the same. Both divide with correct rounding
 and round scales by their bits.
@@ -12,7 +15,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from .quantized_tiles import FLOAT8_EXPONENT, decode_float8, load_quantized, page_constants
+from .quantized_tiles import FLOAT8_EXPONENT, load_functions, page_constants, store_functions
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 LARGEST = tl.constexpr(2.0**126)
 SMALLEST_SCALE = tl.constexpr(2.0**-100)
 LARGEST_FLOAT8 = tl.constexpr(1.9375)
-"""As in ``quantization/scales.py``."""
+"""As in ``quantization/packing.py``."""
 
 
 @triton.jit
@@ -75,32 +78,6 @@ def find_rows(rows, index, first, N: tl.constexpr, TOKENS: tl.constexpr):
 
 
 @triton.jit
-def write_int8(
-    vectors, rows, vector_stride, pages, page, page_stride, index,
-    CODES: tl.constexpr, SCALES: tl.constexpr, N: tl.constexpr,
-    D: tl.constexpr, D_PADDED: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
-    """Keys, or values, of page ``index`` of the launch, as 8-bit integers."""
-    dims = tl.arange(0, D_PADDED)
-    for first in range(0, N, TOKENS):
-        tokens, in_page, row = find_rows(rows, index, first, N, TOKENS)
-        in_head = (dims < D)[None, :]
-        x = load_rows(vectors, row[:, None], vector_stride, dims[None, :],
-                      (row >= 0)[:, None] & in_head)  # fmt: skip
-        exact = tl.maximum(tl.max(tl.abs(x), 1) * (1 / 127), SMALLEST_SCALE)
-        scale = nearest_bfloat16(exact)
-        codes = tl.floor(tl.div_rn(x, scale[:, None]) + 0.5)
-        codes = tl.minimum(tl.maximum(codes, -127.0), 127.0).to(tl.int8)
-        place = page * page_stride + CODES + tokens * D
-        tl.store(
-            pages + place[:, None] + dims[None, :], codes.to(tl.uint8, bitcast=True),
-            mask=in_page[:, None] & in_head,
-        )  # fmt: skip
-        scales = pages.to(tl.pointer_type(tl.bfloat16)) + page * (page_stride // 2) + SCALES // 2
-        tl.store(scales + tokens, scale.to(tl.bfloat16), mask=in_page)
-
-
-@triton.jit
 def load_blocks(
     vectors, rows, vector_stride, index, first, N: tl.constexpr, D: tl.constexpr,
     D_PADDED: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr,
@@ -118,107 +95,26 @@ def load_blocks(
 
 
 @triton.jit
-def nearest_level(x, code_book):
-    """NormalFloat codes of values in [-1, 1]: how many means of neighbouring levels are less."""
-    codes = tl.zeros(x.shape, tl.int32)
-    for number in tl.static_range(15):
-        level = tl.load(code_book + number).to(tl.float32)
-        following = tl.load(code_book + number + 1).to(tl.float32)
-        codes += (x > (level + following) * 0.5).to(tl.int32)
-    return codes
-
-
-@triton.jit
-def write_4_bits(
-    vectors, rows, vector_stride, pages, page, page_stride, index, code_book,
-    FORMAT: tl.constexpr, DOUBLE: tl.constexpr, CODES: tl.constexpr, GROUP: tl.constexpr,
-    SCALES: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-    D_PADDED: tl.constexpr, TOKENS: tl.constexpr,
+def store_nibbles(
+    pages, page, page_stride, tokens, there, low, high,
+    CODES: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Keys, or values, of page ``index`` of the launch, as 4-bit codes.
-
-    The group scale of double quantization takes a pass over the page of its own.
-    """
+    """4-bit codes, int32, of the first and of the second half of every block, two a byte."""
     BLOCKS: tl.constexpr = D // BLOCK
     blocks = tl.arange(0, D_PADDED // BLOCK)
     inner = tl.arange(0, BLOCK // 2)
-    group = 1.0
-    if DOUBLE:
-        largest = tl.zeros([TOKENS], tl.float32)
-        for first in range(0, N, TOKENS):
-            _, _, low, high = load_blocks(
-                vectors, rows, vector_stride, index, first, N, D, D_PADDED, BLOCK, TOKENS
-            )
-            both = tl.maximum(tl.abs(low), tl.abs(high))
-            largest = tl.maximum(largest, tl.max(tl.max(both, 2), 1))
-        group = tl.maximum(tl.max(largest, 0), SMALLEST_SCALE) * (1 / LARGEST_FLOAT8)
-        groups = pages.to(tl.pointer_type(tl.float32)) + page * (page_stride // 4)
-        tl.store(groups + GROUP // 4, group)
-
-    for first in range(0, N, TOKENS):
-        tokens, there, low, high = load_blocks(
-            vectors, rows, vector_stride, index, first, N, D, D_PADDED, BLOCK, TOKENS
-        )
-        scales = pages.to(tl.pointer_type(tl.bfloat16))
-        scales_place = page * (page_stride // 2) + SCALES // 2 + blocks[None, :]
-        if FORMAT == "int4":
-            least = tl.min(tl.minimum(low, high), 2)
-            zero = bfloat16_below(tl.where(least == 0.0, 0.0, least))  # zero without a sign
-            spread = (tl.max(tl.maximum(low, high), 2) - zero) * (1 / 15)
-            scale = bfloat16_above(tl.maximum(spread, SMALLEST_SCALE))
-            scales_place += tokens[:, None] * (2 * BLOCKS)
-            tl.store(scales + scales_place, scale.to(tl.bfloat16), mask=there)
-            tl.store(scales + scales_place + BLOCKS, zero.to(tl.bfloat16), mask=there)
-            low = tl.div_rn(low - zero[:, :, None], scale[:, :, None])
-            high = tl.div_rn(high - zero[:, :, None], scale[:, :, None])
-            low = tl.minimum(tl.maximum(tl.floor(low + 0.5), 0.0), 15.0).to(tl.int32)
-            high = tl.minimum(tl.maximum(tl.floor(high + 0.5), 0.0), 15.0).to(tl.int32)
-        else:
-            exact = tl.max(tl.maximum(tl.abs(low), tl.abs(high)), 2)
-            exact = tl.maximum(exact, SMALLEST_SCALE)
-            if DOUBLE:
-                stored = encode_float8(tl.div_rn(exact, group))
-                scale = decode_float8(stored) * group
-                place = page * page_stride + SCALES + tokens[:, None] * BLOCKS + blocks[None, :]
-                tl.store(pages + place, stored, mask=there)
-            else:
-                scale = nearest_bfloat16(exact)
-                scales_place += tokens[:, None] * BLOCKS
-                tl.store(scales + scales_place, scale.to(tl.bfloat16), mask=there)
-            low = nearest_level(tl.div_rn(low, scale[:, :, None]), code_book)
-            high = nearest_level(tl.div_rn(high, scale[:, :, None]), code_book)
-        place = (tokens[:, None] * BLOCKS + blocks[None, :]) * (BLOCK // 2)
-        place = page * page_stride + CODES + place[:, :, None] + inner[None, None, :]
-        tl.store(pages + place, (low | (high << 4)).to(tl.uint8), mask=there[:, :, None])
-
-
-@triton.jit
-def write_half(
-    vectors, rows, vector_stride, pages, page, page_stride, index, code_book,
-    FORMAT: tl.constexpr, DOUBLE: tl.constexpr, CODES: tl.constexpr, GROUP: tl.constexpr,
-    SCALES: tl.constexpr, BLOCK: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-    D_PADDED: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
-    """Keys, or values, of page ``index`` of the launch."""
-    if FORMAT == "int8":
-        write_int8(
-            vectors, rows, vector_stride, pages, page, page_stride, index,
-            CODES, SCALES, N, D, D_PADDED, TOKENS,
-        )  # fmt: skip
-    else:
-        write_4_bits(
-            vectors, rows, vector_stride, pages, page, page_stride, index, code_book,
-            FORMAT, DOUBLE, CODES, GROUP, SCALES, BLOCK, N, D, D_PADDED, TOKENS,
-        )  # fmt: skip
+    place = (tokens[:, None] * BLOCKS + blocks[None, :]) * (BLOCK // 2)
+    place = page * page_stride + CODES + place[:, :, None] + inner[None, None, :]
+    tl.store(pages + place, (low | (high << 4)).to(tl.uint8), mask=there[:, :, None])
 
 
 @triton.jit
 def fill_quantized(
     keys, values, rows, pages, page_ids, code_book,
     key_stride, value_stride, page_stride,
-    KEY_FORMAT: tl.constexpr, KEY_DOUBLE: tl.constexpr, KEY_CODES: tl.constexpr,
+    KEY_STORE: tl.constexpr, KEY_CODES: tl.constexpr,
     KEY_GROUP: tl.constexpr, KEY_SCALES: tl.constexpr, KEY_BLOCK: tl.constexpr,
-    VALUE_FORMAT: tl.constexpr, VALUE_DOUBLE: tl.constexpr, VALUE_CODES: tl.constexpr,
+    VALUE_STORE: tl.constexpr, VALUE_CODES: tl.constexpr,
     VALUE_GROUP: tl.constexpr, VALUE_SCALES: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     N: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -226,15 +122,15 @@ def fill_quantized(
     index = tl.program_id(0)
     page = tl.load(page_ids + index).to(tl.int64)
     if tl.program_id(1) == 0:
-        write_half(
+        KEY_STORE(
             keys, rows, key_stride, pages, page, page_stride, index, code_book,
-            KEY_FORMAT, KEY_DOUBLE, KEY_CODES, KEY_GROUP, KEY_SCALES, KEY_BLOCK,
+            KEY_CODES, KEY_GROUP, KEY_SCALES, KEY_BLOCK,
             N, D, D_PADDED, TOKENS,
         )  # fmt: skip
     else:
-        write_half(
+        VALUE_STORE(
             values, rows, value_stride, pages, page, page_stride, index, code_book,
-            VALUE_FORMAT, VALUE_DOUBLE, VALUE_CODES, VALUE_GROUP, VALUE_SCALES, VALUE_BLOCK,
+            VALUE_CODES, VALUE_GROUP, VALUE_SCALES, VALUE_BLOCK,
             N, D, D_PADDED, TOKENS,
         )  # fmt: skip
 
@@ -242,9 +138,9 @@ def fill_quantized(
 @triton.jit
 def read_quantized(
     pages, page_ids, keys, values, code_book, num_tokens, page_stride, key_stride, value_stride,
-    KEY_FORMAT: tl.constexpr, KEY_DOUBLE: tl.constexpr, KEY_CODES: tl.constexpr,
+    KEY_LOAD: tl.constexpr, KEY_CODES: tl.constexpr,
     KEY_GROUP: tl.constexpr, KEY_SCALES: tl.constexpr, KEY_BLOCK: tl.constexpr,
-    VALUE_FORMAT: tl.constexpr, VALUE_DOUBLE: tl.constexpr, VALUE_CODES: tl.constexpr,
+    VALUE_LOAD: tl.constexpr, VALUE_CODES: tl.constexpr,
     VALUE_GROUP: tl.constexpr, VALUE_SCALES: tl.constexpr, VALUE_BLOCK: tl.constexpr,
     N: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -256,14 +152,14 @@ def read_quantized(
     dims = tl.arange(0, D_PADDED)
     row = tokens.to(tl.int64)[:, None]
     mask = wanted[:, None] & (dims < D)[None, :]
-    k = load_quantized(
+    k = KEY_LOAD(
         pages, page, page_stride, in_page, wanted, code_book,
-        KEY_FORMAT, KEY_DOUBLE, KEY_CODES, KEY_GROUP, KEY_SCALES, KEY_BLOCK, D, D_PADDED,
+        KEY_CODES, KEY_GROUP, KEY_SCALES, KEY_BLOCK, D, D_PADDED,
     )  # fmt: skip
     tl.store(keys + row * key_stride + dims[None, :], k, mask=mask)
-    v = load_quantized(
+    v = VALUE_LOAD(
         pages, page, page_stride, in_page, wanted, code_book,
-        VALUE_FORMAT, VALUE_DOUBLE, VALUE_CODES, VALUE_GROUP, VALUE_SCALES, VALUE_BLOCK,
+        VALUE_CODES, VALUE_GROUP, VALUE_SCALES, VALUE_BLOCK,
         D, D_PADDED,
     )  # fmt: skip
     tl.store(values + row * value_stride + dims[None, :], v, mask=mask)
@@ -289,10 +185,11 @@ def quantize_pages(
             written, but for the bytes that belong to no region.
         page_ids: int32 or int64 ``[n]``, all different.
         layout: of the pages.
-        code_book: float16 ``[16]``, of the formats that have one; where the pages are.
+        code_book: float16, of the formats that have one; where the pages are.
 
     Raises:
-        ValueError: if ``pages`` are not of the layout, or strides are not as said.
+        ValueError: if ``pages`` are not of the layout, strides are not as said, or a
+            format has no Triton code.
     """
     _check(pages, layout, keys, values)
     if rows.shape != (len(page_ids), layout.page_tokens) or not rows.is_contiguous():
@@ -300,7 +197,8 @@ def quantize_pages(
     fill_quantized[(len(page_ids), 2)](
         keys, values, rows, pages, page_ids, pages if code_book is None else code_book,
         keys.stride(0), values.stride(0), pages.stride(0),
-        **page_constants(layout), TOKENS=_tile_tokens(layout), num_warps=4,
+        **page_constants(layout), **store_functions(layout), TOKENS=_tile_tokens(layout),
+        num_warps=4,
     )  # fmt: skip
 
 
@@ -320,17 +218,18 @@ def dequantize_pages(
         keys, values: float32, bfloat16 or float16 ``[n * page tokens, D]``, last dimension
             contiguous; written.
         layout: of the pages.
-        code_book: float16 ``[16]``, of the formats that have one; where the pages are.
+        code_book: float16, of the formats that have one; where the pages are.
 
     Raises:
-        ValueError: if ``pages`` are not of the layout, or strides are not as said.
+        ValueError: if ``pages`` are not of the layout, strides are not as said, or a
+            format has no Triton code.
     """
     _check(pages, layout, keys, values)
     num_tokens, tokens = len(page_ids) * layout.page_tokens, _tile_tokens(layout)
     read_quantized[(triton.cdiv(num_tokens, tokens),)](
         pages, page_ids, keys, values, pages if code_book is None else code_book, num_tokens,
         pages.stride(0), keys.stride(0), values.stride(0),
-        **page_constants(layout), TOKENS=tokens, num_warps=4,
+        **page_constants(layout), **load_functions(layout), TOKENS=tokens, num_warps=4,
     )  # fmt: skip
 
 

@@ -1,18 +1,20 @@
-"""A tile of keys or of values out of quantized head pages, for kernels that attend over them.
+"""What Triton code of quantized pages shares: words, scales and 4-bit codes out of a page's bytes.
 
-``vllm_kvzip.quantization`` has the formats and the layout of a page; the plain-torch reference is
-``unpack_pages`` (``quantization/pages.py``), of which every bit is the same: products are made in
-one order, and those with which a compiler could fuse an addition are exact.
+``vllm_kvzip.quantization`` has the formats and the layout of a page. The Triton code of a format is
+a :class:`PageCode`; ``formats/`` has those of this package. Kernels get its functions as constants,
+so a kernel is compiled with the code of the formats of its keys and its values, and knows no format
+itself. The plain-torch reference is ``unpack_pages`` (``quantization/pages.py``), of which every
+bit is the same: products are made in one order, and those with which a compiler could fuse an
+addition are exact.
 
 The 4-bit codes of a block lie two a byte, the second half of the block in the high bits. A tile of
 bytes is unpacked by a mask and a shift into two tiles that share their scales; nothing moves
-between threads. NormalFloat codes are looked up in 16 half floats, which lie in one line of the L1
-cache. Triton's pipeliner leaves loads of two bytes alone; float32 levels it would stage in shared
-memory. Scales, which are to be there in time, are taken out of words of four bytes.
+between threads. Scales, which are to be there in time, are taken out of words of four bytes.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import triton
@@ -24,9 +26,9 @@ if TYPE_CHECKING:
         """What kernels want to know of a format; see ``quantization/base.py``."""
 
         @property
-        def kernel_name(self) -> str: ...
+        def name(self) -> str: ...
         @property
-        def group_bytes(self) -> int: ...
+        def page_code(self) -> PageCode | None: ...
         def block_values(self, head_dim: int) -> int: ...
 
     class HalfPage(Protocol):
@@ -57,86 +59,69 @@ if TYPE_CHECKING:
 
 
 FLOAT8_EXPONENT = tl.constexpr((127 - 15) << 4)
-"""As in ``quantization/scales.py``."""
+"""As in ``quantization/packing.py``."""
 
 
-@triton.jit
-def load_quantized(
-    pages, page, page_stride, in_page, wanted, code_book,
-    FORMAT: tl.constexpr, DOUBLE: tl.constexpr, CODES: tl.constexpr, GROUP: tl.constexpr,
-    SCALES: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
-):  # fmt: skip
-    """Keys, or values, of some tokens: float32 ``[TOKENS, D_PADDED]``, zero where there are none.
+@dataclass(frozen=True)
+class PageCode:
+    """The Triton code of a format: two ``triton.jit`` functions.
 
-    ``page`` (int64) and ``in_page`` say where each token lies, ``[TOKENS]``. What is not ``wanted``
-    and what lies behind D is neither read nor other than zero.
+    In both, ``pages`` points to bytes, and words in capitals are constants: bytes from the
+    beginning of a page to its codes, its group scale and its scales (``quantization/layout.py``),
+    values that share a scale, tokens of a page, the head size, and the power of two from it on.
+
+    Attributes:
+        load: ``load(pages, page, page_stride, in_page, wanted, code_book, CODES, GROUP, SCALES,
+            BLOCK, D, D_PADDED)`` decodes the keys, or the values, of some tokens: float32
+            ``[TOKENS, D_PADDED]``. ``page`` (int64) and ``in_page`` say where each token lies,
+            ``[TOKENS]``. What is not ``wanted``, and what has a dimension of D or more, is neither
+            read nor other than zero.
+        store: ``store(vectors, rows, vector_stride, pages, page, page_stride, index, code_book,
+            CODES, GROUP, SCALES, BLOCK, N, D, D_PADDED, TOKENS)`` fills the keys, or the values, of
+            page ``page`` (int64), TOKENS at a time. Its N tokens are the rows of ``vectors`` whose
+            numbers are in ``rows`` from ``index * N`` on, and zeros where that is -1.
     """
-    if FORMAT == "int8":
-        dims = tl.arange(0, D_PADDED)
-        place = page * page_stride + CODES + in_page * D
-        codes = tl.load(
-            pages + place[:, None] + dims[None, :],
-            mask=wanted[:, None] & (dims < D)[None, :], other=0,
-        )  # fmt: skip
-        scale = load_bfloat16(pages, page * page_stride + SCALES + in_page * 2, wanted)
-        tile = codes.to(tl.int8, bitcast=True).to(tl.float32) * scale[:, None]
-    else:
-        low, high = load_quantized_halves(
-            pages, page, page_stride, in_page, wanted, code_book,
-            FORMAT, DOUBLE, CODES, GROUP, SCALES, BLOCK, D, D_PADDED,
-        )  # fmt: skip
-        both = tl.permute(tl.join(low, high), (0, 1, 3, 2))
-        tile = tl.reshape(both, (in_page.shape[0], D_PADDED))
-    return tile
+
+    load: Any
+    store: Any
 
 
 @triton.jit
-def load_quantized_halves(
-    pages, page, page_stride, in_page, wanted, code_book,
-    FORMAT: tl.constexpr, DOUBLE: tl.constexpr, CODES: tl.constexpr, GROUP: tl.constexpr,
-    SCALES: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
-):  # fmt: skip
-    """As :func:`load_quantized`, for 4-bit formats: the first and the second half of every block.
+def wanted_blocks(wanted, BLOCK: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr):
+    """Which blocks of which tokens there are, ``[TOKENS, D_PADDED / BLOCK]``."""
+    blocks = tl.arange(0, D_PADDED // BLOCK)
+    return wanted[:, None] & (blocks < D // BLOCK)[None, :]
 
-    Both are float32 ``[TOKENS, D_PADDED / BLOCK, BLOCK / 2]``.
+
+@triton.jit
+def load_nibbles(
+    pages, page, page_stride, in_page, there, CODES: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, D_PADDED: tl.constexpr,
+):  # fmt: skip
+    """The 4-bit codes of the first and of the second half of every block of some tokens.
+
+    Both are int32 ``[TOKENS, D_PADDED / BLOCK, BLOCK / 2]``; ``there`` is of :func:`wanted_blocks`.
     """
     blocks = tl.arange(0, D_PADDED // BLOCK)
     inner = tl.arange(0, BLOCK // 2)
-    there = wanted[:, None] & (blocks < D // BLOCK)[None, :]
     place = (page * page_stride + CODES + in_page * (D // 2))[:, None]
     place = place + blocks[None, :] * (BLOCK // 2)
     packed = tl.load(
         pages + place[:, :, None] + inner[None, None, :], mask=there[:, :, None], other=0
     )
-    low = (packed & 15).to(tl.int32)
-    high = (packed >> 4).to(tl.int32)
+    return (packed & 15).to(tl.int32), (packed >> 4).to(tl.int32)
 
-    if DOUBLE:
-        group = tl.load(
-            pages.to(tl.pointer_type(tl.float32)) + page * (page_stride // 4) + GROUP // 4,
-            mask=wanted, other=0.0,
-        )  # fmt: skip
-        place = (page * page_stride + SCALES + in_page * (D // BLOCK))[:, None] + blocks[None, :]
-        stored = load_word(pages, place, there) & 255
-        scale = tl.where(there, decode_float8(stored) * group[:, None], 0.0)  # code 0 is not zero
-    else:
-        NUMBERS: tl.constexpr = D // BLOCK * (2 if FORMAT == "int4" else 1)
-        place = (page * page_stride + SCALES + in_page * (2 * NUMBERS))[:, None]
-        place = place + blocks[None, :] * 2
-        scale = load_bfloat16(pages, place, there)
-    if FORMAT == "int4":
-        zero = load_bfloat16(pages, place + D // BLOCK * 2, there)
-        first = zero[:, :, None] + low.to(tl.float32) * scale[:, :, None]
-        second = zero[:, :, None] + high.to(tl.float32) * scale[:, :, None]
-    else:
-        first = tl.load(code_book + low).to(tl.float32) * scale[:, :, None]
-        second = tl.load(code_book + high).to(tl.float32) * scale[:, :, None]
-    return first, second
+
+@triton.jit
+def join_halves(low, high, TOKENS: tl.constexpr, D_PADDED: tl.constexpr):
+    """The first and the second half of every block in one tile, ``[TOKENS, D_PADDED]``."""
+    both = tl.permute(tl.join(low, high), (0, 1, 3, 2))
+    return tl.reshape(both, (TOKENS, D_PADDED))
 
 
 @triton.jit
 def load_word(pages, place, mask):
-    """Byte ``place`` (int64) of the pool in the low bits of an int32; bytes behind it above."""
+    """Byte ``place`` (int64) of the pool in the low bits of an int32; the bytes after it above."""
     words = tl.load(pages.to(tl.pointer_type(tl.int32)) + (place >> 2), mask=mask, other=0)
     return words >> ((place & 3) * 8).to(tl.int32)
 
@@ -162,11 +147,36 @@ def page_constants(layout: PageLayout) -> dict[str, Any]:
     }
     for name, half in (("KEY", layout.keys), ("VALUE", layout.values)):
         constants |= {
-            f"{name}_FORMAT": half.format.kernel_name,
-            f"{name}_DOUBLE": half.format.group_bytes > 0,
             f"{name}_CODES": half.codes_offset,
             f"{name}_GROUP": half.group_offset,
             f"{name}_SCALES": half.scales_offset,
             f"{name}_BLOCK": half.format.block_values(layout.head_dim),
         }
     return constants
+
+
+def load_functions(layout: PageLayout) -> dict[str, Any]:
+    """The functions that read keys and values, as constants of a kernel.
+
+    Raises:
+        ValueError: if a format has no Triton code.
+    """
+    return {
+        "KEY_LOAD": _code_of(layout.keys.format).load,
+        "VALUE_LOAD": _code_of(layout.values.format).load,
+    }
+
+
+def store_functions(layout: PageLayout) -> dict[str, Any]:
+    """The functions that write keys and values; see :func:`load_functions`."""
+    return {
+        "KEY_STORE": _code_of(layout.keys.format).store,
+        "VALUE_STORE": _code_of(layout.values.format).store,
+    }
+
+
+def _code_of(used: Format) -> PageCode:
+    code = used.page_code
+    if code is None:
+        raise ValueError(f"format {used.name} has no Triton code, so kernels cannot use it")
+    return code

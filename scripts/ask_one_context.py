@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from local_server import LocalServer, RunningServer
 from openai import AsyncOpenAI
-from retrieval_task import QUESTION, VOCABULARY, make_context
+
+from vllm_kvzip.evaluation.local_server import LocalServer, RunningServer
+from vllm_kvzip.evaluation.tasks.retrieval_task import QUESTION, VOCABULARY, make_context
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -170,8 +171,8 @@ async def run(server: RunningServer, task: Task) -> int:
         ("median first token (s)", apart.first_token_seconds, together.first_token_seconds, ".3f"),
         ("peak KV blocks held", apart.peak_blocks, together.peak_blocks, ".0f"),
     ]
-    for name, left, right, form in rows:
-        print(f"{name:<25} | {left:>13{form}} | {right:>10{form}}")
+    for name, without, reused, form in rows:
+        print(f"{name:<25} | {without:>13{form}} | {reused:>10{form}}")
     if task.answers:
         right = [
             sum(text.split()[:1] == [word] for text, word in zip(texts, task.answers, strict=True))

@@ -17,27 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from engine_turns import add_arguments, answer_job, take_turns
-from evaluation import counter, versions
-
-MODEL_CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 1024,
-    "hidden_size": 512,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "torch_dtype": "bfloat16",
-    "tie_word_embeddings": True,
-}
-
-
-TOKENIZER = Path(__file__).parent.parent / "tests" / "models" / "tiny-retriever"
+from benchmarks.dummy_model import MODEL_CONFIG, TOKENIZER
+from benchmarks.engine_turns import add_arguments, answer_job, take_turns
+from vllm_kvzip.evaluation.engines import counter, versions
 
 
 def run_once(job: dict[str, Any]) -> dict[str, float]:

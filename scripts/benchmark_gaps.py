@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from evaluation import counter, start_engine, versions
-from local_server import CPU_ENVIRONMENT
 from real_model import ModelUnavailable, real_model
+
+from vllm_kvzip.evaluation.engines import counter, start_engine, versions
+from vllm_kvzip.evaluation.local_server import CPU_ENVIRONMENT
 
 PLAIN, COMPRESSED = "uncompressed", "compressed"
 STREAM_TOKENS = 4  # before the prompt arrives

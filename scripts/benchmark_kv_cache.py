@@ -26,9 +26,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from engine_turns import add_arguments, answer_job, take_turns
-from evaluation import BLOCK_SIZE, versions
-from kv_cache_report import (
+from benchmarks.engine_turns import add_arguments, answer_job, take_turns
+from benchmarks.kv_cache_report import (
     STOCK,
     draw,
     nothing_compressed,
@@ -37,8 +36,9 @@ from kv_cache_report import (
     summarise,
     table,
 )
-from kv_cache_run import Load, run_variant
-from kv_cache_shapes import BYTES_OF_DTYPE, SHAPE_NOTES, SHAPES, in_words, write_shape
+from benchmarks.kv_cache_run import Load, run_variant
+from benchmarks.kv_cache_shapes import BYTES_OF_DTYPE, SHAPE_NOTES, SHAPES, in_words, write_shape
+from vllm_kvzip.evaluation.engines import BLOCK_SIZE, versions
 
 KEEP_RATIOS = (0.9, 0.7, 0.5, 0.25, 0.125)
 FP8 = "fp8 cache"

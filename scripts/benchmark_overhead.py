@@ -22,13 +22,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kv_cache_run import WARM_UP_PROMPTS, Load
-from kv_cache_shapes import SHAPE_NOTES, SHAPES, in_words, write_shape
-from local_server import CPU_ENVIRONMENT
+from benchmarks.kv_cache_run import WARM_UP_PROMPTS, Load
+from benchmarks.kv_cache_shapes import SHAPE_NOTES, SHAPES, in_words, write_shape
+from vllm_kvzip.evaluation.local_server import CPU_ENVIRONMENT
 
 os.environ.update({**CPU_ENVIRONMENT, **os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
 
-from evaluation import BLOCK_SIZE, counter, versions
+from vllm_kvzip.evaluation.engines import BLOCK_SIZE, counter, versions
 
 VARIANTS = ("stock", "idle", "keep 1.0")
 

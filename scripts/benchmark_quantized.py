@@ -15,39 +15,43 @@ import functools
 import time
 from statistics import median
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from evaluation import versions
 from rich.console import Console
 from rich.table import Table
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from vllm_kvzip.core import CacheGeometry
+from vllm_kvzip.evaluation.engines import versions
 from vllm_kvzip.model.key_transform import KeyTransform
 from vllm_kvzip.quantization import Quantization, choose_quantization
 from vllm_kvzip.quantization.reading import PageReader
 from vllm_kvzip.storage.page_store import PackedPages
 from vllm_kvzip.storage.tiered_attention import TieredAttention, TierPages
-from vllm_kvzip.vllm_bridge.attention.cpu_attention import PairBatch
+from vllm_kvzip.vllm_bridge.attention.head_sequence_batches import HeadSequenceBatch
 from vllm_kvzip.vllm_bridge.cache.cpu_pages import discover_codec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 BLOCK = 32
 FORMATS = ("nf4", "int4", "int8")
 AT_ONCE = 64  # quantized pages
 
 
-def ordinary(args: argparse.Namespace, geometry: CacheGeometry) -> PairBatch:
+def ordinary(args: argparse.Namespace, geometry: CacheGeometry) -> HeadSequenceBatch:
     """Pairs whose pages hold everything as it is."""
-    num_pairs = args.requests * geometry.num_kv_heads
+    num_sequences = args.requests * geometry.num_kv_heads
     width = args.context_tokens // BLOCK
-    shape = (num_pairs * width, 1, 2 * BLOCK, geometry.head_dim)
+    shape = (num_sequences * width, 1, 2 * BLOCK, geometry.head_dim)
     halves = torch.randn(shape, dtype=torch.bfloat16).chunk(2, dim=2)
-    return PairBatch(
+    return HeadSequenceBatch(
         pages=(halves[0], halves[1]),
-        tables=torch.arange(num_pairs * width, dtype=torch.int32).view(1, num_pairs, width),
-        seq_lens=torch.full((1, num_pairs), args.context_tokens, dtype=torch.int32),
-        query_start_loc=torch.arange(num_pairs + 1, dtype=torch.int32),
-        pair_rows=None,
+        tables=torch.arange(num_sequences * width, dtype=torch.int32).view(1, num_sequences, width),
+        seq_lens=torch.full((1, num_sequences), args.context_tokens, dtype=torch.int32),
+        query_start_loc=torch.arange(num_sequences + 1, dtype=torch.int32),
+        sequence_rows=None,
         num_kv_heads=geometry.num_kv_heads,
         group_size=geometry.group_size,
         head_dim=geometry.head_dim,
@@ -98,14 +102,16 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     geometry = CacheGeometry(1, args.kv_heads, args.group_size, args.head_dim, BLOCK)
-    num_pairs = args.requests * args.kv_heads
+    num_sequences = args.requests * args.kv_heads
     query = torch.randn(args.requests, args.kv_heads * args.group_size, args.head_dim)
-    pairs = ordinary(args, geometry)
-    impl = SimpleNamespace(scale=args.head_dim**-0.5, logits_soft_cap=0)
+    batch = ordinary(args, geometry)
+    impl: Any = SimpleNamespace(scale=args.head_dim**-0.5, logits_soft_cap=0)
     layer = SimpleNamespace(layer_name="layer")
     stock_query = query.bfloat16()
     empty = TierPages(*(torch.zeros(0, dtype=torch.int64) for _ in range(3)))
-    calls = {"stock": lambda: pairs.attend(impl, layer, stock_query, torch.empty_like(stock_query))}
+    calls: dict[str, Callable[[], Any]] = {
+        "stock": lambda: batch.attend(impl, layer, stock_query, torch.empty_like(stock_query))
+    }
     for name in FORMATS:
         chosen = choose_quantization(
             page_bytes=4 * BLOCK * args.head_dim, head_dim=args.head_dim, keys=name, values=name,
@@ -114,26 +120,26 @@ def main() -> None:
         tokens = chosen.layout.page_tokens
         count = -(-args.context_tokens // tokens)
         some = torch.randn(2, 64, tokens, args.head_dim)
-        pages = chosen.pack(some[0], some[1]).repeat(-(-num_pairs * count // 64), 1)
+        pages = chosen.pack(some[0], some[1]).repeat(-(-num_sequences * count // 64), 1)
         reader = PageReader(chosen.layout)
         attention = TieredAttention(
             reader=reader,
             rotated=chosen.rotated,
-            read_quantized=lambda ids, pages=pages: pages.index_select(0, ids),
+            read_quantized=functools.partial(pages.index_select, 0),
             read_full=lambda ids: (torch.zeros(0), torch.zeros(0)),
             scale=impl.scale,
         )
-        owners = torch.arange(num_pairs).repeat_interleave(count)
+        owners = torch.arange(num_sequences).repeat_interleave(count)
         tier = TierPages(
-            torch.arange(num_pairs * count), owners, torch.arange(count).repeat(num_pairs) * tokens
+            torch.arange(num_sequences * count),
+            owners,
+            torch.arange(count).repeat(num_sequences) * tokens,
         )
-        held = torch.full((num_pairs,), args.context_tokens)
-        rows = query.view(num_pairs, args.group_size, args.head_dim)
-        seen = torch.zeros(num_pairs, args.group_size, dtype=torch.int64)
-        keys = KeyTransform.fit(torch.randn(num_pairs, tokens, args.head_dim))
-        calls[name] = lambda a=attention, t=tier, h=held, k=keys, r=rows, s=seen: a.attend_rows(
-            r, t, h, k, empty, s
-        )
+        held = torch.full((num_sequences,), args.context_tokens)
+        rows = query.view(num_sequences, args.group_size, args.head_dim)
+        seen = torch.zeros(num_sequences, args.group_size, dtype=torch.int64)
+        keys = KeyTransform.fit(torch.randn(num_sequences, tokens, args.head_dim))
+        calls[name] = functools.partial(attention.attend_rows, rows, tier, held, keys, empty, seen)
         calls[f"{name}, scratch pages alone"] = functools.partial(
             write_scratch, chosen, reader, pages, tier.ids, scratch_store(geometry)
         )

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmark_decode import MODEL_CONFIG
-from local_server import CPU_ENVIRONMENT
+
+from benchmarks.dummy_model import MODEL_CONFIG
+from vllm_kvzip.evaluation.local_server import CPU_ENVIRONMENT
 
 HITS = "vllm_kvzip_prefix_hits_total"
 
@@ -65,9 +66,11 @@ def main() -> int:
     rng = np.random.default_rng(0)
 
     def tokens(count: int) -> list[int]:
-        return rng.integers(7, 1000, count).tolist()
+        found: list[int] = rng.integers(7, 1000, count).tolist()
+        return found
 
-    fresh, reused = [], []
+    fresh: list[float] = []
+    reused: list[float] = []
     for number in range(args.rounds + 1):
         context = tokens(args.context_tokens)
         for kind, seconds in (("fresh", fresh), ("reused", reused)):

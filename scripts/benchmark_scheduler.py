@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from evaluation import BLOCK_SIZE, versions
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
@@ -28,6 +27,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
+
+from vllm_kvzip.evaluation.engines import BLOCK_SIZE, versions
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -60,7 +61,7 @@ def build_scheduler(num_requests: int, prompt_tokens: int, *, compress: bool) ->
         from vllm_kvzip.vllm_bridge.settings import Settings
 
         settings = Settings.from_vllm_config(config)
-        spec = HeadPageSpec.from_full_attention(spec, settings, 4, config)
+        spec = HeadPageSpec.from_full_attention(spec, settings, config)
     num_blocks = 2 * num_requests * (-(-prompt_tokens // BLOCK_SIZE) + 8)
     config.cache_config.num_gpu_blocks = num_blocks
     scheduler: Scheduler = config.scheduler_config.get_scheduler_cls()(

@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmark_decode import MODEL_CONFIG, TOKENIZER
-from engine_turns import add_arguments, answer_job, take_turns
-from evaluation import counter, versions
+from benchmarks.dummy_model import MODEL_CONFIG, TOKENIZER
+from benchmarks.engine_turns import add_arguments, answer_job, take_turns
+from vllm_kvzip.evaluation.engines import counter, versions
 
 SHAPE = {
     **MODEL_CONFIG,

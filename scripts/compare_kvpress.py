@@ -22,7 +22,10 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comparison_report import (
+from rich.console import Console
+from transformers import AutoConfig
+
+from benchmarks.comparison_report import (
     Rows,
     accuracy_table,
     agreement_table,
@@ -31,23 +34,20 @@ from comparison_report import (
     kvpress_rows,
     score_agreement,
 )
-from kvpress_venv import DEFAULT_VENV, METHODS, kvpress_python, run_kvpress
-from local_server import CPU_ENVIRONMENT
-from model_files import fingerprint_of, repeat_ids
-from quality_documents import ALL_TASKS, make_documents, settle_tasks
-from quality_rows import settings_of
-from quality_run import QualityRun
-from rich.console import Console
-from transformers import AutoConfig
-
+from benchmarks.kvpress_venv import DEFAULT_VENV, METHODS, kvpress_python, run_kvpress
 from vllm_kvzip.config import load_config
 from vllm_kvzip.errors import ConfigError, KVzipError, suggest
+from vllm_kvzip.evaluation.local_server import CPU_ENVIRONMENT
+from vllm_kvzip.evaluation.model_files import fingerprint_of, repeat_ids
+from vllm_kvzip.evaluation.quality.rows import settings_of
+from vllm_kvzip.evaluation.quality.run import QualityRun
+from vllm_kvzip.evaluation.tasks.quality_documents import ALL_TASKS, make_documents, settle_tasks
 from vllm_kvzip.planning.prefix_rule import PrefixRule
 from vllm_kvzip.planning.request_options import RequestOptions
 from vllm_kvzip.scoring import available_scorers
 
 if TYPE_CHECKING:
-    from documents import Document
+    from vllm_kvzip.evaluation.tasks.documents import Document
 
 OURS = ("kvzip", "surrogate", "default", "keydiff", "expected-attention", "window", "random")
 KEEP_RATIOS = (0.5, 0.3, 0.2, 0.1)
@@ -65,13 +65,13 @@ def held_share(settings: dict[str, Any], context_tokens: int) -> float:
     """
     config = load_config(None, {}, {"kvzip": settings})
     rule = PrefixRule(
-        config.keep_ratio, config.min_prompt_tokens, config.sink_tokens, config.recent_tokens,
+        config.ratio, config.min_prompt_tokens, config.sink_tokens, config.recent_tokens,
         BLOCK_SIZE,
     )  # fmt: skip
     plan = rule.plan(context_tokens, RequestOptions(context_tokens))
     if plan is None:
         raise ConfigError(
-            f"--keep-ratios {config.keep_ratio:g} frees no block of {BLOCK_SIZE} tokens in "
+            f"--keep-ratios {config.ratio:g} frees no block of {BLOCK_SIZE} tokens in "
             f"contexts of {context_tokens}; lower it or raise --context-tokens."
         )
     tail = context_tokens - plan.boundary_tokens

@@ -25,16 +25,16 @@ os.environ["TRITON_INTERPRET"] = "0"  # before kernels are decorated
 
 import torch
 import triton
-from kernel_cases import Asked, Case, Shape, attend, make_case
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+
+from gpu.kernel_cases import Asked, Case, Shape, attend, make_case
 from vllm_kvzip.kernels.column_maximum import column_maximum
 from vllm_kvzip.kernels.flat_tables import flatten_tables
 from vllm_kvzip.kernels.page_copies import compact_pages
 from vllm_kvzip.kernels.quantized_pages import dequantize_pages, quantize_pages
-
 from vllm_kvzip.quantization import Int4, Int8, NormalFloat4
 
 if TYPE_CHECKING:
@@ -180,9 +180,9 @@ def quantize(dtype: torch.dtype, head_dim: int, page_tokens: int, name: str) -> 
     dequantize_pages(pages, rows[0, :1], vectors, vectors, layout, code_book)
 
 
-def launches(*, every: bool) -> dict[str, Callable[[], None]]:
+def launches(*, every: bool) -> dict[str, Callable[[], object]]:
     """What is launched, by a readable name; ``every`` adds data types, page sizes and formats."""
-    found: dict[str, Callable[[], None]] = {}
+    found: dict[str, Callable[[], object]] = {}
     dtypes = [torch.bfloat16, torch.float16, torch.float32] if every else [torch.bfloat16]
     pages = [16, 32, 64, 128] if every else [16]
     for head_dim in HEAD_DIMS:
@@ -212,9 +212,9 @@ def pairwise(formats: Sequence[T]) -> list[tuple[int, int, T]]:
     return [(64, 1, first), (128, 64, first), (64, 64, second), (128, 1, second)]
 
 
-def two_tier_launches(*, every: bool) -> dict[str, Callable[[], None]]:
+def two_tier_launches(*, every: bool) -> dict[str, Callable[[], object]]:
     """As :func:`launches`, of prefixes with a quantized tier; ``every`` adds sizes and formats."""
-    found: dict[str, Callable[[], None]] = {}
+    found: dict[str, Callable[[], object]] = {}
     formats = [("int8", False), ("nf4 with double quantization", True)]
     cases = pairwise(formats)
     if every:
@@ -229,9 +229,9 @@ def two_tier_launches(*, every: bool) -> dict[str, Callable[[], None]]:
     return found
 
 
-def eight_bit_launches(*, every: bool) -> dict[str, Callable[[], None]]:
+def eight_bit_launches(*, every: bool) -> dict[str, Callable[[], object]]:
     """As :func:`launches`, of caches of 8-bit numbers, which cards before 8.9 cannot read."""
-    found: dict[str, Callable[[], None]] = {}
+    found: dict[str, Callable[[], object]] = {}
     formats = (None, "nf4 with double quantization")
     cases = list(product(HEAD_DIMS, (1, 6, 64), formats)) if every else pairwise(formats)
     for head_dim, query_len, name in cases:

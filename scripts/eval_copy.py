@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from evaluation import counter, start_engine, versions
-from local_server import CPU_ENVIRONMENT
-from retrieval_task import copy_prompt, make_context
 from rich.console import Console
 from rich.table import Table
+
+from vllm_kvzip.evaluation.engines import counter, start_engine, versions
+from vllm_kvzip.evaluation.local_server import CPU_ENVIRONMENT
+from vllm_kvzip.evaluation.tasks.retrieval_task import copy_prompt, make_context
 
 SCORERS = ("default", "kvzip", "keydiff", "window", "knorm", "streaming", "random")
 KEEP_RATIOS = (0.9, 0.7, 0.5, 0.3)

@@ -26,31 +26,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import quality_tasks
 import torch
 import transformers
-from evaluation import accuracy, interval
-from masked_model import MaskedModel
-from model_files import repeat_ids
-from profile_heads import refuse_unsupported
-from quality_documents import ALL_TASKS, make_documents, settle_tasks
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
 from vllm_kvzip.budgeting.budgets import allocate_adaptive, allocate_uniform
-from vllm_kvzip.budgeting.selection import protect, select
+from vllm_kvzip.budgeting.selection import rank, select
 from vllm_kvzip.config import KVzipConfig
 from vllm_kvzip.errors import ConfigError, KVzipError
+from vllm_kvzip.evaluation.intervals import accuracy, interval
+from vllm_kvzip.evaluation.model_files import repeat_ids
+from vllm_kvzip.evaluation.tasks import word_tasks
+from vllm_kvzip.evaluation.tasks.quality_documents import ALL_TASKS, make_documents, settle_tasks
 from vllm_kvzip.planning.prefix_rule import PrefixRule
 from vllm_kvzip.planning.request_options import RequestOptions
+from vllm_kvzip.profiling.masked_model import MaskedModel
+from vllm_kvzip.profiling.suitable_models import refuse_unsupported
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from documents import Document
-
     from vllm_kvzip.core import PrefixPlan
+    from vllm_kvzip.evaluation.tasks.documents import Document
 
 BUDGETS = ("adaptive", "adaptive-per-layer", "uniform")
 KEEP_RATIOS = (0.5, 0.3, 0.2, 0.1)
@@ -94,18 +93,19 @@ class Cell:
         boundary = plan.boundary_tokens
         sinks, recent = rule.protected_in_prefix(boundary)
         scores = scores[:, :, :boundary]
-        ranked = protect(scores, sinks, recent)
+        ranking = rank(scores, sinks, recent)
         total = plan.num_compressed_blocks * num_layers * num_heads
         if self.budget == "uniform":
             pages = allocate_uniform(total, num_layers, num_heads)
         else:
             pages = allocate_adaptive(
-                ranked, total, self.page_size, rule.min_pages_per_head(boundary),
+                ranking.scores, total, self.page_size, rule.min_pages_per_head(boundary),
                 per_layer=self.budget == "adaptive-per-layer",
             )  # fmt: skip
         keep = select(scores, pages, self.page_size, sinks, recent)
         kept = torch.zeros(num_layers * num_heads, boundary, dtype=torch.bool)
-        kept[torch.arange(len(kept)).repeat_interleave(keep.offsets.diff()), keep.positions] = True
+        heads = torch.arange(len(kept)).repeat_interleave(pages.flatten())
+        kept[heads[:, None], keep.positions] = True
         return kept.view(scores.shape)
 
 
@@ -136,7 +136,7 @@ def load_documents(args: argparse.Namespace) -> list[Document]:
     Raises:
         ConfigError: if the text is too short or cannot be read, or a task has no reference answer.
     """
-    quality_tasks.FACT_DENSITY = args.fact_density
+    word_tasks.FACT_DENSITY = args.fact_density
     documents = make_documents(
         args.model, args.tasks, num_contexts=args.num_contexts, context_tokens=args.context_tokens,
         questions=args.questions, seed=args.seed, text=args.text,
@@ -201,7 +201,8 @@ def evaluate(
     for number, document in enumerate(documents, 1):
         progress(f"context {number} of {len(documents)}")
         cache = model.read(document.tokens)
-        scores = model.score(document.tokens, chunk_tokens, *prompts, local=True, cache=cache)
+        first, later = prompts
+        scores = model.score(document.tokens, chunk_tokens, first, later, local=True, cache=cache)
         answered[None].add(model, document, cache, None)
         for cell in cells:
             kept = cell.kept_pairs(scores)
@@ -275,7 +276,7 @@ def check(args: argparse.Namespace) -> None:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    density = quality_tasks.FACT_DENSITY
+    density = word_tasks.FACT_DENSITY
     parser.add_argument("--model", required=True, help="folder of a model in transformers' format")
     parser.add_argument(
         "--tasks", nargs="+", choices=ALL_TASKS, help="default: what suits the model"

@@ -20,14 +20,14 @@ import sys
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import transformers
-from retrieval_task import make_context
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from vllm_kvzip.evaluation.tasks.retrieval_task import make_context
 from vllm_kvzip.quantization import (
     Format,
     Int4,
@@ -144,7 +144,7 @@ def model_vectors(model: Path, num_tokens: int = 1024, seed: int = 0) -> dict[st
     """Keys and values of a context, float32 ``[L * H, T, D]``."""
     context = make_context(np.random.default_rng(seed), num_tokens)
     language_model = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32).eval()
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     language_model.model(torch.from_numpy(context.tokens)[None], past_key_values=cache)
     return {
         "keys": torch.cat([layer.keys[0] for layer in cache.layers]),

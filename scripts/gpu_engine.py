@@ -27,9 +27,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from engine_turns import answer_job, take_turn
-from evaluation import counter, versions
-from retrieval_task import make_context
+
+import gpu.clone  # noqa: F401
+from benchmarks.engine_turns import answer_job, take_turn
+from vllm_kvzip.evaluation.engines import counter, versions
+from vllm_kvzip.evaluation.tasks.retrieval_task import make_context
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "tests" / "models" / "tiny-retriever"
@@ -236,8 +238,8 @@ def installed_layout(folder: Path) -> str:
     package.mkdir()
     for path in (ROOT / "vllm_kvzip").iterdir():
         (package / path.name).symlink_to(path)
-    for name in ("kernels", "profiles"):
-        (package / name).symlink_to(ROOT / name)
+    for name in ("kernels", "profiles", "scripts/evaluation", "scripts/profiling"):
+        (package / Path(name).name).symlink_to(ROOT / name)
     info = folder / "vllm_kvzip-0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-kvzip\nVersion: 0\n")

@@ -30,7 +30,8 @@ os.environ["TRITON_INTERPRET"] = "1" if ARGS.interpret else "0"  # before kernel
 
 import torch
 import triton
-from gpu_benchmark import (
+
+from gpu.benchmark import (
     LOADS,
     SMALL_LOADS,
     TUNED,
@@ -42,7 +43,7 @@ from gpu_benchmark import (
     score_row,
     tuning_rows,
 )
-from gpu_checks import all_checks
+from gpu.checks import all_checks
 
 
 def say(*parts: object) -> None:

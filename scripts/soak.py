@@ -22,13 +22,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from engine_invariants import BrokenInvariantError, EngineInvariants
-from hashed_blocks import HashedBlockWatch
-from held_blocks import HeldBlocks, quantized_tokens
-from local_server import CPU_ENVIRONMENT
-from soak_run import DISTURBANCES, Soak
-from soak_workload import Asked, Workload
-from stock_answers import stock_answers
+from soaking.engine_invariants import BrokenInvariantError, EngineInvariants
+from soaking.hashed_blocks import HashedBlockWatch
+from soaking.held_blocks import HeldBlocks, quantized_tokens
+from soaking.run import DISTURBANCES, Soak
+from soaking.stock_answers import stock_answers
+from soaking.workload import Asked, Workload
+from vllm_kvzip.evaluation.local_server import CPU_ENVIRONMENT
 
 DEFAULT_MODEL = Path(__file__).parent.parent / "tests" / "models" / "tiny-retriever"
 BLOCK_SIZE, KEEP_RATIO, MAX_MODEL_LEN, PROTECTED_TOKENS = 32, 0.4, 640, 20
@@ -151,8 +151,8 @@ def _formula(arguments: argparse.Namespace, worker: Any) -> HeldBlocks:
     """What requests must hold under these settings, in the cache of that worker."""
     quantized, budget = 0, arguments.prefill_budget
     if arguments.mode == "quantize":
-        page = worker._cache.pages[0]
-        head_dim = worker._cache.geometry.head_dim
+        page = worker.cache.pages[0]
+        head_dim = worker.cache.geometry.head_dim
         quantized = quantized_tokens(arguments.format or "nf4", page.nbytes, head_dim)
     return HeldBlocks(
         _keep_ratio(arguments),

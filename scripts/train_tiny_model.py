@@ -7,7 +7,7 @@ it (:mod:`retrieval_task`), so it has real retrieval heads. Usage::
     python scripts/train_tiny_model.py --out tests/models/tiny-retriever
 
 ``--architecture granite`` and the flags of its shape make a model of another kind, ``--tasks`` one
-that answers more kinds of questions (:mod:`quality_tasks`); begin with a model that retrieves::
+that answers more kinds of questions (``word_tasks.py``); begin with a model that retrieves::
 
     python scripts/train_tiny_model.py --architecture granite --heads 6 --kv-heads 2 \\
         --head-dim 64 --seed 1 --out /tmp/base
@@ -27,21 +27,11 @@ from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from quality_tasks import EXTRA_TASKS, TASKS
-from retrieval_task import (
-    PERIOD,
-    QUESTION,
-    REPEAT,
-    SPECIAL_WORDS,
-    VOCABULARY,
-    copy_prompt,
-    make_context,
-    question_prompt,
-)
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import (
@@ -51,6 +41,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from vllm_kvzip.evaluation.tasks.retrieval_task import (
+    PERIOD,
+    QUESTION,
+    REPEAT,
+    SPECIAL_WORDS,
+    VOCABULARY,
+    copy_prompt,
+    make_context,
+    question_prompt,
+)
+from vllm_kvzip.evaluation.tasks.word_tasks import EXTRA_TASKS, TASKS
 
 IGNORE = -100
 TARGET_ACCURACY = 0.985
@@ -160,7 +162,8 @@ def build_model(args: argparse.Namespace) -> PreTrainedModel:
     )
     if args.architecture == "granite":  # which has its softmax scale as a setting
         config.attention_multiplier = args.head_dim**-0.5
-    return AutoModelForCausalLM.from_config(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
 def train(
@@ -225,7 +228,8 @@ def copied_share(model: PreTrainedModel, num_tokens: int, num_prompts: int, seed
     ]
     prompts = torch.tensor([prompt for prompt, _ in pairs])
     wanted = torch.tensor([answer for _, answer in pairs])
-    output = model.generate(
+    generate: Any = model.generate
+    output = generate(
         prompts,
         attention_mask=torch.ones_like(prompts),
         max_new_tokens=wanted.shape[1],

@@ -27,7 +27,7 @@ from vllm_source import FUNCTIONS, Found, Sources, constructor, members, signatu
 from vllm_kvzip.vllm_bridge.symbols import PLACES, SINCE
 
 ROOT = Path(__file__).parent.parent
-BRIDGE = ROOT / "vllm_kvzip" / "vllm_bridge"
+PACKAGES = ("vllm_kvzip", "scripts/evaluation", "scripts/profiling")
 RECORD = ROOT / "tests" / "bridge" / "vllm_contract.json"
 SYMBOLS = "vllm_kvzip.vllm_bridge.symbols"
 ABSENT = "absent"
@@ -45,19 +45,20 @@ def installed_vllm() -> Path:
 def open_vllm(path: Path) -> Sources:
     """vLLM from a wheel, an environment or a folder of packages, with our bridge beside it."""
     places = {(SYMBOLS, name): place for name, place in PLACES.items()}
-    sources = Sources(path, {"vllm", "vllm_kvzip"}, places, beside=ROOT)
+    sources = Sources(path, {"vllm", "vllm_kvzip", "scripts"}, places, beside=ROOT)
     if sources.module("vllm") is None:
         raise SystemExit(f"vllm_contract: {path} holds no vLLM.")
     return sources
 
 
 def bridge_modules() -> dict[str, ast.Module]:
-    """Modules of the bridge by dotted name, the table of names aside."""
-    return {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text())
-        for path in sorted(BRIDGE.rglob("*.py"))
-        if path.stem not in ("symbols", "__init__")
-    }
+    """Modules of the bridge, and others that take names from its table, by dotted name."""
+    found = {}
+    for path in (path for folder in PACKAGES for path in sorted((ROOT / folder).rglob("*.py"))):
+        text = path.read_text()
+        if path.stem != "symbols" and ("vllm_bridge" in path.parts or SYMBOLS in text):
+            found[".".join(path.relative_to(ROOT).with_suffix("").parts)] = ast.parse(text)
+    return found
 
 
 def mentions(trees: list[ast.Module]) -> set[str]:
@@ -116,7 +117,7 @@ def expectations(sources: Sources) -> dict[str, str]:
 
 def _members(sources: Sources, name: str, target: Found, named: set[str]) -> dict[str, str]:
     """Members of a class that the bridge names. Of inherited ones the nearest counts."""
-    found = {}
+    found: dict[str, str] = {}
     for ancestor in sources.lineage(target):
         assert isinstance(ancestor.node, ast.ClassDef)
         own = members(ancestor.node)
@@ -171,19 +172,20 @@ def _required(arguments: ast.arguments) -> int:
 
 def overrides(sources: Sources) -> dict[str, tuple[str, str]]:
     """Methods of ours that stand before one of vLLM's: ours and vLLM's signature."""
-    found = {}
+    found: dict[str, tuple[str, str]] = {}
     for module, tree in bridge_modules().items():
-        for node in tree.body:
-            if not isinstance(node, ast.ClassDef):
-                continue
-            line = sources.lineage(Found(module, node))
-            mine = [link.node for link in line if link.module.startswith("vllm_kvzip")]
-            vllms = [link.node for link in line if not link.module.startswith("vllm_kvzip")]
-            for function in (f for owner in mine for f in owner.body if isinstance(f, FUNCTIONS)):
-                theirs = next((m for c in vllms if (m := members(c).get(function.name))), None)
-                if isinstance(theirs, FUNCTIONS):
-                    key = f"{node.name}.{function.name}"
-                    found.setdefault(key, (signature(function), signature(theirs)))
+        for node in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+            ours: dict[str, ast.AST] = {}
+            for link in sources.lineage(Found(module, node)):
+                assert isinstance(link.node, ast.ClassDef)
+                if link.module.split(".")[0] != "vllm":
+                    own = [item for item in link.node.body if isinstance(item, FUNCTIONS)]
+                    ours = {item.name: item for item in own} | ours
+                    continue
+                for name, function in members(link.node).items():
+                    if name in ours and isinstance(function, FUNCTIONS):
+                        pair = (signature(ours[name]), signature(function))
+                        found.setdefault(f"{node.name}.{name}", pair)
     return found
 
 

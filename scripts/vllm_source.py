@@ -155,10 +155,10 @@ def members(owner: ast.ClassDef) -> dict[str, ast.AST]:
             found.setdefault(node.name, node)
         for target in _targets(node):
             found.setdefault(target, node)
-    for node in ast.walk(owner):
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            if isinstance(node.value, ast.Name) and node.value.id == "self":
-                found.setdefault(node.attr, node)
+    for inner in ast.walk(owner):
+        if isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store):
+            if isinstance(inner.value, ast.Name) and inner.value.id == "self":
+                found.setdefault(inner.attr, inner)
     return found
 
 

@@ -54,13 +54,13 @@ class CudaClock:
 
     def mark(self) -> torch.cuda.Event:
         """See :class:`Clock`."""
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def passed(self, mark: torch.cuda.Event) -> bool:
         """See :class:`Clock`."""
-        return bool(mark.query())  # type: ignore[no-untyped-call]
+        return bool(mark.query())
 
     def seconds(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
         """See :class:`Clock`."""

@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
 from vllm_kvzip.errors import ConfigError, suggest
+from vllm_kvzip.registry import FORMATS
 
 METHOD = "kvzip"
 ENABLED_VARIABLE = "LLM_KVZIP_ENABLED"
@@ -25,7 +26,6 @@ CONFIG_FLAG = "--kv-compression-config"
 
 Budget = Literal["uniform", "profile", "retrieval", "adaptive", "adaptive-per-layer"]
 Mode = Literal["evict", "quantize", "mixed"]
-FormatName = Literal["nf4", "int4", "int8"]
 Rotation = Literal["auto", "hadamard", "none"]
 
 DEFAULT_RATIOS: dict[Mode, float] = {"evict": 0.5, "quantize": 1.0, "mixed": 0.5}
@@ -38,92 +38,143 @@ Flag = str | Mapping[str, Any]
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"", "0", "false", "no", "off"}
 
 
+def shown(default: str) -> dict[str, JsonValue]:
+    """How the documents show a default that depends on other things."""
+    return {"shown": default}
+
+
 class KVzipConfig(BaseModel):
-    """Every setting of the plugin, with its default."""
+    """Every setting of the plugin, with its default.
+
+    ``docs/settings.md`` is made of the descriptions (``scripts/document_settings.py``).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     mode: Mode = Field(
         "evict",
-        description="what becomes of a prompt's KV pairs: evict drops the rest, quantize keeps "
-        "what it keeps in fewer bits, mixed keeps the best as they are and the next ones quantized",
+        description="what becomes of a prompt's KV pairs. `evict` drops what is not kept. "
+        "`quantize` keeps what it keeps in fewer bits. `mixed` keeps the best KV pairs as they are "
+        "and the next ones quantized; see [Quantized pages](quantized_pages.md)",
     )
     keep_ratio: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="KV pairs kept / all KV pairs of the compressed prefix; default 0.5, and 1.0 "
-        "in mode quantize",
+        description="KV pairs kept / all KV pairs, in the whole blocks of the prompt; in (0, 1]. "
+        "(kvpress counts what is *removed*.)",
+        json_schema_extra=shown("0.5; `quantize` 1.0"),
     )
     keep_bytes_ratio: float | None = Field(
-        None, gt=0, le=1, description="bytes kept / all bytes, instead of keep_ratio"
+        None, gt=0, le=1, description="bytes kept / all bytes; replaces `keep_ratio`"
     )
     full_share: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="mode mixed: share of the bytes for KV pairs kept as they are; default the "
-        f"profile's, or {DEFAULT_FULL_SHARE}",
+        description="mode `mixed`: share of the bytes for KV pairs that are kept as they are",
+        json_schema_extra=shown(f"the profile's, else {DEFAULT_FULL_SHARE}"),
     )
-    key_format: FormatName = Field("nf4", description="of quantized keys")
-    value_format: FormatName = Field("nf4", description="of quantized values")
+    key_format: str = Field("nf4", description="format of quantized keys: `nf4`, `int4` or `int8`")
+    value_format: str = Field(
+        "nf4", description="format of quantized values: `nf4`, `int4` or `int8`"
+    )
     rotation: Rotation = Field(
         "auto",
-        description="spread outliers before quantizing; auto: where the head size allows it",
+        description="Hadamard rotation before quantizing, which spreads outliers: `hadamard`, "
+        "`none`, or `auto`, which rotates where the head size has such a matrix",
     )
     scorer: str | None = Field(
-        None, description="what makes a KV pair important; default surrogate or contrast"
+        None,
+        description="which KV pairs a head keeps; see [Scorers](#scorers)",
+        json_schema_extra=shown("`surrogate` with a profile, else `contrast`"),
     )
     budget: Budget | None = Field(
-        None, description="how pages are shared between heads; default what suits the scorer"
+        None,
+        description="how pages are shared between heads: `adaptive` (one ranking over all layers "
+        "and heads), `adaptive-per-layer`, `uniform`, `profile` (shares from the profile) or "
+        "`retrieval` (heads that the profile calls important keep everything, the others keep sink "
+        "tokens and recent tokens)",
+        json_schema_extra=shown("the scorer's own, else `profile`, else `adaptive`"),
     )
     profile: str | None = Field(
         "auto",
-        description="head-budget profile: a path, auto (match the model), build (as auto, and made "
-        "when the engine starts if there is none) or none",
+        description="head profile: a path, `auto` (the file that matches the model), `build` (as "
+        "`auto`; where none is found, the engine makes one when it starts) or `none`",
     )
     profile_cache: str | None = Field(
-        None, description="folder of the profiles that engines built; default the user's cache"
+        None,
+        description="folder of the profiles that engines built; `$XDG_CACHE_HOME` is respected",
+        json_schema_extra=shown("`~/.cache/vllm-kvzip`"),
     )
     profile_text: str | None = Field(
-        None, description="profile build: text file to calibrate on, in place of our own texts"
+        None,
+        description="text file to calibrate on, with `profile: build`",
+        json_schema_extra=shown("our own texts"),
     )
     profile_build_seconds: float = Field(
-        300, gt=0, description="profile build: how long it may take until the engine goes on"
+        300,
+        gt=0,
+        description="how long building a profile may take until the engine goes on without one",
     )
-    min_prompt_tokens: int = Field(256, ge=0, description="prompts of fewer tokens are left alone")
+    min_prompt_tokens: int = Field(
+        256, ge=0, description="shorter prompts are left alone and cost nothing"
+    )
     min_output_tokens: int = Field(
-        0, ge=0, description="requests that may generate fewer tokens are left alone"
+        0,
+        ge=0,
+        description="requests with a smaller `max_tokens` are left alone, unless they declare a "
+        "context that others reuse",
     )
     prefill_budget: int | None = Field(
-        None, gt=0, description="tokens whose KV pairs a prompt holds at most while it is read"
+        None,
+        gt=0,
+        description="tokens whose KV pairs a prompt holds at most while it is read; see "
+        "[Prompts longer than the pool](long_prompts.md)",
     )
-    sink_tokens: int = Field(4, ge=0, description="first tokens, kept by every head")
-    recent_tokens: int = Field(16, ge=0, description="last prefix tokens, kept by every head")
+    sink_tokens: int = Field(4, ge=0, description="first tokens, which every head keeps")
+    recent_tokens: int = Field(
+        16, ge=0, description="last tokens of the compressed prefix, which every head keeps"
+    )
     observation_window_tokens: int = Field(
-        32, ge=1, description="last prompt tokens whose attention scorer window uses"
+        32, ge=1, description="last prompt tokens whose attention scorer `window` looks at"
     )
     prefix_reuse: Literal["compressed", "raw"] = Field(
-        "compressed", description="which one a request starts from when both are cached"
+        "compressed",
+        description="which prefix a request starts from when both are cached and equally long: "
+        "`compressed` or `raw`. The longer one wins",
     )
     reuse_ttl_seconds: float | None = Field(
-        None, gt=0, description="forget a compressed prefix that nobody used for so long"
+        None, gt=0, description="a compressed prefix that nobody used for so long is forgotten"
     )
     repeat_prompt: str | None = Field(
         None,
         min_length=1,
-        description="what asks the model to repeat its context; default the profile's own, if any, "
-        "else KVzip's, at the end of the user's turn",
+        description="wording that asks the model to repeat its context, for scorer `kvzip`",
+        json_schema_extra=shown(
+            "the profile's, else KVzip's, at the end of the user's turn where the tokenizer has a "
+            "chat template"
+        ),
     )
     scoring_chunk_tokens: int = Field(
-        2048, ge=16, description="tokens the model repeats at once, of scorer kvzip"
+        2048,
+        ge=16,
+        description="tokens that the model repeats at once, for scorer `kvzip`; never more than "
+        "a step takes (`--max-num-batched-tokens`). Short chunks lose quality, because the model "
+        "sees nothing of the context but sink tokens and the chunk",
     )
     attention_kernel: Literal["auto", "triton", "vllm"] = Field(
         "auto",
-        description="GPUs: whose kernel attends over compressed prefixes, the plugin's or vLLM's; "
-        "auto times both when the engine starts",
+        description="GPUs only: whose kernel attends over compressed prefixes, `triton` (the "
+        "plugin's) or `vllm`. `auto` times both when the engine starts",
     )
-    seed: int = Field(0, description="seed of scorer random")
+    seed: int = Field(0, description="seed of scorer `random`")
+
+    @field_validator("key_format", "value_format")
+    @classmethod
+    def _known_format(cls, name: str) -> str:
+        FORMATS.check(name)
+        return name
 
     @property
     def ratio(self) -> float:
@@ -188,8 +239,9 @@ def load_config(
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0])
-        reason = first["msg"][0].lower() + first["msg"][1:]
-        raise ConfigError(f"{origin[key]}: {key}={first['input']!r} is wrong, {reason}.") from error
+        reason = first["msg"].removeprefix("Value error, ").rstrip(".")
+        reason = reason[0].lower() + reason[1:] + ("" if reason.endswith("?") else ".")
+        raise ConfigError(f"{origin[key]}: {key}={first['input']!r} is wrong, {reason}") from error
     _refuse_contradictions(config, origin)
     return config
 

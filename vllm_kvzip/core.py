@@ -35,6 +35,28 @@ class CacheGeometry:
 
 
 @dataclass(frozen=True)
+class Tier:
+    """Blocks of a compressed prefix whose pages hold KV pairs of one precision.
+
+    Attributes:
+        quantized: whether they are quantized, or as they are.
+        num_blocks: how many.
+        page_tokens: tokens of a page.
+        split: pages of a head page; 1 for KV pairs as they are.
+    """
+
+    quantized: bool
+    num_blocks: int
+    page_tokens: int
+    split: int = 1
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of a head, on average."""
+        return self.num_blocks * self.split
+
+
+@dataclass(frozen=True)
 class PrefixPlan:
     """What follows from a prompt's length and the request's options; scheduler and workers agree.
 
@@ -47,11 +69,16 @@ class PrefixPlan:
             prompt, or the tokens before the boundary when the request declares its context.
         keep_ratio: asked for, by the request or by the server's settings.
         start_blocks: blocks of the prefix that an earlier compression covered; 0 for a raw prefix.
-        held_blocks: blocks that hold what it kept of them.
-        is_round: one compression among others while a long prompt is read, not the last.
+        held_blocks: blocks that hold what the earlier compression kept.
+        is_round: it makes room while a long prompt is read, or a long answer generated; it is not
+            the one that compresses the whole prompt.
         num_quantized_blocks: of the compressed blocks the last ones, which hold quantized pages.
         quantized_page_tokens: tokens of such a page.
         quantized_split: quantized pages of a head page.
+        num_sink_tokens: first tokens before the boundary, which every head keeps.
+        num_recent_tokens: last tokens before the boundary, which every head keeps; fewer than the
+            setting where the sink tokens leave no room for more.
+        min_pages_per_head: ordinary head pages that a head needs for both, at least one.
     """
 
     boundary_tokens: int
@@ -65,11 +92,28 @@ class PrefixPlan:
     num_quantized_blocks: int = 0
     quantized_page_tokens: int = 0
     quantized_split: int = 1
+    num_sink_tokens: int = 0
+    num_recent_tokens: int = 0
+    min_pages_per_head: int = 1
+
+    @property
+    def num_protected_tokens(self) -> int:
+        """Tokens that every head keeps: sink and recent ones."""
+        return self.num_sink_tokens + self.num_recent_tokens
 
     @property
     def num_full_blocks(self) -> int:
         """Compressed blocks that hold KV pairs as they are."""
         return self.num_compressed_blocks - self.num_quantized_blocks
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """From the most precise one on; the first one, of KV pairs as they are, may be empty."""
+        full = Tier(False, self.num_full_blocks, self.boundary_tokens // self.num_prefix_blocks)
+        if not self.num_quantized_blocks:
+            return (full,)
+        page_tokens, split = self.quantized_page_tokens, self.quantized_split
+        return full, Tier(True, self.num_quantized_blocks, page_tokens, split)
 
     @property
     def num_quantized_pages(self) -> int:
@@ -109,6 +153,10 @@ class PrefixPlan:
     def num_saved_blocks(self) -> int:
         """Blocks that the request does without from then on."""
         return self.num_prefix_blocks - self.num_compressed_blocks
+
+    def num_blocks_to_reserve(self, num_tokens: int) -> int:
+        """Blocks to reserve in a step after which ``num_tokens`` of the request are computed."""
+        return 0 if num_tokens < self.ready_tokens else self.num_compressed_blocks
 
     @property
     def share(self) -> float:
@@ -175,31 +223,37 @@ class LayerInputs:
 
 @dataclass(frozen=True)
 class KeepPlan:
-    """Which KV pairs each head keeps, ragged; heads are ordered (layer, KV head).
+    """Which KV pairs each head keeps in one tier; heads are ordered (layer, KV head).
 
     Attributes:
-        positions: int64 ``[sum of pages * N]``, kept positions, ascending inside a head.
-        offsets: int64 ``[L * H + 1]``; head ``i`` keeps ``positions[offsets[i]:offsets[i + 1]]``.
-        pages: int64 ``[L, H]``, head pages each head keeps.
+        positions: int64 ``[sum of pages, page tokens]``, the tokens of each page, ascending inside
+            a head; -1 in place of tokens that a head does not have, at the end of its last pages.
+        pages: int64 ``[L, H]``, pages of each head.
     """
 
     positions: torch.Tensor
-    offsets: torch.Tensor
     pages: torch.Tensor
 
 
 @dataclass(frozen=True)
-class QuantizedKeepPlan:
-    """Which KV pairs each head keeps quantized; heads are ordered (layer, KV head).
+class StoredTier:
+    """The pages of one tier of a compressed prefix.
 
     Attributes:
-        positions: int64 ``[sum of pages, Q]``, the tokens of each page, ascending inside a head;
-            -1 behind the last token of a head that has no more.
-        pages: int64 ``[L, H]``, quantized head pages of each head.
+        page_ids: int64 ``[sum of pages]``, ordered (layer, KV head, position).
+        pages: int64 ``[L, H]``, pages of each head.
+        split: pages of a head page.
     """
 
-    positions: torch.Tensor
+    page_ids: torch.Tensor
     pages: torch.Tensor
+    split: int = 1
+
+    @cached_property
+    def starts(self) -> torch.Tensor:
+        """Where the pages of each head begin in ``page_ids``, int32 ``[L * H + 1]``."""
+        ends = self.pages.flatten().cumsum(0)
+        return torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
 
 
 @dataclass(frozen=True)
@@ -207,49 +261,60 @@ class CompressedPrefix:
     """Where the kept KV pairs of one request lie.
 
     Attributes:
-        page_ids: int64 ``[sum of pages]``, ordered (layer, KV head, position).
-        pages: int64 ``[L, H]``, head pages of each head.
-        scores: float32 ``[sum of pages * N]`` in the same order, of the kept pairs; None unless
-            they will compete with later ones.
-        quantized_page_ids, quantized_pages: the same of the quantized tier; None without one. A
-            head's quantized pages are full, but where it keeps everything.
-        quantized_split: quantized pages of a head page.
-        key_transform: ``[L, H, D]``, of the keys in the quantized tier; None without one.
+        tiers: from the most precise one on. The first one has KV pairs as they are, maybe of no
+            head; all its pages are full. Those of the others are too, but where a head keeps
+            everything.
+        scores: float32 ``[sum of pages * N]`` of the pairs of the first tier, in the order of its
+            pages; None unless they will compete with later ones.
+        key_transform: ``[L, H, D]``, of quantized keys; None where there are none.
         sound: bool, a tensor of one element on a device that nobody waits for: whether all keys,
             values and scores that were looked at are finite. Where they are not, what is kept has
             no meaning. None where that has been looked at.
     """
 
-    page_ids: torch.Tensor
-    pages: torch.Tensor
+    tiers: tuple[StoredTier, ...]
     scores: torch.Tensor | None = None
-    quantized_page_ids: torch.Tensor | None = None
-    quantized_pages: torch.Tensor | None = None
-    quantized_split: int = 1
     key_transform: KeyTransform | None = None
     sound: torch.Tensor | None = None
 
-    @cached_property
+    @property
+    def page_ids(self) -> torch.Tensor:
+        """Of KV pairs as they are; see :class:`StoredTier`."""
+        return self.tiers[0].page_ids
+
+    @property
+    def pages(self) -> torch.Tensor:
+        """Of KV pairs as they are; see :class:`StoredTier`."""
+        return self.tiers[0].pages
+
+    @property
     def offsets(self) -> torch.Tensor:
-        """Where the pages of each head begin, int32 ``[L * H + 1]``."""
-        ends = self.pages.flatten().cumsum(0)
-        return torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
+        """Of the first tier; see :meth:`offsets_of`."""
+        return self.tiers[0].starts
 
-    @cached_property
-    def quantized_offsets(self) -> torch.Tensor:
-        """Where the quantized pages of each head begin, behind all others; like ``offsets``.
+    @property
+    def quantized(self) -> StoredTier | None:
+        """The quantized tier; None where there is none."""
+        return self.tiers[1] if len(self.tiers) > 1 else None
 
-        Counted in quantized pages: those before stand for ``quantized_split`` each.
+    def offsets_of(self, tier: int) -> torch.Tensor:
+        """Where the pages of each head begin in the whole prefix, int32 ``[L * H + 1]``.
+
+        Head pages of a tier follow those of the tiers before it. Counted in pages of the tier,
+        of which ``split`` share a head page.
+
+        Args:
+            tier: its number. One that the prefix does not have has no page.
         """
-        first = self.offsets[-1:] * self.quantized_split
-        if self.quantized_pages is None:
-            return first.expand_as(self.offsets)
-        ends = self.quantized_pages.flatten().cumsum(0)
-        return first + torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
+        before = self.tiers[:tier]
+        num_head_pages = sum(each.starts[-1:] // each.split for each in before)
+        if tier >= len(self.tiers):
+            return torch.zeros_like(self.offsets) + num_head_pages
+        return num_head_pages * self.tiers[tier].split + self.tiers[tier].starts
 
     @cached_property
     def padded(self) -> torch.Tensor:
-        """Page ids as int32 ``[L, H, most pages of a head]``, zeros behind a head's last page."""
+        """Page ids of the first tier, int32 ``[L, H, most pages of a head]``, padded with zeros."""
         width = int(self.pages.max())
         table = self.page_ids.new_zeros((*self.pages.shape, width), dtype=torch.int32)
         filled = torch.arange(width, device=self.pages.device) < self.pages[:, :, None]

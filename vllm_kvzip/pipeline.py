@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from vllm_kvzip.budgeting.allocation import PageAllocator
-from vllm_kvzip.budgeting.selection import protect, rank, select, take_behind, take_best
+from vllm_kvzip.budgeting.selection import check_budgets, rank, take
 from vllm_kvzip.clocks import HostClock, Stopwatch
-from vllm_kvzip.core import CacheGeometry, CompressedPrefix, LayerInputs, PrefixPlan
+from vllm_kvzip.core import (
+    CacheGeometry,
+    CompressedPrefix,
+    KeepPlan,
+    LayerInputs,
+    PrefixPlan,
+    StoredTier,
+)
 from vllm_kvzip.errors import NotFiniteError
 from vllm_kvzip.model.key_transform import KeyTransform
 from vllm_kvzip.storage.head_pages import PagePool, deal_pages
@@ -124,69 +130,61 @@ class Compressor:
             scores, transform, sound = self._score(
                 sources, plan, observation_queries, reconstruction, scale, seed
             )
-        if transform is not None:
-            prefix = self._in_tiers(sources, scores, transform, target_blocks, plan, stages)
-            return replace(prefix, sound=sound), stages
-        total = plan.num_compressed_blocks * geometry.pages_per_block
         with stages.stage("select"):
             available = None
             if earlier is not None:
                 available = earlier.pages + sources.shape[2]
-                sources, scores = _behind(earlier, sources, scores, geometry.block_size)
-            num_sinks, num_recent = self._rule.protected_in_prefix(plan.boundary_tokens)
-            ranked = protect(scores, num_sinks, num_recent)
-            budgets = self._to_device(self._allocator.full(ranked, plan, available))
-            keep = select(scores, budgets, geometry.block_size, num_sinks, num_recent, total)
+                sources, scores = _with_earlier(earlier, sources, scores, geometry.block_size)
+            keeps = self._choose(scores, plan, available)
             kept_scores = None
             if self._rule.prefill_blocks is not None:
-                heads = torch.arange(budgets.numel(), device=scores.device)
-                heads = heads.repeat_interleave(
-                    keep.offsets.diff(), output_size=len(keep.positions)
-                )
-                kept_scores = scores.flatten(0, 1)[heads, keep.positions]
-        with stages.stage("compact"):
-            targets = deal_pages(self._on_device(target_blocks), total, self._pool)
-            self._store.compact(sources, keep, targets)
-        return CompressedPrefix(targets, budgets, kept_scores, sound=sound), stages
-
-    def _in_tiers(
-        self,
-        sources: torch.Tensor,
-        scores: torch.Tensor,
-        transform: KeyTransform,
-        target_blocks: Sequence[int],
-        plan: PrefixPlan,
-        stages: Stopwatch,
-    ) -> CompressedPrefix:
-        """Each head's best tokens as they are, the next ones quantized, the rest dropped."""
-        geometry, page_tokens = self._geometry, plan.quantized_page_tokens
-        num_full = plan.num_full_blocks * geometry.pages_per_block
-        num_quantized = plan.num_quantized_pages * geometry.pages_per_block
-        with stages.stage("select"):
-            num_sinks, num_recent = self._rule.protected_in_prefix(plan.boundary_tokens)
-            ranked = protect(scores, num_sinks, num_recent)
-            full = self._allocator.full(ranked, plan)
-            quantized = self._to_device(self._allocator.quantized(ranked, full, plan))
-            full = self._to_device(full)
-            order = rank(scores, num_sinks, num_recent)
-            keep = take_best(order, full, geometry.block_size, num_full)
-            taken = full * geometry.block_size
-            behind = take_behind(order, taken, quantized, page_tokens, num_quantized)
+                kept_scores = _scores_of(scores, keeps[0])
             total = plan.num_compressed_blocks * geometry.pages_per_block
             targets = deal_pages(self._on_device(target_blocks), total, self._pool)
-            transform = transform.where_first(full == 0)  # else those are kept as they are
-        with stages.stage("compact"):
-            self._store.compact(sources, keep, targets[:num_full])
-        with stages.stage("quantize"):
-            written = self._store.quantize(sources, behind, targets[num_full:], transform)
-        return CompressedPrefix(
-            targets[:num_full],
-            full,
-            quantized_page_ids=written,
-            quantized_pages=quantized,
-            quantized_split=plan.quantized_split,
-            key_transform=transform,
+            if transform is not None:  # the first tokens of other heads are not quantized
+                transform = transform.where_first(keeps[0].pages == 0)
+        tiers = []
+        for tier, keep in zip(plan.tiers, keeps, strict=True):
+            count = tier.num_blocks * geometry.pages_per_block
+            own, targets = targets[:count], targets[count:]
+            with stages.stage("quantize" if tier.quantized else "compact"):
+                if tier.quantized:
+                    assert transform is not None
+                    own = self._store.quantize(sources, keep, own, transform)
+                else:
+                    self._store.compact(sources, keep, own)
+            tiers.append(StoredTier(own, keep.pages, tier.split))
+        return CompressedPrefix(tuple(tiers), kept_scores, transform, sound), stages
+
+    def _choose(
+        self, scores: torch.Tensor, plan: PrefixPlan, available: torch.Tensor | None
+    ) -> list[KeepPlan]:
+        """What each head keeps, tier by tier: its best tokens in the most precise one.
+
+        Args:
+            scores: float32 ``[L, H, T]``.
+            plan: of the prompt.
+            available: int64 ``[L, H]``, pages each head has to choose from; None: all its tokens.
+        """
+        geometry = self._geometry
+        protected = self._rule.protected_in_prefix(plan.boundary_tokens)
+        ranking = rank(scores, *protected)
+        # Tokens of each head in earlier tiers, twice: where budgets are made, and on the device.
+        taken, first_rank = (
+            torch.zeros(scores.shape[:2], dtype=torch.int64, device=device)
+            for device in (self._allocator.device or scores.device, scores.device)
         )
+        keeps, full_tokens = [], taken
+        for tier in plan.tiers:
+            pages = self._allocator.pages(tier, ranking, taken, plan, available)
+            taken = taken + pages * tier.page_tokens
+            full_tokens = full_tokens if tier.quantized else taken
+            pages, total = self._to_device(pages), tier.num_pages * geometry.pages_per_block
+            keeps.append(take(ranking, first_rank, pages, tier.page_tokens, total))
+            first_rank = first_rank + pages * tier.page_tokens
+        if taken.device.type == "cpu":
+            check_budgets(full_tokens, taken, sum(protected), scores.shape[-1])
+        return keeps
 
     def _on_device(self, blocks: Sequence[int]) -> torch.Tensor:
         """Block ids as int64, without waiting for the device."""
@@ -215,6 +213,7 @@ class Compressor:
         geometry, store = self._geometry, self._store
         num_sinks, _ = self._rule.protected_in_prefix(plan.boundary_tokens)
         transforms, sums = [], []
+        quantizes = len(plan.tiers) > 1
         first = plan.start_blocks * geometry.block_size
         shape = (*sources.shape[:2], plan.boundary_tokens - first)
         scores = torch.empty(shape, device=store.device)
@@ -238,7 +237,7 @@ class Compressor:
                 seed=seed + self._seed,
                 first_position=first,
                 # Rounds of a prefill budget compete with one another: the same for all of them.
-                keep_ratio=plan.share if plan.num_quantized_blocks else plan.keep_ratio,
+                keep_ratio=plan.share if quantizes else plan.keep_ratio,
             )
             of_layer = self._scorer.score_layer(inputs)
             if of_layer.shape != shape[1:]:
@@ -249,7 +248,7 @@ class Compressor:
             scores[layer] = of_layer
             # One number that is not finite makes a sum so; without a copy of what is looked at.
             sums += [half.sum() for half in (inputs.keys, inputs.values) if half is not None]
-            if plan.num_quantized_blocks:
+            if quantizes:
                 transforms.append(KeyTransform.fit(inputs.keys, num_sinks))
         sound = torch.isfinite(scores).all() & torch.isfinite(torch.stack(sums)).all()
         transform = KeyTransform.stack(transforms) if transforms else None
@@ -260,7 +259,19 @@ class Compressor:
         return scores, transform, None
 
 
-def _behind(
+def _scores_of(scores: torch.Tensor, keep: KeepPlan) -> torch.Tensor:
+    """Scores of what is kept, in the order of the plan; its pages are full.
+
+    Args:
+        scores: float32 ``[L, H, T]``.
+        keep: of the first tier.
+    """
+    heads = torch.arange(keep.pages.numel(), device=scores.device)
+    heads = heads.repeat_interleave(keep.pages.flatten(), output_size=len(keep.positions))
+    return scores.flatten(0, 1)[heads[:, None], keep.positions].flatten()
+
+
+def _with_earlier(
     earlier: CompressedPrefix, sources: torch.Tensor, scores: torch.Tensor, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Candidates of a later compression: what was kept before, then what is new.

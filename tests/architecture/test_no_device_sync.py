@@ -12,7 +12,14 @@ PATHS = [
     ROOT / "vllm_kvzip" / "storage" / "row_pages.py",
     *(
         ROOT / "vllm_kvzip" / "vllm_bridge" / "attention" / f"{name}.py"
-        for name in ("kernel_batches", "stock_pairs", "gpu_attention")
+        for name in (
+            "attention_layer",
+            "batches",
+            "gpu_attention",
+            "kernel_batches",
+            "metadata_builder",
+            "stock_head_sequences",
+        )
     ),
 ]
 

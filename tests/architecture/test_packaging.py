@@ -27,10 +27,34 @@ def test_the_wheel_holds_the_package_and_its_profiles(wheel):
     assert {root for root in roots if not root.endswith(".dist-info")} == {"vllm_kvzip"}
     wanted = {path.name for path in (ROOT / "vllm_kvzip" / "vllm_bridge").glob("*.py")}
     assert wanted <= {name.split("/")[-1] for name in names if "/vllm_bridge/" in name}
-    assert "vllm_kvzip/profiles/tiny-retriever.json" in names
+    assert "vllm_kvzip/profiles/SmolLM2-135M-Instruct.safetensors" in names
     assert "vllm_kvzip/profiles/calibration.txt" in names
     assert "vllm_kvzip/kernels/__init__.py" in names
     assert "vllm_kvzip/quantization/__init__.py" in names
+    assert "vllm_kvzip/evaluation/tasks/evaluation.txt" in names
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_every_module_and_nothing_of_the_test_models(wheel):
+    names = wheel.namelist()
+    assert [name for name in names if "tiny-" in name or name.endswith(".png")] == []
+    places = {"vllm_kvzip": ROOT / "vllm_kvzip"}
+    places |= {f"vllm_kvzip/{name}": ROOT / name for name in ("kernels", "profiles")}
+    places |= {
+        f"vllm_kvzip/{name}": ROOT / "scripts" / name for name in ("evaluation", "profiling")
+    }
+    wanted = {
+        f"{place}/{path.relative_to(folder)}"
+        for place, folder in places.items()
+        for path in folder.rglob("*.py")
+    }
+    assert {name for name in names if name.endswith(".py")} == wanted
+
+
+@pytest.mark.slow
+def test_the_wheel_brings_the_command(wheel):
+    entry_points = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
+    assert "vllm-kvzip = vllm_kvzip.command.main:main" in wheel.read(entry_points).decode()
 
 
 @pytest.mark.slow

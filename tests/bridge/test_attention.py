@@ -8,7 +8,7 @@ import torch
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from vllm_kvzip.storage.page_store import PackedPages
-from vllm_kvzip.vllm_bridge.attention.cpu_attention import PairBatch
+from vllm_kvzip.vllm_bridge.attention.head_sequence_batches import HeadSequenceBatch
 from vllm_kvzip.vllm_bridge.cache.cpu_pages import discover_codec
 
 pytestmark = pytest.mark.vllm
@@ -18,18 +18,18 @@ HEADS, GROUP, DIM, BLOCK, LAYERS = 3, 2, 64, 32, 2
 
 @pytest.mark.parametrize("query_lengths", [[1, 1, 1], [1, 4, 2]], ids=["decode", "several tokens"])
 @pytest.mark.parametrize("with_others", [False, True], ids=["all compressed", "mixed batch"])
-def test_every_pair_attends_over_its_own_pages(query_lengths, with_others):
+def test_every_head_sequence_attends_over_its_own_pages(query_lengths, with_others):
     torch.manual_seed(1)
     isa = _get_attn_isa(torch.float32, BLOCK, DIM)
     codec = discover_codec(BLOCK, DIM, torch.float32, isa)
-    num_pairs = len(query_lengths) * HEADS
-    seq_lens = torch.randint(5, 5 * BLOCK, (LAYERS, num_pairs), dtype=torch.int32)
+    num_sequences = len(query_lengths) * HEADS
+    seq_lens = torch.randint(5, 5 * BLOCK, (LAYERS, num_sequences), dtype=torch.int32)
     width = 5
-    pages = torch.full((LAYERS * num_pairs * width + 7, 2 * BLOCK * DIM), float("nan"))
-    order = torch.randperm(len(pages))[: LAYERS * num_pairs * width]
-    tables = order.view(LAYERS, num_pairs, width).to(torch.int32)
+    pages = torch.full((LAYERS * num_sequences * width + 7, 2 * BLOCK * DIM), float("nan"))
+    order = torch.randperm(len(pages))[: LAYERS * num_sequences * width]
+    tables = order.view(LAYERS, num_sequences, width).to(torch.int32)
     store = PackedPages(pages, codec, BLOCK, DIM)
-    keys, values = (torch.randn(LAYERS, num_pairs, width * BLOCK, DIM) for _ in range(2))
+    keys, values = (torch.randn(LAYERS, num_sequences, width * BLOCK, DIM) for _ in range(2))
     store.write(order, keys.view(-1, DIM), values.view(-1, DIM))
 
     lead = 2 if with_others else 0  # tokens of another request in front, which must stay untouched
@@ -38,15 +38,15 @@ def test_every_pair_attends_over_its_own_pages(query_lengths, with_others):
     bounds = torch.tensor([0, *query_lengths]).cumsum(0) + lead
     tokens = [torch.arange(a, b) for a, b in pairwise(bounds)]
     lengths = torch.tensor(query_lengths).repeat_interleave(HEADS)
-    starts = torch.zeros(num_pairs + 1, dtype=torch.int32)
+    starts = torch.zeros(num_sequences + 1, dtype=torch.int32)
     starts[1:] = lengths.cumsum(0)
     single = not with_others and max(query_lengths) == 1
     heads = torch.arange(HEADS)[:, None]
     rows = torch.cat([(part * HEADS + heads).flatten() for part in tokens])
     halves = pages.view(-1, 1, 2 * BLOCK, DIM).chunk(2, dim=2)
-    batch = PairBatch(
+    batch = HeadSequenceBatch(
         pages=halves, tables=tables, seq_lens=seq_lens, query_start_loc=starts,
-        pair_rows=None if single else rows, num_kv_heads=HEADS, group_size=GROUP, head_dim=DIM,
+        sequence_rows=None if single else rows, num_kv_heads=HEADS, group_size=GROUP, head_dim=DIM,
         layer_index={"first": 0, "second": 1}, isa=isa,
     )  # fmt: skip
     impl = SimpleNamespace(scale=DIM**-0.5, logits_soft_cap=0)
@@ -56,12 +56,12 @@ def test_every_pair_attends_over_its_own_pages(query_lengths, with_others):
         assert output[:lead].isnan().all()
         for request, part in enumerate(tokens):
             for head in range(HEADS):
-                pair = request * HEADS + head
-                length = int(seq_lens[layer, pair])
+                sequence = request * HEADS + head
+                length = int(seq_lens[layer, sequence])
                 for index, token in enumerate(part.tolist()):
                     visible = length - len(part) + index + 1
-                    own_keys = keys[layer, pair, :visible]
-                    own_values = values[layer, pair, :visible]
+                    own_keys = keys[layer, sequence, :visible]
+                    own_values = values[layer, sequence, :visible]
                     for member in range(head * GROUP, (head + 1) * GROUP):
                         weights = (own_keys @ query[token, member] * impl.scale).softmax(0)
                         torch.testing.assert_close(

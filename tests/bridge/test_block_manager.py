@@ -2,7 +2,7 @@
 
 A small scheduler drives vLLM's `KVCacheManager` with our spec: chunked prefill, decode, prefix
 hits, preemption, resumption, aborts at any moment and resets. The worker's side sees what a worker
-would see, and keeps account of what lies in every slot of the cache. After every step the pool must
+would see, and notes what is stored in every slot of the cache. After every step the pool must
 add up, both sides must hold the same row, and every slot a request reads must hold its own tokens.
 """
 
@@ -15,8 +15,10 @@ from scheduler_steps import new_request, output
 from vllm import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_kvzip.planning.request_options import LEFT_ALONE
 from vllm_kvzip.planning.reuse_rule import ReuseRule
 from vllm_kvzip.storage.head_pages import fold_row
+from vllm_kvzip.vllm_bridge.compressed_group import CompressedGroup
 from vllm_kvzip.vllm_bridge.scheduler.prefix_lookup import options
 from vllm_kvzip.vllm_bridge.step_message import attach, attached
 from vllm_kvzip.vllm_bridge.worker.requests import RequestTracker
@@ -53,7 +55,7 @@ class World:
         self.manager.prefixes._clock = lambda: self.now
         self.waiting, self.running = [], []
         self.requests = {}
-        self.tracker = RequestTracker(self.manager.rule)
+        self.tracker = RequestTracker(self.manager.rule, CompressedGroup(0, ("a layer",)))
         self.pending, self.rows = [], {}  # the worker's
         self.slots = {}  # (block, offset) -> what was written there
         self.runs = {}  # serial -> (block ids, boundary, keep ratio, plan)
@@ -69,7 +71,7 @@ class World:
         stem = [1 + self.random.randrange(2)] * size
         rest = self.random.randint(1, self.random.choice([90, self.longest - 210]))
         prompt = stem + [self.random.randrange(1000) for _ in range(rest)]
-        if self.running and self.random.random() < 0.15:  # somebody goes on from an answer
+        if self.running and self.random.random() < 0.15:  # a chat goes on after its answer
             prompt = [*self.random.choice(self.running).all_token_ids, 7, 8]
         prompt = prompt[: self.longest]
         context = self.random.choice([None, size, min(size, 64)])
@@ -221,7 +223,7 @@ class World:
             self.pending.append(request)
         for rid, count in step.num_scheduled_tokens.items():
             row = [block.block_id for block in self.manager.req_to_blocks[rid]]
-            reservation = self.manager._reserved.get(rid)
+            reservation = self.manager.rows[rid].reservation
             if reservation and self.rows[rid] != row:  # the scheduler folds a step later
                 assert self.asynchronous
                 row = fold_row(row, reservation.run.plan, reservation.start, 0)
@@ -273,7 +275,7 @@ class World:
                     kept = ("run", keep_ratio, tokens[boundary - 1], index)
                     assert self.slots[block, offset] == kept
             assert all(block == 0 for block in row[num_compressed : boundary // BLOCK])
-            started_here = rid not in self.manager._raw_tokens
+            started_here = self.manager.rows[rid].num_raw_tokens is None
             allowed = ("over",) if started_here else ("raw", "over")
         else:
             allowed = ("raw",)
@@ -299,12 +301,15 @@ class World:
         pool = self.cache.block_pool
         assert pool.get_num_free_blocks() + len(held) == NUM_BLOCKS - 1
         assert all(pool.blocks[block].ref_cnt == count for block, count in held.items())
-        users = Counter(run.serial for run in self.manager._runs.values())
-        for rid, run in self.manager._runs.items():
+        rows = self.manager.rows
+        assert rows.keys() == {rid for rid, row in self.manager.req_to_blocks.items() if row}
+        runs = {rid: row.run for rid, row in rows.items() if row.run is not None}
+        users = Counter(run.serial for run in runs.values())
+        for rid, run in runs.items():
             row = self.manager.req_to_blocks[rid]
             tail = len(row) - run.plan.num_prefix_blocks
             assert run.users == users[run.serial]
-            reserved = self.manager._reserved.get(rid)
+            reserved = rows[rid].reservation
             assert sum(not block.is_null for block in row) == len(run.blocks) + tail
             peak = self.manager.rule.peak_blocks
             assert peak is None or len(run.blocks) + tail <= peak, (run.plan, reserved)
@@ -331,14 +336,27 @@ def test_random_histories_keep_pool_and_rows_in_order(seed, asynchronous, prefil
     assert world.events["prefix hit"] > 0
     assert world.cache.block_pool.get_num_free_blocks() == NUM_BLOCKS - 1
     manager = world.manager
-    for left in (
-        manager._plans, manager._reserved, manager._runs, manager._raw_tokens, manager._raw_hits,
-        manager._unreported, manager._hits, manager._crossing,
-    ):  # fmt: skip
-        assert not left
+    assert not manager.rows
     world.step()
     assert len(world.runs) == len(manager.prefixes)  # the workers forget what was dropped
     EVENTS.update(world.events)
+
+
+def test_a_request_that_waits_is_planned_anew(tmp_path):
+    """Its compression may have failed in the meantime, so that it is left alone from then on."""
+    reuse = ReuseRule(fingerprint="00" * 16)
+    cache, manager, hasher = build_cache(
+        tmp_path, BLOCK, 10, reuse, keep_ratio=0.5, min_prompt_tokens=40
+    )
+    taken = cache.block_pool.get_new_blocks(5)
+    request = Request("a", [1] * 80, SamplingParams(max_tokens=9), None, block_hasher=hasher)
+    assert cache.allocate_slots(request, 80) is None
+    assert not manager.rows
+    cache.block_pool.free_blocks(taken)
+    request.sampling_params.extra_args = {LEFT_ALONE: "failed"}
+    assert cache.allocate_slots(request, 80) is not None
+    assert manager.rows["a"].reservation is None
+    assert manager.end_of_schedule({"a"}) is None
 
 
 EVENTS = Counter()

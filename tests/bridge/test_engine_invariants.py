@@ -5,13 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cache_manager import build_cache
-from engine_invariants import BrokenInvariantError, EngineInvariants
-from held_blocks import HeldBlocks
 from vllm import SamplingParams
 from vllm.v1.request import Request
 
+from soaking.engine_invariants import BrokenInvariantError, EngineInvariants
+from soaking.held_blocks import HeldBlocks
 from vllm_kvzip.planning.reuse_rule import ReuseRule
 from vllm_kvzip.storage.head_pages import PagePool
+from vllm_kvzip.vllm_bridge.scheduler.row_state import RowState
 
 pytestmark = pytest.mark.vllm
 
@@ -57,7 +58,7 @@ def engine(tmp_path):
 
 def fold(engine):
     engine.cache.new_step_starts()
-    assert engine.manager._runs
+    assert engine.manager.rows["long"].run is not None
 
 
 def test_a_healthy_engine_passes(engine):
@@ -141,25 +142,27 @@ def test_what_is_left_behind_is_seen(engine):
     for request in list(engine.scheduler.running):
         engine.cache.free(request)
         engine.scheduler.running.remove(request)
-    engine.manager._raw_tokens["ghost"] = 1
-    with pytest.raises(BrokenInvariantError, match="_raw_tokens is not empty"):
+    engine.manager.rows["ghost"] = RowState(engine.long, None)
+    with pytest.raises(BrokenInvariantError, match="rows is not empty"):
         engine.checks.check_idle()
 
 
 def test_pages_of_other_blocks_are_seen(engine):
     fold(engine)
     pool = PagePool(num_blocks=60, num_layers=3, num_kv_heads=2)
-    blocks = [block.block_id for block in engine.manager._runs["long"].blocks]
+    blocks = [block.block_id for block in engine.manager.rows["long"].run.blocks]
     right = pool.page_ids(torch.tensor(blocks)).flatten()
-    states = {"long": SimpleNamespace(prefix=SimpleNamespace(page_ids=right, quantized_split=1))}
-    worker = SimpleNamespace(_states=states, _cache=SimpleNamespace(pool=pool))
+    tier = SimpleNamespace(page_ids=right)
+    states = {"long": SimpleNamespace(prefix=SimpleNamespace(tiers=(tier,)))}
+    prefixes, cache = SimpleNamespace(states=states), SimpleNamespace(pool=pool)
+    worker = SimpleNamespace(prefixes=prefixes, cache=cache)
 
     def check():
         EngineInvariants(engine.scheduler, engine.watch, FORMULA, worker).check()
 
     check()
     for wrong in (right + 60, right[1:]):
-        states["long"].prefix.page_ids = wrong
+        tier.page_ids = wrong
         with pytest.raises(BrokenInvariantError, match="long uses other pages"):
             check()
     states.clear()
@@ -168,8 +171,7 @@ def test_pages_of_other_blocks_are_seen(engine):
 
 
 def test_a_worker_that_reads_a_prefix_of_nobody_is_seen(engine):
-    engine.checks = EngineInvariants(
-        engine.scheduler, engine.watch, FORMULA, SimpleNamespace(_states={"short": None})
-    )
+    worker = SimpleNamespace(prefixes=SimpleNamespace(states={"short": None}))
+    engine.checks = EngineInvariants(engine.scheduler, engine.watch, FORMULA, worker)
     with pytest.raises(BrokenInvariantError, match="short is not compressed, and its worker reads"):
         engine.checks.check()

@@ -11,7 +11,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_kvzip.config import KVzipConfig
 from vllm_kvzip.errors import KVzipError
-from vllm_kvzip.vllm_bridge import stats_export
+from vllm_kvzip.vllm_bridge import platforms, stats_export
 from vllm_kvzip.vllm_bridge.attention.gpu_attention import (
     HeadPageFlashBuilder,
     HeadPageTritonBackend,
@@ -41,14 +41,14 @@ def stock_config():
 
 @pytest.fixture
 def on_a_card(monkeypatch):
-    for module in (checks, gpu_backend, options):
+    for module in (platforms, checks, gpu_backend):
         monkeypatch.setattr(module, "current_platform", Hopper())
 
 
 def test_the_gpus_worker_and_a_backend_of_ours_are_chosen(stock_config, on_a_card):
     options.configure(stock_config, KVzipConfig(attention_kernel="triton"))
-    assert stock_config.parallel_config.worker_cls == options.GPU_WORKER
-    assert stock_config.attention_config.backend.name in checks.GPU_BACKENDS
+    assert stock_config.parallel_config.worker_cls == platforms.GPU.worker_class
+    assert stock_config.attention_config.backend.name in platforms.GPU.attention_backends
     assert stock_config.cache_config.block_size == 16
 
 
@@ -178,7 +178,7 @@ def test_other_platforms_are_refused(stock_config, monkeypatch):
         _enum = PlatformEnum.ROCM
         device_name = "another card"
 
-    monkeypatch.setattr(checks, "current_platform", Elsewhere())
+    monkeypatch.setattr(platforms, "current_platform", Elsewhere())
     with pytest.raises(KVzipError, match="NVIDIA GPUs and on CPUs"):
         checks.check_supported(stock_config)
 

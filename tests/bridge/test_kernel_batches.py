@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm_kvzip.kernels.reference import head_page_attention_reference
 
-from vllm_kvzip.core import CacheGeometry, CompressedPrefix, PrefixPlan
+from vllm_kvzip.core import CacheGeometry, CompressedPrefix, PrefixPlan, StoredTier
+from vllm_kvzip.kernels.reference import head_page_attention_reference
 from vllm_kvzip.storage.head_pages import PagePool, deal_pages
 from vllm_kvzip.storage.row_pages import RowPages
 from vllm_kvzip.vllm_bridge.attention.batches import PrefixState
-from vllm_kvzip.vllm_bridge.attention.gpu_attention import _behind
+from vllm_kvzip.vllm_bridge.attention.gpu_attention import _last_requests
 from vllm_kvzip.vllm_bridge.attention.kernel_batches import KernelBatcher
 from vllm_kvzip.vllm_bridge.cache.head_page_cache import HeadPageCache
 
@@ -59,7 +59,7 @@ class World:
             pages = torch.from_numpy(counts).view(2, 2)
             ids = deal_pages(torch.tensor(row[:held]), held * 4, POOL)
             plan = PrefixPlan(boundary * 16, boundary, held, boundary * 16, 0.3)
-            self.states[name] = PrefixState(CompressedPrefix(ids, pages), plan)
+            self.states[name] = PrefixState(CompressedPrefix((StoredTier(ids, pages),)), plan)
 
     def step(self, names, query_lens):
         """Write a batch into vLLM's buffers, in place; gives queries."""
@@ -118,7 +118,7 @@ def test_slots_are_reused_when_requests_end():
         names = [f"dense {number}", number]
         query = world.step(names, [1, 1])
         split = world.batcher.split(names, world.common, world.states)
-        torch.testing.assert_close(attended(split.pairs, query), world.expected(names, query))
+        torch.testing.assert_close(attended(split.compressed, query), world.expected(names, query))
         if number % 3:
             del world.states[number]
             world.free += world.rows.pop(number)
@@ -136,10 +136,10 @@ def test_requests_behind_the_last_compressed_one_are_left_to_vllm():
     split = world.batcher.split(names, world.common, world.states)
     assert split.dense_rows == slice(2, None)
     assert split.dense_tokens == slice(4, None)
-    assert split.pairs.max_query_len == 3
-    output = attended(split.pairs, query[:4])
+    assert split.compressed.max_query_len == 3
+    output = attended(split.compressed, query[:4])
     torch.testing.assert_close(output, world.expected(names, query)[:4])
-    rest = _behind(world.common, 2, 4)
+    rest = _last_requests(world.common, 2, 4)
     assert rest.query_start_loc.tolist() == rest.query_start_loc_cpu.tolist() == [0, 5, 12]
     assert (rest.num_reqs, rest.num_actual_tokens, rest.max_query_len) == (2, 12, 7)
     assert torch.equal(rest.seq_lens, world.common.seq_lens[2:])

@@ -17,7 +17,7 @@ from vllm_kvzip.planning.reuse_rule import ReuseRule
 from vllm_kvzip.vllm_bridge.scheduler.idle_expiry import IdleExpiry
 from vllm_kvzip.vllm_bridge.scheduler.prefix_cache import CompressedPrefixCache
 from vllm_kvzip.vllm_bridge.settings import Settings
-from vllm_kvzip.vllm_bridge.worker.use_times import UseTimes
+from vllm_kvzip.vllm_bridge.worker.prefixes import UseTimes
 
 pytestmark = pytest.mark.vllm
 
@@ -242,7 +242,7 @@ def with_a_clock(engine):
     return now
 
 
-def test_prefixes_end_in_time_while_nobody_asks(tmp_path):
+def test_prefixes_end_in_time_while_no_request_comes(tmp_path):
     engine = Engine(tmp_path, ttl_seconds=0.05)
     now, prefixes, lock = with_a_clock(engine), engine.manager.prefixes, threading.RLock()
     expiry = IdleExpiry(prefixes, 0.05, lock)
@@ -251,7 +251,7 @@ def test_prefixes_end_in_time_while_nobody_asks(tmp_path):
         engine.serve([*range(1000, 1128), 7], 128)
         now[0] = 0.06
         time.sleep(0.3)
-        assert len(prefixes) == 2  # whoever works with the pool is not disturbed
+        assert len(prefixes) == 2  # nothing expires while the lock is held
     assert eventually(lambda: len(prefixes) == 0)
     value = collected(tmp_path)
     assert value("vllm_kvzip_prefix_entries") == 0

@@ -60,7 +60,7 @@ class History:
             first = request.num_computed_tokens
             count = self.schedule.next_stop(request, self.plan(request), first, wanted)
             if wanted == 1 and first >= request.num_prompt_tokens:
-                assert count == 1  # whoever decodes is never kept waiting
+                assert count == 1  # a decoding request never waits
             if count:
                 scheduled[request.request_id] = count
                 prefill += count if count > 1 else 0

@@ -1,13 +1,17 @@
 """The worker's book-keeping, fed with real scheduler outputs of vLLM's own classes."""
 
+from dataclasses import replace
+
 from scheduler_steps import new_request, output
 
 from vllm_kvzip.core import PrefixPlan
 from vllm_kvzip.planning.prefix_rule import PrefixRule
 from vllm_kvzip.storage.head_pages import fold_row
+from vllm_kvzip.vllm_bridge.compressed_group import CompressedGroup
 from vllm_kvzip.vllm_bridge.worker.requests import RequestTracker
 
 RULE = PrefixRule(0.5, min_prompt_tokens=32, sink_tokens=1, recent_tokens=1, block_size=16)
+GROUP = CompressedGroup(0, ("a layer",))
 
 
 def run(tracker, step):
@@ -17,7 +21,7 @@ def run(tracker, step):
 
 
 def test_chunked_prefill_crosses_once_when_the_prompt_is_complete():
-    tracker = RequestTracker(RULE)
+    tracker = RequestTracker(RULE, GROUP)
     step = output(new=[new_request("a", 70, [1, 2])], scheduled={"a": 32})
     assert run(tracker, step) == ([], [])
     step = output(running=[("a", 32, [3, 4])], scheduled={"a": 32})
@@ -25,20 +29,31 @@ def test_chunked_prefill_crosses_once_when_the_prompt_is_complete():
     step = output(running=[("a", 64, [5, 8, 9])], scheduled={"a": 6})
     assert run(tracker, step) == ([], ["a"])
     request = tracker.get("a")
-    assert request.plan == PrefixPlan(64, 4, 2, 70, 0.5)
+    assert request.plan == PrefixPlan(64, 4, 2, 70, 0.5, num_sink_tokens=1, num_recent_tokens=1)
     assert request.block_ids[request.reserve_start :] == [8, 9]
     step = output(running=[("a", 70, None)], scheduled={"a": 1})
     assert run(tracker, step) == ([], [])
 
 
+def test_block_ids_are_those_of_the_compressed_group():
+    tracker = RequestTracker(RULE, CompressedGroup(1, ("a layer",)))
+    new = replace(new_request("a", 60, []), block_ids=([7], [1, 2]))
+    run(tracker, output(new=[new], scheduled={"a": 32}))
+    step = output(running=[("a", 32, [])], scheduled={"a": 16})
+    step.scheduled_cached_reqs.new_block_ids = [([8], [3])]
+    assert list(tracker.new_blocks(step)) == [("a", [3])]
+    run(tracker, step)
+    assert tracker.get("a").block_ids == [1, 2, 3]
+
+
 def test_short_prompts_are_not_tracked():
-    tracker = RequestTracker(RULE)
+    tracker = RequestTracker(RULE, GROUP)
     assert run(tracker, output(new=[new_request("a", 31, [1, 2])], scheduled={"a": 31})) == ([], [])
     assert len(tracker) == 0
 
 
 def test_a_resumed_request_starts_afresh_and_is_compressed_again():
-    tracker = RequestTracker(RULE)
+    tracker = RequestTracker(RULE, GROUP)
     run(tracker, output(new=[new_request("a", 64, [1, 2, 3, 4, 8, 9])], scheduled={"a": 64}))
     tracker.get("a").folded = True
     assert run(tracker, output(preempted=["a"])) == (["a"], [])
@@ -50,7 +65,7 @@ def test_a_resumed_request_starts_afresh_and_is_compressed_again():
 
 
 def test_finished_requests_go_and_their_id_may_come_back():
-    tracker = RequestTracker(RULE)
+    tracker = RequestTracker(RULE, GROUP)
     run(tracker, output(new=[new_request("a", 64, [1, 2, 3, 4, 8, 9])], scheduled={"a": 64}))
     step = output(new=[new_request("a", 40, [5, 6, 7])], scheduled={"a": 8}, finished=["a"])
     assert run(tracker, step) == (["a"], [])
@@ -59,8 +74,8 @@ def test_finished_requests_go_and_their_id_may_come_back():
 
 
 def test_requests_that_are_left_alone_are_named_when_they_lose_their_blocks():
-    """One of them may have resumed on somebody else's compressed prefix."""
-    tracker = RequestTracker(RULE)
+    """Such a request may have resumed on a compressed prefix of another one."""
+    tracker = RequestTracker(RULE, GROUP)
     run(tracker, output(new=[new_request("a", 31, [1, 2])], scheduled={"a": 31}))
     assert run(tracker, output(preempted=["a"])) == (["a"], [])
     step = output(running=[("a", 16, [3, 4])], scheduled={"a": 20}, resumed=["a"])
@@ -69,7 +84,7 @@ def test_requests_that_are_left_alone_are_named_when_they_lose_their_blocks():
 
 
 def test_equal_prefixes_have_equal_seeds():
-    tracker = RequestTracker(RULE)
+    tracker = RequestTracker(RULE, GROUP)
     run(tracker, output(new=[new_request(name, 64, [1]) for name in "ab"], scheduled={}))
     run(
         tracker,
@@ -79,7 +94,7 @@ def test_equal_prefixes_have_equal_seeds():
         ),
     )
     assert tracker.get("a").seed == tracker.get("b").seed
-    assert tracker.get("a").seed == tracker.get("c").seed  # what lies behind the boundary is open
+    assert tracker.get("a").seed == tracker.get("c").seed  # tokens after the boundary do not count
     assert tracker.get("a").seed != tracker.get("d").seed
 
 

@@ -32,7 +32,6 @@ def build_scheduler(num_blocks, **engine):
     spec = HeadPageSpec.from_full_attention(
         FullAttentionSpec(block_size=BLOCK, num_kv_heads=4, head_size=32, dtype=torch.float32),
         Settings.from_vllm_config(config),
-        num_layers=4,
         vllm_config=config,
     )
     init_none_hash(sha256)

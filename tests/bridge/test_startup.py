@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import vllm
 from engine_job import MODEL
-from retrieval_task import VOCABULARY
 from startup import ON, engine_config, refusal
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
@@ -22,8 +21,9 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_kvzip.errors import KVzipError
+from vllm_kvzip.evaluation.tasks.retrieval_task import VOCABULARY
 from vllm_kvzip.head_profiles.head_profile import load_profile, profile_folders
-from vllm_kvzip.vllm_bridge import versions
+from vllm_kvzip.vllm_bridge import platforms, versions
 from vllm_kvzip.vllm_bridge.settings import Settings
 from vllm_kvzip.vllm_bridge.start import options, plugin
 
@@ -34,7 +34,7 @@ def test_flag_sets_worker_block_size_and_settings():
     flags = ("--kv-compression-config", '{"keep_ratio": 0.3, "scorer": "profile"}')
     config = engine_config(*ON, *flags)
     settings = Settings.from_vllm_config(config)
-    assert config.parallel_config.worker_cls == options.CPU_WORKER
+    assert config.parallel_config.worker_cls == platforms.CPU.worker_class
     assert config.scheduler_config.get_scheduler_cls().__name__ == "HeadPageScheduler"
     assert config.cache_config.block_size == 32
     assert settings.config.keep_ratio == 0.3
@@ -328,7 +328,7 @@ def test_an_untested_vllm_is_a_warning(monkeypatch, caplog, running, said):
     monkeypatch.setattr(options.logger, "propagate", True)
     with caplog.at_level(logging.WARNING):
         config = engine_config(*ON)
-    assert config.parallel_config.worker_cls == options.CPU_WORKER
+    assert config.parallel_config.worker_cls == platforms.CPU.worker_class
     assert said in caplog.text
     assert ("was tested with vLLM 0.31.0 and 0.32.0, but" in caplog.text) == bool(said)
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 import transformers
 from engine_job import MODEL
-from model_files import fingerprint_from_config
 from startup import ON, engine_config, refusal
 from vllm.transformers_utils.configs.minimax_m3 import MiniMaxM3TextConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from vllm_kvzip.errors import UnsupportedError
+from vllm_kvzip.evaluation.model_files import fingerprint_from_config
 from vllm_kvzip.model.attention_kinds import unusual_attention
 from vllm_kvzip.vllm_bridge.attention.cpu_attention import HeadPageCPUImpl
 from vllm_kvzip.vllm_bridge.cache.cache_spec import as_head_page_specs

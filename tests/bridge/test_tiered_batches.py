@@ -9,9 +9,11 @@ from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from vllm_kvzip.storage.page_store import PackedPages
 from vllm_kvzip.storage.row_pages import RowPages
-from vllm_kvzip.vllm_bridge.attention.cpu_attention import PairBatch
+from vllm_kvzip.vllm_bridge.attention.head_sequence_batches import (
+    HeadSequenceBatch,
+    HeadSequenceBatcher,
+)
 from vllm_kvzip.vllm_bridge.attention.kernel_batches import KernelBatcher
-from vllm_kvzip.vllm_bridge.attention.pair_batches import PairBatcher
 from vllm_kvzip.vllm_bridge.attention.tiered_batches import TieredBatch
 from vllm_kvzip.vllm_bridge.cache.cpu_pages import discover_codec
 
@@ -53,13 +55,13 @@ def world(make_store=make_store, **settings):
 )
 def test_every_query_sees_what_its_request_keeps(settings, names, query_lens):
     made = world(**settings)
-    batcher = PairBatcher(made.cache, ISA)
+    batcher = HeadSequenceBatcher(made.cache, ISA)
     common, query = made.step(names, query_lens)
     split = batcher.split(names, common, made.states)
-    assert isinstance(split.pairs, TieredBatch)
+    assert isinstance(split.compressed, TieredBatch)
     for name, layer in NAMES.items():
         output = torch.full_like(query, float("nan"))
-        split.pairs.attend(IMPL, SimpleNamespace(layer_name=name), query, output)
+        split.compressed.attend(IMPL, SimpleNamespace(layer_name=name), query, output)
         wanted = made.expected(names, query_lens, query, layer)
         start = 0
         for request, count in zip(names, query_lens, strict=True):
@@ -75,11 +77,11 @@ def test_a_batch_without_quantized_pages_is_left_to_vllms_kernel():
     made = world()
     made.rule = made.press._rule = made.rule.__class__(1.0, 0, 2, 2, BLOCK)
     made.add("whole", 200, 210)
-    batcher = PairBatcher(made.cache, ISA)
+    batcher = HeadSequenceBatcher(made.cache, ISA)
     common, _ = made.step(["whole"], [1])
-    assert isinstance(batcher.split(["whole"], common, made.states).pairs, PairBatch)
+    assert isinstance(batcher.split(["whole"], common, made.states).compressed, HeadSequenceBatch)
     common, _ = made.step(["whole", "a"], [1, 1])
-    assert isinstance(batcher.split(["whole", "a"], common, made.states).pairs, TieredBatch)
+    assert isinstance(batcher.split(["whole", "a"], common, made.states).compressed, TieredBatch)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted here")
@@ -98,6 +100,6 @@ def test_our_kernel_sees_the_same(settings):
         num_tokens = split.dense_tokens.start if split.dense_tokens else len(query)
         output = torch.full_like(query[:num_tokens], float("nan"))
         layer = SimpleNamespace(layer_name="second")
-        split.pairs.attend(IMPL, layer, query[:num_tokens], output)
+        split.compressed.attend(IMPL, layer, query[:num_tokens], output)
         wanted = made.expected(names, query_lens, query, 1)[:num_tokens]
         torch.testing.assert_close(output, wanted, rtol=1e-3, atol=1e-4)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from engine_job import Request, run_job
 from faults import FAULTS
-from retrieval_task import copy_prompt, make_context
+
+from vllm_kvzip.evaluation.tasks.retrieval_task import copy_prompt, make_context
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

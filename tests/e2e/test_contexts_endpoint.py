@@ -13,10 +13,10 @@ import pytest
 from engine_job import MODEL
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from local_server import LocalServer
-from retrieval_task import VOCABULARY, make_context, question_prompt
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 
+from vllm_kvzip.evaluation.local_server import LocalServer
+from vllm_kvzip.evaluation.tasks.retrieval_task import VOCABULARY, make_context, question_prompt
 from vllm_kvzip.vllm_bridge.server.contexts_endpoint import ContextsEndpoint
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]

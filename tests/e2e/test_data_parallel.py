@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from engine_job import MODEL
-from local_server import LocalServer
-from retrieval_task import make_context
+
+from vllm_kvzip.evaluation.local_server import LocalServer
+from vllm_kvzip.evaluation.tasks.retrieval_task import make_context
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

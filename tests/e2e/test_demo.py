@@ -6,8 +6,10 @@ from pathlib import Path
 
 import demo
 import pytest
-from demo_words import conclude
 from real_model import ModelUnavailable
+
+from demos import text
+from demos.words import conclude
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -27,10 +29,10 @@ def test_demo_answers_alike_and_frees_blocks():
 
 
 def test_the_demos_document_hides_one_answer():
-    text = demo.document()
-    assert text.count(demo.ANSWER) == text.count(demo.FACT) == 1
-    assert 0.3 < text.index(demo.FACT) / len(text) < 0.7
-    assert 2000 < len(text.split()) < 2500
+    document = text.document()
+    assert document.count(text.ANSWER) == document.count(text.FACT) == 1
+    assert 0.3 < document.index(text.FACT) / len(document) < 0.7
+    assert 2000 < len(document.split()) < 2500
 
 
 def test_the_demo_says_when_it_runs_on_the_tiny_model(monkeypatch, capsys):

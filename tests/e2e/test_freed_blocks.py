@@ -5,8 +5,8 @@ from math import ceil
 import numpy as np
 import pytest
 from engine_job import MODEL, Request, run_job
-from retrieval_task import make_context
 
+from vllm_kvzip.evaluation.tasks.retrieval_task import make_context
 from vllm_kvzip.head_profiles.head_profile import (
     find_profile,
     load_profile,

@@ -8,7 +8,8 @@ Triton attention takes seconds a step here, so prompts are few and short.
 import numpy as np
 import pytest
 from engine_job import RUNNER_V2, Request, run_job
-from retrieval_task import make_context
+
+from vllm_kvzip.evaluation.tasks.retrieval_task import make_context
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

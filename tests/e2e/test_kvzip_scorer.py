@@ -7,11 +7,11 @@ import pytest
 import torch
 from engine_job import MODEL, Request, engine_scores, run_job
 from faults import REPEAT_FAULT
-from quality_rows import settings_of
-from reconstruction_probe import ReconstructionProbe
-from retrieval_task import VOCABULARY, make_context, question_prompt
 
+from vllm_kvzip.evaluation.quality.rows import settings_of
+from vllm_kvzip.evaluation.tasks.retrieval_task import VOCABULARY, make_context, question_prompt
 from vllm_kvzip.planning.prefix_seed import prefix_seed
+from vllm_kvzip.profiling.reconstruction_probe import ReconstructionProbe
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

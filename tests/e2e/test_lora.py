@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from engine_job import MODEL, Request, run_job
-from retrieval_task import make_context
 from safetensors.torch import save_file
+
+from vllm_kvzip.evaluation.tasks.retrieval_task import make_context
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

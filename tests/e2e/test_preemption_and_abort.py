@@ -10,7 +10,8 @@ import itertools
 import numpy as np
 import pytest
 from engine_job import Request, run_job
-from retrieval_task import make_context
+
+from vllm_kvzip.evaluation.tasks.retrieval_task import make_context
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 from engine_job import Request, run_job
-from retrieval_task import make_context, question_prompt
+
+from vllm_kvzip.evaluation.tasks.retrieval_task import make_context, question_prompt
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -14,7 +14,8 @@ from math import ceil
 import numpy as np
 import pytest
 from engine_job import MODEL, Request, run_job
-from retrieval_task import VOCABULARY, copy_prompt, make_context
+
+from vllm_kvzip.evaluation.tasks.retrieval_task import VOCABULARY, copy_prompt, make_context
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engine_job import MODEL, Request, run_job
-from retrieval_task import VOCABULARY, make_context, question_prompt
 
+from vllm_kvzip.evaluation.tasks.retrieval_task import VOCABULARY, make_context, question_prompt
 from vllm_kvzip.head_profiles.head_profile import load_profile
 from vllm_kvzip.head_profiles.networks import load_surrogate
 from vllm_kvzip.vllm_bridge.start.options import DEFAULT_BUDGET, DEFAULT_SCORER

@@ -5,8 +5,14 @@ from math import ceil
 import numpy as np
 import pytest
 from engine_job import MODEL, Request, run_job
-from local_server import LocalServer
-from retrieval_task import VOCABULARY, copy_prompt, make_context, question_prompt
+
+from vllm_kvzip.evaluation.local_server import LocalServer
+from vllm_kvzip.evaluation.tasks.retrieval_task import (
+    VOCABULARY,
+    copy_prompt,
+    make_context,
+    question_prompt,
+)
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

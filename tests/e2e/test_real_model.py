@@ -6,12 +6,13 @@ anybody asks. Nats are of the digits that are asked for, beyond the uncompressed
 
 import numpy as np
 import pytest
-from quality_run import QualityRun
-from text_frame import TextFrame
-from text_source import load_text
-from text_tasks import facts
-from text_weaving import Weaver
 from transformers import AutoTokenizer
+
+from vllm_kvzip.evaluation.quality.run import QualityRun
+from vllm_kvzip.evaluation.tasks.text_frame import TextFrame
+from vllm_kvzip.evaluation.tasks.text_source import load_text
+from vllm_kvzip.evaluation.tasks.text_tasks import facts
+from vllm_kvzip.evaluation.tasks.text_weaving import Weaver
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 

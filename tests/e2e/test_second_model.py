@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 from engine_job import MODEL, Request, run_job
-from local_server import LocalServer
-from quality_tasks import TASKS
-from retrieval_task import VOCABULARY, copy_prompt, make_context
+
+from vllm_kvzip.evaluation.local_server import LocalServer
+from vllm_kvzip.evaluation.tasks.retrieval_task import VOCABULARY, copy_prompt, make_context
+from vllm_kvzip.evaluation.tasks.word_tasks import TASKS
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

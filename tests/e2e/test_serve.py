@@ -10,9 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engine_job import MODEL, Request, run_job
-from local_server import LocalServer
-from retrieval_task import VOCABULARY, copy_prompt, make_context, question_prompt
 
+from vllm_kvzip.evaluation.local_server import LocalServer
+from vllm_kvzip.evaluation.tasks.retrieval_task import (
+    VOCABULARY,
+    copy_prompt,
+    make_context,
+    question_prompt,
+)
 from vllm_kvzip.metrics import METRICS
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]

@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 from engine_job import MODEL, Request, run_job
-from retrieval_task import copy_prompt, make_context, question_prompt
 from safetensors.torch import load_file, save_file
 
+from vllm_kvzip.evaluation.tasks.retrieval_task import copy_prompt, make_context, question_prompt
 from vllm_kvzip.head_profiles.head_profile import profile_folders
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]

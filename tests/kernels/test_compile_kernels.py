@@ -49,7 +49,7 @@ def test_layers_share_a_kernel_wherever_their_scales_lie():
     """Those of two heads are 24 bytes apart: aligned in every other layer."""
     program = """
 import compile_kernels as script, torch
-from kernel_cases import Asked, Shape, make_case
+from gpu.kernel_cases import Asked, Shape, make_case
 case = make_case(
     [Asked(340, 1, 16, 0.5)], Shape(2, 2, 4, 64), dtype=torch.bfloat16, eight_bits="queries too"
 )

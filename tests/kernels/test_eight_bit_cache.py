@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from kernel_cases import Asked, Shape, attend, attend_exactly, make_case, relative_error
 
+from gpu.kernel_cases import Asked, Shape, attend, attend_exactly, make_case, relative_error
 from vllm_kvzip.quantization import NormalFloat4
 
 NO_SHRINKING = (Phase.explicit, Phase.reuse, Phase.generate)  # the interpreter is slow

@@ -6,6 +6,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+
 from vllm_kvzip.kernels.online_softmax import weigh_tile
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted here")

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from kernel_cases import Asked, Shape, make_case
 from shifted_logits import rank_correlation, shifted_case
+
+from gpu.kernel_cases import Asked, Shape, make_case
 from vllm_kvzip.kernels.column_maximum import column_maximum
 from vllm_kvzip.kernels.flat_tables import flatten_tables
 from vllm_kvzip.kernels.page_copies import compact_pages

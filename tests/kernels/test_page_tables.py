@@ -3,9 +3,9 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from vllm_kvzip.kernels.page_tables import PagePlace, PageTables
 from vllm_kvzip.kernels.reference import pages_of
-
 from vllm_kvzip.storage.head_pages import PagePool, deal_pages
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from kernel_cases import Asked, Shape, attend, attend_exactly, make_case, relative_error
+
+from gpu.kernel_cases import Asked, Shape, attend, attend_exactly, make_case, relative_error
 from vllm_kvzip.kernels.flat_tables import flatten_tables
 from vllm_kvzip.kernels.reference import quantized_pages_of
-
 from vllm_kvzip.quantization import Int4, Int8, NormalFloat4, rotate, rotate_back
 from vllm_kvzip.quantization.rotation import hadamard_matrix
 

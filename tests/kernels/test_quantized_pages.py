@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+
 from vllm_kvzip.kernels import quantized_pages, quantized_tiles
 from vllm_kvzip.kernels.quantized_pages import dequantize_pages, quantize_pages
-from vllm_kvzip.kernels.quantized_tiles import load_quantized, page_constants
-
+from vllm_kvzip.kernels.quantized_tiles import load_functions, page_constants
 from vllm_kvzip.quantization import (
     Int4,
     Int8,
@@ -109,16 +109,16 @@ def test_pages_are_read_bit_for_bit(layout, dtype, num_pages, seed):
 @triton.jit
 def store_tile(
     pages, page, page_stride, in_page, wanted, code_book, tile,
-    FORMAT: tl.constexpr, DOUBLE: tl.constexpr, CODES: tl.constexpr, GROUP: tl.constexpr,
+    LOAD: tl.constexpr, CODES: tl.constexpr, GROUP: tl.constexpr,
     SCALES: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
     TOKENS: tl.constexpr,
 ):  # fmt: skip
     """A tile as an attention kernel gets it, padding included."""
     rows = tl.arange(0, TOKENS)
-    found = load_quantized(
+    found = LOAD(
         pages, tl.load(page + rows), page_stride, tl.load(in_page + rows),
         tl.load(wanted + rows) != 0, code_book,
-        FORMAT, DOUBLE, CODES, GROUP, SCALES, BLOCK, D, D_PADDED,
+        CODES, GROUP, SCALES, BLOCK, D, D_PADDED,
     )  # fmt: skip
     tl.store(tile + rows[:, None] * D_PADDED + tl.arange(0, D_PADDED)[None, :], found)
 
@@ -139,8 +139,8 @@ def test_a_tile_is_zero_where_nothing_is_wanted(layout, seed, half):
     in_page[:2] = layout.page_tokens - 1  # behind it lies something else
     padded = triton.next_power_of_2(layout.head_dim)
     tile = torch.full((tokens, padded), float("nan"))
-    constants = page_constants(layout)
-    names = ("FORMAT", "DOUBLE", "CODES", "GROUP", "SCALES", "BLOCK")
+    constants = page_constants(layout) | load_functions(layout)
+    names = ("LOAD", "CODES", "GROUP", "SCALES", "BLOCK")
     store_tile[(1,)](
         pages, torch.where(wanted, page, num_pages), pages.stride(0), in_page, wanted.int(),
         NormalFloat4.code_book, tile, **{name: constants[f"{half}_{name}"] for name in names},

@@ -211,9 +211,10 @@ def execute(job: dict[str, Any]) -> Report:
     """The other side: run the job in this process."""
     sys.path.append(str(Path(__file__).parent.parent.parent / "scripts"))
     from forced_async import force_async_scheduling
-    from hashed_blocks import HashedBlockWatch
     from prometheus_client import REGISTRY
     from vllm import LLM
+
+    from soaking.hashed_blocks import HashedBlockWatch
 
     if job["asynchronous"]:
         force_async_scheduling()

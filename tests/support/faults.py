@@ -30,10 +30,11 @@ def inject_faults(worker, faults):
     last = worker.parallel_config.tensor_parallel_size - 1
     if get_tensor_model_parallel_rank() != last:
         return
-    runtime = worker._kvzip
-    compressor = runtime._compressor
+    compression = worker._kvzip._compression
+    compressor = compression._compressor
     scorer, store = compressor._scorer, compressor._store
-    compress_one, score_layer, compact = runtime._compress_one, scorer.score_layer, store.compact
+    compress_one, score_layer = compression._compress_one, scorer.score_layer
+    compact = store.compact
     fault = None
 
     def faulty_compress_one(request, repeated):
@@ -63,9 +64,9 @@ def inject_faults(worker, faults):
         if fault == "late":
             raise RuntimeError("no memory left")
 
-    if runtime.repeats is not None:
-        break_repeats(runtime.repeats, faults)
-    runtime._compress_one = faulty_compress_one
+    if compression.repeats is not None:
+        break_repeats(compression.repeats, faults)
+    compression._compress_one = faulty_compress_one
     scorer.score_layer = faulty_score_layer
     store.compact = faulty_compact
 

@@ -4,6 +4,7 @@ Runner V2 and all Triton kernels run in Triton's interpreter, vLLM's own ones to
 is the card: FlashAttention, CUDA graphs and streams. For tests only.
 """
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -13,6 +14,7 @@ from vllm.v1.attention.ops import triton_reshape_and_cache_flash
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_kvzip.clocks import HostClock
+from vllm_kvzip.vllm_bridge import platforms
 from vllm_kvzip.vllm_bridge.attention.gpu_attention import HeadPageTritonBackend
 from vllm_kvzip.vllm_bridge.start import checks, options
 from vllm_kvzip.vllm_bridge.worker import gpu_worker
@@ -27,7 +29,8 @@ class GPUPathWorker(TritonPath, CPUWorker):
 def take_gpu_path():
     """Engines made from now on take it."""
     torch.cuda.get_device_capability = lambda device=None: (9, 0)  # vLLM's cache kernel asks
-    options.CPU_WORKER = f"{__name__}.{GPUPathWorker.__qualname__}"
+    worker_class = f"{__name__}.{GPUPathWorker.__qualname__}"
+    platforms.CPU = replace(platforms.CPU, worker_class=worker_class)
     options.check_attention_kernel = lambda *choice: None
     checks._cpu_problems = lambda config: []  # cards can have caches of 8-bit numbers
     use_other_scales()

@@ -20,9 +20,9 @@ def main():
     job = json.loads(Path(sys.argv[1]).read_text())
     llm = LLM(**job["engine"])
     core = llm.llm_engine.engine_core.engine_core
-    runtime = core.model_executor.driver_worker.worker._kvzip
+    compression = core.model_executor.driver_worker.worker._kvzip._compression
     found, passes = defaultdict(list), []
-    scorer = runtime._compressor._scorer
+    scorer = compression._compressor._scorer
     original_score = scorer.score_layer
 
     def score_layer(inputs):
@@ -31,8 +31,8 @@ def main():
         return scores
 
     scorer.score_layer = score_layer
-    if runtime.repeats is not None:
-        reconstruction = runtime.repeats.reconstruction
+    if compression.repeats is not None:
+        reconstruction = compression.repeats.reconstruction
         original_forward = reconstruction._forward
 
         def forward(segments):

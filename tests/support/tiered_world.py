@@ -31,12 +31,14 @@ class TieredWorld:
         make_store: pages and quantization to a page store.
         mode, ratio: of compression.
         rotation: see :class:`~vllm_kvzip.config.KVzipConfig`.
+        formats: of keys and of values.
         width: columns of a block table.
     """
 
-    def __init__(self, make_store, mode="mixed", ratio=0.4, rotation="auto", width=24):
+    def __init__(self, make_store, mode="mixed", ratio=0.4, rotation="auto", width=24,
+                 formats=("nf4", "int8")):  # fmt: skip
         self.quantization = choose_quantization(
-            page_bytes=2 * BLOCK * DIM * 4, head_dim=DIM, keys="nf4", values="int8",
+            page_bytes=2 * BLOCK * DIM * 4, head_dim=DIM, keys=formats[0], values=formats[1],
             rotation=rotation,
         )  # fmt: skip
         self.pages = torch.full((NUM_BLOCKS * LAYERS * HEADS, 2 * BLOCK * DIM), float("nan"))
@@ -116,8 +118,8 @@ class TieredWorld:
         for pair in range(LAYERS * HEADS):
             layer, head = divmod(pair, HEADS)
             full = prefix.page_ids[prefix.offsets[pair] : prefix.offsets[pair + 1]]
-            begin, end = (prefix.quantized_offsets[pair : pair + 2] - first).tolist()
-            ids = prefix.quantized_page_ids[begin:end]
+            begin, end = (prefix.offsets_of(1)[pair : pair + 2] - first).tolist()
+            ids = prefix.quantized.page_ids[begin:end]
             store = self.store
             kept = store.read_keys(full[None], layer)[0], store.read_values(full[None], layer)[0]
             if count := int(counts[layer, head]):

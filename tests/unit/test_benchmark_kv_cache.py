@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import benchmark_kv_cache
 import pytest
-from kv_cache_report import (
+
+from benchmarks.kv_cache_report import (
     HEADINGS,
     binned,
     draw,
@@ -19,9 +20,9 @@ from kv_cache_report import (
     summarise,
     table,
 )
-from kv_cache_run import Load, PoolWatch, short_reason
-from kv_cache_shapes import SHAPES, in_words, write_shape
-from step_profile import PARTS, StepClock
+from benchmarks.kv_cache_run import Load, PoolWatch, short_reason
+from benchmarks.kv_cache_shapes import SHAPES, in_words, write_shape
+from benchmarks.step_profile import PARTS, StepClock
 
 
 def run(seconds=10.0, *, compressed=0, freed=0, running=4.0, **changes):
@@ -159,7 +160,7 @@ def test_a_profile_is_shares_of_the_steps():
 
 def test_a_second_inside_two_parts_counts_once(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("step_profile.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("benchmarks.step_profile.time.perf_counter", lambda: now[0])
 
     def work(seconds):
         now[0] += seconds
@@ -185,7 +186,7 @@ class Pool:
 
 def test_the_pool_is_read_after_each_schedule(monkeypatch):
     moments = iter([1.0, 2.0])
-    monkeypatch.setattr("kv_cache_run.time.perf_counter", lambda: next(moments))
+    monkeypatch.setattr("benchmarks.kv_cache_run.time.perf_counter", lambda: next(moments))
     pool = Pool()
     scheduled = [({"a": 64, "b": 1}, {"c"}, 2), ({"a": 1}, None, 6), ({}, None, 9)]
 
@@ -214,7 +215,7 @@ def test_the_pool_is_read_after_each_schedule(monkeypatch):
 
 def test_nothing_runs_until_the_next_request_arrives(monkeypatch):
     moments = iter([3.0])
-    monkeypatch.setattr("kv_cache_run.time.perf_counter", lambda: next(moments))
+    monkeypatch.setattr("benchmarks.kv_cache_run.time.perf_counter", lambda: next(moments))
     watch = PoolWatch(seconds=[1.0], running=[2], blocks=[6], prefill_tokens=[64])
     watch.nobody()
     assert watch.steps(end=5.0) == ([2], [])

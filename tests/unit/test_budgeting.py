@@ -7,10 +7,14 @@ from hypothesis import strategies as st
 
 from vllm_kvzip.budgeting.budgets import (
     allocate_adaptive,
-    allocate_behind,
     allocate_from_fractions,
+    allocate_remaining,
     allocate_uniform,
 )
+
+
+def ranked(scores):
+    return scores.sort(dim=-1, descending=True).values
 
 
 @st.composite
@@ -29,16 +33,16 @@ def test_adaptive_is_the_global_top_k_above_the_floor(case, seed):
     block_size = 4
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(num_layers, num_heads, max_pages * block_size, generator=generator)
-    pages = allocate_adaptive(scores, total, block_size, min_pages)
+    pages = allocate_adaptive(ranked(scores), total, block_size, min_pages)
     assert int(pages.sum()) == total
     assert int(pages.min()) >= min_pages
     assert int(pages.max()) <= max_pages
     candidates = []
     for layer in range(num_layers):
         for head in range(num_heads):
-            ranked = sorted(scores[layer, head].tolist(), reverse=True)
+            own = sorted(scores[layer, head].tolist(), reverse=True)
             for page in range(min_pages, max_pages):
-                mean = sum(ranked[page * block_size : (page + 1) * block_size]) / block_size
+                mean = sum(own[page * block_size : (page + 1) * block_size]) / block_size
                 candidates.append((mean, layer, head))
     expected = torch.full_like(pages, min_pages)
     best = sorted(candidates, reverse=True)[: total - num_layers * num_heads * min_pages]
@@ -50,9 +54,9 @@ def test_adaptive_is_the_global_top_k_above_the_floor(case, seed):
 def test_adaptive_moves_pages_across_layers_and_per_layer_does_not():
     scores = torch.rand(2, 2, 64)
     scores[1] += 10
-    everywhere = allocate_adaptive(scores, 8, 8, 1)
+    everywhere = allocate_adaptive(ranked(scores), 8, 8, 1)
     assert everywhere.sum(dim=1).tolist() == [2, 6]
-    inside = allocate_adaptive(scores, 8, 8, 1, per_layer=True)
+    inside = allocate_adaptive(ranked(scores), 8, 8, 1, per_layer=True)
     assert inside.sum(dim=1).tolist() == [4, 4]
 
 
@@ -105,7 +109,7 @@ def test_impossible_totals_are_refused(total):
 
 
 @given(totals(), st.integers(0, 10**6), st.data())
-def test_pages_behind_others_are_the_best_of_what_is_left(case, seed, data):
+def test_the_pages_of_a_later_tier_are_the_best_of_what_is_left(case, seed, data):
     num_layers, num_heads, min_pages, max_pages, total = case
     page_tokens, rest = 4, data.draw(st.integers(0, 3))
     num_tokens = max_pages * page_tokens - rest
@@ -113,7 +117,7 @@ def test_pages_behind_others_are_the_best_of_what_is_left(case, seed, data):
     scores = torch.rand(num_layers, num_heads, num_tokens, generator=generator)
     taken = torch.randint(0, num_tokens + 1, (num_layers, num_heads), generator=generator)
     floors = torch.randint(0, min_pages + 1, (num_layers, num_heads), generator=generator)
-    pages = allocate_behind(scores, taken, total, page_tokens, floors)
+    pages = allocate_remaining(ranked(scores), taken, total, page_tokens, floors)
     assert int(pages.sum()) == total
     assert (pages >= floors).all()
     best, found = [], 0.0
@@ -133,7 +137,7 @@ def test_pages_behind_others_are_the_best_of_what_is_left(case, seed, data):
 
 def test_floors_beyond_the_total_are_refused():
     with pytest.raises(ValueError, match="3 pages asked for, but the heads hold 4 to 8"):
-        allocate_behind(
+        allocate_remaining(
             torch.rand(1, 2, 16), torch.zeros(1, 2, dtype=torch.int64), 3, 4, torch.tensor([[2, 2]])
         )
     with pytest.raises(ValueError, match="3 pages asked for, but the heads hold 4 to 16"):

@@ -5,14 +5,14 @@ import subprocess
 from pathlib import Path
 
 import compare_kvpress
-import kvpress_venv
 import numpy as np
 import pytest
-from comparison_report import accuracy_table, cell, kvpress_rows, spearman
-from model_files import fingerprint_of, repeat_ids
 from rich.console import Console
 
+from benchmarks import kvpress_venv
+from benchmarks.comparison_report import accuracy_table, cell, kvpress_rows, spearman
 from vllm_kvzip.errors import ConfigError
+from vllm_kvzip.evaluation.model_files import fingerprint_of, repeat_ids
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = str(ROOT / "tests" / "models" / "tiny-retriever")
@@ -84,7 +84,7 @@ def test_the_wording_is_that_of_the_head_profile():
 
 
 def test_the_job_knows_every_method():
-    source = (ROOT / "scripts" / "kvpress_job.py").read_text()
+    source = (ROOT / "scripts" / "benchmarks" / "kvpress_job.py").read_text()
     assert all(f'"{method}"' in source for method in kvpress_venv.METHODS)
     assert "vllm_kvzip" not in source.replace("compare_kvpress", "")
 

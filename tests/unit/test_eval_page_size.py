@@ -7,8 +7,9 @@ import pytest
 import torch
 from engine_job import MODEL
 from eval_page_size import BUDGETS, Cell, main
-from masked_model import MaskedModel
-from quality_tasks import TASKS
+
+from vllm_kvzip.evaluation.tasks.word_tasks import TASKS
+from vllm_kvzip.profiling.masked_model import MaskedModel
 
 
 @pytest.fixture(scope="module")

@@ -5,22 +5,30 @@ import io
 
 import numpy as np
 import pytest
-from documents import Document, Question
 from engine_job import MODEL
-from eval_quality import formats, parse_args, setting
-from evaluation import accuracy, interval, mean_of_clusters, student_t
-from lessons import Lesson
-from quality_documents import check_tasks, default_tasks
-from quality_metrics import Answers, Measured
-from quality_report import cell, curve, draw, loss, quality_table, recommend, serve_flags
-from quality_rows import ROWS, Row, make_rows, settings_of
-from quality_run import groups_that_fit, held_share
-from quality_tasks import HOPS, TASKS, VALUES_PER_KEY, known_tasks
-from retrieval_task import VOCABULARY
 from rich.console import Console
 
 from vllm_kvzip.config import load_config
 from vllm_kvzip.errors import ConfigError
+from vllm_kvzip.evaluation.intervals import accuracy, interval, mean_of_clusters, student_t
+from vllm_kvzip.evaluation.quality.command import formats, parse_args, setting
+from vllm_kvzip.evaluation.quality.lessons import Lesson
+from vllm_kvzip.evaluation.quality.metrics import Answers, Measured
+from vllm_kvzip.evaluation.quality.report import (
+    cell,
+    curve,
+    draw,
+    loss,
+    quality_table,
+    recommend,
+    serve_flags,
+)
+from vllm_kvzip.evaluation.quality.rows import ROWS, Row, make_rows, settings_of
+from vllm_kvzip.evaluation.quality.run import groups_that_fit, held_share
+from vllm_kvzip.evaluation.tasks.documents import Document, Question
+from vllm_kvzip.evaluation.tasks.quality_documents import check_tasks, default_tasks
+from vllm_kvzip.evaluation.tasks.retrieval_task import VOCABULARY
+from vllm_kvzip.evaluation.tasks.word_tasks import HOPS, TASKS, VALUES_PER_KEY, known_tasks
 
 MODES = ("evict", "quantize", "mixed")
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_kvzip.core import CompressedPrefix
+from vllm_kvzip.core import CompressedPrefix, StoredTier
 from vllm_kvzip.storage.head_pages import HeadPageTable, PagePool, deal_pages
 
 
@@ -66,7 +66,9 @@ def test_page_table_lists_compressed_pages_then_the_tail(num_layers, num_heads, 
         counts = data.draw(st.lists(st.integers(1, 6), min_size=num_layers * num_heads,
                                     max_size=num_layers * num_heads))  # fmt: skip
         pages = torch.tensor(counts).view(num_layers, num_heads)
-        prefixes.append(CompressedPrefix(torch.randint(10**4, (sum(counts),)), pages))
+        prefixes.append(
+            CompressedPrefix((StoredTier(torch.randint(10**4, (sum(counts),)), pages),))
+        )
         tails.append(data.draw(st.lists(st.integers(0, 499), max_size=20)))
     table = HeadPageTable.build(prefixes, pool, spare_columns=2)
     for request, tail in enumerate(tails):
@@ -97,7 +99,9 @@ def test_requests_that_stay_keep_their_rows(num_layers, num_heads, data):
     for _ in range(6):
         counts = data.draw(st.lists(st.integers(1, 9), min_size=count, max_size=count))
         pages = torch.tensor(counts).view(num_layers, num_heads)
-        prefixes.append(CompressedPrefix(torch.randint(10**4, (sum(counts),)), pages))
+        prefixes.append(
+            CompressedPrefix((StoredTier(torch.randint(10**4, (sum(counts),)), pages),))
+        )
         tails.append(torch.tensor(data.draw(st.lists(st.integers(0, 499), max_size=20))))
     first = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=4, unique=True))
     then = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=6, unique=True))

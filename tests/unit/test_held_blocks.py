@@ -3,8 +3,8 @@
 import itertools
 
 import pytest
-from held_blocks import HeldBlocks, quantized_tokens
 
+from soaking.held_blocks import HeldBlocks, quantized_tokens
 from vllm_kvzip.planning.prefix_rule import PrefixRule
 from vllm_kvzip.planning.request_options import RequestOptions
 from vllm_kvzip.planning.tiers import TierRule

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 from engine_job import MODEL
-from masked_model import MaskedModel
-from network_choice import NetworkChoice
-from reconstruction_probe import layers_of
-from retrieval_task import VOCABULARY, make_context
+
+from vllm_kvzip.evaluation.tasks.retrieval_task import VOCABULARY, make_context
+from vllm_kvzip.profiling.masked_model import MaskedModel
+from vllm_kvzip.profiling.network_choice import NetworkChoice
+from vllm_kvzip.profiling.reconstruction_probe import layers_of
 
 
 @pytest.mark.parametrize("right", ["influence", "attention"])

@@ -121,8 +121,8 @@ def test_quantizing_does_not_wait_either(launched, monkeypatch, mode, budget):
     total = plan.num_quantized_pages * 6
     assert total
     assert (plan.num_full_blocks > 0) == (mode == "mixed")
-    assert prefix.quantized_page_ids.shape == (total,)
-    assert prefix.quantized_offsets.device == DEVICE
+    assert prefix.quantized.page_ids.shape == (total,)
+    assert prefix.offsets_of(1).device == DEVICE
     assert prefix.key_transform.mean.shape == prefix.key_transform.scale.shape == (3, 2, 32)
     assert prefix.key_transform.scale.device == DEVICE
     assert sum(len(values[4]) for values in filled) == total

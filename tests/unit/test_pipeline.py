@@ -9,7 +9,8 @@ from vllm_kvzip.config import Budget
 from vllm_kvzip.core import CacheGeometry, KeepPlan
 from vllm_kvzip.pipeline import Compressor
 from vllm_kvzip.planning.prefix_rule import PrefixRule
-from vllm_kvzip.scoring import create_scorer
+from vllm_kvzip.registry import SCORERS
+from vllm_kvzip.scoring import Scorer, create_scorer, register_scorer
 from vllm_kvzip.storage.head_pages import PagePool
 from vllm_kvzip.storage.page_store import PackedPages, PageCodec
 
@@ -63,7 +64,7 @@ def test_a_codec_must_be_a_permutation():
 
 def test_compaction_never_writes_to_its_source():
     store = store_of(empty_pages(), shuffled_codec())
-    keep = KeepPlan(torch.arange(4), torch.tensor([0, 4]), torch.tensor([[1]]))
+    keep = KeepPlan(torch.arange(4)[None], torch.tensor([[1]]))
     with pytest.raises(ValueError, match="own pages"):
         store.compact(torch.tensor([[[1, 2]]]), keep, torch.tensor([2]))
 
@@ -148,6 +149,34 @@ def test_skewed_profile_keeps_one_layer_whole_in_the_blocks_of_the_ratio():
     )  # fmt: skip
     assert prefix.pages.tolist() == [[5, 1], [8, 8], [1, 1]]
     assert len(prefix.page_ids.unique()) == 24
+
+
+def test_a_scorer_is_one_class(monkeypatch):
+    """Registered here, chosen by its name, and no other code knows of it."""
+    monkeypatch.setattr(SCORERS, "_registered", dict(SCORERS._registered))
+
+    @register_scorer
+    class Largest(Scorer):
+        name = "largest"
+        needs_values = True
+
+        def score_layer(self, inputs):
+            return inputs.values.abs().sum(dim=-1)
+
+    pages, codec = empty_pages(), shuffled_codec()
+    press, rule = compressor(store_of(pages, codec), "uniform", scorer="largest")
+    source, target = [9, 4, 17, 30, 2, 8, 41, 22], [50, 12, 33, 60]
+    _, values = fill_prompt(pages, codec, source)
+    prefix, _ = press.compress(
+        source_blocks=source, target_blocks=target, plan=rule.plan(34),
+        observation_queries=None, scale=1.0, seed=0,
+    )  # fmt: skip
+    sizes = values.abs().sum(dim=-1)
+    sizes[:, :, :2] = sizes[:, :, -2:] = float("inf")
+    best = sizes.argsort(dim=-1, descending=True)[:, :, :16].sort().values
+    wanted = values.gather(2, best[..., None].expand(-1, -1, -1, 8))
+    found = store_of(pages, codec).read_values(prefix.page_ids.view(6, 4), 0)
+    assert torch.equal(found, wanted.flatten(0, 1))
 
 
 def test_a_profile_of_another_shape_is_refused():

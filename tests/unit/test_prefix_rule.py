@@ -51,10 +51,8 @@ def test_plan_holds_what_it_must_and_no_more(prefix_rule, num_tokens):
     assert plan.boundary_tokens == plan.num_prefix_blocks * prefix_rule.block_size
     assert 0 <= num_tokens - plan.boundary_tokens < prefix_rule.block_size
     assert 1 <= plan.num_compressed_blocks <= plan.num_prefix_blocks
-    sinks, recent = prefix_rule.protected_in_prefix(plan.boundary_tokens)
-    kept_tokens = plan.num_compressed_blocks * prefix_rule.block_size
-    assert sinks + recent <= kept_tokens
-    floor = prefix_rule.min_pages_per_head(plan.boundary_tokens)
+    assert plan.num_protected_tokens <= plan.num_compressed_blocks * prefix_rule.block_size
+    floor = plan.min_pages_per_head
     assert plan.num_compressed_blocks >= floor
     assert plan.num_compressed_blocks <= prefix_rule.max_compressed_blocks(num_tokens)
     wanted = prefix_rule.keep_ratio * plan.num_prefix_blocks
@@ -108,7 +106,7 @@ def test_short_answers_are_left_alone_unless_others_reuse_the_context():
     )
     assert picky.skip_reason(1024, RequestOptions(max_output_tokens=64)) is None
     assert picky.skip_reason(1024, RequestOptions(1024, max_output_tokens=1)) is None
-    assert picky.skip_reason(1024) is None  # nobody knows
+    assert picky.skip_reason(1024) is None  # the number of output tokens is unknown
 
 
 def test_a_prompt_that_fits_only_without_its_compressed_prefix_is_left_alone():
@@ -135,14 +133,32 @@ def test_a_plan_fits_the_pool_and_every_refusal_has_a_name(
     assert ceil(num_tokens / prefix_rule.block_size) + plan.num_compressed_blocks < pool_blocks - 1
     wanted = prefix_rule.keep_ratio if options.keep_ratio is None else options.keep_ratio
     assert plan.keep_ratio == wanted
-    floor = prefix_rule.min_pages_per_head(plan.boundary_tokens)
+    floor = plan.min_pages_per_head
     assert plan.num_compressed_blocks <= max(floor, ceil(wanted * plan.num_prefix_blocks))
+
+
+def test_what_fits_the_pool_uncompressed():
+    """Without a prefill budget a longer request is never admitted."""
+    budgeted = rule(prefill_blocks=8, pool_blocks=21)
+    assert budgeted.fits_uncompressed(640)
+    assert not budgeted.fits_uncompressed(641)
+    assert rule(pool_blocks=21).fits_uncompressed(641)
 
 
 def test_protected_tokens_never_exceed_the_prefix():
     assert rule().protected_in_prefix(1024) == (4, 16)
     assert rule(recent_tokens=64).protected_in_prefix(32) == (4, 28)
     assert rule(sink_tokens=64).protected_in_prefix(32) == (32, 0)
+
+
+@pytest.mark.parametrize(("num_tokens", "prefill_blocks"), [(96, None), (500, 2)])
+def test_a_plan_says_which_tokens_are_protected_in_its_prefix(num_tokens, prefill_blocks):
+    """Also the plan of a round: with a prefill budget the long prompt has several."""
+    asked = rule(sink_tokens=40, recent_tokens=20, keep_ratio=0.5, prefill_blocks=prefill_blocks)
+    plan = asked.next_plan(num_tokens)
+    assert (plan.num_prefix_blocks, plan.is_round) == (3, prefill_blocks is not None)
+    assert (plan.num_sink_tokens, plan.num_recent_tokens) == (40, 20)
+    assert (plan.num_protected_tokens, plan.min_pages_per_head) == (60, 2)
 
 
 @given(RULES, st.integers(1, 3000), st.integers(0, 3000), st.integers(0, 3000))
@@ -216,7 +232,7 @@ BUDGETED = st.builds(
 
 
 @given(BUDGETED, OPTIONS, st.integers(1, 5000), st.integers(0, 2000))
-def test_with_a_budget_nobody_holds_more(budgeted, options, num_prompt, num_generated):
+def test_with_a_budget_no_request_holds_more(budgeted, options, num_prompt, num_generated):
     plans = rounds(budgeted, num_prompt, num_prompt + num_generated, options)
     if options.is_off:
         assert not plans

@@ -7,11 +7,9 @@ import shutil
 import numpy as np
 import profile_heads
 import pytest
-import reconstruction_probe
 import torch
 import train_tiny_model
 from engine_job import MODEL
-from reconstruction_probe import ReconstructionProbe
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -26,6 +24,8 @@ from vllm_kvzip.head_profiles.head_profile import load_profile
 from vllm_kvzip.head_profiles.influence import influence_scores, log_odds
 from vllm_kvzip.head_profiles.networks import load_surrogate
 from vllm_kvzip.planning.reconstruction import iter_chunks
+from vllm_kvzip.profiling import reconstruction_probe
+from vllm_kvzip.profiling.reconstruction_probe import ReconstructionProbe
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from vllm_kvzip.quantization import (
     pack_pages,
     unpack_pages,
 )
-from vllm_kvzip.quantization.nf4 import BOUNDARIES, LEVELS, normal_float_levels
+from vllm_kvzip.quantization.formats.nf4 import BOUNDARIES, LEVELS, normal_float_levels
 from vllm_kvzip.quantization.packing import (
     LARGEST,
     SMALLEST_SCALE,

@@ -10,6 +10,7 @@ from vllm_kvzip.core import LayerInputs
 from vllm_kvzip.head_profiles.head_profile import ModelFingerprint
 from vllm_kvzip.head_profiles.networks import LayerSurrogate, save_surrogate
 from vllm_kvzip.model.rotary import RotaryTables
+from vllm_kvzip.registry import SCORERS
 from vllm_kvzip.scoring import (
     Scorer,
     ScorerSettings,
@@ -17,7 +18,6 @@ from vllm_kvzip.scoring import (
     create_scorer,
     register_scorer,
 )
-from vllm_kvzip.scoring import base as scoring_base
 
 HEADS, TOKENS, DIM, GROUP = 2, 12, 8, 3
 
@@ -222,7 +222,7 @@ def test_unknown_scorer_names_the_nearest():
 
 
 def test_a_third_party_can_register(monkeypatch):
-    monkeypatch.setattr(scoring_base, "_registry", dict(scoring_base._registry))
+    monkeypatch.setattr(SCORERS, "_registered", dict(SCORERS._registered))
 
     @register_scorer
     class Last(Scorer):

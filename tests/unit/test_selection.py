@@ -5,11 +5,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_kvzip.budgeting.selection import protect, rank, select, take_behind, take_best
+from vllm_kvzip.budgeting.selection import protect, rank, select, take
 
 
 def kept(plan, head):
-    return plan.positions[plan.offsets[head] : plan.offsets[head + 1]].tolist()
+    start = int(plan.pages.flatten()[:head].sum())
+    return plan.positions[start:][: int(plan.pages.flatten()[head])].flatten().tolist()
 
 
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 8), st.integers(0, 10**6), st.data())
@@ -36,7 +37,7 @@ def test_each_head_keeps_its_best_tokens(num_layers, num_heads, num_pages, seed,
 
 def test_keep_everything_is_the_identity():
     plan = select(torch.rand(2, 2, 16), torch.full((2, 2), 4), 4, 1, 1)
-    assert plan.positions.tolist() == list(range(16)) * 4
+    assert plan.positions.flatten().tolist() == list(range(16)) * 4
 
 
 def test_protected_tokens_do_not_raise_a_heads_worth():
@@ -66,18 +67,18 @@ def test_two_tiers_share_each_heads_ranking(num_heads, num_pages, seed, data):
     scores = torch.randint(
         0, 5, (2, num_heads, num_tokens), generator=torch.Generator().manual_seed(seed)
     ).float()
-    order = rank(scores, 1, 2)
+    ranking = rank(scores, 1, 2)
     pages = torch.tensor(full).view(2, num_heads)
     quantized = torch.tensor(more).view(2, num_heads)
-    first = take_best(order, pages, block_size, sum(full))
-    second = take_behind(order, pages * block_size, quantized, page_tokens, sum(more))
+    first = take(ranking, torch.zeros_like(pages), pages, block_size, sum(full))
+    second = take(ranking, pages * block_size, quantized, page_tokens, sum(more))
     assert second.positions.shape == (sum(more), page_tokens)
     start = 0
     for head in range(count):
-        ranking = order[head].tolist()
+        order = ranking.order.flatten(0, 1)[head].tolist()
         taken = full[head] * block_size
-        assert kept(first, head) == sorted(ranking[:taken])
+        assert kept(first, head) == sorted(order[:taken])
         found = second.positions[start : start + more[head]].flatten().tolist()
         start += more[head]
-        wanted = sorted(ranking[taken : taken + more[head] * page_tokens])
+        wanted = sorted(order[taken : taken + more[head] * page_tokens])
         assert found == wanted + [-1] * (len(found) - len(wanted))

@@ -107,9 +107,9 @@ def test_quantized_pages_hold_numbers_that_are_multiplied_already(scales):
     page_tokens = chosen.layout.page_tokens
     assert N < chosen.head_page_tokens < 2 * N  # half of what a page of 16-bit numbers would hold
     start = 0
-    for pair, count in enumerate(prefix.quantized_pages.flatten().tolist()):
+    for pair, count in enumerate(prefix.quantized.pages.flatten().tolist()):
         layer, head = divmod(pair, 2)
-        ids = prefix.quantized_page_ids[start : start + count]
+        ids = prefix.quantized.page_ids[start : start + count]
         start += count
         num_tokens = min(count * page_tokens, plan.boundary_tokens)
         best = ranked_keys(scales, stored, pair)[:num_tokens].sort().values

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 from engine_job import MODEL
-from reconstruction_probe import ReconstructionProbe, layers_of, rotary_of
-from retrieval_task import VOCABULARY, make_context
 from safetensors.torch import save_file
 
 from vllm_kvzip.errors import ProfileError
+from vllm_kvzip.evaluation.tasks.retrieval_task import VOCABULARY, make_context
 from vllm_kvzip.head_profiles.head_profile import ModelFingerprint, find_profile, profile_folders
 from vllm_kvzip.head_profiles.network_training import SurrogateTrainer, predict
 from vllm_kvzip.head_profiles.networks import (
@@ -20,6 +19,7 @@ from vllm_kvzip.head_profiles.networks import (
     save_surrogate,
     token_features,
 )
+from vllm_kvzip.profiling.reconstruction_probe import ReconstructionProbe, layers_of, rotary_of
 
 SHAPE = ModelFingerprint(
     architecture="A", num_layers=2, num_query_heads=4, num_kv_heads=2, head_dim=4
@@ -62,7 +62,7 @@ def test_both_ways_to_compute_are_one():
 
 def test_wrong_files_are_one_sentence(tmp_path):
     path = tmp_path / "a.safetensors"
-    with pytest.raises(ProfileError, match="build it with scripts/profile_heads"):
+    with pytest.raises(ProfileError, match="build it with `vllm-kvzip profile`"):
         load_surrogate(path)
     path.write_bytes(b"no tensors")
     with pytest.raises(ProfileError, match="no surrogate that can be read"):

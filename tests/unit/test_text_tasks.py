@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from lessons import Lesson, divergence
-from text_frame import TextFrame
-from text_source import load_text, split_pieces
-from text_tasks import TEXT_TASKS, cloze_cut
-from text_weaving import Weaver
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from vllm_kvzip.errors import ConfigError
+from vllm_kvzip.evaluation.quality.lessons import Lesson, divergence
+from vllm_kvzip.evaluation.tasks.text_frame import TextFrame
+from vllm_kvzip.evaluation.tasks.text_source import load_text, split_pieces
+from vllm_kvzip.evaluation.tasks.text_tasks import TEXT_TASKS, cloze_cut
+from vllm_kvzip.evaluation.tasks.text_weaving import Weaver
 
 TEMPLATE = (
     "{% for message in messages %}<user>{{ message['content'] }}</user>{% endfor %}"

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_kvzip.budgeting.allocation import PageAllocator
+from vllm_kvzip.budgeting.selection import rank
 from vllm_kvzip.config import Budget
 from vllm_kvzip.core import CacheGeometry
 from vllm_kvzip.pipeline import Compressor
@@ -74,7 +75,7 @@ def compress(make_store, budget, rule, values="int8", scorer="knorm"):
         source_blocks=SOURCE, target_blocks=TARGET[: plan.num_compressed_blocks], plan=plan,
         observation_queries=None, scale=1.0, seed=0,
     )  # fmt: skip
-    touched = torch.cat([prefix.page_ids, prefix.quantized_page_ids // plan.quantized_split])
+    touched = torch.cat([prefix.page_ids, prefix.quantized.page_ids // plan.quantized_split])
     others = torch.ones(len(pages), dtype=torch.bool)
     others[touched] = False
     assert torch.equal(pages[others].view(torch.int32), before[others].view(torch.int32))
@@ -97,13 +98,13 @@ def test_what_lies_in_the_pages_of_either_tier(make_store, budget, mode, ratio):
     )
     page_tokens = chosen.layout.page_tokens
     assert int(prefix.pages.sum()) == plan.num_full_blocks * 4
-    assert int(prefix.quantized_pages.sum()) == plan.num_quantized_pages * 4
+    assert int(prefix.quantized.pages.sum()) == plan.num_quantized_pages * 4
     assert (plan.num_full_blocks > 0) == (mode == "mixed")
     counts = quantized_tokens(prefix, plan.boundary_tokens, N, page_tokens)
-    first, behind = prefix.offsets, prefix.quantized_offsets
+    first, second = prefix.offsets, prefix.offsets_of(1)
     before = len(prefix.page_ids) * plan.quantized_split
-    assert int(behind[0]) == before
-    assert int(behind[-1]) == before + len(prefix.quantized_page_ids)
+    assert int(second[0]) == before
+    assert int(second[-1]) == before + len(prefix.quantized.page_ids)
     for head in range(4):
         of_keys, of_values = keys[head // 2, head % 2], values[head // 2, head % 2]
         norms = of_keys.norm(dim=-1)
@@ -115,7 +116,7 @@ def test_what_lies_in_the_pages_of_either_tier(make_store, budget, mode, ratio):
         if len(ids):
             assert torch.equal(store.read_keys(ids[None], head // 2)[0], of_keys[best])
             assert torch.equal(store.read_values(ids[None], head // 2)[0], of_values[best])
-        ids = prefix.quantized_page_ids[behind[head] - before : behind[head + 1] - before]
+        ids = prefix.quantized.page_ids[second[head] - before : second[head + 1] - before]
         count = int(counts[head // 2, head % 2])
         following = ranked[num_full : num_full + count].sort().values
         if not len(ids):
@@ -146,8 +147,9 @@ def test_every_head_has_its_protected_tokens_in_either_tier(
     allocator = PageAllocator(GEOMETRY, rule, budget, lambda _: shares, shares)
     scores = torch.rand(2, 2, num_blocks * N)
     scores[:, 1] = 0
-    full = allocator.full(scores, plan)
-    quantized = allocator.quantized(scores, full, plan)
+    ranking = rank(scores, 0, 0)
+    full = allocator.full(ranking, plan)
+    quantized = allocator.quantized(ranking, full * N, plan)
     assert int(full.sum()) == plan.num_full_blocks * 4
     assert int(quantized.sum()) == plan.num_quantized_blocks * 4
     protected = max(1, sum(rule.protected_in_prefix(plan.boundary_tokens)))
@@ -160,7 +162,7 @@ def test_an_unimportant_head_needs_no_ordinary_page():
     shares = [[1.0, 0.0], [1.0, 0.0]]
     allocator = PageAllocator(GEOMETRY, rule, "profile", lambda _: shares, shares)
     plan = rule.plan(80)
-    full = allocator.full(torch.zeros(2, 2, 80), plan)
+    full = allocator.full(rank(torch.zeros(2, 2, 80), 0, 0), plan)
     assert full[:, 1].tolist() == [0, 0]
 
 
@@ -171,7 +173,7 @@ def test_both_stores_write_the_same_bytes(budget):
         _, prefix, _, pages, *_ = compress(
             make_store, budget, rule_of("mixed", 0.6, values="nf4"), "nf4"
         )
-        written.append(quantization("nf4").pages_of(pages)[prefix.quantized_page_ids])
+        written.append(quantization("nf4").pages_of(pages)[prefix.quantized.page_ids])
     used = quantization("nf4").layout.used_bytes
     same = (written[0][:, :used] == written[1][:, :used]).float().mean()
     assert same > 0.999  # gaps between regions are left as they were
@@ -194,7 +196,7 @@ def test_heads_that_shall_keep_everything_miss_no_token():
         source_blocks=SOURCE, target_blocks=TARGET[: plan.num_compressed_blocks], plan=plan,
         observation_queries=None, scale=1.0, seed=0,
     )  # fmt: skip
-    held = prefix.pages * N + prefix.quantized_pages * plan.quantized_page_tokens
+    held = prefix.pages * N + prefix.quantized.pages * plan.quantized_page_tokens
     assert (held[0] >= 80).all()
 
 

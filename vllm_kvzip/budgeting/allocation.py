@@ -1,4 +1,4 @@
-"""Which budget, with what it needs: pages of either tier for every head of one compression."""
+"""Which budget, with what it needs: pages of each tier for every head of one compression."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from vllm_kvzip.planning.tiers import EPSILON, pages_for
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from vllm_kvzip.budgeting.selection import Ranking
     from vllm_kvzip.config import Budget
-    from vllm_kvzip.core import CacheGeometry, PrefixPlan
+    from vllm_kvzip.core import CacheGeometry, PrefixPlan, Tier
     from vllm_kvzip.planning.prefix_rule import PrefixRule
 
     Grid = Sequence[Sequence[float]]
@@ -59,30 +60,50 @@ class PageAllocator:
                 found = tuple(self._head_importance.shape)
                 raise ValueError(f"profile of {found} heads, not {wanted}")
 
-    def full(
-        self, scores: torch.Tensor, plan: PrefixPlan, available: torch.Tensor | None = None
+    def pages(
+        self,
+        tier: Tier,
+        ranking: Ranking,
+        taken: torch.Tensor,
+        plan: PrefixPlan,
+        available: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Pages of KV pairs as they are, int64 ``[L, H]``.
+        """Pages of each head in one tier, int64 ``[L, H]``.
 
         Args:
-            scores: float32 ``[L, H, T]``.
+            tier: one of ``plan.tiers``.
+            ranking: of each head's tokens.
+            taken: int64 ``[L, H]``, tokens of each head in earlier tiers, on the device where this
+                method put their pages.
             plan: of the prompt.
             available: int64 ``[L, H]``, pages each head has to choose from; None: all its tokens.
         """
+        if tier.quantized:
+            return self.quantized(ranking, taken, plan)
+        return self.full(ranking, plan, available)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where pages are allocated; None: where the scores are."""
+        return None if self._by_score else torch.device("cpu")
+
+    def full(
+        self, ranking: Ranking, plan: PrefixPlan, available: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Pages of KV pairs as they are, int64 ``[L, H]``; see :meth:`pages`."""
         geometry = self._geometry
         total = plan.num_full_blocks * geometry.pages_per_block
         if not total:
-            place = scores.device if self._by_score else None
+            place = ranking.order.device if self._by_score else None
             shape = geometry.num_layers, geometry.num_kv_heads
             return torch.zeros(shape, dtype=torch.int64, device=place)
         min_pages = self._rule.min_pages_per_head(plan.boundary_tokens)
-        if plan.num_quantized_blocks:
-            least = pages_for(self._num_protected(plan), plan.quantized_page_tokens)
-            if plan.num_quantized_pages >= least:  # they may lie there
-                min_pages = 0
+        for later in plan.tiers[1:]:
+            if later.num_pages >= pages_for(self._num_protected(plan), later.page_tokens):
+                min_pages = 0  # a head's protected tokens may all be in that tier
         if self._by_score:
             return budgets.allocate_adaptive(
-                scores,
+                ranking.scores,
                 total,
                 geometry.block_size,
                 min_pages,
@@ -100,25 +121,16 @@ class PageAllocator:
             )
         return budgets.allocate_uniform(total, geometry.num_layers, geometry.num_kv_heads)
 
-    def quantized(
-        self, scores: torch.Tensor, full_pages: torch.Tensor, plan: PrefixPlan
-    ) -> torch.Tensor:
-        """Pages of the quantized tier, int64 ``[L, H]``.
-
-        Args:
-            scores: float32 ``[L, H, T]``.
-            full_pages: int64 ``[L, H]``, of :meth:`full`.
-            plan: of the prompt.
-        """
+    def quantized(self, ranking: Ranking, taken: torch.Tensor, plan: PrefixPlan) -> torch.Tensor:
+        """Pages of the quantized tier, int64 ``[L, H]``; see :meth:`pages`."""
         geometry = self._geometry
         total = plan.num_quantized_pages * geometry.pages_per_block
         page_tokens = plan.quantized_page_tokens
-        taken = full_pages * geometry.block_size
         left = (max(1, self._num_protected(plan)) - taken).clamp_min(0)
         least = (left + page_tokens - 1) // page_tokens
         if self._by_score:
-            return budgets.allocate_behind(
-                scores, taken, total, page_tokens, least, per_layer=self._per_layer
+            return budgets.allocate_remaining(
+                ranking.scores, taken, total, page_tokens, least, per_layer=self._per_layer
             )
         if self._head_fractions is not None:
             num_tokens = plan.boundary_tokens
@@ -149,7 +161,7 @@ class PageAllocator:
 
     def _fractions(self, plan: PrefixPlan, keep_ratio: float, tier: int) -> torch.Tensor:
         """Shares of each head as they are (tier 0), or in either tier (1)."""
-        if self._tier_fractions is not None and plan.num_quantized_blocks:
+        if self._tier_fractions is not None and len(plan.tiers) > 1:
             held = plan.num_compressed_blocks / plan.num_prefix_blocks
             return torch.tensor(self._tier_fractions(held)[tier], dtype=torch.float64)
         assert self._head_fractions is not None

@@ -24,7 +24,7 @@ def allocate_uniform(total_pages: int, num_layers: int, num_kv_heads: int) -> to
 
 
 def allocate_adaptive(
-    scores: torch.Tensor,
+    ranked: torch.Tensor,
     total_pages: int,
     block_size: int,
     min_pages: int,
@@ -39,8 +39,8 @@ def allocate_adaptive(
     of its own ranking.
 
     Args:
-        scores: float32 ``[L, H, T]``, T a multiple of the block size; finite, or minus infinity
-            where a head has nothing.
+        ranked: float32 ``[L, H, T]``, each head's scores from the best to the worst, T a multiple
+            of the block size; finite, or minus infinity where a head has nothing.
         total_pages: pages to hand out.
         block_size: tokens per page.
         min_pages: floor of every head.
@@ -51,18 +51,17 @@ def allocate_adaptive(
     Raises:
         ValueError: if the floors exceed the total, or the total exceeds the pages there are.
     """
-    num_layers, num_heads, num_tokens = scores.shape
+    num_layers, num_heads, num_tokens = ranked.shape
     num_pages = num_tokens // block_size
     num_all = num_layers * num_heads
     most = num_all * num_pages if max_pages is None else int(max_pages.sum())
     _check_total(total_pages, num_all * min_pages, most)
-    ranked = scores.sort(dim=-1, descending=True).values
     worth = ranked.view(num_layers, num_heads, num_pages, block_size).mean(dim=-1)
     return _best_pages(worth, total_pages, min_pages, per_layer=per_layer)
 
 
-def allocate_behind(
-    scores: torch.Tensor,
+def allocate_remaining(
+    ranked: torch.Tensor,
     taken: torch.Tensor,
     total_pages: int,
     page_tokens: int,
@@ -70,14 +69,14 @@ def allocate_behind(
     *,
     per_layer: bool = False,
 ) -> torch.Tensor:
-    """As :func:`allocate_adaptive`, of the tokens behind those that each head has placed already.
+    """As :func:`allocate_adaptive`, of the tokens that no earlier tier has taken.
 
     A page is worth the scores of its tokens. Where a head's last tokens do not fill a page it is
     worth less, and a page of no token is given only when there is nothing else.
 
     Args:
-        scores: float32 ``[L, H, T]``, finite.
-        taken: int64 ``[L, H]``, a head's tokens of the highest ranks, which have their place.
+        ranked: float32 ``[L, H, T]``, each head's scores from the best to the worst, finite.
+        taken: int64 ``[L, H]``, how many of a head's best tokens earlier tiers have.
         total_pages: pages to hand out.
         page_tokens: tokens of a page.
         min_pages: int64 ``[L, H]``, floor of each head; the total must cover them, in each layer
@@ -87,15 +86,14 @@ def allocate_behind(
     Raises:
         ValueError: if the floors exceed the total (seen on the CPU, where nothing waits for it).
     """
-    num_layers, num_heads, num_tokens = scores.shape
+    num_layers, num_heads, num_tokens = ranked.shape
     num_pages = max(-(-num_tokens // page_tokens), -(-total_pages // (num_layers * num_heads)))
     floors = int(min_pages.sum()) if min_pages.device.type == "cpu" else 0
     _check_total(total_pages, floors, num_layers * num_heads * num_pages)
-    ranked = scores.sort(dim=-1, descending=True).values
     ends = torch.zeros(num_layers, num_heads, num_tokens + 1, dtype=torch.float64)
-    ends = ends.to(scores.device)
+    ends = ends.to(ranked.device)
     torch.cumsum(ranked, -1, dtype=torch.float64, out=ends[..., 1:])
-    ranks = taken[..., None] + page_tokens * torch.arange(num_pages + 1, device=scores.device)
+    ranks = taken[..., None] + page_tokens * torch.arange(num_pages + 1, device=ranked.device)
     bounds = ends.gather(2, ranks.clamp(max=num_tokens))
     worth = bounds.diff(dim=-1)
     worth = torch.where(ranks[..., :-1] < num_tokens, worth, -torch.inf)

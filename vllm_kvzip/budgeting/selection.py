@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from vllm_kvzip.core import KeepPlan, QuantizedKeepPlan
+from vllm_kvzip.core import KeepPlan
 
 
 def protect(scores: torch.Tensor, num_sinks: int, num_recent: int) -> torch.Tensor:
     """Scores in which the protected tokens of every head rank first.
 
-    They get the head's own best score, so that page means stay comparable between heads; ties are
-    broken in :func:`select`, which ranks protected tokens above all others.
+    They get the head's own best score, so that page means stay comparable between heads;
+    :func:`rank` breaks ties, and ranks protected tokens above all others.
 
     Args:
         scores: float32 ``[L, H, T]``.
@@ -26,121 +28,107 @@ def protect(scores: torch.Tensor, num_sinks: int, num_recent: int) -> torch.Tens
     return protected
 
 
-def rank(scores: torch.Tensor, num_sinks: int, num_recent: int) -> torch.Tensor:
+@dataclass(frozen=True)
+class Ranking:
     """Each head's tokens from the best to the worst; protected ones first, ties to the earlier.
+
+    Attributes:
+        order: int64 ``[L, H, T]``.
+        scores: float32 ``[L, H, T]``, of :func:`protect`, in that order.
+    """
+
+    order: torch.Tensor
+    scores: torch.Tensor
+
+
+def rank(scores: torch.Tensor, num_sinks: int, num_recent: int) -> Ranking:
+    """Rank the tokens of every head.
 
     Args:
         scores: float32 ``[L, H, T]``.
         num_sinks, num_recent: protected tokens at either end.
-
-    Returns:
-        int64 ``[L * H, T]``.
     """
-    num_tokens = scores.shape[-1]
-    ranked = scores.reshape(-1, num_tokens).clone()
-    ranked[:, :num_sinks] = float("inf")
+    keys = scores.clone()
+    keys[:, :, :num_sinks] = float("inf")
     if num_recent:
-        ranked[:, num_tokens - num_recent :] = float("inf")
-    return ranked.argsort(dim=-1, descending=True, stable=True)
+        keys[:, :, -num_recent:] = float("inf")
+    order = keys.argsort(dim=-1, descending=True, stable=True)
+    return Ranking(order, protect(scores, num_sinks, num_recent).gather(2, order))
 
 
 def select(
-    scores: torch.Tensor,
-    pages: torch.Tensor,
-    block_size: int,
-    num_sinks: int,
-    num_recent: int,
-    total_pages: int | None = None,
+    scores: torch.Tensor, pages: torch.Tensor, block_size: int, num_sinks: int, num_recent: int
 ) -> KeepPlan:
-    """Per head, the best tokens that fill its pages; protected tokens first, ties to the earlier.
+    """One tier: per head, the best tokens that fill its pages.
 
     Args:
         scores: float32 ``[L, H, T]``.
-        pages: int64 ``[L, H]``, head pages of each head, on the device of ``scores``.
+        pages: int64 ``[L, H]``, head pages of each head.
         block_size: tokens per page.
         num_sinks, num_recent: protected tokens at either end; must fit every head's budget.
-        total_pages: sum of ``pages``, for a caller who knows it: nothing is read back then from a
-            device other than the CPU, and nothing checked there.
 
     Raises:
         ValueError: if a score is NaN, a head has no page, or more pages than tokens.
     """
-    budgets = (pages * block_size).flatten()
-    if total_pages is None or scores.device.type == "cpu":
-        _check(scores, budgets, num_sinks + num_recent)
-    order = rank(scores, num_sinks, num_recent)
-    return take_best(order, pages, block_size, total_pages)
+    if torch.isnan(scores).any():
+        raise ValueError("a scorer returned NaN")
+    tokens = pages * block_size
+    check_budgets(tokens, tokens, num_sinks + num_recent, scores.shape[-1])
+    ranking = rank(scores, num_sinks, num_recent)
+    return take(ranking, torch.zeros_like(pages), pages, block_size, int(pages.sum()))
 
 
-def take_best(
-    order: torch.Tensor, pages: torch.Tensor, block_size: int, total_pages: int | None = None
-) -> KeepPlan:
-    """Per head, the first tokens of an order that fill its pages.
-
-    Args:
-        order: int64 ``[L * H, T]``, of :func:`rank`.
-        pages, block_size, total_pages: see :func:`select`.
-    """
-    budgets = (pages * block_size).flatten()
-    tokens = torch.arange(order.shape[1], device=order.device)
-    kept = torch.zeros(order.shape, dtype=torch.bool, device=order.device)
-    kept.scatter_(1, order, tokens < budgets[:, None])
-    offsets = torch.zeros(len(budgets) + 1, dtype=torch.int64, device=order.device)
-    torch.cumsum(budgets, 0, out=offsets[1:])
-    total = block_size * (int(pages.sum()) if total_pages is None else total_pages)
-    return KeepPlan(positions=_positions(kept, total), offsets=offsets, pages=pages)
-
-
-def take_behind(
-    order: torch.Tensor,
-    taken: torch.Tensor,
+def take(
+    ranking: Ranking,
+    first_rank: torch.Tensor,
     pages: torch.Tensor,
     page_tokens: int,
     total_pages: int,
-) -> QuantizedKeepPlan:
-    """Per head, the tokens of an order that fill its quantized pages, behind those placed already.
+) -> KeepPlan:
+    """Per head, the tokens of the following ranks that fill its pages.
 
     Args:
-        order: int64 ``[L * H, T]``, of :func:`rank`.
-        taken: int64 ``[L, H]``, how many of each head's tokens are placed.
-        pages: int64 ``[L, H]``, quantized pages of each head; may hold more than is left.
-        page_tokens: Q.
-        total_pages: sum of ``pages``.
+        ranking: of all tokens.
+        first_rank: int64 ``[L, H]``, of each head the first rank that is free: how many tokens
+            earlier tiers have.
+        pages: int64 ``[L, H]``, pages of each head, on the device of ``ranking``; may hold more
+            tokens than are left.
+        page_tokens: of each page.
+        total_pages: sum of ``pages``; it is not read back from a device.
     """
+    order = ranking.order.flatten(0, 1)  # [L * H, T]
     rows, num_tokens = order.shape
-    first = taken.reshape(-1, 1)
+    num_wanted = pages.reshape(-1, 1) * page_tokens
+    first = first_rank.reshape(-1, 1)
     ranks = torch.arange(num_tokens, device=order.device)
-    chosen = (ranks >= first) & (ranks < first + pages.reshape(-1, 1) * page_tokens)
+    chosen = (ranks >= first) & (ranks < first + num_wanted)
     kept = torch.zeros(order.shape, dtype=torch.bool, device=order.device)
     kept.scatter_(1, order, chosen)
-    ends = (pages.flatten() * page_tokens).cumsum(0)
-    starts = ends - pages.flatten() * page_tokens  # of each head's tokens in the plan
+    starts = num_wanted.cumsum(0) - num_wanted  # of each head's tokens in the plan
     total = total_pages * page_tokens
-    place = starts[:, None] + kept.cumsum(dim=1) - 1
-    place = torch.where(kept, place, total).flatten()  # what is not kept goes behind the end
-    columns = ranks.expand(rows, num_tokens).flatten()
-    positions = place.new_full((total + 1,), -1).scatter_(0, place, columns)[:total]
-    return QuantizedKeepPlan(positions.view(total_pages, page_tokens), pages)
+    # ``nonzero`` would wait for the device to count. Whatever is not kept goes to place ``total``,
+    # which is cut off.
+    place = torch.where(kept, starts + kept.cumsum(dim=1) - 1, total).flatten()
+    tokens = ranks.expand(rows, num_tokens).flatten()
+    positions = place.new_full((total + 1,), -1).scatter_(0, place, tokens)[:total]
+    return KeepPlan(positions.view(total_pages, page_tokens), pages)
 
 
-def _positions(kept: torch.Tensor, total: int) -> torch.Tensor:
-    """Columns of what is kept, row after row; ``nonzero`` would wait for the device to count.
+def check_budgets(
+    full_tokens: torch.Tensor, all_tokens: torch.Tensor, num_protected: int, num_tokens: int
+) -> None:
+    """Refuse budgets that no tokens fill, or that leave out protected ones.
 
     Args:
-        kept: bool ``[heads, T]``.
-        total: how many.
+        full_tokens: int64 ``[L, H]``, tokens that each head keeps as they are.
+        all_tokens: int64 ``[L, H]``, tokens that each head keeps.
+        num_protected: tokens that every head must keep.
+        num_tokens: that there are.
+
+    Raises:
+        ValueError: if a head keeps no token, or a budget does not fit.
     """
-    place = kept.flatten().cumsum(0) - 1
-    place = torch.where(kept.flatten(), place, total)  # what is not kept goes behind the end
-    columns = torch.arange(kept.shape[1], device=kept.device).expand(kept.shape).flatten()
-    return place.new_empty(total + 1).scatter_(0, place, columns)[:total]
-
-
-def _check(scores: torch.Tensor, budgets: torch.Tensor, num_protected: int) -> None:
-    num_tokens = scores.shape[-1]
-    if torch.isnan(scores).any():
-        raise ValueError("a scorer returned NaN")
-    least, most = int(budgets.min()), int(budgets.max())
+    least, most = int(all_tokens.min()), int(full_tokens.max())
     if least < max(1, num_protected) or most > num_tokens:
         raise ValueError(
             f"head budgets of {least} to {most} tokens do not fit "

@@ -1,6 +1,6 @@
 """Head-budget profiles: which share of its KV pairs each head of one model should keep.
 
-A profile is made offline (``scripts/profile_heads.py``) and is independent of any later context. It
+A profile is made offline (``vllm-kvzip profile``) and is independent of any later context. It
 says for a grid of keep ratios what share of its KV pairs each head keeps, averaged over calibration
 contexts (head-level budgets of KVzip, arXiv 2505.23416). Its provenance names the method: the most
 important heads keep everything, or one global ranking of KV pairs decides.
@@ -177,7 +177,7 @@ def load_profile(path: Path) -> HeadProfile:
     except OSError as error:
         raise ProfileError(
             f"Head profile {path} cannot be read ({error.strerror}); build it with "
-            f"scripts/profile_heads.py or set profile to none."
+            f"`vllm-kvzip profile` or set profile to none."
         ) from error
     except ValueError as error:
         raise ProfileError(f"Head profile {path} is not JSON ({error}); build it again.") from error
@@ -189,7 +189,7 @@ def load_profile(path: Path) -> HeadProfile:
         message = first["msg"].removeprefix("Value error, ")
         raise ProfileError(
             f"Head profile {path} is broken at {field}: {message}; build it again with "
-            f"scripts/profile_heads.py."
+            f"`vllm-kvzip profile`."
         ) from error
 
 
@@ -203,7 +203,7 @@ def check_matches(profile: HeadProfile, running: ModelFingerprint, path: Path) -
         field, theirs, mine = difference
         raise ProfileError(
             f"Head profile {path} was made for another model: its {field} is {theirs}, the running "
-            f"model's is {mine}; build one with scripts/profile_heads.py or set profile to none."
+            f"model's is {mine}; build one with `vllm-kvzip profile` or set profile to none."
         )
 
 

@@ -7,7 +7,7 @@ taken off, and value, and how near the token is to the end of the context (some 
 last token of a kind), and predicts the log score of the pair. It reads no other head, so it works
 where ranks share the heads.
 
-The file is safetensors, beside the model's head profile; ``scripts/profile_heads.py`` makes it.
+The file is safetensors, beside the model's head profile; ``vllm-kvzip profile`` makes it.
 """
 
 from __future__ import annotations
@@ -160,18 +160,18 @@ def load_surrogate(path: Path, running: ModelFingerprint | None = None) -> list[
             raise ValueError(f"it has no {shape[0]} networks a layer that read {shape[1]} numbers")
     except FileNotFoundError as error:
         raise ProfileError(
-            f"Scorer surrogate needs {path}; build it with scripts/profile_heads.py."
+            f"Scorer surrogate needs {path}; build it with `vllm-kvzip profile`."
         ) from error
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise ProfileError(
             f"{path} is no surrogate that can be read ({reason}); build it again with "
-            f"scripts/profile_heads.py."
+            f"`vllm-kvzip profile`."
         ) from error
     if running is not None and (difference := model.mismatch(running)):
         field, theirs, mine = difference
         raise ProfileError(
             f"Surrogate {path} was made for another model: its {field} is {theirs}, the running "
-            f"model's is {mine}; build one with scripts/profile_heads.py."
+            f"model's is {mine}; build one with `vllm-kvzip profile`."
         )
     return layers

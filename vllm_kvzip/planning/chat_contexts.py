@@ -1,9 +1,9 @@
 """Where a context that a chat client names ends: before what a template closes a message with.
 
 A client may ask about a document in the same message or in the next one, and the document may be
-the system prompt. A chat template writes other tokens behind the document each time, and words that
-follow may merge with its last ones. So the context is what the conversations that go on from it
-have in common.
+the system prompt. A chat template writes other tokens after the document in each case, and the
+tokenizer may merge the first word that follows with the document's last one. So the context is what
+all conversations that continue from it have in common.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ _QUESTION = "\n\nWhat is it?"
 
 
 def continuations(messages: Sequence[Message]) -> list[list[Message]]:
-    """Conversations that go on from some messages as a client would.
+    """Conversations that continue from some messages as a client would.
 
     Args:
         messages: in the format of the OpenAI API; the last one holds the end of the context.
 
     Returns:
-        two: with a question behind the last message's text where a user says it, else with a next
-        message of the user's. One question is the text's own first word, which its tokenizer knows.
+        two conversations, each with another question. Where the last message is a user's, the
+        question follows its text; else it is the user's next message. The second question is the
+        text's own first word, because the tokenizer surely knows it.
     """
     last = messages[-1]
     questions = (_QUESTION, f" {_first_word(last.get('content'))}")

@@ -22,14 +22,14 @@ from vllm_kvzip.planning.tiers import TierBlocks, TierRule, pages_for
 if TYPE_CHECKING:
     from vllm_kvzip.planning.request_options import RequestOptions
 
-_SPARE_BLOCKS = 2  # vLLM's null block, and one for tokens behind the prompt
+_SPARE_BLOCKS = 2  # vLLM's null block, and one for the first generated tokens
 
 
 @dataclass(frozen=True)
 class PrefixRule:
     """How a prompt's length and a request's options decide what is compressed, in how many blocks.
 
-    What a compressed prefix looks like depends on nothing behind its boundary, so that every
+    What a compressed prefix looks like does not depend on tokens after its boundary, so every
     prompt with the same first tokens and the same keep ratio can share it.
 
     Attributes:
@@ -69,17 +69,17 @@ class PrefixRule:
         if self.skip_reason(num_prompt_tokens, options) is not None:
             return None
         num_blocks = self._num_prefix_blocks(num_prompt_tokens, options)
-        boundary = num_blocks * self.block_size
         blocks = self._compressed_blocks(num_blocks, options)
-        return PrefixPlan(
-            boundary_tokens=boundary,
-            num_prefix_blocks=num_blocks,
-            num_compressed_blocks=blocks.total,
-            ready_tokens=num_prompt_tokens if options.context_tokens is None else boundary,
-            keep_ratio=self.wanted_ratio(options),
+        plan = self._plan_of(num_blocks, blocks.total, options)
+        if options.context_tokens is None:
+            plan = replace(plan, ready_tokens=num_prompt_tokens)
+        if self.tiers is None or not blocks.quantized:
+            return plan
+        return replace(
+            plan,
             num_quantized_blocks=blocks.quantized,
-            quantized_page_tokens=self.tiers.page_tokens if self.tiers and blocks.quantized else 0,
-            quantized_split=self.tiers.split if self.tiers and blocks.quantized else 1,
+            quantized_page_tokens=self.tiers.page_tokens,
+            quantized_split=self.tiers.split,
         )
 
     def next_plan(
@@ -93,7 +93,7 @@ class PrefixRule:
         Args:
             num_prompt_tokens: length of the prompt.
             options: what the request asks for.
-            done: the compression that its row begins with, its own or one that it found.
+            done: the compression that its row begins with: its own, or one of the prefix cache.
         """
         last = self.plan(num_prompt_tokens, options)
         if self.prefill_blocks is None or options.is_off:
@@ -103,16 +103,8 @@ class PrefixRule:
         may_end = last is not None and (done is None or done.is_round)
         if last is not None and may_end and start < last.num_prefix_blocks <= end:
             return replace(last, start_blocks=start, held_blocks=held)
-        return PrefixPlan(
-            boundary_tokens=end * self.block_size,
-            num_prefix_blocks=end,
-            num_compressed_blocks=self.prefill_blocks,
-            ready_tokens=end * self.block_size,
-            keep_ratio=self.wanted_ratio(options),
-            start_blocks=start,
-            held_blocks=held,
-            is_round=True,
-        )
+        plan = self._plan_of(end, self.prefill_blocks, options)
+        return replace(plan, start_blocks=start, held_blocks=held, is_round=True)
 
     def next_stop(
         self,
@@ -129,11 +121,12 @@ class PrefixRule:
             num_prompt_tokens: length of the prompt.
             options: what the request asks for.
             plan: what is compressed next.
-            must_wait: whether another compression is still to be carried out before it.
+            must_wait: whether another compression must be carried out before it.
             first: position of the step's first token.
             num_tokens: what could be computed.
         """
-        while plan is not None and plan.ready_tokens <= first:  # found raw; compressed in this step
+        # A prefix that was found raw is complete already, and compressed in this step.
+        while plan is not None and plan.ready_tokens <= first:
             plan, must_wait = self.next_plan(num_prompt_tokens, options, plan), True
         if plan is None:
             return num_tokens
@@ -143,8 +136,9 @@ class PrefixRule:
     def peak_blocks(self) -> int | None:
         """The most blocks a request holds with a prefill budget.
 
-        What was kept, what is about to be, and what is new in the meantime; twice, because with
-        asynchronous scheduling a step is under way while the next one is scheduled.
+        Those that an earlier compression kept, those reserved for the next one, and those of new
+        tokens. All of it twice, because with asynchronous scheduling a step is under way while the
+        next one is scheduled.
         """
         if self.prefill_blocks is None:
             return None
@@ -166,7 +160,7 @@ class PrefixRule:
         """
         budget, step = self.prefill_blocks, self._round_blocks
         assert budget is not None
-        # The first position behind what the budget holds, rounded up to budget + k * step.
+        # The first position at which more than the budget is held, rounded up to budget + k * step.
         full = start_blocks + budget - held_blocks
         return budget + max(1, (full - budget) // step + 1) * step
 
@@ -180,9 +174,8 @@ class PrefixRule:
     ) -> str | None:
         """Why a prompt is left alone, one of ``metrics.SKIP_REASONS``; None when it is not.
 
-        At the server's keep ratio 1.0 nothing is freed either, but the prompt goes through the
-        whole machinery: its output must equal that of stock vLLM, which is how a deployment is
-        checked.
+        At the server's keep ratio 1.0 a prompt is compressed although nothing is freed: its output
+        must equal that of stock vLLM, which is how a deployment is checked.
         """
         if options.is_off:
             return options.left_alone or "off_by_request"
@@ -209,6 +202,15 @@ class PrefixRule:
         """The keep ratio of a request: its own, or the server's."""
         return self.keep_ratio if options.keep_ratio is None else options.keep_ratio
 
+    def fits_uncompressed(self, num_tokens: int) -> bool:
+        """Whether the pool can hold ``num_tokens`` tokens of one request uncompressed.
+
+        Only with a prefill budget can a request that is longer have been admitted.
+        """
+        if self.prefill_blocks is None or self.pool_blocks is None:
+            return True
+        return num_tokens <= (self.pool_blocks - 1) * self.block_size  # without the null block
+
     def protected_in_prefix(self, boundary_tokens: int) -> tuple[int, int]:
         """Protected tokens of a prefix of ``boundary_tokens`` tokens: (first ones, last ones)."""
         num_sinks = min(self.sink_tokens, boundary_tokens)
@@ -219,8 +221,25 @@ class PrefixRule:
         return pages_for(sum(self.protected_in_prefix(boundary_tokens)), self.block_size)
 
     def max_compressed_blocks(self, max_tokens: int) -> int:
-        """The most blocks any prompt of up to ``max_tokens`` tokens needs, unless it says more."""
+        """The most compressed blocks of a prompt of up to ``max_tokens``, at the server's ratio."""
         return _most_compressed_blocks(self, max_tokens // self.block_size)
+
+    def _plan_of(
+        self, num_prefix_blocks: int, num_compressed_blocks: int, options: RequestOptions
+    ) -> PrefixPlan:
+        """The plan for a raw prefix that is compressed as soon as it has been computed."""
+        boundary = num_prefix_blocks * self.block_size
+        num_sinks, num_recent = self.protected_in_prefix(boundary)
+        return PrefixPlan(
+            boundary_tokens=boundary,
+            num_prefix_blocks=num_prefix_blocks,
+            num_compressed_blocks=num_compressed_blocks,
+            ready_tokens=boundary,
+            keep_ratio=self.wanted_ratio(options),
+            num_sink_tokens=num_sinks,
+            num_recent_tokens=num_recent,
+            min_pages_per_head=self.min_pages_per_head(boundary),
+        )
 
     def _num_prefix_blocks(self, num_prompt_tokens: int, options: RequestOptions) -> int:
         end = num_prompt_tokens if options.context_tokens is None else options.context_tokens
@@ -237,9 +256,9 @@ class PrefixRule:
 
 @functools.lru_cache(maxsize=8)
 def _most_compressed_blocks(rule: PrefixRule, num_blocks: int) -> int:
-    """The most of any prefix of up to so many blocks.
+    """The most compressed blocks that any prefix of up to ``num_blocks`` blocks needs.
 
-    With two tiers a shorter prefix can need more than a longer one: where protected tokens need
+    With two tiers a shorter prefix can need more than a longer one, where its protected tokens need
     ordinary pages.
     """
     mixed = rule.tiers is not None and rule.tiers.mode == "mixed"

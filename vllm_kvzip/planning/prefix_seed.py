@@ -1,4 +1,4 @@
-"""What names a prefix: a number that equal tokens have in common, in every process."""
+"""A number for a prefix: equal for equal tokens, in every process."""
 
 from __future__ import annotations
 

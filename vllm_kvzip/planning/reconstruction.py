@@ -58,7 +58,7 @@ class RepeatRule:
 
         Args:
             chunk_tokens: longest chunk that is wanted, with what is fed before it.
-            most_tokens: that can be fed at once.
+            most_tokens: the most tokens that can be fed at once.
             first_prompt, later_prompt: tokens of the repeat prompts.
         """
         before = max(first_prompt, later_prompt) + LINK_TOKENS
@@ -145,9 +145,9 @@ def scores_from_normaliser(
 ) -> torch.Tensor:
     """The same scores when the softmax's normaliser is known, as a fused attention returns it.
 
-    Products are taken in the dtype of the inputs, as in the original. In 16 bits logits of some
-    hundreds lie several units apart, so the normaliser is subtracted before they are rounded: it
-    is a part of the product, as more columns of the queries, which sum up to it exactly.
+    Products are computed in the dtype of the inputs, as in the original. A logit of a few hundred
+    loses its fraction when it is rounded to 16 bits. So the normaliser is subtracted inside the
+    product, before rounding: as extra columns of the queries, whose sum is exactly the normaliser.
 
     Args:
         queries: ``[H, M, D]``, all queries of a head's group.
@@ -171,7 +171,7 @@ def scores_from_normaliser(
 
 
 def _in_parts(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """float32 numbers ``[...]`` as sums of three of another dtype, ``[..., 3]``."""
+    """Float32 numbers ``[...]``, each as a sum of three numbers of ``dtype``: ``[..., 3]``."""
     parts = []
     for _ in range(3):
         parts.append(numbers.to(dtype))
@@ -180,9 +180,9 @@ def _in_parts(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def retrieval_fractions(importance: torch.Tensor, keep_ratio: float) -> torch.Tensor:
-    """Budgets by head: the most important heads keep everything, the others nothing but the floor.
+    """Budgets by head: the most important heads keep everything, the others nothing.
 
-    One head in between gets the rest, so that the mean is the keep ratio.
+    One head between them keeps a part, so that the mean is the keep ratio.
 
     Args:
         importance: ``[L, H]``.

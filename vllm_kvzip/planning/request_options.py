@@ -47,7 +47,7 @@ class RequestOptions:
     ) -> RequestOptions:
         """The options of a request; a value that :func:`check_request` refuses counts as absent.
 
-        Somebody may hand requests to the engine past the checks, and they must not end it.
+        Programs can hand a request to the engine without that check. It must not crash the engine.
         """
         given = extra_args or {}
         context, ratio = given.get(CONTEXT_TOKENS), given.get(KEEP_RATIO)

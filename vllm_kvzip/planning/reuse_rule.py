@@ -13,8 +13,8 @@ class ReuseRule:
         fingerprint: hexadecimal digest of everything that shapes a compressed prefix but its keep
             ratio.
         prefer_raw: start from the raw prefix when both are cached.
-        ttl_seconds: forget a prefix that nobody used for so long; None keeps it until the pool
-            needs its blocks.
+        ttl_seconds: drop a prefix that no request has used for this time; None keeps it until the
+            pool needs its blocks.
         observation_tokens: how many of the context's last queries the scorer looks at; 0 when it
             looks at keys and values only. If it does, only declared contexts are cached: those of
             other prompts are scored by the whole prompt.

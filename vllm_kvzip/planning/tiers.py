@@ -40,14 +40,16 @@ class TierRule:
     """How a keep ratio becomes blocks of two tiers.
 
     Attributes:
-        mode: ``quantize`` knows no full tier, ``mixed`` has both, ``evict`` no quantized one.
+        mode: ``evict`` has the full tier only, ``quantize`` the quantized tier only, ``mixed``
+            both.
         block_tokens: N, tokens of an ordinary head page.
         page_tokens: Q, tokens of a quantized page.
         split: S, quantized pages of a head page; together they hold more than N.
-        full_share: of the blocks, how many hold KV pairs as they are; mode ``mixed``.
+        full_share: blocks that hold KV pairs as they are / all blocks, in mode ``mixed``.
         by_bytes: whether the keep ratio counts bytes; it counts KV pairs otherwise.
-        shares: keep ratio and its own full share, ascending; linear between them, and the first
-            and the last hold beyond. Empty: ``full_share`` everywhere.
+        shares: points (keep ratio, full share) with ascending ratios. Between two points the full
+            share is linear; below the first and above the last it is theirs. Empty: ``full_share``
+            at every ratio.
     """
 
     mode: Mode
@@ -75,15 +77,15 @@ class TierRule:
     def blocks(self, ratio: float, num_blocks: int, num_protected: int) -> TierBlocks:
         """Blocks of the compressed form of ``num_blocks`` blocks, at most as many.
 
-        What is counted by bytes and fits quantized as a whole has more in full precision instead
-        of leaving blocks empty; what is counted by KV pairs takes fewer blocks then. Either tier
-        can hold the tokens that every head keeps: there is a page for them in the quantized one
-        for every head, or in the other.
+        The blocks may have room for the whole prefix in quantized form. Counted by bytes, more of
+        it is kept in full precision then, so that no block stays empty; counted by KV pairs, the
+        prefix takes fewer blocks. One of the tiers has enough pages in every head for the protected
+        tokens.
 
         Args:
             ratio: kept / all, in (0, 1].
             num_blocks: before compression.
-            num_protected: tokens that every head keeps.
+            num_protected: sink and recent tokens, which every head keeps.
         """
         if self.mode == "evict":
             wanted = ceil(ratio * num_blocks - EPSILON)
@@ -108,11 +110,12 @@ class TierRule:
     def _mixed(
         self, ratio: float, num_blocks: int, least_full: int, least: int
     ) -> list[TierBlocks]:
-        """What the full share says, and next to it what has more of one tier.
+        """Choices for mode ``mixed``: first what the full share says, then more of one tier.
 
         Args:
             ratio, num_blocks: see :meth:`blocks`.
-            least_full, least: pages for a head's protected tokens, in either tier.
+            least_full: ordinary pages that hold a head's protected tokens.
+            least: blocks of quantized pages that hold them.
         """
         share = self.full_share_at(ratio)
         if self.by_bytes:
@@ -128,13 +131,13 @@ class TierRule:
         ]
 
     def _by_tokens(self, tokens: float, num_blocks: int, full: int, least: int) -> TierBlocks:
-        """So many full blocks, and quantized ones until that many tokens a head are kept."""
+        """``full`` full blocks, and quantized ones until a head keeps ``tokens`` tokens."""
         left = max(0.0, tokens - full * self.block_tokens - EPSILON)
         quantized = max(least, ceil(left / self.quantized_tokens))
         return TierBlocks(full, min(quantized, self._to_quantize(num_blocks, full)))
 
     def _by_bytes(self, total: int, num_blocks: int, full: int) -> TierBlocks:
-        """So many full blocks of a total; more of them when the rest would stay empty."""
+        """``full`` of ``total`` blocks are full ones; more of them if quantized ones stay empty."""
         if total - full < self._to_quantize(num_blocks, full):
             return TierBlocks(full, total - full)
         num_tokens, spread = (
@@ -147,5 +150,5 @@ class TierRule:
         return TierBlocks(full, self._to_quantize(num_blocks, full))
 
     def _to_quantize(self, num_blocks: int, full: int) -> int:
-        """Blocks for everything that ``full`` blocks leave over."""
+        """Quantized blocks that hold all tokens for which ``full`` full blocks have no room."""
         return ceil((num_blocks - full) * self.block_tokens / self.quantized_tokens)

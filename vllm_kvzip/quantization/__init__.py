@@ -1,21 +1,22 @@
 """Head pages with fewer bits per value, so that a page of the same bytes holds more tokens.
 
-One format a file; ``base.py`` has the contract, ``layout.py`` says what lies where in a page,
-``pages.py`` fills and reads pages, ``rotation.py`` spreads outliers beforehand, and ``choice.py``
-goes from names to all of it.
+``formats/`` has one format a file, and ``base.py`` their contract. ``layout.py`` says what lies
+where in a page, ``pages.py`` fills and reads pages, ``reading.py`` reads them quickly,
+``rotation.py`` spreads outliers beforehand, and ``choice.py`` goes from names to all of it.
 """
 
-from vllm_kvzip.quantization.base import Encoded, Format
+from vllm_kvzip.quantization.base import Encoded, Format, register_format
 from vllm_kvzip.quantization.choice import (
     Quantization,
+    available_formats,
     choose_quantization,
     choose_split,
     create_format,
 )
-from vllm_kvzip.quantization.int4 import Int4
-from vllm_kvzip.quantization.int8 import Int8
+from vllm_kvzip.quantization.formats.int4 import Int4
+from vllm_kvzip.quantization.formats.int8 import Int8
+from vllm_kvzip.quantization.formats.nf4 import NormalFloat4
 from vllm_kvzip.quantization.layout import HalfPage, PageLayout
-from vllm_kvzip.quantization.nf4 import NormalFloat4
 from vllm_kvzip.quantization.pages import pack_pages, unpack_pages
 from vllm_kvzip.quantization.rotation import rotate, rotate_back
 
@@ -28,10 +29,12 @@ __all__ = [
     "NormalFloat4",
     "PageLayout",
     "Quantization",
+    "available_formats",
     "choose_quantization",
     "choose_split",
     "create_format",
     "pack_pages",
+    "register_format",
     "rotate",
     "rotate_back",
     "unpack_pages",

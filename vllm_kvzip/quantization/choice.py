@@ -1,4 +1,4 @@
-"""Formats by name, with the block sizes that suit a head size and pages of few tokens."""
+"""From names of formats to how the quantized pages of one cache are filled."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_kvzip.quantization.int4 import Int4
-from vllm_kvzip.quantization.int8 import Int8
 from vllm_kvzip.quantization.layout import CODE_ALIGNMENT, ROUNDING_LOSS, PageLayout
-from vllm_kvzip.quantization.nf4 import NormalFloat4
 from vllm_kvzip.quantization.pages import pack_pages
 from vllm_kvzip.quantization.rotation import (
     check_rotation,
@@ -18,33 +15,29 @@ from vllm_kvzip.quantization.rotation import (
     rotate,
     rotate_back,
 )
+from vllm_kvzip.registry import FORMATS
 
 if TYPE_CHECKING:
-    from vllm_kvzip.config import FormatName, Rotation
+    from vllm_kvzip.config import Rotation
     from vllm_kvzip.quantization.base import Format
 
-SMALLEST_BLOCK = 16
 LEAST_PAGE_TOKENS = 16
 """Of a quantized page that shares its head page with others."""
 
 
-def create_format(name: FormatName, head_dim: int) -> Format:
+def available_formats() -> tuple[str, ...]:
+    """Names of all formats, those of other packages included."""
+    return FORMATS.names()
+
+
+def create_format(name: str, head_dim: int) -> Format:
     """A format for vectors of ``head_dim`` values.
 
-    Blocks of ``nf4`` have 32 values, with scales that are quantized too, those of ``int4`` 64;
-    fewer where the head size is no multiple.
-
     Raises:
-        ValueError: if no block size of the format suits the head size.
+        ValueError: if there is none of that name, or none of its block sizes suits the head size.
     """
-    if name == "int8":
-        return Int8()
-    size = 32 if name == "nf4" else 64
-    while size > SMALLEST_BLOCK and head_dim % size:
-        size //= 2
-    if head_dim % size:
-        raise ValueError(f"{name} does not suit head size {head_dim}, no multiple of {size}")
-    return NormalFloat4(size, double_quantization=True) if name == "nf4" else Int4(size)
+    found: type[Format] = FORMATS.find(name)
+    return found.for_head_size(head_dim)
 
 
 @dataclass(frozen=True)
@@ -112,13 +105,13 @@ class Quantization:
 
     @property
     def code_book(self) -> torch.Tensor | None:
-        """What kernels look codes up in, float16 ``[16]`` on the CPU; None when none is used."""
+        """What kernels look codes up in, float16 on the CPU; None when none is used."""
         books = (half.format.code_book for half in (self.layout.keys, self.layout.values))
         return next((book for book in books if book is not None), None)
 
 
 def choose_quantization(
-    *, page_bytes: int, head_dim: int, keys: FormatName, values: FormatName, rotation: Rotation
+    *, page_bytes: int, head_dim: int, keys: str, values: str, rotation: Rotation
 ) -> Quantization:
     """Formats, layout and rotation for the pages of one cache.
 

@@ -52,17 +52,28 @@ def unpack_pages(pages: torch.Tensor, layout: PageLayout) -> tuple[torch.Tensor,
     Returns:
         Keys and values, float32 ``[n * page tokens, D]``.
     """
-    halves = []
-    shape = (len(pages), layout.page_tokens, -1)
-    for half in (layout.keys, layout.values):
-        codes, scales, *group = _regions(pages, half, layout)
-        encoded = Encoded(
-            codes.reshape(shape),
-            scales.reshape(shape),
-            group[0].clone().view(torch.float32)[:, 0] if group else None,
-        )
-        halves.append(half.format.decode(encoded).flatten(0, 1))
-    return halves[0], halves[1]
+    keys, values = (
+        half.format.decode(encoded_half(pages, half, layout)).flatten(0, 1)
+        for half in (layout.keys, layout.values)
+    )
+    return keys, values
+
+
+def encoded_half(pages: torch.Tensor, half: HalfPage, layout: PageLayout) -> Encoded:
+    """The keys, or the values, of pages as they are stored; ``[n, Q, ...]``, copies.
+
+    Args:
+        pages: uint8 ``[n, page_bytes]``.
+        half: which.
+        layout: of the pages.
+    """
+    shape, head_dim = (len(pages), layout.page_tokens), layout.head_dim
+    codes, scales, *group = _regions(pages, half, layout)
+    return Encoded(
+        codes.reshape(*shape, half.format.code_bytes(head_dim)),
+        scales.reshape(*shape, half.format.scale_bytes(head_dim)),
+        group[0].clone().view(torch.float32)[:, 0] if group else None,
+    )
 
 
 def _parts(encoded: Encoded) -> list[torch.Tensor]:

@@ -75,8 +75,8 @@ def _transform(vectors: torch.Tensor, *, inverse: bool) -> torch.Tensor:
     width = 1 << doublings
     step = 1
     while step < width:
-        pairs = x.reshape(*vectors.shape[:-1], head_dim // (2 * step), 2, step)
-        first, second = pairs.unbind(dim=-2)
+        halves = x.reshape(*vectors.shape[:-1], head_dim // (2 * step), 2, step)
+        first, second = halves.unbind(dim=-2)
         x = torch.stack([first + second, first - second], dim=-2)
         step *= 2
     x = x.reshape(*vectors.shape[:-1], len(base), width)

@@ -1,17 +1,5 @@
 """How important is each KV pair? One scorer a file; ``base.py`` has the contract."""
 
-from vllm_kvzip.scoring import (
-    contrast,
-    expected_attention,
-    keydiff,
-    knorm,
-    kvzip,
-    profile,
-    random,
-    streaming,
-    surrogate,
-    window,
-)
 from vllm_kvzip.scoring.base import (
     Scorer,
     ScorerSettings,
@@ -25,17 +13,7 @@ __all__ = [
     "Scorer",
     "ScorerSettings",
     "available_scorers",
-    "contrast",
     "create_scorer",
-    "expected_attention",
-    "keydiff",
-    "knorm",
-    "kvzip",
-    "profile",
-    "random",
     "register_scorer",
     "scorer_class",
-    "streaming",
-    "surrogate",
-    "window",
 ]

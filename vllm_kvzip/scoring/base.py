@@ -1,4 +1,4 @@
-"""The scorer contract and the registry.
+"""The scorer contract, and scorers by name.
 
 A scorer answers one question: how important is each KV pair? It sees one layer at a time, so no
 more than one layer's keys and values are ever unpacked. How many pairs a head may keep is not its
@@ -9,21 +9,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from typing import TYPE_CHECKING, ClassVar
 
-from vllm_kvzip.errors import suggest
+from vllm_kvzip.registry import SCORERS
 
 if TYPE_CHECKING:
     import torch
 
     from vllm_kvzip.config import Budget
     from vllm_kvzip.core import LayerInputs
-
-ENTRY_POINT_GROUP = "vllm_kvzip.scorers"
-
-_registry: dict[str, type[Scorer]] = {}
 
 
 @dataclass(frozen=True)
@@ -87,26 +81,13 @@ class Scorer(ABC):
         """
 
 
-ScorerType = TypeVar("ScorerType", bound=type[Scorer])
-
-
-def register_scorer(scorer: ScorerType) -> ScorerType:
-    """Make a scorer available under its name; usable as a class decorator.
-
-    Raises:
-        ValueError: if another class has that name.
-    """
-    if _registry.setdefault(scorer.name, scorer) is not scorer:
-        raise ValueError(
-            f"A scorer named {scorer.name!r} is registered already; rename one of them."
-        )
-    return scorer
+register_scorer = SCORERS.register
+"""Make a scorer available under its name; usable as a class decorator."""
 
 
 def available_scorers() -> tuple[str, ...]:
     """Names of all scorers, those of other packages included."""
-    _load_entry_points()
-    return tuple(sorted(_registry))
+    return SCORERS.names()
 
 
 def scorer_class(name: str) -> type[Scorer]:
@@ -115,10 +96,8 @@ def scorer_class(name: str) -> type[Scorer]:
     Raises:
         ValueError: if there is none; names the nearest one.
     """
-    names = available_scorers()
-    if name not in names:
-        raise ValueError(f"There is no scorer {name}; {suggest(name, names)}")
-    return _registry[name]
+    found: type[Scorer] = SCORERS.find(name)
+    return found
 
 
 def create_scorer(name: str, settings: ScorerSettings | None = None) -> Scorer:
@@ -128,10 +107,3 @@ def create_scorer(name: str, settings: ScorerSettings | None = None) -> Scorer:
         ValueError: if there is none of that name.
     """
     return scorer_class(name)(settings or ScorerSettings())
-
-
-@cache
-def _load_entry_points() -> None:
-    """Register scorers that other packages announce in the group ``vllm_kvzip.scorers``."""
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        register_scorer(entry.load())

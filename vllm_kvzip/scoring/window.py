@@ -20,7 +20,7 @@ POOLING_TOKENS = 5
 class WindowScorer(Scorer):
     """Attention the observation window pays to each key: mean over queries, max over the group.
 
-    Softmax runs over the keys of the prefix that a query may see; the few dense keys behind the
+    Softmax runs over the keys of the prefix that a query may see; the few dense keys after the
     boundary are the same for all and are left out. A max-pool over neighbours (section 4.2 of the
     paper) keeps the tokens around a peak.
     """

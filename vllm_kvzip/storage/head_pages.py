@@ -102,7 +102,7 @@ def fold_row(row: Sequence[T], plan: PrefixPlan, reserve_start: int, null: T) ->
 
 
 class HeadPageTable:
-    """Page tables of a batch of compressed requests: every (request, KV head) pair is a sequence.
+    """Page tables of a batch of compressed requests: every KV head of a request is a sequence.
 
     Attributes:
         table: int32 ``[L, R * H, W]``; ``table[l, r * H + h]`` lists the head pages of KV head
@@ -165,7 +165,7 @@ class HeadPageTable:
         return int(self.compressed_pages[:, rows].max()) + self._num_tail_blocks[request]
 
     def append_tail(self, request: int, blocks: torch.Tensor) -> None:
-        """Put dense blocks behind everything request number ``request`` has so far.
+        """Put dense blocks after everything request number ``request`` has so far.
 
         Args:
             request: index in the batch.

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 if TYPE_CHECKING:
-    from vllm_kvzip.core import KeepPlan, QuantizedKeepPlan
+    from collections.abc import Iterator
+
+    from vllm_kvzip.core import KeepPlan
     from vllm_kvzip.model.key_transform import KeyTransform
 
 
@@ -80,7 +82,7 @@ class PageStore(Protocol):
 
         Args:
             sources: int64 ``[L, H, n]``, the prompt's pages; only read.
-            keep: what each head keeps.
+            keep: what each head keeps; all pages are full.
             targets: int64 ``[sum of pages]``, in the order of ``keep``.
         """
         ...
@@ -88,7 +90,7 @@ class PageStore(Protocol):
     def quantize(
         self,
         sources: torch.Tensor,
-        keep: QuantizedKeepPlan,
+        keep: KeepPlan,
         targets: torch.Tensor,
         transform: KeyTransform,
     ) -> torch.Tensor:
@@ -172,7 +174,7 @@ class PackedPages:
 
         Args:
             page_ids: int64 ``[n]``.
-            keys, values: ``[n * N, D]``.
+            keys, values: ``[n, N, D]``, or these tokens in any other shape.
         """
         self._keys.write(page_ids, keys)
         self._values.write(page_ids, values)
@@ -184,21 +186,15 @@ class PackedPages:
             ValueError: if a page is both source and target.
         """
         _check_apart(sources, targets)
-        num_heads = sources.shape[1]
-        counts = keep.offsets.diff()
-        heads = torch.arange(len(counts)).repeat_interleave(counts) % num_heads
-        token_bounds = keep.offsets[::num_heads].tolist()
-        page_bounds = [0, *keep.pages.sum(dim=1).cumsum(0).tolist()]
-        for layer, pages in enumerate(sources):
-            tokens = slice(token_bounds[layer], token_bounds[layer + 1])
-            index = heads[tokens], keep.positions[tokens]
-            kept = self._keys.read(pages)[index], self._values.read(pages)[index]
-            self.write(targets[page_bounds[layer] : page_bounds[layer + 1]], *kept)
+        for layer, heads, own in _by_layer(keep):
+            index = heads[:, None], keep.positions[own]
+            pages = sources[layer]
+            self.write(targets[own], self._keys.read(pages)[index], self._values.read(pages)[index])
 
     def quantize(
         self,
         sources: torch.Tensor,
-        keep: QuantizedKeepPlan,
+        keep: KeepPlan,
         targets: torch.Tensor,
         transform: KeyTransform,
     ) -> torch.Tensor:
@@ -210,21 +206,25 @@ class PackedPages:
         _check_apart(sources, targets)
         assert self._packer is not None and self._quantized is not None
         targets = self._packer.page_ids(targets)
-        bounds = [0, *keep.pages.sum(dim=1).cumsum(0).tolist()]
-        for layer, pages in enumerate(sources):
-            own = slice(bounds[layer], bounds[layer + 1])
-            if own.start == own.stop:
-                continue
-            heads = torch.arange(len(pages)).repeat_interleave(keep.pages[layer])
+        for layer, heads, own in _by_layer(keep):
             positions = keep.positions[own]
             keys, values = (
-                read(pages)[heads[:, None], positions.clamp(min=0)].float()
+                read(sources[layer])[heads[:, None], positions.clamp(min=0)].float()
                 for read in (self._keys.read, self._values.read)
             )
             keys = transform.at(layer).at(heads).apply(keys, positions)
             values.masked_fill_(positions[..., None] < 0, 0.0)
             self._quantized[targets[own]] = self._packer.pack(keys, values)
         return targets
+
+
+def _by_layer(keep: KeepPlan) -> Iterator[tuple[int, torch.Tensor, slice]]:
+    """Layers that keep something: number, the KV head of each page, and which pages those are."""
+    bounds = [0, *keep.pages.sum(dim=1).cumsum(0).tolist()]
+    for layer, pages in enumerate(keep.pages):
+        own = slice(bounds[layer], bounds[layer + 1])
+        if own.start < own.stop:
+            yield layer, torch.arange(len(pages)).repeat_interleave(pages), own
 
 
 def _check_apart(sources: torch.Tensor, targets: torch.Tensor) -> None:
@@ -273,7 +273,7 @@ class _HalfPages:
         return logical.reshape(num_heads, num_pages * block_size, head_dim)
 
     def write(self, page_ids: torch.Tensor, logical: torch.Tensor) -> None:
-        """``[n * N, D]`` into pages ``[n]``."""
+        """``[n, N, D]``, or ``[n * N, D]``, into pages ``[n]``."""
         pages = logical.reshape(self._shape)
         if self._by_dimension:
             stored = pages.transpose(1, 2).flatten(1)

@@ -11,7 +11,7 @@ from vllm_kvzip.kernels.quantized_pages import quantize_pages
 from vllm_kvzip.storage.stored_scales import KEYS, VALUES
 
 if TYPE_CHECKING:
-    from vllm_kvzip.core import KeepPlan, QuantizedKeepPlan
+    from vllm_kvzip.core import KeepPlan
     from vllm_kvzip.model.key_transform import KeyTransform
     from vllm_kvzip.quantization import Quantization
     from vllm_kvzip.storage.stored_scales import StoredScales
@@ -79,7 +79,7 @@ class RowPages:
             self._keys,
             self._values,
             by_head,
-            keep.positions.to(torch.int32),
+            keep.positions.flatten().to(torch.int32),
             heads.repeat_interleave(keep.pages.flatten(), output_size=len(targets)),
             targets.to(torch.int32),
         )
@@ -87,7 +87,7 @@ class RowPages:
     def quantize(
         self,
         sources: torch.Tensor,
-        keep: QuantizedKeepPlan,
+        keep: KeepPlan,
         targets: torch.Tensor,
         transform: KeyTransform,
     ) -> torch.Tensor:
@@ -95,7 +95,7 @@ class RowPages:
         assert self._quantization is not None and self._quantized is not None
         layout, turn = self._quantization.layout, self._quantization.turn
         targets = self._quantization.page_ids(targets)
-        by_pair = transform.flat
+        transforms = transform.flat
         by_head = sources.flatten(0, 1)
         heads = torch.arange(len(by_head), device=self.device)
         heads = heads.repeat_interleave(keep.pages.flatten(), output_size=len(targets))
@@ -109,7 +109,7 @@ class RowPages:
                 self._rows(half, which, pages, index, heads[part])
                 for half, which in ((self._keys, KEYS), (self._values, VALUES))
             )
-            keys = by_pair.at(heads[part]).apply(keys.float(), positions)
+            keys = transforms.at(heads[part]).apply(keys.float(), positions)
             keys, values = (turn(half.flatten(0, 1)) for half in (keys, values))
             rows = torch.arange(positions.numel(), device=self.device).view_as(positions)
             rows = torch.where(positions < 0, -1, rows)

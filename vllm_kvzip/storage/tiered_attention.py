@@ -55,9 +55,9 @@ def quantized_tokens(
         boundary_tokens: of the prefix before compression.
         block_tokens, page_tokens: N and Q.
     """
-    assert prefix.quantized_pages is not None
+    assert prefix.quantized is not None
     left = boundary_tokens - prefix.pages * block_tokens
-    return torch.minimum(prefix.quantized_pages * page_tokens, left)
+    return torch.minimum(prefix.quantized.pages * page_tokens, left)
 
 
 class RunningSoftmax:
@@ -168,7 +168,7 @@ class TieredAttention:
             tokens = seen[owners] - full.first[part, None]
             last = tokens.amax(dim=1)
             cut = (last < values.shape[1]).nonzero().flatten()
-            if len(cut):  # what lies behind a sequence's last token may be anything
+            if len(cut):  # what lies after a sequence's last token may be anything
                 empty = torch.arange(values.shape[1]) >= last[cut, None]
                 values[cut] = values[cut].masked_fill(empty[..., None], 0.0)
             softmax.add(keys, values, owners, tokens)

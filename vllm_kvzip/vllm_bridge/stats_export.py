@@ -88,7 +88,7 @@ class SchedulerRecorder:
         self._held: tuple[float, ...] = (0, 0, 0, 1.0)
 
     def close(self) -> None:
-        """The engine ends and holds nothing."""
+        """Remove the engine's gauges, because it ends and holds nothing."""
         self._writer.close()
 
     def holds(
@@ -111,7 +111,7 @@ class SchedulerRecorder:
         self._writer.set(metrics.EVICTION_RATIO, 1 - kept_share)
 
     def compressed(self, plan: PrefixPlan, num_prompt_tokens: int, block_size: int) -> None:
-        """A prompt's blocks went back to the pool."""
+        """Count one compression, whose blocks went back to the pool."""
         self._writer.add(metrics.BLOCKS_FREED, plan.num_freed_blocks)
         num_source_tokens = plan.num_source_blocks * block_size
         self._writer.add(metrics.TOKENS_EVICTED, num_source_tokens - plan.kept_tokens)
@@ -125,25 +125,25 @@ class SchedulerRecorder:
         self._writer.observe(metrics.KEEP_RATIO, 1 - evicted)
 
     def saved(self, num_bytes: int) -> None:
-        """Running requests do without that many bytes more (or fewer, when negative)."""
+        """Add bytes that running requests save (a negative number when they save fewer again)."""
         self._writer.add(metrics.KV_BYTES_SAVED, num_bytes)
 
     def prefix_hit(self, num_tokens: int) -> None:
-        """A request starts from a compressed prefix of that many tokens."""
+        """Count a request that starts from a compressed prefix of ``num_tokens`` tokens."""
         self._writer.add(metrics.PREFIX_HITS, 1)
         self._writer.add(metrics.PREFIX_HIT_TOKENS, num_tokens)
 
     def prefix_cached(self) -> None:
-        """A compressed prefix entered the prefix cache."""
+        """Count a compressed prefix that enters the prefix cache."""
         self._writer.add(metrics.PREFIX_ENTRIES, 1)
 
     def prefix_evicted(self, reason: str) -> None:
-        """A compressed prefix left it; ``reason`` is one of ``metrics.EVICTION_REASONS``."""
+        """Count one that leaves it; ``reason`` is one of ``metrics.EVICTION_REASONS``."""
         self._writer.add(metrics.PREFIX_ENTRIES, -1)
         self._writer.add(metrics.PREFIX_EVICTIONS, 1, reason)
 
     def skipped(self, reason: str) -> None:
-        """A prompt was left alone; ``reason`` is one of ``metrics.SKIP_REASONS``."""
+        """Count a prompt that is left alone; ``reason`` is one of ``metrics.SKIP_REASONS``."""
         self._writer.add(metrics.REQUESTS_SKIPPED, 1, reason)
 
 
@@ -152,7 +152,7 @@ class HeldBytes:
 
     Args:
         pool: vLLM's block pool.
-        block_bytes: of one block.
+        block_bytes: of one block of the pool, over all layers of a KV cache group and all ranks.
         recorder: gets the figures.
     """
 
@@ -164,7 +164,7 @@ class HeldBytes:
         self._tokens_before = self._tokens_kept = 0
 
     def add(self, plan: PrefixPlan, count: int) -> None:
-        """``count`` more prefixes of that plan are in use (or fewer, when negative)."""
+        """Add ``count`` prefixes of that plan to those in use (negative: take them away)."""
         self._full_blocks += count * plan.num_full_blocks
         self._quantized_blocks += count * plan.num_quantized_blocks
         self._tokens_before += count * plan.boundary_tokens
@@ -192,10 +192,10 @@ class WorkerRecorder:
         )
 
     def attended(self, phase: str, seconds: float) -> None:
-        """Attention took so long in one step; ``phase`` is one of ``metrics.PHASES``."""
+        """Record the time of attention in one step; ``phase`` is one of ``metrics.PHASES``."""
         self._writer.observe(metrics.ATTENTION_SECONDS, seconds, phase)
 
     def compressed(self, stage_seconds: Mapping[str, float]) -> None:
-        """One prompt was compressed; seconds by stage."""
+        """Record the time that the compression of one prompt took, by stage."""
         for stage, seconds in stage_seconds.items():
             self._writer.observe(metrics.COMPRESS_SECONDS, seconds, stage)

@@ -23,6 +23,7 @@ COMMON: dict[str, str] = {
     "AttentionBackendEnum": "vllm.v1.attention.backends.registry",
     "AttentionImpl": "vllm.v1.attention.backend",
     "AttentionLayerBase": "vllm.model_executor.layers.attention_layer_base",
+    "AttentionMetadataBuilder": "vllm.v1.attention.backend",
     "BlockHash": "vllm.v1.core.kv_cache_utils",
     "cached_get_attn_backend": "vllm.v1.attention.selector:_cached_get_attn_backend",
     "cached_tokenizer_from_config": "vllm.tokenizers",
@@ -101,7 +102,6 @@ CPU: dict[str, str] = {
 
 GPU: dict[str, str] = {
     "AttentionCGSupport": "vllm.v1.attention.backend",
-    "AttentionMetadataBuilder": "vllm.v1.attention.backend",
     "CommonAttentionMetadata": "vllm.v1.attention.backend",
     "FlashAttentionBackend": "vllm.v1.attention.backends.flash_attn",
     "FlashAttentionImpl": "vllm.v1.attention.backends.flash_attn",
@@ -115,7 +115,18 @@ GPU: dict[str, str] = {
 }
 """Workers on GPUs."""
 
+TOOLS: dict[str, str] = {
+    "FlexibleArgumentParser": "vllm.utils.argparse_utils",
+    "LLM": "vllm",
+    "LogitsProcessor": "vllm.v1.sample.logits_processor.interface",
+    "make_arg_parser": "vllm.entrypoints.launchers.cli_args",
+    "process_dict_updates": "vllm.v1.sample.logits_processor.builtin",
+    "UsageContext": "vllm.usage.usage_lib",
+}
+"""The command ``vllm-kvzip``: no engine needs them, so none looks for them when it starts."""
+
 TYPES: dict[str, str] = {
+    "BatchUpdate": "vllm.v1.sample.logits_processor.interface",
     "BlockHashWithGroupId": "vllm.v1.core.kv_cache_utils",
     "BlockPool": "vllm.v1.core.block_pool",
     "EngineCoreRequest": "vllm.v1.engine",
@@ -133,7 +144,7 @@ TYPES: dict[str, str] = {
 }
 """Annotations only: nothing imports them when it runs."""
 
-PLACES = {**COMMON, **SERVER, **CPU, **GPU, **TYPES}
+PLACES = {**COMMON, **SERVER, **CPU, **GPU, **TOOLS, **TYPES}
 """Name -> ``module``, or ``module:name`` where vLLM's own name is another one.
 
 Places of several vLLM versions are separated by a space; the first one that exists is taken.

@@ -33,8 +33,9 @@ def check_version(serves: bool) -> None:
             f"KV compression needs vLLM {oldest} or newer, but {version} is running; upgrade vLLM."
         )
     try:
-        on_cpu = symbols.current_platform.is_cpu()
-        needed = [symbols.COMMON, symbols.CPU if on_cpu else symbols.GPU]
+        from vllm_kvzip.vllm_bridge.platforms import running_platform
+
+        needed = [symbols.COMMON, running_platform().symbols]
         symbols.check_symbols(*needed, *([symbols.SERVER] if serves else []))
     except ImportError as error:
         raise UnsupportedError(

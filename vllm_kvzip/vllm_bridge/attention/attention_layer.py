@@ -1,22 +1,22 @@
-"""What our attention of a layer does on every platform, in front of vLLM's implementation."""
+"""What our attention implementation adds to vLLM's, on every platform."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from vllm_kvzip.vllm_bridge.attention.batches import HeadPageWork
 from vllm_kvzip.vllm_bridge.fp8_cache import queries_of_model
 from vllm_kvzip.vllm_bridge.passes.scoring_pass import PassMetadata
 from vllm_kvzip.vllm_bridge.symbols import AttentionImpl
 
 if TYPE_CHECKING:
-    import torch
-
     from vllm_kvzip.vllm_bridge.attention.attention_timer import AttentionTimer
 
 
 class HeadPageLayer(AttentionImpl):
-    """Serves scoring passes, and times a sample of the steps.
+    """Serves compressed requests and scoring passes, and times a sample of the steps.
 
     ``timer`` is set by the worker, on the rank that records metrics.
     """
@@ -50,7 +50,6 @@ class HeadPageLayer(AttentionImpl):
             timer.layer_ends()
         return output
 
-    @abstractmethod
     def attend_step(
         self,
         layer: Any,
@@ -63,6 +62,24 @@ class HeadPageLayer(AttentionImpl):
         *scales: torch.Tensor | None,
     ) -> None:
         """Attention of one layer in one of vLLM's steps; ``output`` is written."""
+        work = HeadPageWork.of(attn_metadata)
+        if work is not None and work.spans:
+            work.observer.observe(layer, query, work.spans, output.dtype)
+        if work is None or work.compressed is None:
+            self.vllms_forward(layer, query, key, value, kv_cache, attn_metadata, output, *scales)
+            return
+        work.compressed.attend(self, layer, query[: work.num_tokens], output[: work.num_tokens])
+        if work.dense is None:
+            return
+        tokens = work.dense_tokens
+        if isinstance(tokens, slice):
+            dense_output = output[tokens]
+            self.vllms_forward(layer, query[tokens], key, value, kv_cache, work.dense, dense_output)
+            return
+        dense_query = query[tokens]
+        dense_output = torch.empty_like(output[: len(dense_query)])
+        self.vllms_forward(layer, dense_query, key, value, kv_cache, work.dense, dense_output)
+        output[tokens] = dense_output
 
     def vllms_forward(self, *args: Any) -> None:
         """vLLM's own :meth:`forward`."""

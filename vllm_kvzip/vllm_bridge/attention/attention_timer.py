@@ -22,7 +22,7 @@ STEPS_PER_SAMPLE = 32
 class AttentionTimer:
     """Adds up the seconds of all layers of a step, every 32nd step of a phase.
 
-    A step is recorded once the device is through with it, which may be some steps later.
+    A step is recorded once the device has finished it, which may be some steps later.
 
     Args:
         recorder: gets the sums.
@@ -53,7 +53,7 @@ class AttentionTimer:
         self._steps[phase] += 1
 
     def step_ends(self) -> None:
-        """Record the step, if any layer ran and the device is through with it."""
+        """Record the step, if any layer ran and the device has finished it."""
         if self.running is not None:
             self._timed.append(self.running)
         self.running = None

@@ -48,12 +48,12 @@ class SplitBatch:
     """A batch in two parts.
 
     Attributes:
-        pairs: the compressed requests, or all of them.
-        dense_rows: rows of the others, int64 or all from one on; None when there are none.
-        dense_tokens: rows of their tokens.
+        compressed: the compressed requests; other requests can be among them.
+        dense_rows: rows of all others, int64, or a slice up to the end; None when there are none.
+        dense_tokens: rows of their tokens, likewise.
     """
 
-    pairs: AttendingBatch
+    compressed: AttendingBatch
     dense_rows: torch.Tensor | slice | None
     dense_tokens: torch.Tensor | slice | None
 
@@ -77,16 +77,16 @@ class Batcher(Protocol):
         ...
 
 
-@dataclass
-class BatchWork:
-    """What the attention builder must do in one step.
+@dataclass(frozen=True)
+class StepDescription:
+    """What attention must do in one step beyond vLLM's own path.
 
     Attributes:
-        batch: compressed and other requests; None when nobody is compressed.
+        split: compressed and other requests; None when nobody is compressed.
         spans: queries to hand to the scorer.
     """
 
-    batch: SplitBatch | None
+    split: SplitBatch | None
     spans: tuple[QuerySpan, ...]
 
 
@@ -102,7 +102,7 @@ class StepDescriber(Protocol):
         """See above."""
         ...
 
-    def describe_step(self, common: CommonAttentionMetadata) -> BatchWork | None:
+    def describe_step(self, common: CommonAttentionMetadata) -> StepDescription | None:
         """Split the batch into compressed and other requests; None when vLLM's path serves all.
 
         Args:
@@ -122,3 +122,37 @@ class StepDescriber(Protocol):
             dtype: of the model.
         """
         ...
+
+
+_WORK = "kvzip_work"  # attribute of vLLM's metadata
+
+
+@dataclass(frozen=True)
+class HeadPageWork:
+    """What each layer does in one step beyond vLLM's own path; attached to vLLM's metadata.
+
+    Attributes:
+        observer: gets the queries of ``spans``.
+        spans: queries to hand to the scorer.
+        compressed: requests that are served over head pages; None when vLLM's kernel serves all.
+        num_tokens: rows of tokens, from the first on, among which those of ``compressed`` are.
+        dense: vLLM's metadata of the other requests; None when there are none.
+        dense_tokens: rows of their tokens, int64, or a slice from ``num_tokens`` on.
+    """
+
+    observer: StepDescriber
+    spans: tuple[QuerySpan, ...] = ()
+    compressed: AttendingBatch | None = None
+    num_tokens: int = 0
+    dense: Any = None
+    dense_tokens: torch.Tensor | slice | None = None
+
+    def attach(self, metadata: Any) -> Any:
+        """Let this travel with vLLM's metadata, whose class differs from backend to backend."""
+        setattr(metadata, _WORK, self)
+        return metadata
+
+    @staticmethod
+    def of(metadata: Any) -> HeadPageWork | None:
+        """What was attached to vLLM's metadata of a layer; None when nothing was."""
+        return getattr(metadata, _WORK, None)

@@ -1,9 +1,9 @@
 """Attention of a batch in one launch of our Triton kernel, compressed requests or not.
 
 The kernel needs to know of a compressed prefix only where each head's pages begin, so there is no
-page table to keep: vLLM's block table is read as it is. What it needs lies in buffers that never
-move, so that a CUDA graph finds this step's requests where it was captured. A step writes there who
-is in which row, and that only when it has changed; nothing is read back.
+page table to keep: vLLM's block table is read as it is. What it needs is in buffers that never
+move, so a CUDA graph that was captured earlier reads the requests of this step. A step writes to
+them which request is in which row, and only when that has changed; nothing is read back.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class KernelBatch:
 
     Attributes:
         pages: keys and values, views ``[num_pages, N, D]`` of the flat pool.
-        tables: where each request's KV pairs lie.
+        tables: where each request's KV pairs are.
         query_start_loc: int32 ``[R + 1]``.
         max_query_len, max_tokens: of any request, or more.
         layer_index: vLLM layer name -> layer of ``tables``.
@@ -59,7 +59,7 @@ class KernelBatch:
         Args:
             impl: holds the scale.
             layer: vLLM's attention layer.
-            query: ``[num_tokens, H * G, D]``; rows behind the last request are not looked at.
+            query: ``[num_tokens, H * G, D]``; rows after the last request are not read.
             output: ``[num_tokens, H * G * D]`` or like ``query``; written.
         """
         index = self.layer_index[layer.layer_name]
@@ -79,14 +79,14 @@ class KernelBatch:
 
 
 class KernelBatcher:
-    """Describes batches to the kernel; stands where :class:`PairBatcher` stands.
+    """Describes batches to the kernel; the counterpart of ``HeadSequenceBatcher``.
 
     A compressed prefix has a slot while its request runs. Of a batch, the kernel serves the
-    requests up to the last compressed one; those behind it, where vLLM puts what is in prefill, are
-    left to vLLM's kernel.
+    requests up to the last compressed one; the rest, where vLLM puts what is in prefill, is left to
+    vLLM's kernel.
 
     Args:
-        cache: what the requests lie in.
+        cache: holds the KV pairs of all requests.
         max_requests: most requests of a batch.
 
     Attributes:
@@ -190,7 +190,7 @@ class KernelBatcher:
     def _place_members(
         self, members: list[PrefixState | None], states: Mapping[str, PrefixState]
     ) -> None:
-        """Write who is in which row, up to the last compressed request; those behind it are not."""
+        """Write who is in which row, up to the last compressed request."""
         if members == self._members:
             return
         alive = set(states.values())
@@ -210,7 +210,7 @@ class KernelBatcher:
         self._slot_of = {s: used for s, used in self._slot_of.items() if used != slot}
         self._offsets[slot].copy_(state.prefix.offsets, non_blocking=True)
         if self._quantized_offsets is not None:
-            self._quantized_offsets[slot].copy_(state.prefix.quantized_offsets, non_blocking=True)
+            self._quantized_offsets[slot].copy_(state.prefix.offsets_of(1), non_blocking=True)
         if (transform := state.prefix.key_transform) is not None:
             assert self._key_transforms is not None
             self._key_transforms[slot].copy_(transform.flat.packed, non_blocking=True)

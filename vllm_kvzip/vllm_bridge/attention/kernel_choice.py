@@ -1,7 +1,7 @@
 """Which kernel attends over compressed prefixes on this card: ours or vLLM's. Measured at start-up.
 
-Both are timed on the same made-up decode step over the engine's own cache, whose contents do not
-matter. The same step compiles our kernels, so that no request waits for that.
+Both are timed on the same sample of a decode step over the engine's own cache, whose contents do
+not matter. Such batches also compile our kernels, so that no request waits for that.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vllm_kvzip.kernels.page_copies import compact_pages
 from vllm_kvzip.kernels.page_tables import PageTables
 from vllm_kvzip.kernels.quantized_pages import quantize_pages
 from vllm_kvzip.vllm_bridge.attention.kernel_batches import KernelBatch
-from vllm_kvzip.vllm_bridge.attention.stock_pairs import StockPairs, fits
+from vllm_kvzip.vllm_bridge.attention.stock_head_sequences import StockHeadSequences, fits
 from vllm_kvzip.vllm_bridge.symbols import CommonAttentionMetadata, init_logger
 
 if TYPE_CHECKING:
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
     from vllm_kvzip.clocks import Clock
     from vllm_kvzip.core import CacheGeometry
     from vllm_kvzip.vllm_bridge.attention.batches import AttendingBatch
-    from vllm_kvzip.vllm_bridge.attention.gpu_attention import HeadPageBuilder
+    from vllm_kvzip.vllm_bridge.attention.gpu_attention import HeadPageGPUBuilder
     from vllm_kvzip.vllm_bridge.attention.kernel_batches import KernelBatcher
 
 logger = init_logger("vllm." + __name__)
 
-REQUESTS, CONTEXT_TOKENS, KEEP_RATIO = 32, 8192, 0.25  # of the made-up step
+REQUESTS, CONTEXT_TOKENS, KEEP_RATIO = 32, 8192, 0.25  # of the sample batch
 WARM_UPS, RUNS = 3, 10
 
 
 @dataclass(frozen=True)
-class MadeUpStep:
-    """Requests that are all alike, each with a compressed prefix and some tokens behind it.
+class SampleBatch:
+    """Requests that are all alike, each with a compressed prefix and some tokens after it.
 
     Attributes:
         batch: as our kernel takes it.
@@ -50,7 +50,7 @@ class MadeUpStep:
     output: torch.Tensor
 
 
-def make_up_step(
+def make_sample_batch(
     batcher: KernelBatcher,
     geometry: CacheGeometry,
     *,
@@ -58,8 +58,8 @@ def make_up_step(
     context_tokens: int,
     num_blocks: int,
     query_len: int = 1,
-) -> MadeUpStep:
-    """A step over the first blocks of the cache.
+) -> SampleBatch:
+    """A batch over the first blocks of the cache.
 
     Args:
         batcher: of the engine.
@@ -79,15 +79,15 @@ def make_up_step(
     seq_len = prefix_blocks * size + query_len
     seq_lens = torch.full((num_requests,), seq_len, dtype=torch.int32, device=device)
     starts = torch.arange(num_requests + 1, dtype=torch.int32) * query_len
-    pairs = torch.arange(geometry.pages_per_block + 1, dtype=torch.int32, device=device)
+    heads = torch.arange(geometry.pages_per_block + 1, dtype=torch.int32, device=device)
     quantized = transforms = None  # what else they have
     if batcher.quantized is not None:
         rest = -(-(prefix_blocks - kept) * size // batcher.quantized.layout.page_tokens)
-        quantized = (batcher.quantized_split * kept * geometry.pages_per_block + rest * pairs)[None]
+        quantized = (batcher.quantized_split * kept * geometry.pages_per_block + rest * heads)[None]
         shape = (1, geometry.pages_per_block, 2 + batcher.num_first, geometry.head_dim)
         transforms = torch.ones(shape, dtype=torch.float32, device=device)
     tables = PageTables(
-        offsets=kept * pairs[None],
+        offsets=kept * heads[None],
         boundary_blocks=torch.full((1,), prefix_blocks, dtype=torch.int32, device=device),
         slots=torch.zeros(num_requests, dtype=torch.int32, device=device),
         block_table=table,
@@ -119,7 +119,7 @@ def make_up_step(
         batcher.pages, tables, common.query_start_loc, query_len, seq_len, batcher.layer_index,
         batcher.quantized, batcher.scales,
     )  # fmt: skip
-    return MadeUpStep(batch, common, query, torch.empty_like(query, dtype=batcher.dtype))
+    return SampleBatch(batch, common, query, torch.empty_like(query, dtype=batcher.dtype))
 
 
 def warm_up(
@@ -134,11 +134,11 @@ def warm_up(
     query_lens = {1, *(-(-rows // group) for rows in (17, 33, 65))}  # tiles of 16, 32, 64; two
     for query_len in query_lens:
         for context_tokens in {2 * geometry.block_size, most_tokens}:
-            step = make_up_step(
+            sample = make_sample_batch(
                 batcher, geometry, num_requests=2, context_tokens=context_tokens,
                 num_blocks=num_blocks, query_len=query_len,
             )  # fmt: skip
-            step.batch.attend(layer.impl, layer, step.query, step.output)
+            sample.batch.attend(layer.impl, layer, sample.query, sample.output)
     keys, values = batcher.pages
     zeros = torch.zeros(geometry.block_size, dtype=torch.int32, device=keys.device)
     stored = (half.view(torch.uint8) if batcher.scales else half for half in (keys, values))
@@ -154,40 +154,40 @@ def warm_up(
 
 
 def vllms_kernel_is_faster(
-    step: MadeUpStep, builder: HeadPageBuilder, pages: torch.Tensor, layer: Any, clock: Clock
+    sample: SampleBatch, builder: HeadPageGPUBuilder, pages: torch.Tensor, layer: Any, clock: Clock
 ) -> bool:
-    """Time one layer of a made-up step by either kernel; what vLLM's tables take is counted.
+    """Time one layer of a sample batch by either kernel; what vLLM's tables take is counted.
 
     Args:
-        step: see :func:`make_up_step`.
+        sample: see :func:`make_sample_batch`.
         builder: makes vLLM's metadata.
         pages: the pool as vLLM's kernel wants a cache.
         layer: any attention layer.
         clock: of the device.
     """
-    if not fits(step.batch):
+    if not fits(sample.batch):
         return False
-    stock = builder.stock_metadata(step.common)
+    stock = builder.stock_metadata(sample.common)
 
-    def lay_out() -> StockPairs:
-        pairs = StockPairs(step.batch, pages, stock, step.common)
-        assert pairs.by_layer
-        return pairs
+    def lay_out() -> StockHeadSequences:
+        sequences = StockHeadSequences(sample.batch, pages, stock, sample.common)
+        assert sequences.by_layer
+        return sequences
 
     def attend(batch: AttendingBatch) -> None:
-        batch.attend(layer.impl, layer, step.query, step.output)
+        batch.attend(layer.impl, layer, sample.query, sample.output)
 
-    ours = seconds(lambda: attend(step.batch), clock)
+    ours = seconds(lambda: attend(sample.batch), clock)
     try:
-        pairs = lay_out()
-        num_layers = step.batch.tables.num_layers
-        theirs = seconds(lambda: attend(pairs), clock) + seconds(lay_out, clock) / num_layers
-    except Exception as error:  # ours serves then; whatever it was must not stop the server
+        sequences = lay_out()
+        num_layers = sample.batch.tables.num_layers
+        theirs = seconds(lambda: attend(sequences), clock) + seconds(lay_out, clock) / num_layers
+    except Exception as error:  # no error may stop the server: our kernel serves then
         logger.warning("vLLM's kernel cannot attend over head pages here: %s", error)
         return False
     logger.info(
         "Attention of a layer over %d compressed requests: our kernel %.0f us, vLLM's %.0f us.",
-        len(step.batch.tables.slots),
+        len(sample.batch.tables.slots),
         1e6 * ours,
         1e6 * theirs,
     )

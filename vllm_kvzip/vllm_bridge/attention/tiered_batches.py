@@ -1,7 +1,7 @@
 """Attention on the CPU over compressed requests that have quantized pages.
 
 Requests with few query tokens, which decode, are attended to together; a request that reads a
-prompt behind its compressed prefix is attended to head by head.
+prompt after its compressed prefix is attended to head by head.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ FEW_QUERY_TOKENS = 8
 
 @dataclass(frozen=True)
 class QuantizedTier:
-    """Quantized pages of some requests; a (request, KV head) pair is a sequence.
+    """Quantized pages of some requests; each KV head of a request is a head sequence.
 
     Attributes:
-        layers: of each layer, ordered by pair ``r * H + h``.
+        layers: of each layer, ordered by head sequence ``r * H + h``.
         num_tokens: int64 ``[L, R * H]``, tokens in them.
         transform: ``[L, R * H]``, of their keys; changes nothing where there are none.
     """
@@ -92,16 +92,16 @@ class TieredReader:
         for number, state in enumerate(states):
             prefix = state.prefix
             parts.append(prefix.key_transform or self._unchanged)
-            if prefix.quantized_pages is None or prefix.quantized_page_ids is None:
+            if prefix.quantized is None:
                 continue
             boundary = state.plan.boundary_tokens
             num_tokens[:, number] = quantized_tokens(
                 prefix, boundary, geometry.block_size, page_tokens
             )
-            counts = prefix.quantized_pages.flatten()
+            counts = prefix.quantized.pages.flatten()
             heads = torch.arange(len(counts)).repeat_interleave(counts)
             index = torch.arange(len(heads)) - (counts.cumsum(0) - counts)[heads]
-            ids.append(prefix.quantized_page_ids)
+            ids.append(prefix.quantized.page_ids)
             layers.append(heads // num_heads)
             owners.append(number * num_heads + heads % num_heads)
             first.append(index * page_tokens)
@@ -120,15 +120,15 @@ class FewQueries:
     """The S requests of a batch with few query tokens, padded to the most of them, W.
 
     Attributes:
-        pairs: int64 ``[S * H]``, which (request, KV head) pairs they are.
-        rows: int64 ``[S, W]``, their token rows; the first again where one has no more.
-        there: bool ``[S, W]``, where that is not so.
-        later: int64 ``[S, 1, W]``, tokens of the request behind each; 0 where there is none.
+        sequences: int64 ``[S * H]``, which head sequences they are.
+        rows: int64 ``[S, W]``, their token rows, padded with the first one.
+        is_token: bool ``[S, W]``, False where it is padding.
+        later: int64 ``[S, 1, W]``, tokens of the request after each; 0 where there is none.
     """
 
-    pairs: torch.Tensor
+    sequences: torch.Tensor
     rows: torch.Tensor
-    there: torch.Tensor
+    is_token: torch.Tensor
     later: torch.Tensor
 
 
@@ -138,7 +138,7 @@ class TieredBatch:
 
     Attributes:
         reader: of their pages.
-        tables: int32 ``[L, R * H, W]``, ordinary pages of each (request, KV head) pair.
+        tables: int32 ``[L, R * H, W]``, ordinary pages of each head sequence.
         seq_lens: int32 ``[L, R * H]``, tokens in them.
         starts, lengths: int64 ``[R]``, first token row of each request, and how many it has.
         quantized: their quantized pages.
@@ -176,11 +176,11 @@ class TieredBatch:
             return None
         num_heads, lengths = self.reader.geometry.num_kv_heads, self.lengths[requests]
         steps = torch.arange(int(lengths.max()))
-        there = steps < lengths[:, None]
+        is_token = steps < lengths[:, None]
         return FewQueries(
-            pairs=(requests[:, None] * num_heads + torch.arange(num_heads)).flatten(),
-            rows=self.starts[requests, None] + torch.where(there, steps, 0),
-            there=there,
+            sequences=(requests[:, None] * num_heads + torch.arange(num_heads)).flatten(),
+            rows=self.starts[requests, None] + torch.where(is_token, steps, 0),
+            is_token=is_token,
             later=(lengths[:, None] - steps - 1).clamp(min=0)[:, None],
         )
 
@@ -201,21 +201,21 @@ class TieredBatch:
         """All requests with few query tokens."""
         geometry = self.reader.geometry
         num_heads, group, head_dim = geometry.num_kv_heads, geometry.group_size, geometry.head_dim
-        pairs, rows, there = few.pairs, few.rows, few.there
+        sequences, rows, is_token = few.sequences, few.rows, few.is_token
         width = rows.shape[1]
         queries = query[rows].unflatten(2, (num_heads, group)).transpose(1, 2)
-        seq_lens = self.seq_lens[layer, pairs].long()
+        seq_lens = self.seq_lens[layer, sequences].long()
         seen = seq_lens.view(-1, num_heads, 1) - few.later  # [S, H, W]
         attended = attention.attend_rows(
-            queries.reshape(len(pairs), width * group, head_dim),
-            self._own(self.quantized.layers[layer], pairs),
-            self.quantized.num_tokens[layer, pairs],
-            self.quantized.transform.at(layer).at(pairs),
-            self._full_pages(layer, pairs, seq_lens),
-            seen.reshape(len(pairs), width, 1).expand(-1, -1, group).flatten(1),
+            queries.reshape(len(sequences), width * group, head_dim),
+            self._own(self.quantized.layers[layer], sequences),
+            self.quantized.num_tokens[layer, sequences],
+            self.quantized.transform.at(layer).at(sequences),
+            self._full_pages(layer, sequences, seq_lens),
+            seen.reshape(len(sequences), width, 1).expand(-1, -1, group).flatten(1),
         )
         by_token = attended.view(len(rows), num_heads, width, group, head_dim).transpose(1, 2)
-        output[rows[there]] = by_token.flatten(2, 3)[there].to(output.dtype)
+        output[rows[is_token]] = by_token.flatten(2, 3)[is_token].to(output.dtype)
 
     def _attend_to_one(
         self,
@@ -232,33 +232,33 @@ class TieredBatch:
         rows = slice(start, start + int(self.lengths[request]))
         tier = self.quantized.layers[layer]
         for head in range(num_heads):
-            pair, heads = request * num_heads + head, slice(head * group, (head + 1) * group)
-            num_tokens = int(self.seq_lens[layer, pair])
+            sequence, heads = request * num_heads + head, slice(head * group, (head + 1) * group)
+            num_tokens = int(self.seq_lens[layer, sequence])
             num_pages = -(-num_tokens // geometry.block_size)
             attended = attention.attend_causally(
                 query[rows, heads].transpose(0, 1),
-                tier.ids[tier.owners == pair],
-                int(self.quantized.num_tokens[layer, pair]),
-                self.quantized.transform.at(layer).at(pair),
-                self.tables[layer, pair, :num_pages].long(),
+                tier.ids[tier.owners == sequence],
+                int(self.quantized.num_tokens[layer, sequence]),
+                self.quantized.transform.at(layer).at(sequence),
+                self.tables[layer, sequence, :num_pages].long(),
                 num_tokens,
             )
             output[rows, heads] = attended.transpose(0, 1).to(output.dtype)
 
-    def _own(self, tier: TierPages, pairs: torch.Tensor) -> TierPages:
-        """The pages of some pairs, which are numbered anew."""
-        if len(pairs) == self.tables.shape[1]:
+    def _own(self, tier: TierPages, sequences: torch.Tensor) -> TierPages:
+        """The pages of some head sequences, which are numbered anew."""
+        if len(sequences) == self.tables.shape[1]:
             return tier
         number = torch.full((self.tables.shape[1],), -1)
-        number[pairs] = torch.arange(len(pairs))
+        number[sequences] = torch.arange(len(sequences))
         owners = number[tier.owners]
         mine = owners >= 0
         return TierPages(tier.ids[mine], owners[mine], tier.first[mine])
 
-    def _full_pages(self, layer: int, pairs: torch.Tensor, seq_lens: torch.Tensor) -> TierPages:
-        """Ordinary pages of some pairs."""
+    def _full_pages(self, layer: int, sequences: torch.Tensor, seq_lens: torch.Tensor) -> TierPages:
+        """Ordinary pages of some head sequences."""
         size = self.reader.geometry.block_size
-        tables = self.tables[layer, pairs]
+        tables = self.tables[layer, sequences]
         columns = torch.arange(tables.shape[1])
         filled = columns < (seq_lens[:, None] + size - 1) // size
         owners, column = filled.nonzero(as_tuple=True)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vllm_kvzip.vllm_bridge.settings import Settings
     from vllm_kvzip.vllm_bridge.symbols import VllmConfig
 
-# vLLM's merge makes a spec of the fields it knows; ours are put in afterwards.
+# vLLM's merge makes a spec of the fields it knows; our fields are set afterwards.
 _NO_RULE = PrefixRule(1.0, min_prompt_tokens=0, sink_tokens=0, recent_tokens=0, block_size=1)
 
 
@@ -37,15 +37,20 @@ _NO_RULE = PrefixRule(1.0, min_prompt_tokens=0, sink_tokens=0, recent_tokens=0, 
 class HeadPageSpec(FullAttentionSpec):
     """Full attention whose prompt prefix is compressed into head pages after prefill.
 
-    ``rule`` also sizes the extra room of the crossing step; a request that asks for a higher keep
-    ratio than the server's may need up to twice its prompt's blocks. ``repeat`` says how the model
-    repeats contexts, where the scorer wants it. The manager counts bytes by
-    ``num_layers``, the layers of the KV cache group, and ``num_ranks``, the tensor-parallel
-    workers, each of which holds a part of every block.
+    Attributes:
+        rule: what is compressed, into how many blocks. It also sizes the extra blocks of the
+            crossing step: a request that asks for a higher keep ratio than the server's may need
+            up to twice its prompt's blocks.
+        num_layers: layers that the spec is for: 1, or the layers of the KV cache group once vLLM
+            has merged their specs.
+        num_ranks: tensor-parallel workers, each of which holds a part of every block.
+        metrics_directory: where the engine's metric files go.
+        reuse: which compressed prefixes later requests start from.
+        repeat: how the model repeats contexts; None where the scorer does not want it.
     """
 
     rule: PrefixRule = _NO_RULE
-    num_layers: int = 0
+    num_layers: int = 1
     num_ranks: int = 1
     metrics_directory: str | None = None
     reuse: ReuseRule = field(default_factory=ReuseRule)
@@ -53,7 +58,7 @@ class HeadPageSpec(FullAttentionSpec):
 
     @classmethod
     def from_full_attention(
-        cls, spec: FullAttentionSpec, settings: Settings, num_layers: int, vllm_config: VllmConfig
+        cls, spec: FullAttentionSpec, settings: Settings, vllm_config: VllmConfig
     ) -> HeadPageSpec:
         """The same layer cache as ``spec``, with the compression rule of ``settings``."""
         config = settings.config
@@ -61,7 +66,6 @@ class HeadPageSpec(FullAttentionSpec):
             spec,
             cls,
             rule=settings.rule(spec.block_size, spec.head_size, spec.dtype.itemsize),
-            num_layers=num_layers,
             num_ranks=vllm_config.parallel_config.tensor_parallel_size,
             metrics_directory=settings.metrics_directory,
             repeat=settings.repeat_rule(vllm_config),
@@ -80,13 +84,16 @@ class HeadPageSpec(FullAttentionSpec):
 
     @classmethod
     def merge(cls, specs: list[Self]) -> Self:
-        """One spec for a group; vLLM's merge drops fields it does not know."""
+        """One spec for a KV cache group, of the specs of its layers.
+
+        vLLM's merge keeps only the fields that it knows.
+        """
         merged = super().merge(specs)
         first = specs[0]
         return replace(
             merged,
             rule=first.rule,
-            num_layers=first.num_layers,
+            num_layers=len(specs),
             num_ranks=first.num_ranks,
             metrics_directory=first.metrics_directory,
             reuse=first.reuse,
@@ -99,7 +106,7 @@ class HeadPageSpec(FullAttentionSpec):
         return 2 * width
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
-        """Bytes one layer needs for the longest request at its peak, the crossing step."""
+        """Bytes that one layer needs for the longest request in its crossing step."""
         max_len = vllm_config.model_config.max_model_len
         num_blocks = cdiv(max_len, self.block_size) + self.rule.max_compressed_blocks(max_len)
         if self.rule.peak_blocks is not None:
@@ -110,8 +117,8 @@ class HeadPageSpec(FullAttentionSpec):
 def register_spec() -> None:
     """Tell vLLM which manager serves :class:`HeadPageSpec`; harmless when repeated.
 
-    vLLM's own specs are registered lazily, and only while its registry is empty: asking for them
-    first keeps our entry from being taken for theirs.
+    vLLM registers its own specs lazily, and only while its registry is empty. So it must register
+    them before ours makes the registry look complete.
     """
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(
@@ -139,7 +146,7 @@ def as_head_page_specs(
     full = {name: _without_window(spec, vllm_config) for name, spec in specs.items()}
     check_layers(full, layers, vllm_config)
     return {
-        name: HeadPageSpec.from_full_attention(spec, settings, len(specs), vllm_config)
+        name: HeadPageSpec.from_full_attention(spec, settings, vllm_config)
         for name, spec in full.items()
         if isinstance(spec, FullAttentionSpec)  # all are, after the check
     }

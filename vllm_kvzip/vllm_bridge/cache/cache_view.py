@@ -1,7 +1,8 @@
-"""Where the head pages of vLLM's cache lie.
+"""Where the head pages are in vLLM's cache.
 
-vLLM allocates one buffer for all layers. Under the layout ``LBHNC`` the page of one KV head in one
-block of one layer is a contiguous run of ``2 * block_size * head_dim`` elements.
+vLLM allocates one buffer for all layers, and places the layers of each KV cache group in it. Under
+the layout ``LBHNC`` the page of one KV head in one block of one layer is a contiguous run of
+``2 * block_size * head_dim`` elements.
 """
 
 from __future__ import annotations
@@ -13,26 +14,29 @@ from vllm_kvzip.storage.head_pages import PagePool
 from vllm_kvzip.vllm_bridge.symbols import KVCacheLayout
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from vllm_kvzip.vllm_bridge.cache.cache_spec import HeadPageSpec
+    from vllm_kvzip.vllm_bridge.compressed_group import CompressedGroup
     from vllm_kvzip.vllm_bridge.symbols import KVCacheConfig
 
 
 def map_head_pages(
     kv_cache_config: KVCacheConfig,
+    group: CompressedGroup,
     spec: HeadPageSpec,
-    layer_caches: list[torch.Tensor],
-    layer_names: list[str],
+    layer_caches: Sequence[torch.Tensor],
     layout: KVCacheLayout,
 ) -> tuple[torch.Tensor, PagePool]:
     """View vLLM's cache as one flat pool of head pages, without a copy.
 
     Args:
         kv_cache_config: vLLM's placement of the layers.
-        spec: the spec of the only KV cache group.
-        layer_caches: vLLM's view of each layer, ``[B, H, N, 2 * D]``, in ``layer_names`` order.
-        layer_names: layer order of ``kv_cache_config``'s tensor.
+        group: whose layers are viewed.
+        spec: of the group.
+        layer_caches: vLLM's view of each layer, ``[B, H, N, 2 * D]``, in the group's order.
         layout: the resolved layout.
 
     Returns:
@@ -42,14 +46,19 @@ def map_head_pages(
     Raises:
         UnsupportedError: when the buffer is not laid out page by page.
     """
-    if layout is not KVCacheLayout.LBHNC or len(kv_cache_config.kv_cache_tensors) != 1:
+    if layout is not KVCacheLayout.LBHNC:
         raise UnsupportedError(
-            f"KV compression needs the KV cache layout LBHNC in one tensor, but vLLM chose "
-            f"{layout.name} in {len(kv_cache_config.kv_cache_tensors)}; unset VLLM_KV_CACHE_LAYOUT."
+            f"KV compression needs the KV cache layout LBHNC, but vLLM chose {layout.name}; unset "
+            f"VLLM_KV_CACHE_LAYOUT."
         )
-    placement = kv_cache_config.kv_cache_tensors[0]
-    if placement.layers != layer_names:
-        raise UnsupportedError("KV compression needs every layer in vLLM's one KV cache tensor.")
+    names = list(group.layer_names)
+    placements = [one for one in kv_cache_config.kv_cache_tensors if one.layers == names]
+    if len(placements) != 1:
+        raise UnsupportedError(
+            "KV compression needs all layers of a KV cache group in one of vLLM's tensors; this "
+            "vLLM version is not supported."
+        )
+    (placement,) = placements
     first = layer_caches[0]
     num_heads = spec.num_kv_heads
     page_elements = 2 * spec.block_size * spec.head_size
@@ -62,7 +71,7 @@ def map_head_pages(
         )
     pool = PagePool(
         num_blocks=kv_cache_config.num_blocks,
-        num_layers=len(layer_names),
+        num_layers=group.num_layers,
         num_kv_heads=num_heads,
         first_page=placement.offset // page_bytes,
         layer_stride=placement.layer_stride // page_bytes,
@@ -74,7 +83,7 @@ def map_head_pages(
         corner = pages[pool.page_id(layer, 0, 0)]
         if cache.data_ptr() != corner.data_ptr() or not cache[0].is_contiguous():
             raise UnsupportedError(
-                f"KV compression found layer {layer_names[layer]} elsewhere than vLLM's cache "
+                f"KV compression found layer {names[layer]} elsewhere than vLLM's cache "
                 f"config says; this vLLM version is not supported."
             )
     return pages, pool

@@ -21,7 +21,7 @@ class HeadPageCache:
 
     Attributes:
         geometry: shape of the compressed layers.
-        pool: where head pages lie.
+        pool: tells where head pages are.
         pages: ``[num_pages, 2 * N * D]``, vLLM's cache without a copy.
         store: reads and compacts them.
         layer_index: vLLM's layer name -> layer.

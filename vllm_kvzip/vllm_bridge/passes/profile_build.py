@@ -93,7 +93,7 @@ def settings_with_profile(
         if ranks.is_first:
             logger.warning(
                 "No head profile could be built (%s), so scorer %s chooses; build one with "
-                "scripts/profile_heads.py for much better quality.",
+                "`vllm-kvzip profile` for much better quality.",
                 reason,
                 settings.scorer,
             )

@@ -1,7 +1,7 @@
-"""Ends compressed prefixes whose time to live is over, also while the engine has nothing to do.
+"""Scheduler side: drop expired prefixes also while the engine has nothing to do.
 
-An engine without requests runs no step, so a thread looks after the time. vLLM's scheduler and
-block pool know of one thread only: whoever touches them holds a lock while there is this one.
+An engine without requests runs no step, so a thread watches the time. vLLM's scheduler and block
+pool are made for one thread. So every call into them holds a lock while this thread exists.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 class IdleExpiry:
-    """Drops prefixes of a cache as soon as their time is over, until it is stopped or forgotten.
+    """Drops prefixes of a cache as soon as their time to live is over.
 
     Args:
-        prefixes: the cache; the thread ends when nobody else knows it any more.
+        prefixes: the cache; the thread ends when nothing else refers to it.
         ttl_seconds: its time to live.
-        lock: held by whoever works with the block pool.
+        lock: held during every call into the block pool.
     """
 
     def __init__(
@@ -52,6 +52,6 @@ def _run(
         if prefixes is None:
             return
         with lock:
-            # What is added meanwhile does not end before a whole time to live.
+            # A prefix that is added later lives at least ``ttl_seconds``.
             wait = prefixes.expire() or ttl_seconds
         del prefixes

@@ -1,11 +1,13 @@
 """Scheduler side: compressed prefixes as entries of vLLM's own prefix cache.
 
 A compressed prefix is a run of blocks. Its blocks are published in vLLM's block pool like any
-cached block, under keys made of the hash of the prefix's tokens (LoRA adapter, cache salt and
-multimodal inputs are part of it), its keep ratio, and a fingerprint of everything else that shaped
-the compression. So
-reference counts, LRU eviction, the reset of the cache and the pool's accounting are vLLM's own.
-A hit needs the whole run, and nobody ever writes to it.
+cached block, under keys made of three parts: the hash of the prefix's tokens (LoRA adapter, cache
+salt and multimodal inputs are part of it), the keep ratio, and a fingerprint of everything else
+that shaped the compression. So reference counts, LRU eviction, the reset of the cache and the
+pool's accounting are vLLM's own.
+
+A request starts from a run only while all blocks of the run are cached. Once compressed, the blocks
+of a run are never written to.
 """
 
 from __future__ import annotations
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
         BlockHashWithGroupId,
         BlockPool,
         KVCacheBlock,
-        Request,
     )
 
 _serials = itertools.count(1)
@@ -44,9 +45,9 @@ class PrefixRun:
         blocks: blocks that hold what is kept.
         prefix_hash: vLLM's hash of the block that ends at the boundary, which covers all tokens
             before it; None when prefix caching is off.
-        serial: tells runs apart, also when blocks are used again.
-        users: running requests that have it in their row instead of raw blocks.
-        last_used: seconds on the cache's clock.
+        serial: number of the run; no other run ever has it, even if it gets the same blocks.
+        users: how many rows begin with the run.
+        last_used: when a request last used it, in seconds on the cache's clock.
     """
 
     plan: PrefixPlan
@@ -58,18 +59,9 @@ class PrefixRun:
 
     @property
     def key(self) -> tuple[bytes, float]:
-        """What a request must share with it to start from it."""
+        """Prefix hash and keep ratio; a request starts from the run only if both are its own."""
         assert self.prefix_hash is not None
         return self.prefix_hash, self.plan.keep_ratio
-
-
-@dataclass(frozen=True)
-class Reservation:
-    """Reserved blocks of a row that is not folded yet; they begin at ``row[start]``."""
-
-    start: int
-    run: PrefixRun
-    request: Request | None
 
 
 class CompressedPrefixCache:
@@ -107,10 +99,13 @@ class CompressedPrefixCache:
         return len(self._runs)
 
     def add(self, run: PrefixRun) -> bool:
-        """Publish a run; False when an equal one is cached already, which then stays alone.
+        """Publish a run, unless a run of the same key is cached already.
 
-        Two runs of one prefix may differ in a near tie between tokens, so their blocks must never
-        be mixed.
+        Two runs of one key may keep different tokens where two scores are nearly equal. So blocks
+        of both must never be mixed.
+
+        Returns:
+            whether the run was published.
         """
         if run.key in self._by_key:
             if self._is_whole(self._by_key[run.key]):
@@ -138,9 +133,9 @@ class CompressedPrefixCache:
 
         Args:
             block_hashes: vLLM's hashes of the request's blocks.
-            max_blocks: a prefix must not be longer.
-            keep_ratio: it must have been compressed to.
-            accepts: whether the request wants a prefix with that plan.
+            max_blocks: most blocks of the prefix before compression.
+            keep_ratio: with which the prefix was compressed.
+            accepts: whether the request may start from a prefix with that plan.
         """
         self.expire()
         limit = min(max_blocks, len(block_hashes))
@@ -157,13 +152,26 @@ class CompressedPrefixCache:
         return None
 
     def owner(self, blocks: Sequence[KVCacheBlock]) -> PrefixRun | None:
-        """The cached run that ``blocks``, found for a request, begin with."""
+        """The cached run that begins with the first of ``blocks``; None when no run does.
+
+        Args:
+            blocks: what vLLM found for a request; can be empty.
+        """
         return self._by_block.get(blocks[0].block_id) if blocks else None
 
     def cached_tail(
         self, run: PrefixRun, block_hashes: Sequence[Any], max_blocks: int
     ) -> list[KVCacheBlock]:
-        """Dense blocks behind the boundary that were computed over the run, as far as cached."""
+        """Blocks of the dense tail that were computed over the run and are cached.
+
+        Args:
+            run: what the row would begin with.
+            block_hashes: vLLM's hashes of the request's blocks.
+            max_blocks: the tail ends before the block of this index.
+
+        Returns:
+            blocks from the boundary on, up to the first one that is not cached.
+        """
         tail: list[KVCacheBlock] = []
         for index in range(run.plan.num_prefix_blocks, min(max_blocks, len(block_hashes))):
             key = self._tail_key(run, block_hashes[index])
@@ -174,33 +182,59 @@ class CompressedPrefixCache:
         return tail
 
     def cache_tail(
-        self, run: PrefixRun, block_hash: bytes, block: KVCacheBlock, num_tokens: int
-    ) -> None:
-        """Publish a full dense block that was computed over the run."""
-        if run.serial not in self._runs:
-            return
-        self._pool._insert_block_hash(self._tail_key(run, block_hash), block, num_tokens=num_tokens)
+        self,
+        run: PrefixRun,
+        block_hashes: Sequence[bytes],
+        row_blocks: Sequence[KVCacheBlock],
+        first: int,
+        num_tokens: int,
+    ) -> int:
+        """Publish full dense blocks that were computed over the run, if the run itself is cached.
+
+        Args:
+            run: what the row begins with.
+            block_hashes: vLLM's hashes of the request's full blocks.
+            row_blocks: of the request.
+            first: blocks of the row before this index have been published.
+            num_tokens: tokens that are computed.
+
+        Returns:
+            index of the first block of the row that is still to be published.
+        """
+        block_size = run.plan.boundary_tokens // run.plan.num_prefix_blocks
+        end = min(num_tokens // block_size, len(block_hashes))
+        for index in range(first, end) if run.serial in self._runs else ():
+            key = self._tail_key(run, block_hashes[index])
+            self._pool._insert_block_hash(
+                key, row_blocks[index], num_tokens=(index + 1) * block_size
+            )
+        return max(first, end)
 
     def used(self, run: PrefixRun) -> None:
-        """A request starts from the run, or has just left it."""
+        """Note that a row begins with the run, or has just stopped to."""
         if run.serial in self._runs:
             run.last_used = self._clock()
             self._runs.move_to_end(run.serial)
 
     def blocks_taken(self, blocks: Iterable[KVCacheBlock]) -> None:
-        """The pool gave these blocks to somebody: runs that held one are no longer whole."""
+        """Drop the runs that lost a block, because the pool gave these blocks to a request."""
         if self._by_block:
             for block in blocks:
                 if run := self._by_block.get(block.block_id):
                     self.drop(run, "lru")
 
     def clear(self) -> None:
-        """vLLM's prefix cache was reset."""
+        """Drop all runs, because vLLM's prefix cache was reset."""
         for run in list(self._runs.values()):
             self.drop(run, "reset")
 
     def drop(self, run: PrefixRun, reason: str) -> None:
-        """Take a run out of the cache; requests that use it keep its blocks."""
+        """Take a run out of the cache; rows that begin with it keep its blocks.
+
+        Args:
+            run: a cached run.
+            reason: one of ``metrics.EVICTION_REASONS``.
+        """
         del self._runs[run.serial]
         del self._by_key[run.key]
         self._boundaries[run.plan.num_prefix_blocks] -= 1
@@ -214,10 +248,10 @@ class CompressedPrefixCache:
         self._recorder.prefix_evicted(reason)
 
     def expire(self) -> float | None:
-        """Drop the runs that nobody has used for their time to live.
+        """Drop the runs that no request has used for the time to live.
 
         Returns:
-            seconds until the next run may be over; None when none can be.
+            seconds until the next run can expire; None when no run can.
         """
         ttl = self._rule.ttl_seconds
         if ttl is None:
@@ -234,7 +268,7 @@ class CompressedPrefixCache:
         return None
 
     def failed(self, run: PrefixRun) -> None:
-        """A run could not be compressed, so it must not be found any more."""
+        """Drop a run whose compression failed, if it is cached."""
         if run.serial in self._runs:
             self.drop(run, "failed")
 
@@ -244,8 +278,9 @@ class CompressedPrefixCache:
         return dropped
 
     def _is_whole(self, run: PrefixRun) -> bool:
-        pairs = zip(self._keys(run), run.blocks, strict=True)
-        return all(block.block_hash == key for key, block in pairs)
+        """Whether all blocks of the run are still published under its keys."""
+        published = zip(self._keys(run), run.blocks, strict=True)
+        return all(block.block_hash == key for key, block in published)
 
     def _keys(self, run: PrefixRun) -> list[BlockHashWithGroupId]:
         prefix_hash, keep_ratio = run.key

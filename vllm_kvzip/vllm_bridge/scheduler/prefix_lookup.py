@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 class PrefixLookup:
-    """Chooses between what vLLM found raw and what is cached compressed.
+    """Chooses between the raw prefix that vLLM found and a compressed prefix.
 
     Args:
-        prefixes: the compressed ones.
+        prefixes: cached compressed prefixes.
         rule: what is compressed.
-        reuse: which one wins.
-        null_block: vLLM's, for the dead entries of a folded row.
+        reuse: which prefix is preferred.
+        null_block: vLLM's; it fills a folded row between compressed blocks and dense tail.
         repeat: how the model repeats contexts; None where it does not.
     """
 
@@ -43,37 +43,41 @@ class PrefixLookup:
         self._null_block = null_block
         self._repeat = repeat
 
-    def most_raw_tokens(self, request: Request | None, max_length: int) -> int:
-        """How much of a prefix may be read raw.
+    def most_raw_tokens(self, request: Request, max_length: int) -> int:
+        """How many tokens a request may take from the raw prefix cache.
 
-        With a prefill budget, what the first round ends. Where a context is repeated in parts, its
-        request must have something to compute before it waits for them.
+        With a prefill budget, the raw prefix must end before the first round. Where the model
+        repeats the context in several chunks, the request waits one token before the context's end
+        until they are repeated; it must have a token to compute before it waits.
 
         Args:
-            request: who looks.
-            max_length: tokens vLLM would read.
+            request: it looks for a cached prefix.
+            max_length: the most tokens that vLLM allows.
         """
         asked = options(request)
         if asked.is_off:
             return max_length
         if (first := self._rule.first_round_tokens) is not None:
             return min(max_length, first - 1)
-        if self._repeat is not None and request is not None:
+        if self._repeat is not None:
             plan = self._rule.plan(request.num_prompt_tokens, asked)
             if plan is not None and plan.boundary_tokens > self._repeat.chunk_tokens:
                 return min(max_length, plan.ready_tokens - 2)
         return max_length
 
     def find(
-        self, request: Request | None, block_hashes: Sequence[Any], max_length: int, raw_tokens: int
+        self, request: Request, block_hashes: Sequence[Any], max_length: int, raw_tokens: int
     ) -> tuple[PrefixRun, list[KVCacheBlock]] | None:
-        """The compressed prefix to start from, and the start of a folded row; None: raw is better.
+        """The compressed prefix that a request starts from.
 
         Args:
-            request: who looks; None when nobody introduced it.
+            request: it looks for a cached prefix.
             block_hashes: vLLM's hashes of its blocks.
-            max_length: tokens that may be found.
-            raw_tokens: tokens vLLM found raw.
+            max_length: the most tokens that may be found.
+            raw_tokens: tokens that vLLM found in the raw prefix cache.
+
+        Returns:
+            the run, and the first blocks of the folded row; None when the raw prefix is better.
         """
         asked = options(request)
         if not len(self._prefixes) or asked.is_off:
@@ -86,17 +90,16 @@ class PrefixLookup:
         )
         if run is None:
             return None
-        if request is not None:
-            following = self._rule.next_plan(request.num_prompt_tokens, asked, run.plan)
-            if following is not None:  # a step must lie before the next compression
-                max_blocks = min(max_blocks, following.num_prefix_blocks - 1)
+        following = self._rule.next_plan(request.num_prompt_tokens, asked, run.plan)
+        if following is not None:  # a step must come before the next compression
+            max_blocks = min(max_blocks, following.num_prefix_blocks - 1)
         tail = self._prefixes.cached_tail(run, block_hashes, max_blocks)
         blocks = [*run.blocks, *[self._null_block] * run.plan.num_saved_blocks, *tail]
         num_tokens = len(blocks) * block_size
         gain = raw_tokens - num_tokens
         if asked.context_tokens is not None:
-            # What lies behind the declared context is short, and raw blocks of it are a lucky
-            # find: they must not keep a request from sharing the compressed context.
+            # Only tokens of the declared context count. What follows it is short and seldom
+            # cached: it must not keep a request from sharing the compressed context.
             end = asked.context_tokens // block_size * block_size
             gain = min(raw_tokens, end) - min(num_tokens, end)
         if gain > 0 or (gain == 0 and self._reuse.prefer_raw):
@@ -107,28 +110,27 @@ class PrefixLookup:
         """vLLM's hash of the tokens before the boundary; None when the prefix is not reusable.
 
         Args:
-            request: who compresses it.
-            plan: how.
-            raw_tokens: tokens of its prompt that were found raw, and not computed.
+            request: its prompt is compressed.
+            plan: how it is compressed.
+            raw_tokens: tokens of the prompt that were found in the raw prefix cache.
         """
         if plan.is_round:
             return None
         if window := self._reuse.observation_tokens:
-            # The scorer must have seen the last queries of the context, and nothing behind it.
+            # The scorer must have seen the last queries of the context, and no later ones.
             is_declared = options(request).context_tokens is not None
             if not is_declared or raw_tokens > plan.boundary_tokens - window:
                 return None
         hashes: list[bytes] = request.block_hashes
         return hashes[plan.num_prefix_blocks - 1] if len(hashes) >= plan.num_prefix_blocks else None
 
-    def _accepts(self, request: Request | None, plan: PrefixPlan) -> bool:
-        """Whether a request wants to start from a compressed prefix with that plan.
+    def _accepts(self, request: Request, plan: PrefixPlan) -> bool:
+        """Whether a request may start from a compressed prefix with that plan.
 
-        One that declares its context wants exactly that one. Any other takes the longest, unless
-        more would stay dense behind it than it covers: then the prompt is compressed anew, whole.
+        A request that declares its context takes a prefix of exactly that length. Any other request
+        refuses a prefix if the rest of its prompt, which would stay dense, is longer than the
+        prefix and long enough to be compressed: its whole prompt is compressed anew then.
         """
-        if request is None:
-            return True
         context = options(request).context_tokens
         if context is not None:
             return bool(plan.num_prefix_blocks == context // self._rule.block_size)
@@ -136,6 +138,6 @@ class PrefixLookup:
         return rest <= max(plan.boundary_tokens, self._rule.min_prompt_tokens)
 
 
-def options(request: Request | None) -> RequestOptions:
+def options(request: Request) -> RequestOptions:
     """What a request asks for."""
-    return options_of(request.sampling_params if request is not None else None)
+    return options_of(request.sampling_params)

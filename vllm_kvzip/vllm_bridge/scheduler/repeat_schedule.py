@@ -1,14 +1,16 @@
 """Scheduler side: before which step the model repeats which chunks of which contexts.
 
-Repeating a long context at once would keep everybody else waiting. So a step and the chunks that
+Repeating a long context at once would make all other requests wait. So a step and the chunks that
 are repeated before it share vLLM's token budget: together they take about as long as a full step,
-whatever the length of the context. Decoding requests lose nothing by it, only prefill makes room.
+whatever the length of the context. Decoding requests get their tokens in every step; only prefill
+is cut short.
 
-A context is repeated while its request waits one token before the context's end, all of it but the
-last chunk. Then the request goes on, and the last chunk is repeated when the prefix is complete,
-just before it is compressed, as a context of one chunk is from the start. First come, first served.
+A request stops one token before the end of its context and waits there until all chunks but the
+last are repeated. Then it goes on. The last chunk is repeated when the prefix is complete, just
+before it is compressed. A context of one chunk is repeated there too, without waiting. Requests are
+served in the order in which they arrive.
 
-What is decided here reaches the workers with the step, so that all of them repeat the same.
+What is decided here reaches the workers with the step, so that all of them repeat the same chunks.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ class _Waiting:
 
     Attributes:
         request: the request.
-        left: tokens to feed for each chunk that has not been repeated.
+        left: tokens to feed to the model for each chunk that has not been repeated.
         may_cross: whether it may complete its context in this step.
     """
 
@@ -57,9 +59,9 @@ class RepeatSchedule:
         self._decode_tokens = decode_tokens
         self._waiting: dict[str, _Waiting] = {}  # in order of arrival
         self._arriving: dict[str, _Waiting] = {}  # in the step that is being scheduled
-        self._crossing: dict[str, int] = {}  # likewise: tokens to feed for the last chunk
-        self._orders: dict[str, int] = {}
-        self._due = 0  # tokens to feed for what crossed in the last step
+        self._crossing: dict[str, int] = {}  # in that step: tokens to feed for the last chunk
+        self._orders: dict[str, int] = {}  # chunks that are repeated before that step
+        self._due = 0  # tokens to feed for the contexts that were completed in the last step
         self._prefill_room = step_tokens
         self._crossing_room = step_tokens
 
@@ -67,7 +69,7 @@ class RepeatSchedule:
         """Choose what is repeated before the step that is about to be scheduled.
 
         Args:
-            is_paused: nothing at all is.
+            is_paused: nothing is repeated.
         """
         self._drop_ended()
         self._arriving, self._crossing, self._orders = {}, {}, {}
@@ -84,7 +86,7 @@ class RepeatSchedule:
             if len(left) > 1:
                 break
         self._prefill_room = max(0, self._step_tokens - used)
-        # What is repeated before the next step: first what waits, in order.
+        # Room before the next step, for last chunks: waiting requests come first, in order.
         room = self._step_tokens
         for waiting in self._waiting.values():
             waiting.may_cross = len(waiting.left) == 1 and self._fits(waiting.left[0], room)
@@ -143,7 +145,12 @@ class RepeatSchedule:
         first: int,
         num_tokens: int,
     ) -> int:
-        """How many tokens a request may compute that would complete its context with them."""
+        """How many tokens a request may compute, when ``num_tokens`` would complete its context.
+
+        Args:
+            request, plan, first, num_tokens: see :meth:`next_stop`.
+            waiting: the request's entry, if it waits.
+        """
         key = request.request_id
         if waiting is not None:
             may_cross, last = waiting.may_cross, waiting.left[-1]
@@ -161,12 +168,12 @@ class RepeatSchedule:
             arriving = _Waiting(request, deque(fed))
             if num_tokens:
                 self._arriving[key] = arriving
-            elif request.status == RequestStatus.RUNNING:  # has come there by itself
+            elif request.status == RequestStatus.RUNNING:  # it is there already
                 self._waiting[key] = arriving
         return num_tokens
 
     def _fits(self, tokens: int, room: int) -> bool:
-        """Whether so many tokens can be fed; what never fits is fed alone."""
+        """Whether ``tokens`` fit into ``room``; into the room of a whole step any number does."""
         return tokens <= room or room >= self._step_tokens
 
     def _drop_ended(self) -> None:

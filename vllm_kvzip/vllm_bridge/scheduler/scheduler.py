@@ -1,12 +1,16 @@
 """vLLM's scheduler, which tells the block manager and the workers what only it knows.
 
-``scheduler_config.scheduler_cls`` is vLLM's own way to name a scheduler. Scheduling itself is left
-alone; eight things are added: the block manager learns which request it works for, the workers
-learn which requests start from a compressed prefix, steps end where something is to be compressed
-or make room for a context that the model repeats, a reset of the prefix cache reaches us, prefixes
-expire while the engine is idle, requests that could not be compressed start again, blocks that a
-preempted request did not compute leave the prefix cache, and clients that ask for something of ours
-are told what became of it.
+``scheduler_config.scheduler_cls`` is vLLM's own way to name a scheduler. vLLM schedules; eight
+things are added:
+
+1. The block manager learns which request it works for.
+2. The workers learn which requests start from a compressed prefix.
+3. A step ends where a prefix is complete, or leaves room for a context that the model repeats.
+4. A reset of the prefix cache drops compressed prefixes as well.
+5. Prefixes expire while the engine is idle.
+6. Requests that could not be compressed start again, uncompressed.
+7. Blocks that a preempted request did not compute leave the prefix cache.
+8. A client whose request has options of ours is told what became of its prompt.
 """
 
 from __future__ import annotations
@@ -19,11 +23,13 @@ from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvzip.planning.request_options import LEFT_ALONE, has_options
+from vllm_kvzip.vllm_bridge.compressed_group import CompressedGroup
 from vllm_kvzip.vllm_bridge.outcomes import NOT_FINITE, told
 from vllm_kvzip.vllm_bridge.scheduler.block_manager import HeadPageManager
 from vllm_kvzip.vllm_bridge.scheduler.idle_expiry import IdleExpiry
 from vllm_kvzip.vllm_bridge.scheduler.prefix_lookup import options
 from vllm_kvzip.vllm_bridge.scheduler.repeat_schedule import RepeatSchedule
+from vllm_kvzip.vllm_bridge.scheduler.terms import CompressionTerms
 from vllm_kvzip.vllm_bridge.scheduler.uncomputed import withdraw_uncomputed
 from vllm_kvzip.vllm_bridge.settings import KEY
 from vllm_kvzip.vllm_bridge.step_message import attach
@@ -53,13 +59,20 @@ logger = init_logger("vllm." + __name__)
 
 
 def introduce_requests(cache: KVCacheManager) -> HeadPageManager:
-    """Make ``cache`` tell its block manager which request it works for; returns that manager.
+    """Make ``cache`` tell the compressed group's block manager which request it works for.
 
     Symptom without it: a manager sees a request's hashes, but not what the request asked for. Two
     methods of this one object are wrapped; they pass everything on unchanged. Remove when vLLM
     hands managers the request.
+
+    Returns:
+        that manager.
+
+    Raises:
+        UnsupportedError: if there is no compressed group, or several.
     """
-    (manager,) = cache.coordinator.single_type_managers
+    group = CompressedGroup.find(cache.kv_cache_config, CompressionTerms)
+    manager = cache.coordinator.single_type_managers[group.group_id]
     assert isinstance(manager, HeadPageManager)
 
     def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -76,7 +89,7 @@ def introduce_requests(cache: KVCacheManager) -> HeadPageManager:
 
 
 class _HeadPageScheduling:
-    """What is added to either of vLLM's schedulers."""
+    """What is added to each of vLLM's two schedulers."""
 
     kv_cache_manager: KVCacheManager
     requests: dict[str, Request]
@@ -119,7 +132,7 @@ class _HeadPageScheduling:
     ) -> dict[int, EngineCoreOutputs]:
         """vLLM's, without the tokens of requests that could not be compressed.
 
-        No prefix expires meanwhile.
+        The lock keeps prefixes from expiring during the call.
         """
         with self._kvzip_lock:
             return self._update_from_output(scheduler_output, model_runner_output)
@@ -134,7 +147,8 @@ class _HeadPageScheduling:
             if is_over:
                 continue
             self._start_uncompressed(request, reason)
-            if not manager.fits_uncompressed(request):
+            longest = request.num_prompt_tokens + request.max_tokens
+            if not manager.rule.fits_uncompressed(longest):
                 ended.append(request.request_id)
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(  # type: ignore[misc]
             scheduler_output, model_runner_output
@@ -163,7 +177,7 @@ class _HeadPageScheduling:
         As vLLM does it when the prefix cache is reset under running requests: the request is
         preempted, and what is being computed for it is dropped. Tokens that it has been sent stay.
         """
-        if reason == NOT_FINITE:  # else a worker has logged what it was
+        if reason == NOT_FINITE:  # a worker has logged any other failure
             logger.error(
                 "Request %s could not be compressed and goes on uncompressed: its keys, values or "
                 "scores are NaN or infinite.",
@@ -183,17 +197,17 @@ class _HeadPageScheduling:
             request.drop_stale_output = True
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        """vLLM's; what the request has not computed is found by nobody."""
+        """vLLM's; blocks that the request did not compute leave the prefix cache before."""
         withdraw_uncomputed(self._kvzip_manager, request)
         super()._preempt_request(request, *args, **kwargs)  # type: ignore[misc]
 
     def finish_requests(self, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's, while no prefix expires."""
+        """vLLM's; the lock keeps prefixes from expiring during the call."""
         with self._kvzip_lock:
             return super().finish_requests(*args, **kwargs)  # type: ignore[misc]
 
     def shutdown(self) -> None:
-        """vLLM's; what this engine held is held no more."""
+        """vLLM's; our thread and our metrics end with the engine."""
         if self._kvzip_expiry is not None:
             self._kvzip_expiry.stop()
         self._kvzip_manager.close()
@@ -202,11 +216,12 @@ class _HeadPageScheduling:
     def _mamba_block_aligned_split(
         self, request: Request, num_new_tokens: int, local: int = 0, external: int = 0
     ) -> int:
-        """Where vLLM lets a step of a request end at a position that matters.
+        """How many tokens of a request a step may compute.
 
-        vLLM asks for models with recurrent layers, which compression refuses; we make it ask with a
-        prefill budget, so that equal prefixes are compressed equally and what is held stays within
-        bounds, and where the model repeats contexts.
+        vLLM calls this for models with recurrent layers, which compression refuses. We make vLLM
+        call it in two more cases: with a prefill budget, so that equal prefixes are compressed at
+        equal positions and a request holds no more than the budget allows; and where the model
+        repeats contexts.
         """
         first = request.num_computed_tokens + local + external
         plan, must_wait = self._kvzip_manager.plan_ahead(request)
@@ -216,10 +231,10 @@ class _HeadPageScheduling:
         return self._kvzip_manager.rule.next_stop(*about, plan, must_wait, first, num_new_tokens)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's; a client that asked for anything of ours is told what became of it.
+        """vLLM's; a client whose request has options of ours is told what became of its prompt.
 
-        ``kv_transfer_params`` is the only field of an answer that a scheduler can fill. Without a
-        KV connector, which compression refuses, nobody else does.
+        ``kv_transfer_params`` is the only field of an answer that a scheduler can fill. Otherwise
+        only a KV connector fills it, which compression refuses.
         """
         told = None
         params = request.sampling_params
@@ -229,7 +244,7 @@ class _HeadPageScheduling:
         return (told if ours is None else ours), encoder_params
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
-        """vLLM's reset; compressed prefixes go with everything else."""
+        """vLLM's reset, which drops the compressed prefixes as well."""
         with self._kvzip_lock:
             done: bool = super().reset_prefix_cache(*args, **kwargs)  # type: ignore[misc]
             if done:

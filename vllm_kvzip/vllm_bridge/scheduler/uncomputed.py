@@ -12,21 +12,22 @@ if TYPE_CHECKING:
 def withdraw_uncomputed(manager: HeadPageManager, request: Request) -> None:
     """Take blocks that a request gives up before it computed them out of the prefix cache.
 
-    Symptom without it: with scheduling policy ``priority`` a request can be preempted by the very
-    step it was scheduled in. vLLM has published the blocks of that step by then, and whoever has
-    the same tokens, the request itself first of all, finds blocks that nobody wrote to. Remove when
-    vLLM takes them back itself (its pull request 43569).
+    Symptom without it: with scheduling policy ``priority`` a request can be preempted while the
+    step it belongs to is still being scheduled. vLLM has already published the blocks of that step.
+    Any request with the same tokens, such as this one when it resumes, would find blocks that were
+    never written. Remove when vLLM takes them back itself (its pull request 43569).
 
     Args:
         manager: holds the request's blocks.
-        request: about to be preempted; what it counts as computed, a step has computed or will.
+        request: about to be preempted. The tokens before its ``num_computed_tokens`` have been
+            computed, or a step under way computes them.
     """
     first = request.num_computed_tokens // manager.block_size
     given_up = manager.req_to_blocks.get(request.request_id, [])[first:]
     manager.block_pool.evict_blocks(
         {
             block.block_id
-            for block in given_up  # a compressed prefix is written whatever becomes of it
+            for block in given_up  # blocks of a run are written also after a preemption
             if block.block_hash is not None and manager.prefixes.owner([block]) is None
         }
     )

@@ -1,8 +1,8 @@
 """Scheduler side: compressions that may still turn out to have failed.
 
-Rows are folded, blocks freed and prefixes published as if every compression succeeded, because
-nearly all of them do and the news comes a step later. Until then it is remembered who relies on
-what, so that all of it can be taken back.
+Rows are folded, blocks freed and prefixes published as if every compression succeeded: nearly all
+of them do, and the workers report a step later. Until then this file remembers which requests rely
+on which compression, so that all of it can be taken back.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ class _Unconfirmed:
 
     Attributes:
         run: its blocks.
-        owner: the request whose prompt is compressed, if our scheduler introduced it.
-        takers: requests that have started from it since.
+        owner: the request whose prompt is compressed.
+        takers: requests that have started from its run since.
         folded: prompt length and block size, once the owner's row is folded.
     """
 
     run: PrefixRun
-    owner: Request | None
+    owner: Request
     takers: list[Request] = field(default_factory=list)
     folded: tuple[int, int] | None = None
 
 
 class UnconfirmedRuns:
-    """Runs whose compression has been ordered, until the workers tell what became of it.
+    """Runs whose compression has been ordered, until the workers report its outcome.
 
     Args:
         prefixes: cached compressed prefixes.
@@ -53,31 +53,31 @@ class UnconfirmedRuns:
     def __len__(self) -> int:
         return len(self._runs)
 
-    def add(self, run: PrefixRun, owner: Request | None) -> None:
-        """The step that completes the prefix has been scheduled."""
+    def add(self, run: PrefixRun, owner: Request) -> None:
+        """Remember a compression: the step that completes its prefix has been scheduled."""
         self._runs[run.serial] = _Unconfirmed(run, owner)
 
-    def joined(self, run: PrefixRun, taker: Request | None) -> None:
-        """A request starts from a run."""
-        if taker is not None and (entry := self._runs.get(run.serial)):
+    def joined(self, run: PrefixRun, taker: Request) -> None:
+        """Remember that a request starts from a run."""
+        if entry := self._runs.get(run.serial):
             entry.takers.append(taker)
 
     def folded(self, run: PrefixRun, num_prompt_tokens: int, block_size: int) -> None:
-        """The owner's row begins with the run now; counted as soon as that is for good."""
+        """The owner's row begins with the run now; counted once the compression is confirmed."""
         if entry := self._runs.get(run.serial):
             entry.folded = (num_prompt_tokens, block_size)
         else:
             self._recorder.compressed(run.plan, num_prompt_tokens, block_size)
 
     def settle(self, outcomes: Mapping[int, Outcome]) -> dict[Request, str]:
-        """Take in what became of some compressions.
+        """Take in the outcomes of some compressions.
 
         Args:
-            outcomes: by serial.
+            outcomes: by serial of the run.
 
         Returns:
-            the requests that cannot go on as they are, and why: those that were compressed, and
-            those that started from what was to be their prefix.
+            the requests that a failure affects, and its reason: the owner of the run, and the
+            requests that have started from the run.
         """
         affected: dict[Request, str] = {}
         for serial, reason in outcomes.items():
@@ -91,7 +91,7 @@ class UnconfirmedRuns:
         return affected
 
     def leave_alone(self, request: Request) -> None:
-        """Let the workers know that nothing of a request is compressed any more."""
+        """Tell the workers, with the next step, that a request is not compressed any more."""
         self._left_alone.append(request.request_id)
 
     def take_left_alone(self) -> list[str]:
@@ -101,14 +101,12 @@ class UnconfirmedRuns:
 
     def _fail(self, entry: _Unconfirmed, reason: str, affected: dict[Request, str]) -> None:
         self._prefixes.failed(entry.run)
-        if entry.owner is None:
-            self._recorder.skipped(reason)
         for request in (entry.owner, *entry.takers):
-            if request is None or request in affected:
+            if request in affected:
                 continue
             affected[request] = reason
             self._recorder.skipped(reason)
             own = [serial for serial, other in self._runs.items() if other.owner is request]
-            for serial in own:  # rests on what has failed
+            for serial in own:  # later rounds read what this one should have written
                 if other := self._runs.pop(serial, None):
                     self._fail(other, reason, affected)

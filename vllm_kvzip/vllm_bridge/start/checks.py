@@ -17,17 +17,17 @@ from vllm_kvzip.vllm_bridge.fp8_cache import (
     FP8_CAPABILITY,
     running_cache_dtype,
 )
+from vllm_kvzip.vllm_bridge.platforms import running_platform, unserved_device
 from vllm_kvzip.vllm_bridge.symbols import current_platform, envs
 from vllm_kvzip.vllm_bridge.tensor_parallel import can_share
 from vllm_kvzip.vllm_bridge.versions import has_cascade_attention
 
 if TYPE_CHECKING:
     from vllm_kvzip.config import KVzipConfig, Mode
+    from vllm_kvzip.quantization import Quantization
     from vllm_kvzip.vllm_bridge.symbols import VllmConfig
 
 STOCK_WORKERS = ("auto", "vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.gpu_worker.Worker")
-GPU_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
-GPU_BLOCK_SIZES = (16, 32, 64, 128)
 SIZES = {"head_size", "total_num_kv_heads", "total_num_attention_heads"}
 
 
@@ -62,7 +62,7 @@ def check_profile_build(vllm_config: VllmConfig) -> None:
     for what in _pass_problems(vllm_config):
         raise UnsupportedError(
             f"profile build does not work with {what} yet; build the profile with "
-            f"scripts/profile_heads.py, or set profile to auto."
+            f"`vllm-kvzip profile`, or set profile to auto."
         )
 
 
@@ -181,8 +181,8 @@ def _engine_problems(vllm_config: VllmConfig) -> list[str]:
             f"speculative method {getattr(speculative, 'method', None)} yet; use ngram or none",
         ),
         (
-            not (current_platform.is_cpu() or current_platform.is_cuda()),
-            f"{current_platform.device_name}; it runs on NVIDIA GPUs and on CPUs",
+            unserved_device() is not None,
+            f"{unserved_device()}; it runs on NVIDIA GPUs and on CPUs",
         ),
         (
             parallel.worker_cls not in STOCK_WORKERS,
@@ -193,9 +193,8 @@ def _engine_problems(vllm_config: VllmConfig) -> list[str]:
             f"--scheduler-cls {vllm_config.scheduler_config.scheduler_cls}; remove the flag",
         ),
     ]
-    problems += (
-        _cpu_problems(vllm_config) if current_platform.is_cpu() else _gpu_problems(vllm_config)
-    )
+    of_platform = _cpu_problems if running_platform().name == "cpu" else _gpu_problems
+    problems += of_platform(vllm_config)
     problems += [  # last, because vLLM itself adds such layers to some caches named above
         (
             bool(cache.kv_cache_dtype_skip_layers),
@@ -206,30 +205,23 @@ def _engine_problems(vllm_config: VllmConfig) -> list[str]:
 
 
 def _cpu_problems(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
-    cache = vllm_config.cache_config
     return [
-        (
-            cache.block_size % 32 != 0,
-            f"--block-size {cache.block_size} on the CPU; use a multiple of 32",
-        ),
+        _block_size_problem(vllm_config),
         _cache_dtype_problem(vllm_config, (), " on the CPU"),
     ]
 
 
 def _gpu_problems(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
-    cache, model = vllm_config.cache_config, vllm_config.model_config
-    block_size, backend = cache.block_size, vllm_config.attention_config.backend
+    model, backend = vllm_config.model_config, vllm_config.attention_config.backend
+    backends = running_platform().attention_backends
     reads_fp8 = current_platform.has_device_capability(FP8_CAPABILITY)
     before = f" on GPUs before compute capability {FP8_CAPABILITY / 10}"
     return [
+        _block_size_problem(vllm_config),
         (
-            block_size not in GPU_BLOCK_SIZES,
-            f"--block-size {block_size} on GPUs; use one of {', '.join(map(str, GPU_BLOCK_SIZES))}",
-        ),
-        (
-            backend is not None and backend.name not in GPU_BACKENDS,
+            backend is not None and backend.name not in backends,
             f"--attention-backend {getattr(backend, 'name', None)}; use one of "
-            f"{', '.join(GPU_BACKENDS)} or none",
+            f"{', '.join(backends)} or none",
         ),
         _cache_dtype_problem(vllm_config, FP8_CACHES if reads_fp8 else (), before),
         (
@@ -248,6 +240,14 @@ def _gpu_problems(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             f"capped attention logits on GPUs; run {model.architecture} without --kv-compression",
         ),
     ]
+
+
+def _block_size_problem(vllm_config: VllmConfig) -> tuple[bool, str]:
+    platform, size = running_platform(), vllm_config.cache_config.block_size
+    return (
+        not platform.takes_block_size(size),
+        f"--block-size {size} {platform.where}; use {platform.block_sizes}",
+    )
 
 
 def _cache_dtype_problem(
@@ -284,7 +284,7 @@ def check_attention_kernel(config: KVzipConfig, cache_dtype: str) -> None:
         ConfigError: naming the setting.
     """
     kernel = config.attention_kernel
-    if kernel != "auto" and current_platform.is_cpu():
+    if kernel != "auto" and not running_platform().has_kernel_choice:
         raise ConfigError(f"attention_kernel {kernel} is a choice for GPUs; remove it on the CPU.")
     if kernel == "vllm" and cache_dtype in FP8_CACHES:
         raise ConfigError(
@@ -295,4 +295,30 @@ def check_attention_kernel(config: KVzipConfig, cache_dtype: str) -> None:
         raise ConfigError(
             f"attention_kernel vllm cannot read the quantized pages of mode {config.mode}; set it "
             f"to auto or triton."
+        )
+
+
+def check_page_code(quantization: Quantization | None) -> None:
+    """Refuse formats whose pages our kernel cannot read on a GPU.
+
+    Args:
+        quantization: how quantized pages are written; None where there are none.
+
+    Raises:
+        ConfigError: naming the format.
+    """
+    if quantization is None or current_platform.is_cpu():
+        return
+    used = quantization.layout.key_format, quantization.layout.value_format
+    for setting, chosen in zip(("key_format", "value_format"), used, strict=True):
+        if chosen.page_code is None:
+            raise ConfigError(
+                f"{setting} {chosen.name} works on CPUs only, as it has no Triton code; choose "
+                f"another format on GPUs."
+            )
+    books = [chosen.code_book for chosen in used if chosen.code_book is not None]
+    if len(books) == 2 and not books[0].equal(books[1]):
+        raise ConfigError(
+            f"key_format {used[0].name} and value_format {used[1].name} look their codes up in "
+            f"different tables, which does not work on GPUs; choose one format for both."
         )

@@ -23,16 +23,18 @@ from vllm_kvzip.model.attention_kinds import caps_logits
 from vllm_kvzip.vllm_bridge.cache.layer_checks import check_capped_logits
 from vllm_kvzip.vllm_bridge.fingerprint import model_fingerprint
 from vllm_kvzip.vllm_bridge.fp8_cache import running_cache_dtype
+from vllm_kvzip.vllm_bridge.platforms import running_platform
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings, cache_shape
 from vllm_kvzip.vllm_bridge.start.checks import (
     check_attention_kernel,
+    check_page_code,
     check_prefill_budget,
     check_profile_build,
     check_scoring_passes,
     check_supported,
 )
 from vllm_kvzip.vllm_bridge.start.gpu_backend import default_gpu_backend
-from vllm_kvzip.vllm_bridge.symbols import current_platform, init_logger
+from vllm_kvzip.vllm_bridge.symbols import init_logger
 from vllm_kvzip.vllm_bridge.versions import check_version, untested_warning
 
 if TYPE_CHECKING:
@@ -42,13 +44,10 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm." + __name__)
 
-CPU_WORKER = "vllm_kvzip.vllm_bridge.worker.cpu_worker.HeadPageCPUWorker"
-GPU_WORKER = "vllm_kvzip.vllm_bridge.worker.gpu_worker.HeadPageGPUWorker"
 SCHEDULERS = {
     False: "vllm_kvzip.vllm_bridge.scheduler.scheduler.HeadPageScheduler",
     True: "vllm_kvzip.vllm_bridge.scheduler.scheduler.HeadPageAsyncScheduler",
 }
-CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 32, 16
 SURROGATE_SUFFIX = ".safetensors"  # beside the profile, of the same name
 MOST_TIER_MISMATCH = 0.1  # of the bytes of a quantized KV pair
 DEFAULT_SCORER = "contrast"
@@ -58,7 +57,7 @@ DEFAULT_BUDGET: Budget = "adaptive"
 def prepare_engine_args(engine_args: EngineArgs) -> None:
     """Choose the block size when the user named none: head pages of 128 tokens cost quality."""
     if engine_args.block_size is None:
-        engine_args.block_size = CPU_BLOCK_SIZE if current_platform.is_cpu() else GPU_BLOCK_SIZE
+        engine_args.block_size = running_platform().default_block_size
 
 
 def configure(vllm_config: VllmConfig, config: KVzipConfig, serves: bool = False) -> None:
@@ -78,7 +77,9 @@ def configure(vllm_config: VllmConfig, config: KVzipConfig, serves: bool = False
     if warning := untested_warning():
         logger.warning(warning)
     settings = _resolve(vllm_config, config)
-    settings.rule(*cache_shape(vllm_config))  # refuses what does not suit this cache
+    shape = cache_shape(vllm_config)
+    settings.rule(*shape)  # refuses what does not suit this cache
+    check_page_code(settings.quantization(*shape))
     from vllm_kvzip.vllm_bridge.server.admission import check_requests
 
     check_requests()
@@ -86,9 +87,9 @@ def configure(vllm_config: VllmConfig, config: KVzipConfig, serves: bool = False
         from vllm_kvzip.vllm_bridge.server.routes import check_routes
 
         check_routes()
-    on_cpu = current_platform.is_cpu()
-    vllm_config.parallel_config.worker_cls = CPU_WORKER if on_cpu else GPU_WORKER
-    if not on_cpu and vllm_config.attention_config.backend is None:
+    platform = running_platform()
+    vllm_config.parallel_config.worker_cls = platform.worker_class
+    if platform.attention_backends and vllm_config.attention_config.backend is None:
         vllm_config.attention_config.backend = default_gpu_backend(vllm_config)
     scheduling = vllm_config.scheduler_config
     scheduling.scheduler_cls = SCHEDULERS[bool(scheduling.async_scheduling)]
@@ -100,7 +101,7 @@ def _resolve(vllm_config: VllmConfig, config: KVzipConfig) -> Settings:
     """Fill in what the user left open: profile, scorer, budget, metrics folder."""
     from vllm_kvzip.vllm_bridge.stats_export import open_metrics_directory
 
-    path = _profile_path(vllm_config, config)
+    path = profile_path(vllm_config, config)
     if config.profile == "build":
         check_profile_build(vllm_config)
         if path is None:
@@ -140,7 +141,7 @@ def resolve(
     if path is None and config.profile == "auto" and config.scorer is None:
         logger.warning(
             "No head profile matches this model, so scorer %s chooses; build one with "
-            "scripts/profile_heads.py for better quality.",
+            "`vllm-kvzip profile` for better quality.",
             DEFAULT_SCORER,
         )
     else:
@@ -193,7 +194,7 @@ def _head_tiers(vllm_config: VllmConfig, settings: Settings, path: Path) -> dict
     if abs(token_bytes - tiers.token_bytes) > MOST_TIER_MISMATCH * tiers.token_bytes:
         logger.warning(
             "The head profile's tiers were made for quantized KV pairs of %.0f %% of their bytes, "
-            "not %.0f %%, and are not used; build it again with scripts/profile_heads.py.",
+            "not %.0f %%, and are not used; build it again with `vllm-kvzip profile`.",
             100 * tiers.token_bytes,
             100 * token_bytes,
         )
@@ -209,7 +210,7 @@ def _refuse_what_needs_a_profile(scorer: str, scorer_type: type[Scorer], budget:
         value = budget if setting == "budget" else scorer
         raise ConfigError(
             f"{setting} {value} needs a head profile, and none matches this model; build one with "
-            f"scripts/profile_heads.py or choose another {setting}."
+            f"`vllm-kvzip profile` or choose another {setting}."
         )
 
 
@@ -225,7 +226,7 @@ def _default_scorer(profile: Path | None) -> str:
         return "surrogate"
     logger.warning(
         "Head profile %s has no networks of scorer surrogate beside it, so scorer %s chooses; "
-        "build it again with scripts/profile_heads.py for better quality.",
+        "build it again with `vllm-kvzip profile` for better quality.",
         profile,
         DEFAULT_SCORER,
     )
@@ -269,7 +270,12 @@ def repeat_ids(vllm_config: VllmConfig, config: KVzipConfig, path: Path | None) 
         raise ConfigError(f"repeat_prompt {error}") from error
 
 
-def _profile_path(vllm_config: VllmConfig, config: KVzipConfig) -> Path | None:
+def profile_path(vllm_config: VllmConfig, config: KVzipConfig) -> Path | None:
+    """The head profile of an engine, or None.
+
+    Raises:
+        ProfileError: if the one that the user named does not fit.
+    """
     running = model_fingerprint(vllm_config)
     if config.profile in (None, "none"):
         return None

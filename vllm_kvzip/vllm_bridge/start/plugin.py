@@ -153,7 +153,7 @@ def _configure_engines(engine_args: type[EngineArgs]) -> None:
             vllm_config = original(self, *args, **kwargs)
             options.configure(vllm_config, config, serves=isinstance(self, AsyncEngineArgs))
         except KVzipError as error:
-            if not hasattr(self, "kvzip_cli_args"):
+            if not hasattr(self, "kvzip_cli_args") or hasattr(self, "kvzip_raises"):
                 raise
             print(f"vllm-kvzip: error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from vllm_kvzip.clocks import HostClock
 from vllm_kvzip.planning.reconstruction import scores_from_normaliser
 from vllm_kvzip.storage.page_store import PackedPages
-from vllm_kvzip.vllm_bridge.attention.cpu_attention import HeadPageCPUBackend, HeadPageCPUBuilder
-from vllm_kvzip.vllm_bridge.attention.pair_batches import PairBatcher
+from vllm_kvzip.vllm_bridge.attention.cpu_attention import HeadPageCPUBackend
+from vllm_kvzip.vllm_bridge.attention.head_sequence_batches import HeadSequenceBatcher
 from vllm_kvzip.vllm_bridge.cache.cpu_pages import discover_codec
 from vllm_kvzip.vllm_bridge.symbols import AttentionBackendEnum, CPUWorker
 from vllm_kvzip.vllm_bridge.worker.worker import HeadPageWorker
@@ -29,7 +29,6 @@ class HeadPageCPUWorker(HeadPageWorker, CPUWorker):
     """vLLM's CPU worker, which compresses prompts between steps."""
 
     backends: ClassVar = {AttentionBackendEnum.CPU_ATTN: HeadPageCPUBackend}
-    builder_class = HeadPageCPUBuilder
     clock: ClassVar[Clock] = HostClock()
     score_columns = staticmethod(scores_from_normaliser)
 
@@ -48,4 +47,4 @@ class HeadPageCPUWorker(HeadPageWorker, CPUWorker):
 
     def attach(self, cache: HeadPageCache, builders: list[Any]) -> Batcher:
         """See :class:`HeadPageWorker`."""
-        return PairBatcher(cache, builders[0].isa)
+        return HeadSequenceBatcher(cache, builders[0].isa)

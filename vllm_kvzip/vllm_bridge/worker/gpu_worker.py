@@ -9,7 +9,6 @@ from vllm_kvzip.kernels.column_maximum import column_maximum
 from vllm_kvzip.model.key_transform import num_first
 from vllm_kvzip.storage.row_pages import PAGES_AT_ONCE, RowPages
 from vllm_kvzip.vllm_bridge.attention.gpu_attention import (
-    HeadPageBuilder,
     HeadPageFlashBackend,
     HeadPageTritonBackend,
 )
@@ -17,7 +16,7 @@ from vllm_kvzip.vllm_bridge.attention.kernel_batches import KernelBatcher
 from vllm_kvzip.vllm_bridge.attention.kernel_choice import (
     CONTEXT_TOKENS,
     REQUESTS,
-    make_up_step,
+    make_sample_batch,
     vllms_kernel_is_faster,
     warm_up,
 )
@@ -51,7 +50,7 @@ ROTATION_COPIES = 6
 """How often quantized tokens exist in float32 while they are transformed and rotated."""
 LAYER_BYTES = 20
 """Of each number of one layer's keys while they are scored: keys, values, and three times as much
-as either. Scorers work in parts, so that they need no more whatever the query group."""
+as either. Scorers work in parts, so this does not grow with the query group."""
 
 logger = init_logger("vllm." + __name__)
 
@@ -66,9 +65,9 @@ def compression_bytes(
         num_tokens: of the prompt.
         page_tokens: of a quantized page; 0 where there is none.
     """
-    of_pair = SELECT_BYTES + (TIER_BYTES if page_tokens else 0)
+    of_kv_pair = SELECT_BYTES + (TIER_BYTES if page_tokens else 0)
     at_once = 4 * ROTATION_COPIES * PAGES_AT_ONCE * page_tokens * head_dim
-    return num_kv_heads * num_tokens * (num_layers * of_pair + head_dim * LAYER_BYTES) + at_once
+    return num_kv_heads * num_tokens * (num_layers * of_kv_pair + head_dim * LAYER_BYTES) + at_once
 
 
 def observation_bytes(
@@ -85,22 +84,21 @@ def observation_bytes(
     return num_query_heads * head_dim * num_tokens * (2 * num_layers * itemsize + 4)
 
 
-def transform_bytes(max_requests: int, num_pairs: int, head_dim: int, num_first: int) -> int:
+def transform_bytes(max_requests: int, num_heads: int, head_dim: int, num_first: int) -> int:
     """Bytes of what quantized keys were freed of, which kernels read from buffers by request.
 
     Args:
         max_requests: most requests of a batch; one more slot is for requests without a prefix.
-        num_pairs: L * H of this worker.
+        num_heads: L * H of this worker, of all its layers.
         head_dim: D.
         num_first: W, first tokens with a mean of their own.
     """
-    return (2 + num_first) * 4 * (1 + max_requests) * num_pairs * head_dim
+    return (2 + num_first) * 4 * (1 + max_requests) * num_heads * head_dim
 
 
 class TritonPath(HeadPageWorker):
-    """Everything of the GPU's worker but the card: kernels are Triton's."""
+    """All of the GPU's worker that does not need a card; its kernels are Triton's."""
 
-    builder_class = HeadPageBuilder
     score_columns = staticmethod(column_maximum)
 
     def determine_available_memory(self) -> int:
@@ -112,7 +110,7 @@ class TritonPath(HeadPageWorker):
         if self.cache_config.kv_cache_memory_bytes is not None:
             return available
         model, parallel = self.model_config, self.parallel_config
-        quantization = self._kvzip_settings.quantization(*cache_shape(self.vllm_config))
+        quantization = self.kvzip_settings.quantization(*cache_shape(self.vllm_config))
         needed = compression_bytes(
             model.get_num_layers(parallel),
             model.get_num_kv_heads(parallel),
@@ -121,14 +119,14 @@ class TritonPath(HeadPageWorker):
             quantization.layout.page_tokens if quantization else 0,
         )
         if quantization is not None:
-            pairs = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
+            num_heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
             needed += transform_bytes(
                 self.scheduler_config.max_num_seqs,
-                pairs,
+                num_heads,
                 model.get_head_size(),
-                num_first(self._kvzip_settings.config.sink_tokens),
+                num_first(self.kvzip_settings.config.sink_tokens),
             )
-        if window := self._kvzip_settings.observation_tokens:
+        if window := self.kvzip_settings.observation_tokens:
             scheduling = self.scheduler_config
             needed += observation_bytes(
                 model.get_num_layers(parallel),
@@ -159,15 +157,15 @@ class TritonPath(HeadPageWorker):
         layer_name = next(iter(cache.layer_index))
         layer = get_layers_from_vllm_config(self.vllm_config, Attention, [layer_name])[layer_name]
         pages = cache.pages.view(-1, 1, geometry.block_size, 2 * geometry.head_dim)
-        kernel = self._kvzip_settings.config.attention_kernel
+        kernel = self.kvzip_settings.config.attention_kernel
         tokens = min(CONTEXT_TOKENS, self.model_config.max_model_len)
         warm_up(batcher, geometry, layer, num_blocks, tokens)
         if kernel == "auto" and batcher.quantized is None and cache.scales is None:
-            step = make_up_step(
+            sample = make_sample_batch(
                 batcher, geometry, num_requests=min(REQUESTS, max_requests),
                 context_tokens=tokens, num_blocks=num_blocks,
             )  # fmt: skip
-            if vllms_kernel_is_faster(step, builders[0], pages, layer, self.clock):
+            if vllms_kernel_is_faster(sample, builders[0], pages, layer, self.clock):
                 kernel = "vllm"
         for builder in builders:
             builder.batcher = batcher

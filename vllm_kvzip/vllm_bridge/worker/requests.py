@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vllm_kvzip.core import PrefixPlan
     from vllm_kvzip.planning.prefix_rule import PrefixRule
     from vllm_kvzip.planning.request_options import RequestOptions
+    from vllm_kvzip.vllm_bridge.compressed_group import CompressedGroup
     from vllm_kvzip.vllm_bridge.symbols import NewRequestData, SchedulerOutput
 
 
@@ -61,14 +62,14 @@ class RequestTracker:
 
     Args:
         rule: the rule the scheduler's block manager uses as well.
-        group_id: the KV cache group of the compressed layers.
+        group: the KV cache group of the compressed layers.
         keep_tokens: whether a request's token ids are kept until it is compressed.
     """
 
-    def __init__(self, rule: PrefixRule, group_id: int = 0, keep_tokens: bool = False) -> None:
+    def __init__(self, rule: PrefixRule, group: CompressedGroup, keep_tokens: bool = False) -> None:
         self._rule = rule
         self._keep_tokens = keep_tokens
-        self._group_id = group_id
+        self._group = group
         self._requests: dict[str, TrackedRequest] = {}
 
     def __len__(self) -> int:
@@ -116,22 +117,22 @@ class RequestTracker:
         """Blocks that a step gives to requests, without those found in the prefix cache."""
         size = self._rule.block_size
         for new in output.scheduled_new_reqs:
-            yield new.req_id, new.block_ids[self._group_id][new.num_computed_tokens // size :]
+            yield new.req_id, self._group.row(new.block_ids)[new.num_computed_tokens // size :]
         running = output.scheduled_cached_reqs
         for index, rid in enumerate(running.req_ids):
             blocks = running.new_block_ids[index]
             if blocks is not None:
                 found = running.num_computed_tokens[index] // size
                 first = found if rid in running.resumed_req_ids else 0
-                yield rid, blocks[self._group_id][first:]
+                yield rid, self._group.row(blocks)[first:]
 
     def advance(
         self, output: SchedulerOutput, hits: Mapping[str, PrefixPlan] | None = None
     ) -> None:
         """Take in new requests and new blocks of the step that is about to run.
 
-        Must follow the compaction of what the last step completed: the blocks named here belong
-        behind the folded row.
+        Must come after the compaction of what the last step completed: the blocks named here are
+        appended to the folded row.
 
         Args:
             output: the step.
@@ -148,7 +149,7 @@ class RequestTracker:
             request.num_computed_tokens = running.num_computed_tokens[index]
             new_block_ids = running.new_block_ids[index]
             if new_block_ids is not None:
-                request.block_ids.extend(new_block_ids[self._group_id])
+                request.block_ids.extend(self._group.row(new_block_ids))
             if rid in hits:
                 self._go_on(request, hits[rid])
 
@@ -188,7 +189,7 @@ class RequestTracker:
             num_prompt_tokens=new.prompt_len,
             options=options,
             seed=prefix_seed(token_ids, boundary),
-            block_ids=list(new.block_ids[self._group_id]),
+            block_ids=list(self._group.row(new.block_ids)),
             num_computed_tokens=new.num_computed_tokens,
             token_ids=token_ids[:boundary] if self._keep_tokens else (),
         )

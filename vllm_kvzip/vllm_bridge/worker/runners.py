@@ -13,6 +13,7 @@ from vllm_kvzip.vllm_bridge.symbols import async_tensor_h2d
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vllm_kvzip.vllm_bridge.compressed_group import CompressedGroup
     from vllm_kvzip.vllm_bridge.symbols import (
         CommonAttentionMetadata,
         GPUModelRunner,
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Rows(Protocol):
-    """The block table rows of a model runner, in the KV cache group of the compressed layers."""
+    """The block table rows of a model runner, in the compressed KV cache group."""
 
     def request_ids(self, common: CommonAttentionMetadata) -> list[str]:
         """Request ids of the current batch, in row order."""
@@ -37,12 +38,12 @@ class RunnerV1:
 
     Args:
         runner: vLLM's runner.
-        group_id: the KV cache group of the compressed layers.
+        group: whose rows these are.
     """
 
-    def __init__(self, runner: GPUModelRunner, group_id: int = 0) -> None:
+    def __init__(self, runner: GPUModelRunner, group: CompressedGroup) -> None:
         self._runner = runner
-        self._group_id = group_id
+        self._group_id = group.group_id
 
     def request_ids(self, common: CommonAttentionMetadata) -> list[str]:
         """See :class:`Rows`."""
@@ -70,15 +71,16 @@ class RunnerV1:
 class RunnerV2:
     """Adapter of model runner V2 (``v1/worker/gpu/model_runner.py``).
 
-    A request has a slot for life, and its row lies there; a batch names slots. With one KV cache
-    group, which compression asks for, a row is the row of that group.
+    A request keeps one slot as long as it lives, and its row is in that slot; a batch names slots.
 
     Args:
         runner: vLLM's runner.
+        group: whose rows these are.
     """
 
-    def __init__(self, runner: GPUModelRunnerV2) -> None:
+    def __init__(self, runner: GPUModelRunnerV2, group: CompressedGroup) -> None:
         self._runner = runner
+        self._group_id = group.group_id
 
     def request_ids(self, common: CommonAttentionMetadata) -> list[str]:
         """See :class:`Rows`; an empty batch when vLLM only warms up."""
@@ -90,19 +92,25 @@ class RunnerV2:
     def replace_row(self, request_id: str, block_ids: Sequence[int]) -> None:
         """See :class:`Rows`.
 
-        Written in the device's stream, not through vLLM's buffers for such writes: those have room
-        for one write of a slot in a step, and vLLM's follows, behind the length that is set here.
+        Written in the device's stream at once, not through vLLM's staged writes. These have room
+        for one write per slot and step, and vLLM needs it: it appends the blocks of this step,
+        starting at the length that is set here.
         """
         slot = self._runner.req_states.req_id_to_index.get(request_id)
         if slot is not None:
             tables = self._runner.block_tables
-            row = tables.block_tables[0].gpu[slot]
+            row = tables.block_tables[self._group_id].gpu[slot]
             async_tensor_h2d(list(block_ids), out=row[: len(block_ids)])
-            tables.num_blocks.np[0, slot] = len(block_ids)
+            tables.num_blocks.np[self._group_id, slot] = len(block_ids)
 
 
-def adapt(runner: GPUModelRunner | GPUModelRunnerV2) -> Rows:
-    """The adapter that fits a runner."""
+def adapt(runner: GPUModelRunner | GPUModelRunnerV2, group: CompressedGroup) -> Rows:
+    """The adapter that fits a runner.
+
+    Args:
+        runner: vLLM's runner.
+        group: whose rows it reads and writes.
+    """
     if hasattr(runner, "req_states"):
-        return RunnerV2(runner)
-    return RunnerV1(runner)
+        return RunnerV2(runner, group)
+    return RunnerV1(runner, group)

@@ -1,0 +1,1 @@
+"""Behind the benchmark and comparison scripts."""

@@ -1,0 +1,1 @@
+"""What compression costs a model's answers: contexts, questions, engines, figures."""

@@ -1,0 +1,1 @@
+"""Contexts and questions through engines, and what the answers are worth."""

@@ -1,0 +1,1 @@
+"""Behind the GPU suite: cases, checks and times of the kernels."""

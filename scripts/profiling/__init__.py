@@ -1,0 +1,1 @@
+"""Head profiles: made offline from a model, or from head scores that others published."""

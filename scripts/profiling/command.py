@@ -1,0 +1,72 @@
+"""What can be asked of ``vllm-kvzip profile``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from vllm_kvzip.head_profiles.calibration import CONTEXT_TOKENS, NETWORK_WIDTH, NUM_CONTEXTS
+from vllm_kvzip.registry import FORMATS
+
+
+def parse_args(argv: list[str] | None, prog: str | None = None) -> argparse.Namespace:
+    """What the user asks for; ``prog`` is how the program is called, as messages begin.
+
+    Args:
+        argv: arguments; None: those of the process.
+        prog: None: the script's name.
+    """
+    parser = argparse.ArgumentParser(prog, description="Build a head profile of a model, offline.")
+    parser.add_argument("--model", required=True, help="folder of a model in transformers' format")
+    parser.add_argument("--out", type=Path, help="default: profiles/<model name>.json")
+    parser.add_argument("--overwrite", action="store_true", help="replace a profile that is there")
+    parser.add_argument("--text", type=Path, nargs="+", help="calibration texts; default: our own")
+    parser.add_argument("--task", choices=["retrieval"], help="synthetic contexts, for tiny models")
+    parser.add_argument("--context-tokens", type=int, default=CONTEXT_TOKENS)
+    parser.add_argument("--num-contexts", type=int, default=NUM_CONTEXTS)
+    parser.add_argument("--chunk-tokens", type=int, default=2048, help="repeated at once")
+    parser.add_argument(
+        "--repeat-prompt", help="asks for the context; default: as in KVzip, in the chat's form"
+    )
+    parser.add_argument(
+        "--budgets",
+        choices=["heads", "pairs"],
+        default="heads",
+        help="heads: the best heads keep everything (default); pairs: each head keeps its share of "
+        "the best KV pairs, for scorers that rank a head's pairs well",
+    )
+    for half in ("key", "value"):
+        parser.add_argument(
+            f"--{half}-format", choices=FORMATS.names(), default="nf4",
+            help=f"of quantized {half}s in mode mixed",
+        )  # fmt: skip
+    parser.add_argument(
+        "--surrogate",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="train the networks of scorer surrogate too (default)",
+    )
+    parser.add_argument(
+        "--surrogate-width", type=int, default=NETWORK_WIDTH, help="hidden units per KV head"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of contexts and networks")
+    parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
+    args = parser.parse_args(argv)
+    for name in ("context_tokens", "num_contexts", "chunk_tokens", "surrogate_width", "threads"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.surrogate and args.num_contexts < 2:
+        parser.error(
+            "--num-contexts must be at least 2, one of which is kept for the test of the networks; "
+            "or add --no-surrogate"
+        )
+    args.prog = parser.prog
+    return args
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    """Build a profile; returns the exit code. See :func:`parse_args`."""
+    args = parse_args(argv, prog)
+    from vllm_kvzip.profiling.profile_heads import run
+
+    return run(args)

@@ -1,0 +1,256 @@
+"""Build a head-budget profile of a model, offline.
+
+    vllm-kvzip profile PATH [--out profiles/NAME.json] [--text FILE ...] [--overwrite]
+
+Each calibration context is read once and then repeated, chunk by chunk, under KVzip's
+reconstruction scoring. The mean score of a head's KV pairs is its importance, from which the
+budgets follow: the most important heads keep everything, the others sinks and recent tokens. For
+mode ``mixed`` it says besides what each head keeps as it is and what quantized, which follows from
+what quantizing these contexts' keys and values loses. A heat map (layers x KV heads) is drawn
+beside the JSON when matplotlib is installed.
+
+Small networks are trained to predict how much single KV pairs matter (scorer ``surrogate``) and
+written beside the JSON as safetensors; ``--no-surrogate`` leaves them out. What they learn is the
+pairs' influence on what the model says, or KVzip's scores where those cost the model less on a
+context that no network has seen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import transformers
+from tqdm import tqdm
+
+from vllm_kvzip.errors import ProfileError
+from vllm_kvzip.evaluation.tasks.retrieval_task import (
+    BASIC_VOCABULARY_SIZE,
+    VOCABULARY,
+    make_context,
+)
+from vllm_kvzip.head_profiles.calibration import (
+    KEEP_RATIOS,
+    MIN_REPEATED_SHARE,
+    calibration_contexts,
+    default_material,
+    read_material,
+)
+from vllm_kvzip.head_profiles.head_profile import HeadProfile, Provenance, save_profile
+from vllm_kvzip.head_profiles.networks import LayerSurrogate, save_surrogate
+from vllm_kvzip.head_profiles.repeat_prompt import repeat_wording
+from vllm_kvzip.planning.reconstruction import pair_fractions, retrieval_fractions
+from vllm_kvzip.profiling.network_choice import NetworkChoice
+from vllm_kvzip.profiling.reconstruction_probe import layers_of
+from vllm_kvzip.profiling.suitable_models import load_probe
+from vllm_kvzip.profiling.tier_budgets import TierBudgetBuilder
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def task_contexts(args: argparse.Namespace) -> list[list[int]]:
+    """Contexts of the synthetic retrieval task, for the tiny test models."""
+    rng = np.random.default_rng(args.seed)
+    return [
+        make_context(rng, args.context_tokens).tokens.tolist() for _ in range(args.num_contexts)
+    ]
+
+
+def draw_heat_map(profile: HeadProfile, path: Path) -> bool:
+    """Draw importance and the budgets at keep ratio 0.3; False without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {"importance": profile.importance, "budget at keep ratio 0.3": profile.fractions(0.3)}
+    height = max(2.5, 0.3 * profile.model.num_layers + 1)
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, height), constrained_layout=True)
+    for axis, (title, grid) in zip(axes, panels.items(), strict=True):
+        image = axis.imshow(grid, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+        axis.set(title=title, xlabel="KV head", ylabel="layer")
+    figure.colorbar(image, ax=axes)
+    figure.suptitle(profile.model.name)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    return True
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Find out before the long work whether its result can be written.
+
+    Args:
+        path: of the profile; networks go beside it.
+        overwrite: whether files that are there may be replaced.
+
+    Raises:
+        ProfileError: if it cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a folder; name a file")
+    except OSError as error:
+        raise ProfileError(f"--out {path} cannot be written ({error.strerror}).") from error
+    there = [file for file in (path, path.with_suffix(".safetensors")) if file.is_file()]
+    if there and not overwrite:
+        raise ProfileError(
+            f"{there[0]} is there already; name another file with --out, or add --overwrite."
+        )
+
+
+def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurrogate] | None]:
+    """Score all contexts and average; train the networks of scorer surrogate if they are wanted.
+
+    Those learn from all contexts but the last, on which they are tried.
+
+    Raises:
+        ProfileError: if model or text cannot be used.
+    """
+    probe, tokenizer = load_probe(args.model, args.context_tokens)
+    fingerprint = probe.fingerprint
+    if args.task == "retrieval":
+        if probe.config.vocab_size not in (BASIC_VOCABULARY_SIZE, len(VOCABULARY.words)):
+            raise ProfileError(
+                "--task retrieval is for models of scripts/train_tiny_model.py only."
+            )
+        contexts = task_contexts(args)
+        texts = [f"retrieval task, seed {args.seed}"]
+    else:
+        material = read_material(args.text) if args.text else default_material()
+        contexts = calibration_contexts(
+            tokenizer, material, args.num_contexts, args.context_tokens, args.seed
+        )
+        texts = [part.label for part in material]
+    wording = repeat_wording(args.repeat_prompt, None, tokenizer)
+    try:
+        first_ids, later_ids = wording.token_ids(tokenizer)
+    except ValueError as error:
+        raise ProfileError(f"--repeat-prompt {error}") from error
+    passes = len(contexts) * (1 + -(-args.context_tokens // args.chunk_tokens))
+    choice = layers = None
+    if args.surrogate:
+        passes += len(contexts) * -(-args.context_tokens // args.chunk_tokens)
+        passes += NetworkChoice.NUM_TARGETS * fingerprint.num_layers
+        choice = NetworkChoice(probe, args.context_tokens, args.surrogate_width, args.seed)
+    shape = fingerprint.num_layers, fingerprint.num_kv_heads
+    tiers = tier_builder(args, *shape, fingerprint.head_dim)
+    importance = torch.zeros(shape, dtype=torch.float64)
+    budgets = {ratio: torch.zeros_like(importance) for ratio in KEEP_RATIOS}
+    with tqdm(total=passes, desc="forward passes") as bar:
+        for number, context in enumerate(contexts):
+            cache = probe.read(context)
+            bar.update()
+            scores = probe.score(
+                context, args.chunk_tokens, first_ids, later_ids, bar.update, cache=cache
+            )
+            if not bool((scores.flatten(1).amax(dim=1) > 0).all()):  # never asked, or NaN
+                raise ProfileError(
+                    f"--model {args.model} cannot be profiled: some layers show no attention, or "
+                    f"it is not a number; choose another model."
+                )
+            importance += scores.mean(dim=-1) / len(contexts)
+            for ratio in KEEP_RATIOS if args.budgets == "pairs" else ():
+                budgets[ratio] += pair_fractions(scores, ratio) / len(contexts)
+            if tiers is not None:
+                tiers.watch(cache)
+                if args.budgets == "pairs":
+                    tiers.solve(scores)
+            if choice is not None:
+                influence = probe.influence(
+                    context, args.chunk_tokens, first_ids, later_ids, bar.update, cache
+                )
+                if number < len(contexts) - 1:
+                    choice.add(layers_of(cache), influence, scores)
+        if choice is not None:
+            layers = choice.best(context, cache, first_ids, bar.update)
+    for line in choice.report if choice is not None else ():
+        print(line)
+    print(f"the model repeats {probe.repeated_share:.1%} of the tokens right")
+    if probe.repeated_share < MIN_REPEATED_SHARE:
+        print(
+            f"{args.prog}: warning: the model hardly repeats the contexts, so this profile may be "
+            "worse than none; try another --repeat-prompt, or --text of a kind that it knows.",
+            file=sys.stderr,
+        )
+    if args.budgets == "heads":
+        budgets = {ratio: retrieval_fractions(importance, ratio) for ratio in KEEP_RATIOS}
+        if tiers is not None:  # all pairs of a head count as much as the head
+            tiers.solve(importance[..., None].expand(-1, -1, args.context_tokens))
+    profile = HeadProfile(
+        schema_version=1,
+        model=fingerprint,
+        provenance=Provenance(
+            method=f"kvzip reconstruction, budgets by {args.budgets}"
+            + (f", networks by {choice.target}" if choice is not None else ""),
+            repeat_prompt=wording.first,
+            later_repeat_prompt=wording.later,
+            scoring_chunk_tokens=args.chunk_tokens,
+            num_contexts=len(contexts),
+            context_tokens=args.context_tokens,
+            repeated_share=round(probe.repeated_share, 3),
+            texts=texts,
+            versions={
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "vllm-kvzip": version("vllm-kvzip"),
+            },
+            created=date.today().isoformat(),
+        ),
+        importance=importance.clamp(0, 1).tolist(),
+        budgets={str(ratio): grid.clamp(0, 1).tolist() for ratio, grid in budgets.items()},
+        tiers=None if tiers is None else tiers.result(),
+    )
+    return profile, layers
+
+
+def tier_builder(
+    args: argparse.Namespace, num_layers: int, num_kv_heads: int, head_dim: int
+) -> TierBudgetBuilder | None:
+    """What makes budgets of two tiers; None when the formats do not suit the head size."""
+    try:
+        return TierBudgetBuilder(
+            num_layers, num_kv_heads, head_dim, args.key_format, args.value_format
+        )
+    except ValueError as error:
+        print(f"{args.prog}: warning: no budgets for mode mixed: {error}", file=sys.stderr)
+        return None
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build and write what ``command.py`` was asked for; returns the exit code."""
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    out = args.out or Path("profiles") / f"{Path(os.path.abspath(args.model)).name}.json"
+    try:
+        check_output(out, overwrite=args.overwrite)
+        profile, surrogate = build_profile(args)
+    except ProfileError as error:
+        print(f"{args.prog}: error: {error}", file=sys.stderr)
+        return 2
+    save_profile(profile, out)
+    if surrogate is not None:
+        notes = {
+            "texts": ", ".join(profile.provenance.texts),
+            "created": profile.provenance.created,
+        }
+        save_surrogate(out.with_suffix(".safetensors"), surrogate, profile.model, notes)
+    for layer, row in enumerate(profile.importance):
+        print(f"layer {layer:3d}  " + "  ".join(f"{value:.3f}" for value in row))
+    drawn = draw_heat_map(profile, out.with_suffix(".png"))
+    print(
+        json.dumps(
+            {"profile": str(out), "heat_map": str(out.with_suffix(".png")) if drawn else None}
+        )
+    )
+    return 0

@@ -1,0 +1,1 @@
+"""Behind ``soak.py``: a random load, and what must hold after every step."""

@@ -1,0 +1,85 @@
+"""The doctor says what start-up would: the same checks, and figures of the plugin's own rules."""
+
+import json
+
+import pytest
+from engine_job import MODEL
+
+from vllm_kvzip.command.doctor import main
+
+SETTING = "--kv-compression-config."
+
+
+def doctor(capsys, *arguments):
+    code = main(["--model", str(MODEL), "--dtype", "float32", *arguments, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_all_is_well(capsys):
+    code, found = doctor(capsys, "--prompt-tokens", "1024", "1040", "--memory-gib", "0.25")
+    assert code == 0
+    assert found["starts"] and found["refusal"] is None and found["warnings"] == []
+    compression = found["compression"]
+    assert compression["profile"].endswith("tiny-retriever.json")
+    del compression["profile"]
+    assert compression == {
+        "architecture": "LlamaForCausalLM", "num_layers": 4, "num_attention_layers": 4,
+        "num_kv_heads": 4, "head_size": 32, "attention": "full attention", "num_ranks": 1,
+        "builds_profile": False, "scorer": "surrogate", "budget": "adaptive", "mode": "evict",
+        "keep_ratio": 0.5, "counts": "KV pairs", "block_size": 32, "cache_dtype": "float32",
+        "max_model_len": 2048,
+    }  # fmt: skip
+    blocks = 2**28 // (4 * 4 * 2 * 32 * 32 * 4) - 1  # layers, heads, K and V, tokens, size, bytes
+    assert found["cache_blocks"] == blocks == 2047
+    whole, ragged = found["rooms"]
+    assert whole == {
+        "prompt_tokens": 1024, "left_alone": None, "blocks": 32, "blocks_compressed": 16,
+        "tokens": 63 * 1024, "tokens_compressed": 127 * 1024,
+    }  # fmt: skip
+    assert (ragged["blocks"], ragged["blocks_compressed"]) == (33, 17)  # one holds the tail
+
+
+def test_bytes_of_quantized_pages_count(capsys):
+    settings = [f"{SETTING}mode", "mixed", f"{SETTING}keep_bytes_ratio", "0.125"]
+    code, found = doctor(capsys, *settings, "--prompt-tokens", "1024")
+    assert code == 0
+    assert found["compression"]["counts"] == "bytes"
+    assert found["rooms"][0]["blocks_compressed"] == 4
+
+
+def test_start_ups_warnings_and_prompts_that_are_left_alone(capsys):
+    other = ["--hf-overrides", '{"num_hidden_layers": 3}']  # which has no profile
+    code = main(["--model", str(MODEL), *other, "--prompt-tokens", "100"])
+    shown = capsys.readouterr().out
+    assert code == 0
+    assert shown.startswith("It will start.\n")
+    assert "scorer      contrast, budget adaptive" in shown
+    assert "Computed, not measured: a KV cache of 1 GiB a rank" in shown
+    assert "warning: No head profile matches this model, so scorer contrast chooses" in shown
+    assert "warning: Prompts of 100 tokens are left alone: below_min_prompt_tokens." in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--block-size", "16"], "does not support --block-size 16 on the CPU; use a multiple"),
+        (["--pipeline-parallel-size", "2"], "does not support --pipeline-parallel-size 2 yet"),
+        ([f"{SETTING}keep_ratio", "7"], "keep_ratio=7 is wrong"),
+        ([f"{SETTING}keep_ration", "0.3"], "did you mean keep_ratio?"),
+        ([f"{SETTING}scorer", "best"], "scorer: "),
+        (["--model", "/no/such/model"], "vLLM refuses it: "),
+    ],
+)
+def test_a_refusal_is_one_sentence(capsys, arguments, sentence):
+    code, found = doctor(capsys, *arguments)
+    assert code == 1
+    assert not found["starts"]
+    assert sentence in found["refusal"] and "\n" not in found["refusal"]
+    assert found["compression"] is None
+
+
+def test_a_flag_that_vllm_does_not_know(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--model", str(MODEL), "--no-such-flag"])
+    assert stopped.value.code == 2
+    assert "no-such-flag" in capsys.readouterr().err

@@ -1,0 +1,107 @@
+"""``vllm-kvzip doctor``: will it start, with what, and how much does a KV cache hold then?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm_kvzip.vllm_bridge.start.doctor import Compression, Diagnosis
+
+QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_LOGGING_STREAM": "ext://sys.stderr"}
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    """Say what `vllm serve` would do.
+
+    Args:
+        argv: arguments; None: those of the process.
+        prog: how the program is called.
+
+    Returns:
+        0 when it would start, else 1.
+    """
+    args, of_vllm = _parser(prog).parse_known_args(argv)
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    from vllm_kvzip.vllm_bridge.start.doctor import diagnose
+
+    found = diagnose(["--model", args.model, *of_vllm], args.memory_gib, args.prompt_tokens)
+    if args.json:
+        starts = {"starts": found.refusal is None, "memory_gib": args.memory_gib}
+        print(json.dumps(starts | asdict(found), indent=2))
+    else:
+        print(in_words(found, args.memory_gib))
+    return 0 if found.refusal is None else 1
+
+
+def in_words(found: Diagnosis, memory_gib: float) -> str:
+    """For people, several lines."""
+    lines = [f"warning: {warning}" for warning in found.warnings]
+    if found.refusal is not None or found.compression is None:
+        return "\n".join([f"It will not start. {found.refusal}", *lines])
+    rows = [
+        "",
+        f"Computed, not measured: a KV cache of {memory_gib:g} GiB a rank has {found.cache_blocks} "
+        f"blocks, and holds whole prompts of",
+        f"{'tokens':>8} | {'blocks each':>11} | {'compressed':>10} | {'tokens held':>11} | "
+        f"{'compressed':>10}",
+    ]
+    rows += [
+        f"{room.prompt_tokens:>8} | {room.blocks:>11} | {room.blocks_compressed:>10} | "
+        f"{room.tokens:>11} | {room.tokens_compressed:>10}"
+        for room in found.rooms
+    ]
+    return "\n".join(["It will start.", *_facts(found.compression), *rows, *lines])
+
+
+def _facts(it: Compression) -> list[str]:
+    profile = it.profile or "none"
+    ranks = f", over {it.num_ranks} ranks" if it.num_ranks > 1 else ""
+    facts = {
+        "model": it.architecture,
+        "compressed": f"{it.num_attention_layers} of {it.num_layers} layers, {it.num_kv_heads} KV "
+        f"heads of size {it.head_size}{ranks}: {it.attention}",
+        "profile": f"{profile}, made when the engine starts" if it.builds_profile else profile,
+        "scorer": f"{it.scorer}, budget {it.budget}",
+        "mode": f"{it.mode}, {it.keep_ratio:g} of the {it.counts} of a prompt are kept",
+        "KV cache": f"blocks of {it.block_size} tokens, {it.cache_dtype}",
+    }
+    return [f"  {name:<10}  {fact}" for name, fact in facts.items()]
+
+
+def _parser(prog: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog,
+        usage=f"{prog or '%(prog)s'} MODEL [flags of vllm serve, --kv-compression-config ...]",
+        description="Say whether `vllm serve` starts with a model and its flags, what is "
+        "compressed, and how much a KV cache holds. No weights are loaded. Exit code 1: it does "
+        "not start.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=True, help="as for vllm serve; may stand first instead")
+    parser.add_argument(
+        "--memory-gib", type=_size, default=1.0, help="of the KV cache of each rank; default 1"
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=_length, nargs="+", help="lengths; default: usual ones"
+    )
+    parser.add_argument("--json", action="store_true", help="for programs")
+    return parser
+
+
+def _size(text: str) -> float:
+    size = float(text)
+    if not 0 < size < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return size
+
+
+def _length(text: str) -> int:
+    length = int(text)
+    if length < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return length

@@ -1,0 +1,77 @@
+"""``vllm-kvzip``: what is done beside serving. Each subcommand is imported when it is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+
+from vllm_kvzip import __version__
+
+PROGRAM = "vllm-kvzip"
+SUBCOMMANDS = {
+    "profile": ("build a head profile of a model", "vllm_kvzip.profiling.command"),
+    "import-scores": (
+        "turn published head scores into a head profile",
+        "vllm_kvzip.profiling.import_profile",
+    ),
+    "evaluate": (
+        "measure what compression costs a model's answers, on your own texts too",
+        "vllm_kvzip.evaluation.quality.command",
+    ),
+    "doctor": (
+        "say what `vllm serve` would do with a model and its flags, without loading it",
+        "vllm_kvzip.command.doctor",
+    ),
+}
+"""Name -> what it does, and the module whose ``main`` does it."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: arguments; None: those of the process.
+
+    Returns:
+        the exit code.
+    """
+    given = sys.argv[1:] if argv is None else argv
+    parser = _parser()
+    name = parser.parse_args(given[:1]).subcommand
+    run = import_module(SUBCOMMANDS[name][1]).main
+    code: int = run(name_model(parser, given[1:]), f"{PROGRAM} {name}")
+    return code
+
+
+def name_model(parser: argparse.ArgumentParser, given: list[str]) -> list[str]:
+    """A subcommand's arguments with a leading ``MODEL`` turned into ``--model MODEL``.
+
+    argparse takes an optional positional argument only where no flag stands before it.
+
+    Args:
+        parser: says what is wrong, and ends the process, where the model is given twice.
+        given: the arguments.
+    """
+    if not given or given[0].startswith("-"):
+        return given
+    if any(word == "--model" or word.startswith("--model=") for word in given):
+        parser.error("the model is given twice; remove --model")
+    return ["--model", *given]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        PROGRAM,
+        description="Head profiles, quality and start-up of vLLM with a compressed KV cache.",
+        epilog=f"`{PROGRAM} SUBCOMMAND --help` lists its flags.",
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    chosen = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
+    for name, (summary, _) in SUBCOMMANDS.items():
+        chosen.add_parser(name, help=summary, add_help=False, usage=f"{PROGRAM} {name} MODEL ...")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

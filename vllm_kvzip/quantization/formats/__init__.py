@@ -1,0 +1,1 @@
+"""Formats of quantized pages, one a file; ``../base.py`` has the contract."""

@@ -1,0 +1,126 @@
+"""Scheduler side: how far the block table row of one request has come.
+
+The row goes through three shapes::
+
+    prefill      [prompt blocks ...]
+    crossing     [prompt blocks ...][n' reserved blocks]      the step that completes the prefix
+    folded       [n' compressed][null ...][dense tail ...]    from a later step on
+
+In the folded row the block of logical index ``i`` is again at ``row[i]`` for every dense token, so
+vLLM's slot mapping, block accounting and prefix caching go on unchanged. The null block fills the
+places between the compressed blocks and the dense tail. In the fold the prompt's blocks return to
+the pool. They were not overwritten, so they stay valid in the prefix cache until the pool gives
+them to another request.
+
+A request that starts from a cached compressed prefix has a folded row from its first step on. With
+a prefill budget a folded row crosses again each time its dense tail has grown by a round.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_kvzip.core import PrefixPlan
+    from vllm_kvzip.vllm_bridge.scheduler.prefix_cache import PrefixRun
+    from vllm_kvzip.vllm_bridge.symbols import Request
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """Blocks at the end of a crossing row that are to hold the compressed prefix.
+
+    Attributes:
+        start: index of the first of them in the row.
+        run: the blocks, and the plan of the compression that fills them.
+    """
+
+    start: int
+    run: PrefixRun
+
+
+@dataclass(eq=False)
+class RowState:
+    """State of one row.
+
+    It begins when the request gets its first blocks. It ends when the request gives its blocks up:
+    when it is finished, aborted or preempted.
+
+    Attributes:
+        request: the request that owns the row.
+        plan: the next compression; None when none follows.
+        run: the compressed prefix that the row begins with; None before the first fold.
+        reservation: blocks that the row holds for its next fold; None unless it is crossing.
+        num_found_raw_tokens: tokens that it took from the raw prefix cache when it began.
+        num_raw_tokens: tokens that were computed while the row began with raw blocks. Set when the
+            first blocks are reserved; None before, and in a row that began with a run.
+        has_hit: it began with a run in the step that is being scheduled.
+        has_crossed: blocks were reserved in the step that is being scheduled.
+    """
+
+    request: Request
+    plan: PrefixPlan | None
+    run: PrefixRun | None = None
+    reservation: Reservation | None = None
+    num_found_raw_tokens: int = 0
+    num_raw_tokens: int | None = None
+    has_hit: bool = False
+    has_crossed: bool = False
+
+    def start_from(self, run: PrefixRun) -> None:
+        """The row begins with a compressed prefix from the prefix cache."""
+        self.run = run
+        self.has_hit = True
+
+    def num_reserved_blocks(self, num_tokens: int) -> int:
+        """Reserved blocks that the row holds once ``num_tokens`` tokens are computed."""
+        if self.reservation is not None:
+            return len(self.reservation.run.blocks)
+        return 0 if self.plan is None else self.plan.num_blocks_to_reserve(num_tokens)
+
+    def reserve(self, reservation: Reservation, num_tokens: int) -> None:
+        """The row is crossing from now on.
+
+        Args:
+            reservation: the blocks that were appended to it.
+            num_tokens: computed tokens once the step has run.
+        """
+        if self.run is None:
+            self.num_raw_tokens = num_tokens
+        self.reservation = reservation
+        self.has_crossed = True
+
+    def can_fold(self, num_processed_tokens: int) -> bool:
+        """Whether the step that completes the prefix has been processed.
+
+        Args:
+            num_processed_tokens: tokens that no step under way computes any more.
+        """
+        if self.reservation is None:
+            return False
+        return num_processed_tokens >= self.reservation.run.plan.ready_tokens
+
+    def fold(self, next_plan: PrefixPlan | None) -> None:
+        """The row begins with what was reserved; ``next_plan`` is the compression after it."""
+        assert self.reservation is not None
+        self.run = self.reservation.run
+        self.reservation = None
+        self.plan = next_plan
+
+    def outcome(self) -> dict[str, Any] | None:
+        """What a client is told of a compressed prompt; None while the row is not folded.
+
+        Returns:
+            ``compressed_tokens``, ``blocks_before``, ``blocks_held``, and their ratio
+            ``keep_ratio``.
+        """
+        if self.run is None:
+            return None
+        plan = self.run.plan
+        return {
+            "compressed_tokens": plan.boundary_tokens,
+            "blocks_before": plan.num_prefix_blocks,
+            "blocks_held": plan.num_compressed_blocks,
+            "keep_ratio": plan.num_compressed_blocks / plan.num_prefix_blocks,
+        }

@@ -1,0 +1,51 @@
+"""Scheduler side: what a scheduled step changes, and how the workers learn of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm_kvzip.vllm_bridge.step_message import StepPrefixes
+
+if TYPE_CHECKING:
+    from collections.abc import Container, Mapping
+
+    from vllm_kvzip.vllm_bridge.scheduler.prefix_cache import CompressedPrefixCache
+    from vllm_kvzip.vllm_bridge.scheduler.row_state import RowState
+    from vllm_kvzip.vllm_bridge.scheduler.unconfirmed import UnconfirmedRuns
+
+
+def publish_step(
+    rows: Mapping[str, RowState],
+    scheduled: Container[str],
+    prefixes: CompressedPrefixCache,
+    unconfirmed: UnconfirmedRuns,
+    repeats: dict[str, int],
+) -> StepPrefixes | None:
+    """Publish the prefixes that a scheduled step completes; gather what the workers must know.
+
+    The workers compact at the start of the next step, also when the request has ended by then. So
+    a request that is scheduled after this call can start from the run.
+
+    Args:
+        rows: all rows by request id; what they note of this step is taken.
+        scheduled: ids of the requests in the step.
+        prefixes: where the runs are published.
+        unconfirmed: remembers the compressions that the step orders.
+        repeats: how many chunks of a request's context the model repeats before the step.
+
+    Returns:
+        None when there is nothing to tell.
+    """
+    kept, hits, reserved = {}, {}, {}
+    for request_id, row in rows.items():
+        if row.has_hit and row.run is not None:
+            hits[request_id] = row.run.serial
+        if row.has_crossed and row.reservation is not None and request_id in scheduled:
+            run = row.reservation.run
+            reserved[request_id] = run.serial
+            unconfirmed.add(run, row.request)
+            if run.prefix_hash and prefixes.add(run):
+                kept[request_id] = run.serial
+        row.has_hit = row.has_crossed = False
+    news = kept, hits, prefixes.take_dropped(), reserved, unconfirmed.take_left_alone(), repeats
+    return StepPrefixes(*news) if any(news) else None

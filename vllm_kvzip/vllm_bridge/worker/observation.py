@@ -1,0 +1,120 @@
+"""Worker side: queries of each context's last tokens, for scorers that look at them.
+
+They are kept from the step that computes them until their prompt is compressed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm_kvzip.vllm_bridge.attention.batches import QuerySpan
+from vllm_kvzip.vllm_bridge.fp8_cache import queries_of_model
+from vllm_kvzip.vllm_bridge.outcomes import log_failure
+
+if TYPE_CHECKING:
+    from vllm_kvzip.core import CacheGeometry
+    from vllm_kvzip.vllm_bridge.symbols import SchedulerOutput
+    from vllm_kvzip.vllm_bridge.worker.requests import RequestTracker
+
+
+class QueryObservation:
+    """Decides whose queries a step must show, and keeps them.
+
+    Args:
+        geometry: of the compressed layers.
+        layer_index: vLLM's layer name -> layer.
+        window: how many of a context's last queries the scorer wants; 0: none.
+    """
+
+    def __init__(self, geometry: CacheGeometry, layer_index: dict[str, int], window: int) -> None:
+        self._geometry = geometry
+        self._layer_index = layer_index
+        self._window = window
+        self._tokens_of: dict[str, tuple[int, int]] = {}  # this step, by request
+        self._kept: dict[str, dict[int, list[torch.Tensor]] | None] = {}  # None: it failed
+
+    def __len__(self) -> int:
+        """How many requests have kept queries."""
+        return len(self._kept)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether this step computes queries that are kept."""
+        return bool(self._tokens_of)
+
+    def plan_step(self, output: SchedulerOutput, tracker: RequestTracker) -> None:
+        """Find the tokens of each request's chunk whose queries the scorer wants.
+
+        Those are the context's last tokens. A request can find its whole context and more in the
+        prefix cache; then the first tokens after the context are taken.
+        """
+        self._tokens_of = {}
+        if not self._window:
+            return
+        for rid, num_scheduled in output.num_scheduled_tokens.items():
+            request = tracker.get(rid)
+            if request is None or request.crossed or request.plan is None:
+                continue
+            to_end = request.plan.ready_tokens - request.num_computed_tokens
+            if to_end <= 0:
+                self._tokens_of[rid] = (0, min(num_scheduled, self._window))
+            elif to_end - self._window < num_scheduled:
+                self._tokens_of[rid] = (max(0, to_end - self._window), min(num_scheduled, to_end))
+
+    def spans(self, request_ids: list[str], starts: torch.Tensor) -> tuple[QuerySpan, ...]:
+        """Rows of the batch whose queries are kept.
+
+        Args:
+            request_ids: of the batch, in row order.
+            starts: int32 ``[R + 1]`` on the CPU, first token row of each request.
+        """
+        if not self._tokens_of:
+            return ()
+        first_rows = starts.tolist()
+        return tuple(
+            QuerySpan(rid, first_rows[row] + tokens[0], first_rows[row] + tokens[1])
+            for row, rid in enumerate(request_ids)
+            if (tokens := self._tokens_of.get(rid)) is not None
+        )
+
+    def keep(
+        self, layer: Any, query: torch.Tensor, spans: tuple[QuerySpan, ...], dtype: torch.dtype
+    ) -> None:
+        """Keep the queries of one layer.
+
+        Args:
+            layer: vLLM's.
+            query: ``[num_tokens, H * G, D]``.
+            spans: which rows belong to whom.
+            dtype: of the model.
+        """
+        index = self._layer_index[layer.layer_name]
+        for span in spans:
+            by_layer = self._kept.setdefault(span.request_id, defaultdict(list))
+            if by_layer is None:
+                continue
+            try:
+                rows = query[span.start : span.end].clone()
+                by_layer[index].append(queries_of_model(layer, rows, dtype))
+            except Exception as error:  # its prefix will not be compressed
+                self._kept[span.request_id] = None
+                log_failure(span.request_id, error)
+
+    def take(self, request_id: str) -> list[torch.Tensor] | None:
+        """Kept queries of a request as ``[W, H, G, D]`` per layer, which are forgotten here.
+
+        None when there are none, or when keeping them failed.
+        """
+        by_layer = self._kept.pop(request_id, None)
+        if not by_layer:
+            return None
+        geometry = self._geometry
+        shape = (-1, geometry.num_kv_heads, geometry.group_size, geometry.head_dim)
+        return [torch.cat(by_layer[layer]).view(shape) for layer in range(geometry.num_layers)]
+
+    def forget(self, request_id: str) -> None:
+        """Drop the kept queries of a request."""
+        self._kept.pop(request_id, None)

@@ -1,0 +1,145 @@
+"""Worker side: compressed prefixes, of running requests and for later ones to start from."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_kvzip.planning.prefix_seed import checksum
+from vllm_kvzip.vllm_bridge.attention.batches import PrefixState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from vllm_kvzip.core import CompressedPrefix, PrefixPlan
+    from vllm_kvzip.vllm_bridge.worker.requests import TrackedRequest
+
+
+@dataclass(frozen=True)
+class KeptRun:
+    """A compressed prefix that later requests may start from."""
+
+    prefix: CompressedPrefix
+    plan: PrefixPlan
+    seed: int
+
+
+class WorkerPrefixes:
+    """All compressed prefixes of a worker; runs in the prefix cache go by their serial number.
+
+    Args:
+        ttl_seconds: how long a prefix lives without use; None: for ever.
+
+    Attributes:
+        states: of running requests that have a compressed prefix, by id.
+    """
+
+    def __init__(self, ttl_seconds: float | None = None) -> None:
+        self.states: dict[str, PrefixState] = {}
+        self._runs: dict[int, KeptRun] = {}
+        self._uses = UseTimes(ttl_seconds)
+
+    def add(self, request: TrackedRequest, plan: PrefixPlan, prefix: CompressedPrefix) -> None:
+        """A request's prefix has been compressed by that plan."""
+        self.states[request.request_id] = PrefixState(prefix, plan)
+        if request.kept_as is not None:
+            self._runs[request.kept_as] = KeptRun(prefix, plan, request.seed)
+            self._uses.starts(request.request_id, request.kept_as)
+
+    def start(self, hits: Mapping[str, int]) -> dict[str, PrefixPlan]:
+        """Give requests the prefix that they start from.
+
+        Args:
+            hits: request -> the run it starts from.
+
+        Returns:
+            plans of these prefixes, without requests whose prefix could not be compressed.
+        """
+        plans = {}
+        for request_id, serial in hits.items():
+            if (run := self._runs.get(serial)) is not None:
+                self.states[request_id] = PrefixState(run.prefix, run.plan)
+                self._uses.starts(request_id, serial)
+                plans[request_id] = run.plan
+        return plans
+
+    def forget(self, request_id: str) -> None:
+        """A request has ended, or lost its blocks."""
+        self.states.pop(request_id, None)
+        self._uses.ends(request_id)
+
+    def drop(self, serial: int) -> None:
+        """A run has left the prefix cache."""
+        self._runs.pop(serial, None)
+        self._uses.drop(serial)
+
+    def step(self) -> None:
+        """A step begins; whoever has a prefix uses it."""
+        self._uses.step()
+
+    def cached(self) -> list[dict[str, Any]]:
+        """Prefixes that later requests can start from, as of the last step.
+
+        Returns:
+            for each, plain values for a client: ``id`` (a checksum of its tokens), tokens covered,
+            blocks held, blocks before compression, and the ratio of the two.
+        """
+        return [
+            {
+                "id": checksum(run.seed),
+                "compressed_tokens": run.plan.boundary_tokens,
+                "blocks_held": run.plan.num_compressed_blocks,
+                "blocks_before": run.plan.num_prefix_blocks,
+                "keep_ratio": run.plan.num_compressed_blocks / run.plan.num_prefix_blocks,
+            }
+            for serial, run in self._runs.items()
+            if not self._uses.is_over(serial)
+        ]
+
+
+class UseTimes:
+    """When prefixes were last used, as far as a worker sees it: in the last step of a user.
+
+    The scheduler ends a prefix by its own clock, and tells the workers with the next step. While
+    the engine is idle there is none, so a worker needs this to know which ones are over.
+
+    Args:
+        ttl_seconds: how long a prefix lives without use; None: for ever.
+        clock: seconds.
+    """
+
+    def __init__(
+        self, ttl_seconds: float | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._ttl, self._clock = ttl_seconds, clock
+        self._users: dict[str, int] = {}  # request -> serial
+        self._last: dict[int, float] = {}
+
+    def starts(self, request_id: str, serial: int) -> None:
+        """A request has the prefix from now on."""
+        self._users[request_id] = serial
+        self._last[serial] = self._clock()
+
+    def ends(self, request_id: str) -> None:
+        """The request has ended."""
+        self._users.pop(request_id, None)
+
+    def drop(self, serial: int) -> None:
+        """The prefix is gone."""
+        self._last.pop(serial, None)
+
+    def step(self) -> None:
+        """A step begins; whoever has a prefix uses it."""
+        if self._ttl is not None:
+            now = self._clock()
+            for serial in self._users.values():
+                if serial in self._last:
+                    self._last[serial] = now
+
+    def is_over(self, serial: int) -> bool:
+        """Whether nobody has used the prefix for its time to live."""
+        if self._ttl is None:
+            return False
+        return self._clock() - self._last.get(serial, -math.inf) >= self._ttl
