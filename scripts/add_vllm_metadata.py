@@ -9,16 +9,16 @@ runs it, and nothing where a ``vllm`` distribution is there already or ``vllm-cp
 from __future__ import annotations
 
 import sysconfig
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
+
+PACKAGES = sysconfig.get_paths()["purelib"]  # and not those of an environment below this one
 
 
 def installed_version(name: str) -> str | None:
     """Version of an installed distribution, or None."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    found = list(distributions(name=name, path=[PACKAGES]))
+    return found[0].version if found else None
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     if cpu_version is None or installed_version("vllm") is not None:
         return
     full = f"{cpu_version}+cpu"
-    folder = Path(sysconfig.get_paths()["purelib"]) / f"vllm-{full}.dist-info"
+    folder = Path(PACKAGES) / f"vllm-{full}.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text(
         f"Metadata-Version: 2.1\nName: vllm\nVersion: {full}\n"

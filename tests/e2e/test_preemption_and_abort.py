@@ -108,7 +108,7 @@ def stock():
     scope="module",
     params=[
         ({"keep_ratio": 1.0}, False),
-        ({"keep_ratio": 1.0}, True),
+        pytest.param(({"keep_ratio": 1.0}, True), marks=pytest.mark.versions),
         ({"keep_ratio": 0.3}, True),
         ({"mode": "mixed", "keep_bytes_ratio": 0.3}, True),
     ],

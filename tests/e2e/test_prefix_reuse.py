@@ -97,6 +97,7 @@ def test_everything_is_back_in_the_pool(ten_questions):
     assert total(report, "kv_bytes_saved") == 0
 
 
+@pytest.mark.versions
 def test_keep_ratio_one_equals_stock():
     context, questions = document(1000, seed=2)
     requests = [Request(context + questions[0], 12, options=declared(1000))]
@@ -144,6 +145,7 @@ def test_pool_pressure_evicts_prefixes_and_later_answers_are_right():
     assert whole.free_blocks[-1] == whole.free_blocks[0]
 
 
+@pytest.mark.versions
 def test_time_and_reset_end_a_prefix():
     context, questions = document(512, seed=5)
     requests = [

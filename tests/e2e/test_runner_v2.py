@@ -59,11 +59,13 @@ def unaborted(report):
     return [output for number, output in enumerate(report.outputs) if number != 3]
 
 
+@pytest.mark.versions
 def test_the_runner_is_the_one_we_think(whole, quarter_on_v1):
     assert whole.classes["runner"] == "vllm.v1.worker.cpu.model_runner"
     assert quarter_on_v1.classes["runner"] == "vllm.v1.worker.cpu_model_runner"
 
 
+@pytest.mark.versions
 def test_keep_ratio_one_is_token_identical(stock, whole):
     assert unaborted(whole) == unaborted(stock)
     assert whole.metrics["vllm_kvzip_requests_compressed_total"] >= 5

@@ -40,6 +40,7 @@ def kvzip(samples, name):
     return samples["vllm_kvzip_" + name]
 
 
+@pytest.mark.versions
 def test_blocks_come_back_while_a_request_decodes_and_the_answer_is_right(server):
     context = make_context(np.random.default_rng(3), 1500, fact_density=0.6)
     prompt, expected = copy_prompt(context, 600, num_answer_tokens=200)
@@ -128,6 +129,7 @@ def test_text_prompts_and_chat_go_through_the_same_door(server):
     assert "".join(server.stream(text, 2)).split() == [VOCABULARY.words[value], "."]
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
@@ -181,6 +183,7 @@ def refusal(server, path, body):
     return json.loads(refused.value.read())["error"]["message"]
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize(
     ("options", "sentence"),
@@ -194,6 +197,7 @@ def test_every_route_refuses_a_wrong_option_before_it_answers(server, route, opt
     assert sentence in refusal(server, path, {**body, "vllm_xargs": options})
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("route", ROUTES)
 def test_every_route_takes_a_right_one(server, route):
     path, body = ROUTES[route]
@@ -206,6 +210,7 @@ def test_every_route_takes_a_right_one(server, route):
     assert kvzip(server.metrics(), name) > before
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     ("path", "body", "what"),
     [
@@ -221,6 +226,7 @@ def test_an_option_that_nobody_would_read_is_refused(server, path, body, what):
     assert server.post(path, **body, vllm_xargs={"mine": 1})
 
 
+@pytest.mark.versions
 def test_a_request_chooses_its_ratio_or_none_and_is_told_what_became_of_it(server):
     rng = np.random.default_rng(14)
     before = server.metrics()
@@ -255,6 +261,7 @@ def test_an_answer_without_compression_is_stock_vllms(server):
     assert len(stock.split()) > 20
 
 
+@pytest.mark.versions
 def test_a_declared_context_is_prefilled_once_over_http(server):
     context = make_context(np.random.default_rng(12), 1024, fact_density=0.3)
     declared = {"kvzip_context_tokens": 1024}

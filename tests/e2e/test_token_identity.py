@@ -26,7 +26,7 @@ def mixed_requests():
     return [Request(prompt, MAX_TOKENS, options={"logprobs": 0}) for prompt in prompts]
 
 
-@pytest.fixture(scope="module", params=[32, 128])
+@pytest.fixture(scope="module", params=[pytest.param(32, marks=pytest.mark.versions), 128])
 def runs(request):
     """Stock and keep ratio 1.0 on the same requests, in chunks and batches."""
     requests = mixed_requests()

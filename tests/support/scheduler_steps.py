@@ -1,6 +1,12 @@
 """Scheduler outputs of vLLM's own classes, made by hand."""
 
+import dataclasses
+
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+
+FIELDS = {field.name for field in dataclasses.fields(SchedulerOutput)}
+# Required before vLLM 0.32, which has no cascade attention.
+OLDER_FIELDS = {"num_common_prefix_blocks": [0]} if "num_common_prefix_blocks" in FIELDS else {}
 
 
 def new_request(request_id, num_tokens, block_ids, num_computed=0):
@@ -27,4 +33,5 @@ def output(new=(), running=(), scheduled=None, finished=(), resumed=(), preempte
         finished_req_ids=set(finished),
         free_encoder_mm_hashes=[],
         preempted_req_ids=set(preempted),
+        **OLDER_FIELDS,
     )

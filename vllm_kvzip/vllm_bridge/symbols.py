@@ -8,6 +8,7 @@ trips over one.
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from typing import Any
 
@@ -149,6 +150,9 @@ PLACES = {**COMMON, **SERVER, **CPU, **GPU, **TOOLS, **TYPES}
 Places of several vLLM versions are separated by a space; the first one that exists is taken.
 """
 
+SINCE: dict[str, tuple[int, int]] = {"ServingStructuredDecisions": (0, 32)}
+"""Names that came with a version of vLLM. Older ones have nothing of the kind: there it is None."""
+
 
 def __getattr__(name: str) -> Any:
     """A name of vLLM's.
@@ -166,6 +170,8 @@ def __getattr__(name: str) -> Any:
             return _find(module, attribute or name)
         except (ImportError, AttributeError) as error:
             failure = failure or error
+    if name in SINCE and is_before(SINCE[name]):
+        return None
     raise ImportError(f"cannot import name {name!r} from vLLM: {failure}") from failure
 
 
@@ -178,6 +184,12 @@ def check_symbols(*groups: dict[str, str]) -> None:
     for group in groups:
         for name in group:
             __getattr__(name)
+
+
+def is_before(version: tuple[int, int]) -> bool:
+    """Whether the running vLLM is older than a version; one that tells no number is not."""
+    numbers = tuple(int(part) for part in re.findall(r"\d+", __getattr__("vllm_version"))[:2])
+    return bool(numbers) and numbers < version
 
 
 def _find(module: str, attribute: str) -> Any:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
-
 from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.vllm_bridge import symbols
-from vllm_kvzip.vllm_bridge.platforms import running_platform
 
-TESTED_VERSIONS = ("0.32.0",)
-OLDEST_VERSION = (0, 32)
+TESTED_VERSIONS = ("0.31.0", "0.32.0")
+PARTLY_TESTED_VERSIONS = ("0.33.0",)
+"""With these ``tests/bridge`` was run, which meets vLLM's classes and starts no engine."""
+OLDEST_VERSION = (0, 31)
+_NO_CASCADE_SINCE = (0, 32)
 
 
 def running_version() -> str:
@@ -27,14 +27,15 @@ def check_version(serves: bool) -> None:
         UnsupportedError: if it is too old, or a name that the bridge uses is gone.
     """
     version = running_version()
-    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
-    if numbers and numbers < OLDEST_VERSION:
+    if symbols.is_before(OLDEST_VERSION):
         oldest = ".".join(map(str, OLDEST_VERSION))
         raise UnsupportedError(
             f"KV compression needs vLLM {oldest} or newer, but {version} is running; upgrade vLLM."
         )
-    needed = [symbols.COMMON, running_platform().symbols]
     try:
+        from vllm_kvzip.vllm_bridge.platforms import running_platform
+
+        needed = [symbols.COMMON, running_platform().symbols]
         symbols.check_symbols(*needed, *([symbols.SERVER] if serves else []))
     except ImportError as error:
         raise UnsupportedError(
@@ -48,8 +49,17 @@ def untested_warning() -> str | None:
     version = running_version()
     if version in TESTED_VERSIONS:
         return None
-    tested = ", ".join(TESTED_VERSIONS)
+    partly = version in PARTLY_TESTED_VERSIONS
     return (
-        f"KV compression was tested with vLLM {tested}, but {version} is running: compare a few "
-        f"outputs at keep_ratio 1.0 with stock vLLM before relying on it."
+        f"KV compression was tested with vLLM {' and '.join(TESTED_VERSIONS)}, but {version} is "
+        f"running{', with which no engine was tested' if partly else ''}: compare a few outputs at "
+        f"keep_ratio 1.0 with stock vLLM before relying on it."
     )
+
+
+def has_cascade_attention() -> bool:
+    """Whether vLLM can compute a prefix that a batch shares once, with kernels that we do not wrap.
+
+    It takes the same first blocks in all block tables for the same first tokens.
+    """
+    return symbols.is_before(_NO_CASCADE_SINCE)

@@ -47,7 +47,8 @@ def check_routes() -> None:
         (ServingGenerativeScoring, "create_generative_scoring"),
         (ServingStructuredDecisions, "create_decision"),
     ):
-        _refuse_options(serving, method, 1, "scoring labels")
+        if serving is not None:
+            _refuse_options(serving, method, 1, "scoring labels")
 
 
 def _check_before_streaming(serving: type, method: str) -> None:

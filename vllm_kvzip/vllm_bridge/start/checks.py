@@ -20,6 +20,7 @@ from vllm_kvzip.vllm_bridge.fp8_cache import (
 from vllm_kvzip.vllm_bridge.platforms import running_platform, unserved_device
 from vllm_kvzip.vllm_bridge.symbols import current_platform, envs
 from vllm_kvzip.vllm_bridge.tensor_parallel import can_share
+from vllm_kvzip.vllm_bridge.versions import has_cascade_attention
 
 if TYPE_CHECKING:
     from vllm_kvzip.config import KVzipConfig, Mode
@@ -228,6 +229,10 @@ def _gpu_problems(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             "attention backends by kind of layer; remove backend_per_kind",
         ),
         (vllm_config.parallel_config.use_ubatching, "--enable-dbo; remove the flag"),
+        (
+            has_cascade_attention() and not model.disable_cascade_attn,
+            "cascade attention; remove --no-disable-cascade-attn",
+        ),
         (envs.VLLM_BATCH_INVARIANT, "VLLM_BATCH_INVARIANT; unset it"),
         (model.is_mm_prefix_lm, "models whose prompts attend in both directions"),
         (

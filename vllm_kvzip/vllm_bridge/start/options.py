@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvzip.config import CONFIG_FLAG, METHOD, Budget, KVzipConfig, is_enabled, load_config
 from vllm_kvzip.errors import ConfigError
 from vllm_kvzip.head_profiles.head_profile import (
     check_matches,
@@ -39,8 +38,7 @@ from vllm_kvzip.vllm_bridge.symbols import init_logger
 from vllm_kvzip.vllm_bridge.versions import check_version, untested_warning
 
 if TYPE_CHECKING:
-    import argparse
-
+    from vllm_kvzip.config import Budget, KVzipConfig
     from vllm_kvzip.scoring import Scorer
     from vllm_kvzip.vllm_bridge.symbols import EngineArgs, VllmConfig
 
@@ -54,23 +52,6 @@ SURROGATE_SUFFIX = ".safetensors"  # beside the profile, of the same name
 MOST_TIER_MISMATCH = 0.1  # of the bytes of a quantized KV pair
 DEFAULT_SCORER = "contrast"
 DEFAULT_BUDGET: Budget = "adaptive"
-
-
-def requested_config(engine_args: EngineArgs) -> KVzipConfig | None:
-    """The configuration the user asked for, or None when compression is off.
-
-    Raises:
-        ConfigError: if a setting is wrong, or settings are given while compression is off.
-    """
-    additional = engine_args.additional_config or {}
-    args: argparse.Namespace | None = getattr(engine_args, "kvzip_cli_args", None)
-    flag = getattr(args, "kv_compression", None)
-    flag_config = getattr(args, "kv_compression_config", None)
-    if not is_enabled(flag, os.environ, additional):
-        if flag_config is not None:
-            raise ConfigError(f"{CONFIG_FLAG} has no effect without --kv-compression {METHOD}.")
-        return None
-    return load_config(flag_config, os.environ, additional)
 
 
 def prepare_engine_args(engine_args: EngineArgs) -> None:

@@ -11,15 +11,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvzip.config import CONFIG_FLAG, FLAG, METHOD, merge_additional, merge_flag
-from vllm_kvzip.errors import KVzipError
+from vllm_kvzip.config import (
+    CONFIG_FLAG,
+    FLAG,
+    METHOD,
+    is_enabled,
+    load_config,
+    merge_additional,
+    merge_flag,
+)
+from vllm_kvzip.errors import ConfigError, KVzipError
 
 if TYPE_CHECKING:
     import argparse
 
+    from vllm_kvzip.config import KVzipConfig
     from vllm_kvzip.vllm_bridge.symbols import EngineArgs, VllmConfig
 
 _INSTALLED = "_kvzip_installed"
@@ -125,18 +135,20 @@ def _configure_engines(engine_args: type[EngineArgs]) -> None:
     get their configuration. Safe: with compression off the original runs alone. Remove when vLLM
     calls plugins with a finished configuration.
     """
-    from vllm_kvzip.vllm_bridge.symbols import AsyncEngineArgs
+    from vllm_kvzip.vllm_bridge.versions import check_version
 
     original = engine_args.create_engine_config
 
     @functools.wraps(original)
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
-        from vllm_kvzip.vllm_bridge.start import options
-
         try:
-            config = options.requested_config(self)
+            config = _requested_config(self)
             if config is None:
                 return original(self, *args, **kwargs)
+            check_version(serves=False)  # before a name is imported that may have moved
+            from vllm_kvzip.vllm_bridge.start import options
+            from vllm_kvzip.vllm_bridge.symbols import AsyncEngineArgs
+
             options.prepare_engine_args(self)
             vllm_config = original(self, *args, **kwargs)
             options.configure(vllm_config, config, serves=isinstance(self, AsyncEngineArgs))
@@ -148,3 +160,20 @@ def _configure_engines(engine_args: type[EngineArgs]) -> None:
         return vllm_config
 
     engine_args.create_engine_config = create_engine_config
+
+
+def _requested_config(engine_args: EngineArgs) -> KVzipConfig | None:
+    """The configuration the user asked for, or None when compression is off.
+
+    Raises:
+        ConfigError: if a setting is wrong, or settings are given while compression is off.
+    """
+    additional = engine_args.additional_config or {}
+    args: argparse.Namespace | None = getattr(engine_args, "kvzip_cli_args", None)
+    flag = getattr(args, "kv_compression", None)
+    flag_config = getattr(args, "kv_compression_config", None)
+    if not is_enabled(flag, os.environ, additional):
+        if flag_config is not None:
+            raise ConfigError(f"{CONFIG_FLAG} has no effect without --kv-compression {METHOD}.")
+        return None
+    return load_config(flag_config, os.environ, additional)
