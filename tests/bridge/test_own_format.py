@@ -15,7 +15,7 @@ from vllm_kvzip.errors import ConfigError
 from vllm_kvzip.quantization import available_formats, choose_quantization, unpack_pages
 from vllm_kvzip.registry import FORMATS
 from vllm_kvzip.storage.page_store import PackedPages, PageCodec
-from vllm_kvzip.vllm_bridge.attention.pair_batches import PairBatcher
+from vllm_kvzip.vllm_bridge.attention.head_sequence_batches import HeadSequenceBatcher
 from vllm_kvzip.vllm_bridge.settings import Settings
 from vllm_kvzip.vllm_bridge.start import checks
 
@@ -69,7 +69,7 @@ def test_attention_on_the_cpu_reads_its_pages(installed, formats, rotation):
     made.add("a", 500, 530)
     made.add("b", 320, 360)
     common, query = made.step(["b", "a"], [1, 12])
-    batch = PairBatcher(made.cache, "vec").split(["b", "a"], common, made.states).pairs
+    batch = HeadSequenceBatcher(made.cache, "vec").split(["b", "a"], common, made.states).compressed
     for name, layer in NAMES.items():
         output = torch.full_like(query, float("nan"))
         batch.attend(IMPL, SimpleNamespace(layer_name=name), query, output)

@@ -307,7 +307,7 @@ def check_page_code(quantization: Quantization | None) -> None:
     Raises:
         ConfigError: naming the format.
     """
-    if quantization is None or current_platform.is_cpu():
+    if quantization is None or running_platform().name == "cpu":
         return
     used = quantization.layout.key_format, quantization.layout.value_format
     for setting, chosen in zip(("key_format", "value_format"), used, strict=True):
