@@ -87,11 +87,11 @@ class Cell:
             bool ``[L, H, boundary]``, or None when the engine leaves the context alone.
         """
         num_layers, num_heads, num_tokens = scores.shape
-        rule, plan = self.plan(num_tokens)
+        _, plan = self.plan(num_tokens)
         if plan is None:
             return None
         boundary = plan.boundary_tokens
-        sinks, recent = rule.protected_in_prefix(boundary)
+        sinks, recent = plan.num_sink_tokens, plan.num_recent_tokens
         scores = scores[:, :, :boundary]
         ranking = rank(scores, sinks, recent)
         total = plan.num_compressed_blocks * num_layers * num_heads
@@ -99,7 +99,7 @@ class Cell:
             pages = allocate_uniform(total, num_layers, num_heads)
         else:
             pages = allocate_adaptive(
-                ranking.scores, total, self.page_size, rule.min_pages_per_head(boundary),
+                ranking.scores, total, self.page_size, plan.min_pages_per_head,
                 per_layer=self.budget == "adaptive-per-layer",
             )  # fmt: skip
         keep = select(scores, pages, self.page_size, sinks, recent)

@@ -88,7 +88,7 @@ class Compressor:
         self._rule = rule
         self._seed = seed
         self._allocator = PageAllocator(
-            geometry, rule, budget, head_fractions, head_importance, tier_fractions
+            geometry, budget, head_fractions, head_importance, tier_fractions
         )
 
     def compress(
@@ -167,8 +167,7 @@ class Compressor:
             available: int64 ``[L, H]``, pages each head has to choose from; None: all its tokens.
         """
         geometry = self._geometry
-        protected = self._rule.protected_in_prefix(plan.boundary_tokens)
-        ranking = rank(scores, *protected)
+        ranking = rank(scores, plan.num_sink_tokens, plan.num_recent_tokens)
         # Tokens of each head in earlier tiers, twice: where budgets are made, and on the device.
         taken, first_rank = (
             torch.zeros(scores.shape[:2], dtype=torch.int64, device=device)
@@ -183,7 +182,7 @@ class Compressor:
             keeps.append(take(ranking, first_rank, pages, tier.page_tokens, total))
             first_rank = first_rank + pages * tier.page_tokens
         if taken.device.type == "cpu":
-            check_budgets(full_tokens, taken, sum(protected), scores.shape[-1])
+            check_budgets(full_tokens, taken, plan.num_protected_tokens, scores.shape[-1])
         return keeps
 
     def _on_device(self, blocks: Sequence[int]) -> torch.Tensor:
@@ -211,7 +210,7 @@ class Compressor:
         Sinks are left out of the mean.
         """
         geometry, store = self._geometry, self._store
-        num_sinks, _ = self._rule.protected_in_prefix(plan.boundary_tokens)
+        num_sinks = plan.num_sink_tokens
         transforms, sums = [], []
         quantizes = len(plan.tiers) > 1
         first = plan.start_blocks * geometry.block_size

@@ -146,9 +146,13 @@ def test_what_fits_the_pool_uncompressed():
 
 
 def test_protected_tokens_never_exceed_the_prefix():
-    assert rule().protected_in_prefix(1024) == (4, 16)
-    assert rule(recent_tokens=64).protected_in_prefix(32) == (4, 28)
-    assert rule(sink_tokens=64).protected_in_prefix(32) == (32, 0)
+    def protected(num_tokens, **settings):
+        plan = rule(keep_ratio=1.0, min_prompt_tokens=0, **settings).plan(num_tokens)
+        return plan.num_sink_tokens, plan.num_recent_tokens
+
+    assert protected(1024) == (4, 16)
+    assert protected(32, recent_tokens=64) == (4, 28)
+    assert protected(32, sink_tokens=64) == (32, 0)
 
 
 @pytest.mark.parametrize(("num_tokens", "prefill_blocks"), [(96, None), (500, 2)])

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from vllm_kvzip.budgeting.selection import Ranking
     from vllm_kvzip.config import Budget
     from vllm_kvzip.core import CacheGeometry, PrefixPlan, Tier
-    from vllm_kvzip.planning.prefix_rule import PrefixRule
 
     Grid = Sequence[Sequence[float]]
 
@@ -25,7 +24,6 @@ class PageAllocator:
 
     Args:
         geometry: shape of the compressed layers.
-        rule: what follows from a prompt's length.
         budget: one of :data:`~vllm_kvzip.config.Budget`.
         head_fractions: keep ratio -> ``[L][H]``, share of its KV pairs each head keeps, for
             budgets ``profile`` and ``retrieval``.
@@ -40,14 +38,12 @@ class PageAllocator:
     def __init__(
         self,
         geometry: CacheGeometry,
-        rule: PrefixRule,
         budget: Budget,
         head_fractions: Callable[[float], Sequence[Sequence[float]]] | None,
         head_importance: Sequence[Sequence[float]] | None,
         tier_fractions: Callable[[float], tuple[Grid, Grid]] | None = None,
     ) -> None:
         self._geometry = geometry
-        self._rule = rule
         self._budget = budget
         self._tier_fractions = tier_fractions
         self._head_fractions = None
@@ -97,9 +93,9 @@ class PageAllocator:
             place = ranking.order.device if self._by_score else None
             shape = geometry.num_layers, geometry.num_kv_heads
             return torch.zeros(shape, dtype=torch.int64, device=place)
-        min_pages = self._rule.min_pages_per_head(plan.boundary_tokens)
+        min_pages = plan.min_pages_per_head
         for later in plan.tiers[1:]:
-            if later.num_pages >= pages_for(self._num_protected(plan), later.page_tokens):
+            if later.num_pages >= pages_for(plan.num_protected_tokens, later.page_tokens):
                 min_pages = 0  # a head's protected tokens may all be in that tier
         if self._by_score:
             return budgets.allocate_adaptive(
@@ -126,7 +122,7 @@ class PageAllocator:
         geometry = self._geometry
         total = plan.num_quantized_pages * geometry.pages_per_block
         page_tokens = plan.quantized_page_tokens
-        left = (max(1, self._num_protected(plan)) - taken).clamp_min(0)
+        left = (max(1, plan.num_protected_tokens) - taken).clamp_min(0)
         least = (left + page_tokens - 1) // page_tokens
         if self._by_score:
             return budgets.allocate_remaining(
@@ -146,10 +142,6 @@ class PageAllocator:
                 wanted / num_pages, self._head_importance, total, least, num_pages, most
             )
         return budgets.allocate_uniform(total, geometry.num_layers, geometry.num_kv_heads)
-
-    def _num_protected(self, plan: PrefixPlan) -> int:
-        """Tokens that every head keeps, in either tier."""
-        return sum(self._rule.protected_in_prefix(plan.boundary_tokens))
 
     @property
     def _by_score(self) -> bool:

@@ -211,14 +211,10 @@ class PrefixRule:
             return True
         return num_tokens <= (self.pool_blocks - 1) * self.block_size  # without the null block
 
-    def protected_in_prefix(self, boundary_tokens: int) -> tuple[int, int]:
+    def _protected_in_prefix(self, boundary_tokens: int) -> tuple[int, int]:
         """Protected tokens of a prefix of ``boundary_tokens`` tokens: (first ones, last ones)."""
         num_sinks = min(self.sink_tokens, boundary_tokens)
         return num_sinks, min(self.recent_tokens, boundary_tokens - num_sinks)
-
-    def min_pages_per_head(self, boundary_tokens: int) -> int:
-        """Ordinary head pages that a head needs for its protected tokens, at least one."""
-        return pages_for(sum(self.protected_in_prefix(boundary_tokens)), self.block_size)
 
     def max_compressed_blocks(self, max_tokens: int) -> int:
         """The most compressed blocks of a prompt of up to ``max_tokens``, at the server's ratio."""
@@ -229,7 +225,7 @@ class PrefixRule:
     ) -> PrefixPlan:
         """The plan for a raw prefix that is compressed as soon as it has been computed."""
         boundary = num_prefix_blocks * self.block_size
-        num_sinks, num_recent = self.protected_in_prefix(boundary)
+        num_sinks, num_recent = self._protected_in_prefix(boundary)
         return PrefixPlan(
             boundary_tokens=boundary,
             num_prefix_blocks=num_prefix_blocks,
@@ -238,7 +234,7 @@ class PrefixRule:
             keep_ratio=self.wanted_ratio(options),
             num_sink_tokens=num_sinks,
             num_recent_tokens=num_recent,
-            min_pages_per_head=self.min_pages_per_head(boundary),
+            min_pages_per_head=pages_for(num_sinks + num_recent, self.block_size),
         )
 
     def _num_prefix_blocks(self, num_prompt_tokens: int, options: RequestOptions) -> int:
@@ -247,7 +243,7 @@ class PrefixRule:
 
     def _compressed_blocks(self, num_blocks: int, options: RequestOptions) -> TierBlocks:
         tiers = self.tiers or TierRule("evict", self.block_size)
-        num_protected = sum(self.protected_in_prefix(num_blocks * self.block_size))
+        num_protected = sum(self._protected_in_prefix(num_blocks * self.block_size))
         blocks = tiers.blocks(self.wanted_ratio(options), num_blocks, num_protected)
         if self.prefill_blocks is None:
             return blocks

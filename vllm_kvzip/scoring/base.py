@@ -50,8 +50,8 @@ class Scorer(ABC):
             None leaves it to the engine: ``profile`` where there is one, else ``adaptive``.
         min_observation_tokens: how many of those queries are kept whatever the setting says.
         needs_rotary: whether ``LayerInputs.rotary`` is wanted.
-        scores_last: whether scores of one part of a context can be compared with those of another,
-            as a prefill budget asks for.
+        comparable_across_parts: whether scores of one part of a context can be compared with those
+            of another part, as a prefill budget asks for.
         needs_surrogate: whether ``ScorerSettings.surrogate`` is wanted.
     """
 
@@ -62,7 +62,7 @@ class Scorer(ABC):
     min_observation_tokens: ClassVar[int] = 0
     needs_rotary: ClassVar[bool] = False
     needs_surrogate: ClassVar[bool] = False
-    scores_last: ClassVar[bool] = False
+    comparable_across_parts: ClassVar[bool] = False
     default_budget: ClassVar[Budget | None] = None
 
     def __init__(self, settings: ScorerSettings) -> None:

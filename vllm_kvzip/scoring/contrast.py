@@ -57,7 +57,7 @@ class ContrastScorer(Scorer):
     """
 
     name: ClassVar[str] = "contrast"
-    scores_last: ClassVar[bool] = True
+    comparable_across_parts: ClassVar[bool] = True
     default_budget: ClassVar[Budget | None] = "adaptive"
     needs_values: ClassVar[bool] = True
     needs_rotary: ClassVar[bool] = True

@@ -22,7 +22,7 @@ class KeyDiffScorer(Scorer):
     """
 
     name: ClassVar[str] = "keydiff"
-    scores_last: ClassVar[bool] = True
+    comparable_across_parts: ClassVar[bool] = True
 
     def score_layer(self, inputs: LayerInputs) -> torch.Tensor:
         keys = normalize(inputs.keys, dim=-1)  # [H, T, D]

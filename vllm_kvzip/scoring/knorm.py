@@ -17,7 +17,7 @@ class KeyNormScorer(Scorer):
     """Minus the L2 norm of a key: keys of small norm tend to draw attention."""
 
     name: ClassVar[str] = "knorm"
-    scores_last: ClassVar[bool] = True
+    comparable_across_parts: ClassVar[bool] = True
 
     def score_layer(self, inputs: LayerInputs) -> torch.Tensor:
         norms: torch.Tensor = inputs.keys.norm(dim=-1)

@@ -17,7 +17,7 @@ class RandomScorer(Scorer):
     """Uniform scores, other ones in each layer and head, the same ones for the same prompt."""
 
     name: ClassVar[str] = "random"
-    scores_last: ClassVar[bool] = True
+    comparable_across_parts: ClassVar[bool] = True
 
     def score_layer(self, inputs: LayerInputs) -> torch.Tensor:
         generator = torch.Generator().manual_seed(inputs.seed * inputs.num_layers + inputs.layer)

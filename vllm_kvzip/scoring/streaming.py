@@ -17,7 +17,7 @@ class StreamingScorer(Scorer):
     """The later a token, the higher; sinks are protected whatever the scorer says."""
 
     name: ClassVar[str] = "streaming"
-    scores_last: ClassVar[bool] = True
+    comparable_across_parts: ClassVar[bool] = True
 
     def score_layer(self, inputs: LayerInputs) -> torch.Tensor:
         num_heads, num_tokens, _ = inputs.keys.shape

@@ -42,7 +42,7 @@ class SurrogateScorer(Scorer):
     """
 
     name: ClassVar[str] = "surrogate"
-    scores_last: ClassVar[bool] = True
+    comparable_across_parts: ClassVar[bool] = True
     default_budget: ClassVar[Budget | None] = "adaptive"
     needs_values: ClassVar[bool] = True
     needs_rotary: ClassVar[bool] = True

@@ -82,7 +82,7 @@ def _pass_problems(vllm_config: VllmConfig) -> list[str]:
 
 
 def check_prefill_budget(
-    vllm_config: VllmConfig, mode: Mode, scorer: str, scores_last: bool
+    vllm_config: VllmConfig, mode: Mode, scorer: str, comparable_across_parts: bool
 ) -> None:
     """Refuse what cannot be combined with a prefill budget.
 
@@ -90,12 +90,12 @@ def check_prefill_budget(
         vllm_config: of the engine.
         mode: of compression.
         scorer: its name.
-        scores_last: see :class:`~vllm_kvzip.scoring.Scorer`.
+        comparable_across_parts: see :class:`~vllm_kvzip.scoring.Scorer`.
 
     Raises:
         ConfigError: naming the setting.
     """
-    if not scores_last:
+    if not comparable_across_parts:
         raise ConfigError(
             f"Scorer {scorer} does not work with prefill_budget: its scores of one part of a "
             f"prompt cannot be compared with those of another; choose keydiff, surrogate or "

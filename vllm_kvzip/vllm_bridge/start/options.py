@@ -157,7 +157,7 @@ def resolve(
     if path is None:
         _refuse_what_needs_a_profile(scorer, scorer_type, budget)
     if config.prefill_budget is not None:
-        check_prefill_budget(vllm_config, config.mode, scorer, scorer_type.scores_last)
+        check_prefill_budget(vllm_config, config.mode, scorer, scorer_type.comparable_across_parts)
     repeats = scorer_type.needs_reconstruction
     is_capped = caps_logits(vllm_config.model_config.hf_text_config)
     check_capped_logits(is_capped, config.mode, scorer if repeats else None)
