@@ -197,7 +197,7 @@ def differences(
     version, problems = version_of(sources), []
     for name, signatures in recorded.items():
         mine, owner = found.get(name, ABSENT), name.split(".")[0]
-        known = [text for text in signatures if text != ABSENT or owner not in SINCE]
+        known = [text for text in signatures if text != ABSENT or name not in PLACES]
         if owner in SINCE and () < version < SINCE[owner]:
             known = [ABSENT]
         if not any(keeps(mine, text) for text in known):

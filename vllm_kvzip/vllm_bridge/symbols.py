@@ -119,7 +119,7 @@ TOOLS: dict[str, str] = {
     "FlexibleArgumentParser": "vllm.utils.argparse_utils",
     "LLM": "vllm",
     "LogitsProcessor": "vllm.v1.sample.logits_processor.interface",
-    "make_arg_parser": "vllm.entrypoints.launchers.cli_args",
+    "make_arg_parser": "vllm.entrypoints.launchers.cli_args vllm.entrypoints.common.cli_args",
     "process_dict_updates": "vllm.v1.sample.logits_processor.builtin",
     "UsageContext": "vllm.usage.usage_lib",
 }
