@@ -8,6 +8,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from vllm_kvzip.kernels import quantized_pages, quantized_tiles
+from vllm_kvzip.kernels.formats.reference import read_reference
 from vllm_kvzip.kernels.quantized_pages import dequantize_pages, quantize_pages
 from vllm_kvzip.kernels.quantized_tiles import load_functions, page_constants
 from vllm_kvzip.quantization import (
@@ -104,6 +105,38 @@ def test_pages_are_read_bit_for_bit(layout, dtype, num_pages, seed):
     assert torch.equal(found[:, :-1, : layout.head_dim], expected)
     assert found[:, -1].isnan().all()
     assert found[:, :, layout.head_dim :].isnan().all()
+
+
+def kind(form):
+    if isinstance(form, NormalFloat4):
+        return "double nf4" if form.double_quantization else "nf4"
+    return form.name
+
+
+@settings(max_examples=25, deadline=None, phases=NO_SHRINKING)
+@given(layout=layouts(), seed=st.integers(0, 9999))
+def test_pages_are_read_as_their_bytes_say(layout, seed):
+    """The literal version beside the kernels knows nothing of the formats' classes."""
+    random = torch.Generator().manual_seed(seed)
+    size = (2 * layout.page_tokens, layout.head_dim)
+    exact = [awkward(random, *size, torch.float32) for _ in range(2)]
+    empty = torch.full((2, layout.page_bytes), POISON, dtype=torch.uint8)
+    pages = pack_pages(*exact, layout, empty)
+    found = torch.full((2, *size), float("nan"))
+    dequantize_pages(pages, torch.arange(2), *found, layout, code_book(layout))
+    numbers = page_constants(layout)
+    for which, half, rows in zip(
+        ("KEY", "VALUE"), (layout.keys, layout.values), found, strict=True
+    ):
+        offsets = {
+            name.lower(): numbers[f"{which}_{name}"]
+            for name in ("CODES", "GROUP", "SCALES", "BLOCK")
+        }
+        book = half.format.code_book
+        wanted = read_reference(
+            kind(half.format), pages, layout.page_tokens, layout.head_dim, code_book=book, **offsets
+        )
+        assert torch.equal(rows.view_as(wanted), wanted)
 
 
 @triton.jit
