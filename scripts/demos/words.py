@@ -42,13 +42,13 @@ def ask(prompt: list[int], *arguments: str) -> Run:
         stream = server.stream(prompt, MAX_MODEL_LEN - len(prompt))
         for piece in stream:
             answer.extend(piece.split())
-            if len(answer) == ANSWER_TOKENS // 2:
+            if not metrics and len(answer) >= ANSWER_TOKENS // 2:  # a piece can hold several words
                 metrics = server.metrics()
                 blocks = server.blocks_held(metrics)
-            if len(answer) == ANSWER_TOKENS:
+            if len(answer) >= ANSWER_TOKENS:
                 stream.close()
                 break
-        return Run(answer, round(blocks), metrics)
+        return Run(answer[:ANSWER_TOKENS], round(blocks), metrics)
 
 
 def words_demo() -> int:
