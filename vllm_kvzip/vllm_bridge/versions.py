@@ -7,7 +7,7 @@ from vllm_kvzip.vllm_bridge import symbols
 
 TESTED_VERSIONS = ("0.31.0", "0.32.0")
 PARTLY_TESTED_VERSIONS = ("0.33.0",)
-"""With these ``tests/bridge`` was run, which meets vLLM's classes and starts no engine."""
+"""With these start-up and settings were tested, on vLLM's Python files; no engine was."""
 OLDEST_VERSION = (0, 31)
 _NO_CASCADE_SINCE = (0, 32)
 
