@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -157,6 +157,20 @@ class PrefixPlan:
     def num_blocks_to_reserve(self, num_tokens: int) -> int:
         """Blocks to reserve in a step after which ``num_tokens`` of the request are computed."""
         return 0 if num_tokens < self.ready_tokens else self.num_compressed_blocks
+
+    def as_told(self) -> dict[str, Any]:
+        """What a client is told of a compressed prefix, as plain values.
+
+        Returns:
+            ``compressed_tokens``, ``blocks_before``, ``blocks_held``, and their ratio
+            ``keep_ratio``.
+        """
+        return {
+            "compressed_tokens": self.boundary_tokens,
+            "blocks_before": self.num_prefix_blocks,
+            "blocks_held": self.num_compressed_blocks,
+            "keep_ratio": self.num_compressed_blocks / self.num_prefix_blocks,
+        }
 
     @property
     def share(self) -> float:

@@ -24,12 +24,15 @@ class StepPrefixes:
         repeats: request -> how many chunks of its context the model repeats before this step.
     """
 
-    kept: dict[str, int]
-    hits: dict[str, int]
-    dropped: list[int]
+    kept: dict[str, int] = field(default_factory=dict)
+    hits: dict[str, int] = field(default_factory=dict)
+    dropped: list[int] = field(default_factory=list)
     reserved: dict[str, int] = field(default_factory=dict)
     left_alone: list[str] = field(default_factory=list)
     repeats: dict[str, int] = field(default_factory=dict)
+
+
+_NOTHING = StepPrefixes()
 
 
 def attach(output: SchedulerOutput, prefixes: StepPrefixes | None) -> None:
@@ -38,6 +41,7 @@ def attach(output: SchedulerOutput, prefixes: StepPrefixes | None) -> None:
         setattr(output, _ATTRIBUTE, prefixes)
 
 
-def attached(output: SchedulerOutput) -> StepPrefixes | None:
-    """The message of :func:`attach`, on the workers' side."""
-    return getattr(output, _ATTRIBUTE, None)
+def attached(output: SchedulerOutput) -> StepPrefixes:
+    """The message of :func:`attach`, on the workers' side; an empty one when there was none."""
+    message: StepPrefixes = getattr(output, _ATTRIBUTE, _NOTHING)
+    return message

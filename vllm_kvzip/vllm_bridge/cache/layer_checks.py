@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvzip.errors import UnsupportedError
+from vllm_kvzip.vllm_bridge.symbols import FullAttentionSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,8 +30,6 @@ def check_layers(
     Raises:
         UnsupportedError: names the layer, its kind, and what to do.
     """
-    from vllm_kvzip.vllm_bridge.symbols import FullAttentionSpec
-
     shapes = set()
     problems: list[tuple[str, bool, str]] = []
     for name, layer in layers.items():  # one that shares a cache has no spec

@@ -57,6 +57,7 @@ class HeadPageManager(FullAttentionManager):
         self.unconfirmed = UnconfirmedRuns(self.prefixes, self._recorder)
         self.request: Request | None = None
         self.rows: dict[str, RowState] = {}
+        self._changed: list[RowState] = []  # in the step that is being scheduled
         self._last_hit: tuple[Request, PrefixRun] | None = None  # of the last prefix cache lookup
 
     # What vLLM calls, in the order of a step.
@@ -144,6 +145,7 @@ class HeadPageManager(FullAttentionManager):
             row.num_found_raw_tokens = len(new_computed_blocks) * self.block_size
             return
         row.start_from(run)
+        self._changed.append(row)
         self._use(run)
         self.unconfirmed.joined(run, row.request)
         self._recorder.prefix_hit(run.plan.boundary_tokens)
@@ -208,7 +210,9 @@ class HeadPageManager(FullAttentionManager):
     ) -> StepPrefixes | None:
         """Publish what the scheduled step completes; see :func:`publish_step`."""
         self._held.report()
-        return publish_step(self.rows, scheduled, self.prefixes, self.unconfirmed, repeats or {})
+        changed, self._changed = self._changed, []
+        rows = [row for row in changed if self.rows.get(row.request.request_id) is row]
+        return publish_step(rows, scheduled, self.prefixes, self.unconfirmed, repeats or {})
 
     def outcome(self, request: Request) -> dict[str, Any]:
         """What became of a request's prompt, as plain values for its client.
@@ -216,12 +220,12 @@ class HeadPageManager(FullAttentionManager):
         Must be called while the request has its row.
 
         Returns:
-            what :meth:`RowState.outcome` says, or ``left_alone`` with one of
+            what :meth:`PrefixPlan.as_told` says of a folded row, or ``left_alone`` with one of
             ``metrics.SKIP_REASONS``.
         """
         row = self.rows.get(request.request_id)
-        if row is not None and (outcome := row.outcome()):
-            return outcome
+        if row is not None and row.run is not None:
+            return row.run.plan.as_told()
         return {"left_alone": self._skip_reason(request) or "ended_before_decode"}
 
     def close(self) -> None:
@@ -271,6 +275,7 @@ class HeadPageManager(FullAttentionManager):
         row_blocks = self.req_to_blocks[request_id]
         row.reserve(Reservation(len(row_blocks), PrefixRun(plan, blocks, prefix_hash)), num_tokens)
         row_blocks.extend(blocks)
+        self._changed.append(row)
         return blocks
 
     def _fold(self, request_id: str, row: RowState) -> None:

@@ -19,7 +19,7 @@ a prefill budget a folded row crosses again each time its dense tail has grown b
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vllm_kvzip.core import PrefixPlan
@@ -107,20 +107,3 @@ class RowState:
         self.run = self.reservation.run
         self.reservation = None
         self.plan = next_plan
-
-    def outcome(self) -> dict[str, Any] | None:
-        """What a client is told of a compressed prompt; None while the row is not folded.
-
-        Returns:
-            ``compressed_tokens``, ``blocks_before``, ``blocks_held``, and their ratio
-            ``keep_ratio``.
-        """
-        if self.run is None:
-            return None
-        plan = self.run.plan
-        return {
-            "compressed_tokens": plan.boundary_tokens,
-            "blocks_before": plan.num_prefix_blocks,
-            "blocks_held": plan.num_compressed_blocks,
-            "keep_ratio": plan.num_compressed_blocks / plan.num_prefix_blocks,
-        }

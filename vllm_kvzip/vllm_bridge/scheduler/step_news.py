@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from vllm_kvzip.vllm_bridge.step_message import StepPrefixes
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Mapping
+    from collections.abc import Container, Iterable
 
     from vllm_kvzip.vllm_bridge.scheduler.prefix_cache import CompressedPrefixCache
     from vllm_kvzip.vllm_bridge.scheduler.row_state import RowState
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def publish_step(
-    rows: Mapping[str, RowState],
+    rows: Iterable[RowState],
     scheduled: Container[str],
     prefixes: CompressedPrefixCache,
     unconfirmed: UnconfirmedRuns,
@@ -27,7 +27,7 @@ def publish_step(
     a request that is scheduled after this call can start from the run.
 
     Args:
-        rows: all rows by request id; what they note of this step is taken.
+        rows: those that the step has changed; what they note of it is taken.
         scheduled: ids of the requests in the step.
         prefixes: where the runs are published.
         unconfirmed: remembers the compressions that the step orders.
@@ -37,7 +37,8 @@ def publish_step(
         None when there is nothing to tell.
     """
     kept, hits, reserved = {}, {}, {}
-    for request_id, row in rows.items():
+    for row in rows:
+        request_id = row.request.request_id
         if row.has_hit and row.run is not None:
             hits[request_id] = row.run.serial
         if row.has_crossed and row.reservation is not None and request_id in scheduled:

@@ -178,11 +178,8 @@ async def compress_context(body: ContextRequest, raw_request: Request) -> JSONRe
         {
             "id": checksum(prefix_seed(token_ids, plan.boundary_tokens)),
             "tokens": len(token_ids),
-            "compressed_tokens": plan.boundary_tokens,
+            **plan.as_told(),
             "cached_tokens": min(cached for cached, _ in answers),
-            "blocks_held": plan.num_compressed_blocks,
-            "blocks_before": plan.num_prefix_blocks,
-            "keep_ratio": plan.num_compressed_blocks / plan.num_prefix_blocks,
             "seconds": time.perf_counter() - begin,
             "send": _to_send(body, len(token_ids)),
         }

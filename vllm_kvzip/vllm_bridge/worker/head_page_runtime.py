@@ -87,7 +87,7 @@ class HeadPageRuntime:
 
     def before_step(self, output: SchedulerOutput) -> None:
         """Compress what the last step completed, drop what ended, prepare this step."""
-        message = attached(output) or StepPrefixes({}, {}, [])
+        message = attached(output)
         self._compress_complete(output, message)
         for request_id in self._tracker.drop_ended(output):
             self._forget(request_id)
@@ -110,7 +110,7 @@ class HeadPageRuntime:
         """Note whose prefix this step completed."""
         if self._timer is not None:
             self._timer.step_ends()
-        message = attached(output) or StepPrefixes({}, {}, [])
+        message = attached(output)
         for request in self._tracker.crossing(output):
             request.kept_as = message.kept.get(request.request_id)
             request.serial = message.reserved.get(request.request_id)

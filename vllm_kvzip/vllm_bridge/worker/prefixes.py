@@ -83,17 +83,10 @@ class WorkerPrefixes:
         """Prefixes that later requests can start from, as of the last step.
 
         Returns:
-            for each, plain values for a client: ``id`` (a checksum of its tokens), tokens covered,
-            blocks held, blocks before compression, and the ratio of the two.
+            for each, ``id`` (a checksum of its tokens) and what :meth:`PrefixPlan.as_told` says.
         """
         return [
-            {
-                "id": checksum(run.seed),
-                "compressed_tokens": run.plan.boundary_tokens,
-                "blocks_held": run.plan.num_compressed_blocks,
-                "blocks_before": run.plan.num_prefix_blocks,
-                "keep_ratio": run.plan.num_compressed_blocks / run.plan.num_prefix_blocks,
-            }
+            {"id": checksum(run.seed), **run.plan.as_told()}
             for serial, run in self._runs.items()
             if not self._uses.is_over(serial)
         ]
