@@ -14,6 +14,13 @@ that answers more kinds of questions (``word_tasks.py``); begin with a model tha
     python scripts/train_tiny_model.py --init /tmp/base --min-tokens 128 --max-tokens 512 \\
         --tasks multi-value chain most --out /tmp/tracker
 
+``--layer-types`` makes a model whose layers differ. One with sliding windows can begin with the
+weights of a Llama::
+
+    python scripts/train_tiny_model.py --architecture ministral --window 64 \\
+        --layer-types sliding_attention full_attention sliding_attention full_attention \\
+        --init tests/models/tiny-retriever --min-tokens 256 --out /tmp/windowed
+
 Sequences grow from 32 to 2,048 tokens; the next length begins once both accuracies pass 0.985.
 Retrieval appears suddenly, after a plateau at 0.35-0.45, and at a step that depends on the seed.
 """
@@ -37,7 +44,9 @@ from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     GraniteConfig,
+    Lfm2Config,
     LlamaConfig,
+    MinistralConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -56,7 +65,13 @@ from vllm_kvzip.evaluation.tasks.word_tasks import EXTRA_TASKS, TASKS
 
 IGNORE = -100
 TARGET_ACCURACY = 0.985
-ARCHITECTURES = {"llama": LlamaConfig, "granite": GraniteConfig}  # Granite's is a Llama with biases
+ARCHITECTURES = {
+    "llama": LlamaConfig,
+    "granite": GraniteConfig,  # a Llama with biases
+    "ministral": MinistralConfig,  # a Llama, of which some layers have a sliding window
+    "lfm2": Lfm2Config,  # some layers are short convolutions
+}
+VLLM_CLASSES = {"ministral": "MistralForCausalLM"}  # where vLLM's differs from transformers'
 
 
 @dataclass(frozen=True)
@@ -158,11 +173,29 @@ def build_model(args: argparse.Namespace) -> PreTrainedModel:
         bos_token_id=1,
         eos_token_id=2,
         attn_implementation="sdpa",
-        **({"attention_bias": True} if args.architecture == "granite" else {}),
+        **{
+            "granite": {"attention_bias": True},
+            "ministral": {"sliding_window": args.window},
+            "lfm2": {"block_auto_adjust_ff_dim": False},
+        }.get(args.architecture, {}),
+        **({"layer_types": args.layer_types} if args.layer_types else {}),
     )
     if args.architecture == "granite":  # which has its softmax scale as a setting
         config.attention_multiplier = args.head_dim**-0.5
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def model_to_train(args: argparse.Namespace) -> PreTrainedModel:
+    """A fresh model, that of ``--init``, or a fresh one with the weights of ``--init``."""
+    if args.init is None:
+        return build_model(args)
+    first: PreTrainedModel = AutoModelForCausalLM.from_pretrained(args.init, dtype=torch.float32)
+    if args.layer_types is None:
+        return first
+    model = build_model(args)
+    model.resize_token_embeddings(first.config.vocab_size)
+    model.load_state_dict(first.state_dict())
     return model
 
 
@@ -258,6 +291,10 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def save(model: PreTrainedModel, report: dict[str, object], out: Path) -> None:
     """Write model, tokenizer and report as a folder that transformers and vLLM load."""
     model.save_pretrained(out)
+    if served_by := VLLM_CLASSES.get(model.config.model_type):
+        config = json.loads((out / "config.json").read_text())
+        config["architectures"] = [served_by]
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     build_tokenizer().save_pretrained(out)
     (out / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     for file in out.iterdir():
@@ -275,6 +312,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--tasks", nargs="+", choices=EXTRA_TASKS, default=[], help="besides; one may be repeated"
     )
     parser.add_argument("--architecture", choices=list(ARCHITECTURES), default="llama")
+    parser.add_argument("--layer-types", nargs="+", help="kind of each layer, as transformers says")
+    parser.add_argument("--window", type=int, default=64, help="tokens a sliding layer looks back")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, default=4)
@@ -290,11 +329,7 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    model = (
-        AutoModelForCausalLM.from_pretrained(args.init, dtype=torch.float32)
-        if args.init
-        else build_model(args)
-    )
+    model = model_to_train(args)
     stages = [s for s in STAGES if args.min_tokens <= s.num_tokens <= args.max_tokens]
     begin = time.perf_counter()
     num_steps = train(model, np.random.default_rng(args.seed), stages, args.tasks)

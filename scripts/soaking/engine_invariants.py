@@ -37,7 +37,8 @@ class EngineInvariants:
     ) -> None:
         self._scheduler = scheduler
         self._cache = scheduler.kv_cache_manager
-        (self._manager,) = self._cache.coordinator.single_type_managers
+        self._managers = self._cache.coordinator.single_type_managers
+        (self._manager,) = (one for one in self._managers if hasattr(one, "rows"))
         self._formula = formula
         self._worker = worker
         self._complete: dict[tuple[str, int], int] = {}
@@ -57,10 +58,10 @@ class EngineInvariants:
             self._check_row(request)
         self._check_nobody_is_forgotten()
         waiting = {request.request_id for request in self._scheduler.waiting}
-        for request_id in waiting & self._manager.req_to_blocks.keys():
-            _require(
-                not self._manager.req_to_blocks[request_id], f"{request_id} waits, and holds blocks"
-            )
+        for manager in self._managers:
+            for request_id in waiting & manager.req_to_blocks.keys():
+                held = manager.req_to_blocks[request_id]
+                _require(not held, f"{request_id} waits, and holds blocks")
         step, self._last_step = self._last_step, self._scheduler.current_step
         self._watch.after_step(stepped=step != self._last_step)
         _require(not self._watch.written, f"cached blocks {self._watch.written} were written to")
@@ -93,7 +94,8 @@ class EngineInvariants:
         pool = self._cache.block_pool
         held = Counter(
             block.block_id
-            for row in self._manager.req_to_blocks.values()
+            for manager in self._managers
+            for row in manager.req_to_blocks.values()
             for block in row
             if not block.is_null
         )
@@ -187,7 +189,7 @@ class EngineInvariants:
         complete: dict[tuple[str, int], int] = {}
         for request in self._scheduler.running:
             options = request.sampling_params.extra_args or {}
-            pool_blocks = self._cache.block_pool.num_gpu_blocks - 1
+            pool_blocks = self._manager.rule.pool_blocks - 1
             prefix = self._formula.prefix_blocks(request.num_prompt_tokens, options, pool_blocks)
             state = self._manager.rows[request.request_id]
             if prefix is None or state.run is not None:

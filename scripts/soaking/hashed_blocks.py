@@ -22,7 +22,9 @@ class HashedBlockWatch:
     def __init__(self, core: Any) -> None:
         cache = core.scheduler.kv_cache_manager
         self._pool = cache.block_pool
-        self._prefixes = getattr(cache.coordinator.single_type_managers[0], "prefixes", None)
+        managers = cache.coordinator.single_type_managers
+        found = [manager.prefixes for manager in managers if hasattr(manager, "prefixes")]
+        self._prefixes = found[0] if found else None
         self._layers = core.model_executor.driver_worker.worker.model_runner.kv_caches
         self._known: dict[
             int, tuple[Any, list[torch.Tensor]]

@@ -55,7 +55,7 @@ class World:
         self.manager.prefixes._clock = lambda: self.now
         self.waiting, self.running = [], []
         self.requests = {}
-        self.tracker = RequestTracker(self.manager.rule, CompressedGroup(0, ("a layer",)))
+        self.tracker = RequestTracker(self.manager.rule, CompressedGroup(0, ("a layer",), (BLOCK,)))
         self.pending, self.rows = [], {}  # the worker's
         self.slots = {}  # (block, offset) -> what was written there
         self.runs = {}  # serial -> (block ids, boundary, keep ratio, plan)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.vllm
 BLOCKS, HEADS, SIZE, DIM = 3, 2, 16, 4
 PAGE = 4 * 2 * SIZE * DIM  # bytes
 SPEC = FullAttentionSpec(block_size=SIZE, num_kv_heads=HEADS, head_size=DIM, dtype=torch.float32)
-GROUP = CompressedGroup(1, ("c", "d"))
+GROUP = CompressedGroup(1, ("c", "d"), (16, 16))
 
 
 def placed(offset, *names):

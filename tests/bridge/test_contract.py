@@ -36,7 +36,7 @@ def test_the_running_vllm_keeps_the_record(installed, found):
     ("name", "recorded", "said"),
     [
         ("KVCacheManager.get_computed_blocks", "(self)", "changed"),
-        ("KVCacheManager.get_computed_blocks", "(self, request, salt)", "changed"),
+        ("KVCacheManager.get_computed_blocks", "(self, request, salt, pepper)", "changed"),
         ("KVCacheManager.get_computed_blocks", "classmethod (cls, request)", "changed"),
         ("AsyncLLM.generate_more", "(self)", "missing"),
         ("EngineCoreThing", "class", "missing"),

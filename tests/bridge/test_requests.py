@@ -11,7 +11,7 @@ from vllm_kvzip.vllm_bridge.compressed_group import CompressedGroup
 from vllm_kvzip.vllm_bridge.worker.requests import RequestTracker
 
 RULE = PrefixRule(0.5, min_prompt_tokens=32, sink_tokens=1, recent_tokens=1, block_size=16)
-GROUP = CompressedGroup(0, ("a layer",))
+GROUP = CompressedGroup(0, ("a layer",), (16,))
 
 
 def run(tracker, step):
@@ -36,12 +36,12 @@ def test_chunked_prefill_crosses_once_when_the_prompt_is_complete():
 
 
 def test_block_ids_are_those_of_the_compressed_group():
-    tracker = RequestTracker(RULE, CompressedGroup(1, ("a layer",)))
+    tracker = RequestTracker(RULE, CompressedGroup(1, ("a layer",), (16, 16)))
     new = replace(new_request("a", 60, []), block_ids=([7], [1, 2]))
     run(tracker, output(new=[new], scheduled={"a": 32}))
     step = output(running=[("a", 32, [])], scheduled={"a": 16})
     step.scheduled_cached_reqs.new_block_ids = [([8], [3])]
-    assert list(tracker.new_blocks(step)) == [("a", [3])]
+    assert list(tracker.new_blocks(step)) == [("a", [8]), ("a", [3])]
     run(tracker, step)
     assert tracker.get("a").block_ids == [1, 2, 3]
 

@@ -6,17 +6,24 @@ import pytest
 import torch
 import transformers
 from engine_job import MODEL
+from pydantic import ValidationError
 from startup import ON, engine_config, refusal
 from vllm.transformers_utils.configs.minimax_m3 import MiniMaxM3TextConfig
-from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    SlidingWindowSpec,
+)
 
 from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.evaluation.model_files import fingerprint_from_config
 from vllm_kvzip.model.attention_kinds import unusual_attention
 from vllm_kvzip.vllm_bridge.attention.cpu_attention import HeadPageCPUImpl
-from vllm_kvzip.vllm_bridge.cache.cache_spec import as_head_page_specs
+from vllm_kvzip.vllm_bridge.cache.cache_spec import HeadPageSpec, as_head_page_specs
 from vllm_kvzip.vllm_bridge.cache.layer_checks import check_layers
+from vllm_kvzip.vllm_bridge.fingerprint import compressed_layers, model_fingerprint
 from vllm_kvzip.vllm_bridge.settings import Settings
+from vllm_kvzip.vllm_bridge.symbols import is_before
 
 pytestmark = pytest.mark.vllm
 
@@ -37,6 +44,12 @@ def full_attention(**changed):
     return FullAttentionSpec(**{**shape, **changed})
 
 
+def sliding(window):
+    return SlidingWindowSpec(
+        block_size=16, num_kv_heads=4, head_size=32, dtype=torch.float32, sliding_window=window
+    )
+
+
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -48,6 +61,10 @@ def test_the_cache_has_the_dtype_of_the_model(capsys, model_dtype, cache_dtype):
         assert engine_config(*flags).cache_config.cache_dtype == cache_dtype
         return
     own = "auto" if model_dtype == "float32" else model_dtype
+    if not is_before((0, 33)):  # from then on vLLM refuses it itself
+        with pytest.raises(ValidationError, match="is incompatible with dtype"):
+            engine_config(*flags)
+        return
     assert (
         f"--kv-cache-dtype {cache_dtype} for a model that runs in {model_dtype}; set it to {own}."
     ) in refusal(capsys, *flags)
@@ -92,7 +109,7 @@ MODELS = {
         "kv_lora_rank": 64, "q_lora_rank": None, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32,
         "v_head_dim": 32, "n_routed_experts": 4, "first_k_dense_replace": 2,
     },
-    "sliding-window attention": {
+    "models whose layers all have a sliding window": {
         **BASE, "architectures": ["MistralForCausalLM"], "model_type": "mistral",
         "sliding_window": 128,
     },
@@ -123,6 +140,8 @@ WINDOWED = {
     },
     "Gemma2ForCausalLM": {"model_type": "gemma2", "head_dim": 32},
 }  # fmt: skip
+MIXED = ("Qwen2ForCausalLM", "Gemma2ForCausalLM")
+"""Only some of their layers have the window."""
 
 
 @pytest.mark.parametrize("architecture", list(WINDOWED))
@@ -134,9 +153,7 @@ def test_a_window_that_holds_the_longest_request_slides_nowhere(capsys, tmp_path
     assert fits.model_config.get_sliding_window() == 512
     specs = as_head_page_specs(
         {
-            "narrow": SlidingWindowSpec(
-                block_size=16, num_kv_heads=4, head_size=32, dtype=torch.float32, sliding_window=512
-            ),
+            "narrow": sliding(512),
             "full": full_attention(),
         },
         {"narrow": Layer(), "full": Layer()},
@@ -144,10 +161,37 @@ def test_a_window_that_holds_the_longest_request_slides_nowhere(capsys, tmp_path
         fits,
     )
     assert specs["narrow"] == specs["full"]
+    if architecture in MIXED:
+        assert model_fingerprint(fits).num_layers == 2
+        slides = engine_config(*flags, "513", model=tmp_path)
+        assert model_fingerprint(slides).num_layers == 1
+        return
     assert (
-        f"sliding-window attention; set --max-model-len to 512 or less, or run {architecture} "
-        f"without --kv-compression"
+        f"models whose layers all have a sliding window; set --max-model-len to 512 or less, or "
+        f"run {architecture} without --kv-compression"
     ) in refusal(capsys, *flags, "513", model=tmp_path)
+
+
+def test_windows_beside_full_attention_need_groups_of_their_own(capsys, tmp_path):
+    kind = {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 128}
+    config = {**BASE, **WINDOWED["Qwen2ForCausalLM"], **kind}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    flags = (*ON, "--skip-tokenizer-init")
+    settings = engine_config(*flags, model=tmp_path)
+    assert compressed_layers(settings) == [0]
+    assert "remove --disable-hybrid-kv-cache-manager." in refusal(
+        capsys, *flags, "--disable-hybrid-kv-cache-manager", model=tmp_path
+    )
+    assert (
+        "Scorer kvzip does not work with layers that have a sliding window yet; choose another "
+        "scorer."
+    ) in refusal(capsys, *flags, "--kv-compression-config.scorer", "kvzip", model=tmp_path)
+    specs = {"narrow": sliding(128), "full": full_attention()}
+    made = as_head_page_specs(
+        specs, dict.fromkeys(specs, Layer()), Settings.from_vllm_config(settings), settings
+    )
+    assert made["narrow"] is specs["narrow"]
+    assert type(made["full"]) is HeadPageSpec
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6, 12])
@@ -237,11 +281,15 @@ def test_what_capped_logits_do_not_go_with_is_refused(capsys, tmp_path, flags, m
         (full_attention(sliding_window=64), Layer(), "FullAttentionSpec, which is no full att"),
         (full_attention(non_causal=True), Layer(), "FullAttentionSpec, which is no full attention"),
         (
-            SlidingWindowSpec(
-                block_size=32, num_kv_heads=4, head_size=32, dtype=torch.float32, sliding_window=64
+            ChunkedLocalAttentionSpec(
+                block_size=32,
+                num_kv_heads=4,
+                head_size=32,
+                dtype=torch.float32,
+                attention_chunk_size=64,
             ),
             Layer(),
-            "SlidingWindowSpec, which is no full attention",
+            "ChunkedLocalAttentionSpec, which is no full attention",
         ),
         (full_attention(), Layer(impl=object()), "an attention of its own, Layer"),
         (None, Layer(kv_sharing_target_layer_name="a"), "the KV cache of layer a"),

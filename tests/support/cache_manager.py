@@ -8,6 +8,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
 from vllm_kvzip.planning.prefix_rule import PrefixRule
 from vllm_kvzip.vllm_bridge.cache.cache_spec import HeadPageSpec
+from vllm_kvzip.vllm_bridge.compressed_group import CompressedGroup
 from vllm_kvzip.vllm_bridge.scheduler.scheduler import introduce_requests
 
 
@@ -24,4 +25,5 @@ def build_cache(directory, block_size, num_blocks, reuse, **rule):
         config, max_model_len=4096, scheduler_block_size=block_size, hash_block_size=block_size,
         enable_caching=True,
     )  # fmt: skip
-    return cache, introduce_requests(cache), get_request_block_hasher(block_size, sha256)
+    group = CompressedGroup.find(config, HeadPageSpec)
+    return cache, introduce_requests(cache, group), get_request_block_hasher(block_size, sha256)

@@ -233,7 +233,8 @@ def execute(job: dict[str, Any]) -> Report:
     engine = llm.llm_engine
     core = engine.engine_core.engine_core
     cache = core.scheduler.kv_cache_manager
-    manager = cache.coordinator.single_type_managers[0]
+    managers = cache.coordinator.single_type_managers
+    manager = next((one for one in managers if hasattr(one, "prefixes")), managers[0])
     requests = [Request(**values) for values in job["requests"]]
     if faults := {str(n): request.fault for n, request in enumerate(requests) if request.fault}:
         core.model_executor.collective_rpc(inject_faults, args=(faults,))
@@ -315,7 +316,7 @@ def execute(job: dict[str, Any]) -> Report:
     if driver := getattr(core.model_executor, "driver_worker", None):  # else in other processes
         classes["worker"] = type(driver.worker).__name__
         runner = driver.worker.model_runner
-        classes["backend"] = runner.attn_groups[0][0].backend.__name__
+        classes["backend"] = runner.attn_groups[manager.kv_cache_group_id][0].backend.__name__
         classes["runner"] = type(runner).__module__
         if runtime := getattr(driver.worker, "_kvzip", None):
             classes["batcher"] = type(runtime._batcher).__name__

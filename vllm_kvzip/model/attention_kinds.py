@@ -15,6 +15,7 @@ SINK_FIELDS = (
     "param_sink_number",
 )
 VARIED = "layers of different KV heads or head sizes"
+FULL_KINDS = ("full_attention", "attention")
 WINDOW_FIELDS = ("sliding_window", "interleaved_sliding_window")
 
 
@@ -87,11 +88,32 @@ def _is_varied(config: Any) -> bool:
     return len(groups) > 1
 
 
-def attention_layers_and_kv_heads(config: Any) -> tuple[int, int]:
-    """How many layers have attention, and how many KV heads each.
+def full_attention_layers(config: Any, num_tokens: int | None = None) -> list[int] | None:
+    """Which layers attend to the whole context, where a configuration tells the layers apart.
 
     Args:
         config: of the text model, in transformers' format.
+        num_tokens: of the longest context. A window that holds all of it counts as full attention;
+            None: no window does.
+
+    Returns:
+        their indices among all layers; None when the configuration knows one kind of layer only.
+    """
+    kinds = getattr(config, "layer_types", None)
+    if not kinds:
+        return None
+    full = set(FULL_KINDS)
+    if num_tokens is not None and not slides_within(config, num_tokens):
+        full.add("sliding_attention")
+    return [index for index, kind in enumerate(kinds) if kind in full]
+
+
+def attention_layers_and_kv_heads(config: Any, num_tokens: int | None = None) -> tuple[int, int]:
+    """How many layers attend to the whole context, and how many KV heads each has.
+
+    Args:
+        config: of the text model, in transformers' format.
+        num_tokens: see :func:`full_attention_layers`.
 
     Raises:
         AttributeError, TypeError: if it says nothing of heads.
@@ -101,6 +123,8 @@ def attention_layers_and_kv_heads(config: Any) -> tuple[int, int]:
     if blocks := _attention_blocks(config):
         num_layers = len(blocks)
         num_kv_heads = num_heads // _field(blocks[0], "n_heads_in_group")
+    if full := full_attention_layers(config, num_tokens):  # a model of windows only fits in them
+        num_layers = len(full)
     return num_layers, num_kv_heads
 
 

@@ -14,9 +14,17 @@ from vllm_kvzip.errors import UnsupportedError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vllm_kvzip.vllm_bridge.symbols import KVCacheConfig
+    from vllm_kvzip.vllm_bridge.symbols import KVCacheConfig, VllmConfig
 
 Entry = TypeVar("Entry")
+
+
+def block_bytes(kv_cache_config: KVCacheConfig) -> int:
+    """Bytes of one block of a worker: groups share the pool, and the largest of them sizes it."""
+    return max(
+        int(group.kv_cache_spec.page_size_bytes) * len(group.layer_names)
+        for group in kv_cache_config.kv_cache_groups
+    )
 
 
 @dataclass(frozen=True)
@@ -26,10 +34,12 @@ class CompressedGroup:
     Attributes:
         group_id: index of the group in everything that vLLM keeps per group.
         layer_names: vLLM's names of its layers, in the group's order.
+        block_sizes: tokens per block of each group.
     """
 
     group_id: int
     layer_names: tuple[str, ...]
+    block_sizes: tuple[int, ...]
 
     @property
     def num_layers(self) -> int:
@@ -56,7 +66,25 @@ class CompressedGroup:
                 f"made {len(found)} (specs of all groups: {kinds}); run this model without "
                 f"--kv-compression."
             )
-        return cls(found[0], tuple(groups[found[0]].layer_names))
+        names = tuple(groups[found[0]].layer_names)
+        return cls(found[0], names, tuple(group.kv_cache_spec.block_size for group in groups))
+
+    def share_of_pool(self, kv_cache_config: KVCacheConfig, vllm_config: VllmConfig) -> int:
+        """Blocks of the pool that the group can have while the others serve one long request.
+
+        Scheduler and workers must get the same number.
+
+        Args:
+            kv_cache_config: vLLM's, of the scheduler or of a worker.
+            vllm_config: of the engine.
+        """
+        others = [
+            group.kv_cache_spec
+            for group_id, group in enumerate(kv_cache_config.kv_cache_groups)
+            if group_id != self.group_id
+        ]
+        taken = sum(-(-s.max_memory_usage_bytes(vllm_config) // s.page_size_bytes) for s in others)
+        return int(max(0, kv_cache_config.num_blocks - taken))
 
     def row(self, block_ids: Sequence[Sequence[Entry]]) -> Sequence[Entry]:
         """This group's entry of what vLLM keeps per group, such as a request's block ids.

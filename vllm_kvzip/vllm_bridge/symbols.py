@@ -140,6 +140,7 @@ TYPES: dict[str, str] = {
     "Request": "vllm.v1.request",
     "SchedulerConfig": "vllm.config",
     "SchedulerOutput": "vllm.v1.core.sched.output",
+    "SingleTypeKVCacheManager": "vllm.v1.core.single_type_kv_cache_manager",
     "VllmConfig": "vllm.config",
 }
 """Annotations only: nothing imports them when it runs."""

@@ -132,10 +132,10 @@ def as_head_page_specs(
     settings: Settings,
     vllm_config: VllmConfig,
 ) -> dict[str, KVCacheSpec]:
-    """Every layer's spec as :class:`HeadPageSpec`.
+    """The spec of every layer that attends to the whole context as :class:`HeadPageSpec`.
 
     Args:
-        specs: vLLM's spec by layer name; all must attend to the whole context.
+        specs: vLLM's spec by layer name.
         layers: vLLM's attention layers by name.
         settings: resolved settings of this engine.
         vllm_config: of the engine.
@@ -143,12 +143,13 @@ def as_head_page_specs(
     Raises:
         UnsupportedError: see :func:`~vllm_kvzip.vllm_bridge.cache.layer_checks.check_layers`.
     """
-    full = {name: _without_window(spec, vllm_config) for name, spec in specs.items()}
-    check_layers(full, layers, vllm_config)
+    found = {name: _without_window(spec, vllm_config) for name, spec in specs.items()}
+    check_layers(found, layers, vllm_config)
     return {
         name: HeadPageSpec.from_full_attention(spec, settings, vllm_config)
-        for name, spec in full.items()
-        if isinstance(spec, FullAttentionSpec)  # all are, after the check
+        if isinstance(spec, FullAttentionSpec)
+        else spec
+        for name, spec in found.items()
     }
 
 

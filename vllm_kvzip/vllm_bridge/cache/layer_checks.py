@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvzip.errors import UnsupportedError
-from vllm_kvzip.vllm_bridge.symbols import FullAttentionSpec
+from vllm_kvzip.vllm_bridge.symbols import FullAttentionSpec, SlidingWindowSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,7 +23,8 @@ def check_layers(
     """Refuse layers that the checks of the configuration did not see, once the model is loaded.
 
     Args:
-        specs: vLLM's, by layer name; a window that slides nowhere is full attention by now.
+        specs: vLLM's, by layer name; a window that slides nowhere is full attention by now. Layers
+            with a window that slides are left to vLLM.
         layers: vLLM's attention layers, by name.
         vllm_config: of the engine.
 
@@ -36,6 +37,8 @@ def check_layers(
         shared = getattr(layer, "kv_sharing_target_layer_name", None)
         problems.append((name, bool(shared), f"the KV cache of layer {shared}"))
     for name, spec in specs.items():
+        if is_left_alone(spec):
+            continue
         layer = layers.get(name)
         is_full = type(spec) is FullAttentionSpec and not (
             spec.sliding_window or spec.attention_chunk_size or spec.non_causal
@@ -58,6 +61,11 @@ def check_layers(
                 f"KV compression does not support layer {name}: it has {what}; run "
                 f"{vllm_config.model_config.architecture} without --kv-compression."
             )
+
+
+def is_left_alone(spec: KVCacheSpec) -> bool:
+    """Whether a layer goes on as it is beside compressed layers."""
+    return type(spec) is SlidingWindowSpec
 
 
 def check_attention(impl: Any, is_capped: bool = False) -> None:

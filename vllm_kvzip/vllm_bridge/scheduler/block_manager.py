@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_kvzip.metrics import FAILURES
 from vllm_kvzip.storage.head_pages import fold_row
+from vllm_kvzip.vllm_bridge.scheduler.other_groups import OtherGroups
 from vllm_kvzip.vllm_bridge.scheduler.prefix_cache import CompressedPrefixCache, PrefixRun
 from vllm_kvzip.vllm_bridge.scheduler.prefix_lookup import PrefixLookup, options
 from vllm_kvzip.vllm_bridge.scheduler.row_state import Reservation, RowState
@@ -20,7 +21,7 @@ from vllm_kvzip.vllm_bridge.stats_export import HeldBytes, SchedulerRecorder
 from vllm_kvzip.vllm_bridge.symbols import FullAttentionManager
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Sequence
+    from collections.abc import Callable, Container, Sequence
 
     from vllm_kvzip.core import PrefixPlan
     from vllm_kvzip.vllm_bridge.scheduler.terms import CompressionTerms
@@ -40,25 +41,37 @@ class HeadPageManager(FullAttentionManager):
             sets the request before each of them.
         rows: state of each row, by request id; just of the requests that hold blocks.
         prefixes: cached compressed prefixes.
+        others: KV cache groups that are not compressed.
         unconfirmed: compressions that the workers have not yet reported on.
     """
 
     def __init__(self, kv_cache_spec: CompressionTerms, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        self.rule = replace(kv_cache_spec.rule, pool_blocks=self.block_pool.num_gpu_blocks)
         self._recorder = SchedulerRecorder(kv_cache_spec.metrics_directory)
-        self._held = HeldBytes(self.block_pool, kv_cache_spec.block_bytes, self._recorder)
         self.prefixes = CompressedPrefixCache(
             self.block_pool, self.kv_cache_group_id, kv_cache_spec.reuse, self._recorder
-        )
-        self._lookup = PrefixLookup(
-            self.prefixes, self.rule, kv_cache_spec.reuse, self._null_block, kv_cache_spec.repeat
         )
         self.unconfirmed = UnconfirmedRuns(self.prefixes, self._recorder)
         self.request: Request | None = None
         self.rows: dict[str, RowState] = {}
+        self.others = OtherGroups(self.prefixes, self.rows)
+        self.share_pool(self.block_pool.num_gpu_blocks, kv_cache_spec.block_bytes)
         self._changed: list[RowState] = []  # in the step that is being scheduled
         self._last_hit: tuple[Request, PrefixRun] | None = None  # of the last prefix cache lookup
+
+    def share_pool(self, num_blocks: int, block_bytes: int) -> None:
+        """Tell how much of the pool is ours; must come before the first request.
+
+        Args:
+            num_blocks: of the pool, without those that the other groups need for one request.
+            block_bytes: of a block, over all layers that it can hold and all ranks.
+        """
+        spec = self.kv_cache_spec
+        self.rule = replace(spec.rule, pool_blocks=num_blocks)
+        self._held = HeldBytes(self.block_pool, block_bytes, self._recorder)
+        self._lookup = PrefixLookup(
+            self.prefixes, self.rule, spec.reuse, self.others, self._null_block, spec.repeat
+        )
 
     # What vLLM calls, in the order of a step.
 
@@ -75,24 +88,32 @@ class HeadPageManager(FullAttentionManager):
                 if row.can_fold(request.num_computed_tokens - request.num_in_flight_tokens):
                     self._fold(request_id, row)
 
-    def find_longest_cache_hit(
-        self, block_hashes: Any, max_length: int, **kwargs: Any
-    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+    def longest_hit(
+        self, vllms: Callable[..., Any], block_hashes: Sequence[Any], max_length: int
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int, int]:
         """The raw or the compressed prefix that serves most of the request's context.
 
-        vLLM calls this on the instance when there is one KV cache group. A compressed hit is
-        returned as the start of a folded row: ``[n' compressed][null ...][dense tail ...]``.
+        A compressed hit begins a folded row: ``[n' compressed][null ...][dense tail ...]``.
+
+        Args:
+            vllms: looks for a raw prefix in all KV cache groups.
+            block_hashes: vLLM's hashes of the request's blocks.
+            max_length: the most tokens that may be found.
+
+        Returns:
+            as vLLM's lookup: blocks by group, their tokens, and how many more some group has.
         """
         self._last_hit, request = None, self.request
         assert request is not None
-        most_raw = self._lookup.most_raw_tokens(request, max_length)
-        raw, raw_tokens = super().find_longest_cache_hit(block_hashes, most_raw, **kwargs)
-        found = self._lookup.find(request, block_hashes, max_length, raw_tokens)
-        if found is None:
-            return raw, raw_tokens
-        run, blocks = found
-        self._last_hit = (request, run)
-        return (blocks,), len(blocks) * self.block_size
+        raw = vllms(block_hashes, self._lookup.most_raw_tokens(request, max_length))
+        by_group, raw_tokens, *_ = raw
+        hit = self._lookup.find(request, block_hashes, max_length, raw_tokens)
+        if hit is None:
+            return raw
+        self._last_hit = (request, hit.run)
+        blocks = {**hit.of_others, self.kv_cache_group_id: hit.blocks}
+        found = tuple(blocks[group_id] for group_id in range(len(by_group)))
+        return found, len(hit.blocks) * self.block_size, hit.num_lagging_tokens
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, *args: Any, **kwargs: Any

@@ -174,12 +174,28 @@ class CompressedPrefixCache:
         """
         tail: list[KVCacheBlock] = []
         for index in range(run.plan.num_prefix_blocks, min(max_blocks, len(block_hashes))):
-            key = self._tail_key(run, block_hashes[index])
-            block = self._pool.cached_block_hash_to_block.get_one_block(key)
+            block = self.cached_block(run, block_hashes[index], index, self._group_id)
             if block is None:
                 break
             tail.append(block)
         return tail
+
+    def cached_block(
+        self, run: PrefixRun, block_hash: bytes, index: int, group_id: int
+    ) -> KVCacheBlock | None:
+        """A cached block for a row that begins with the run; None when it is not cached.
+
+        Args:
+            run: what the row begins with in the compressed group.
+            block_hash: vLLM's hash of the block's tokens and all before them.
+            index: of the block in the row. Before the boundary it is a raw block.
+            group_id: its KV cache group.
+        """
+        if index < run.plan.num_prefix_blocks:
+            key = make_block_hash_with_group_id(BlockHash(block_hash), group_id)
+        else:
+            key = self._tail_key(run, block_hash, group_id)
+        return self._pool.cached_block_hash_to_block.get_one_block(key)
 
     def cache_tail(
         self,
@@ -203,12 +219,34 @@ class CompressedPrefixCache:
         """
         block_size = run.plan.boundary_tokens // run.plan.num_prefix_blocks
         end = min(num_tokens // block_size, len(block_hashes))
-        for index in range(first, end) if run.serial in self._runs else ():
-            key = self._tail_key(run, block_hashes[index])
-            self._pool._insert_block_hash(
-                key, row_blocks[index], num_tokens=(index + 1) * block_size
-            )
+        self.publish_tail(run, block_hashes, first, row_blocks[first:end], self._group_id)
         return max(first, end)
+
+    def publish_tail(
+        self,
+        run: PrefixRun,
+        block_hashes: Sequence[bytes],
+        first: int,
+        blocks: Sequence[KVCacheBlock | None],
+        group_id: int,
+    ) -> None:
+        """Publish blocks behind the boundary under keys of the run, if the run itself is cached.
+
+        Args:
+            run: what the row begins with in the compressed group.
+            block_hashes: vLLM's hashes of the request's full blocks.
+            first: index of the first of ``blocks`` in the row.
+            blocks: one after the other; None and null blocks are left out.
+            group_id: their KV cache group.
+        """
+        if run.serial not in self._runs:
+            return
+        block_size = run.plan.boundary_tokens // run.plan.num_prefix_blocks
+        for index, block in enumerate(blocks, start=first):
+            if block is None or block.is_null:
+                continue
+            key = self._tail_key(run, block_hashes[index], group_id)
+            self._pool._insert_block_hash(key, block, num_tokens=(index + 1) * block_size)
 
     def used(self, run: PrefixRun) -> None:
         """Note that a row begins with the run, or has just stopped to."""
@@ -292,6 +330,6 @@ class CompressedPrefixCache:
             for index in range(len(run.blocks))
         ]
 
-    def _tail_key(self, run: PrefixRun, block_hash: bytes) -> BlockHashWithGroupId:
+    def _tail_key(self, run: PrefixRun, block_hash: bytes, group_id: int) -> BlockHashWithGroupId:
         stem = block_hash + self._fingerprint + b"tail" + run.serial.to_bytes(8, "big")
-        return make_block_hash_with_group_id(BlockHash(stem), self._group_id)
+        return make_block_hash_with_group_id(BlockHash(stem), group_id)

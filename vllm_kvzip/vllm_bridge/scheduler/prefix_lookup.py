@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvzip.planning.request_options import options_of
@@ -14,8 +15,26 @@ if TYPE_CHECKING:
     from vllm_kvzip.planning.reconstruction import RepeatRule
     from vllm_kvzip.planning.request_options import RequestOptions
     from vllm_kvzip.planning.reuse_rule import ReuseRule
+    from vllm_kvzip.vllm_bridge.scheduler.other_groups import OtherGroups
     from vllm_kvzip.vllm_bridge.scheduler.prefix_cache import CompressedPrefixCache, PrefixRun
     from vllm_kvzip.vllm_bridge.symbols import KVCacheBlock, Request
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A cached compressed prefix that a request starts from.
+
+    Attributes:
+        run: what its row begins with.
+        blocks: of the folded row, as far as it is cached.
+        of_others: blocks of the groups that are not compressed, by group; as many.
+        num_lagging_tokens: cached after these blocks in the compressed group, and in no other.
+    """
+
+    run: PrefixRun
+    blocks: list[KVCacheBlock]
+    of_others: dict[int, list[KVCacheBlock]]
+    num_lagging_tokens: int
 
 
 class PrefixLookup:
@@ -25,6 +44,7 @@ class PrefixLookup:
         prefixes: cached compressed prefixes.
         rule: what is compressed.
         reuse: which prefix is preferred.
+        others: KV cache groups that are not compressed.
         null_block: vLLM's; it fills a folded row between compressed blocks and dense tail.
         repeat: how the model repeats contexts; None where it does not.
     """
@@ -34,12 +54,14 @@ class PrefixLookup:
         prefixes: CompressedPrefixCache,
         rule: PrefixRule,
         reuse: ReuseRule,
+        others: OtherGroups,
         null_block: KVCacheBlock,
         repeat: RepeatRule | None = None,
     ) -> None:
         self._prefixes = prefixes
         self._rule = rule
         self._reuse = reuse
+        self._others = others
         self._null_block = null_block
         self._repeat = repeat
 
@@ -67,7 +89,7 @@ class PrefixLookup:
 
     def find(
         self, request: Request, block_hashes: Sequence[Any], max_length: int, raw_tokens: int
-    ) -> tuple[PrefixRun, list[KVCacheBlock]] | None:
+    ) -> Hit | None:
         """The compressed prefix that a request starts from.
 
         Args:
@@ -77,7 +99,7 @@ class PrefixLookup:
             raw_tokens: tokens that vLLM found in the raw prefix cache.
 
         Returns:
-            the run, and the first blocks of the folded row; None when the raw prefix is better.
+            None when the raw prefix is better.
         """
         asked = options(request)
         if not len(self._prefixes) or asked.is_off:
@@ -94,8 +116,13 @@ class PrefixLookup:
         if following is not None:  # a step must come before the next compression
             max_blocks = min(max_blocks, following.num_prefix_blocks - 1)
         tail = self._prefixes.cached_tail(run, block_hashes, max_blocks)
-        blocks = [*run.blocks, *[self._null_block] * run.plan.num_saved_blocks, *tail]
-        num_tokens = len(blocks) * block_size
+        longest = run.plan.num_prefix_blocks + len(tail)
+        served = self._others.serve(run, block_hashes, longest)
+        if served is None:
+            return None
+        num_blocks, of_others = served
+        folded = [*run.blocks, *[self._null_block] * run.plan.num_saved_blocks, *tail]
+        num_tokens = num_blocks * block_size
         gain = raw_tokens - num_tokens
         if asked.context_tokens is not None:
             # Only tokens of the declared context count. What follows it is short and seldom
@@ -104,7 +131,7 @@ class PrefixLookup:
             gain = min(raw_tokens, end) - min(num_tokens, end)
         if gain > 0 or (gain == 0 and self._reuse.prefer_raw):
             return None
-        return run, blocks
+        return Hit(run, folded[:num_blocks], of_others, (longest - num_blocks) * block_size)
 
     def shared_hash(self, request: Request, plan: PrefixPlan, raw_tokens: int) -> bytes | None:
         """vLLM's hash of the tokens before the boundary; None when the prefix is not reusable.

@@ -23,10 +23,11 @@ from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvzip.planning.request_options import LEFT_ALONE, has_options
-from vllm_kvzip.vllm_bridge.compressed_group import CompressedGroup
+from vllm_kvzip.vllm_bridge.compressed_group import CompressedGroup, block_bytes
 from vllm_kvzip.vllm_bridge.outcomes import NOT_FINITE, told
 from vllm_kvzip.vllm_bridge.scheduler.block_manager import HeadPageManager
 from vllm_kvzip.vllm_bridge.scheduler.idle_expiry import IdleExpiry
+from vllm_kvzip.vllm_bridge.scheduler.other_groups import introduce_groups
 from vllm_kvzip.vllm_bridge.scheduler.prefix_lookup import options
 from vllm_kvzip.vllm_bridge.scheduler.repeat_schedule import RepeatSchedule
 from vllm_kvzip.vllm_bridge.scheduler.terms import CompressionTerms
@@ -53,26 +54,28 @@ if TYPE_CHECKING:
         Request,
         SchedulerConfig,
         SchedulerOutput,
+        VllmConfig,
     )
 
 logger = init_logger("vllm." + __name__)
 
 
-def introduce_requests(cache: KVCacheManager) -> HeadPageManager:
+def introduce_requests(cache: KVCacheManager, group: CompressedGroup) -> HeadPageManager:
     """Make ``cache`` tell the compressed group's block manager which request it works for.
 
     Symptom without it: a manager sees a request's hashes, but not what the request asked for. Two
     methods of this one object are wrapped; they pass everything on unchanged. Remove when vLLM
     hands managers the request.
 
+    Args:
+        cache: vLLM's, of all KV cache groups.
+        group: the compressed one.
+
     Returns:
         that manager.
-
-    Raises:
-        UnsupportedError: if there is no compressed group, or several.
     """
-    group = CompressedGroup.find(cache.kv_cache_config, CompressionTerms)
-    manager = cache.coordinator.single_type_managers[group.group_id]
+    coordinator = cache.coordinator
+    manager = coordinator.single_type_managers[group.group_id]
     assert isinstance(manager, HeadPageManager)
 
     def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,6 +88,7 @@ def introduce_requests(cache: KVCacheManager) -> HeadPageManager:
 
     cache.get_computed_blocks = wrap(cache.get_computed_blocks)
     cache.allocate_slots = wrap(cache.allocate_slots)
+    introduce_groups(coordinator, manager.others, group.group_id, manager.longest_hit)
     return manager
 
 
@@ -96,12 +100,19 @@ class _HeadPageScheduling:
     running: list[Request]
     prev_step_scheduled_req_ids: set[str]
     scheduler_config: SchedulerConfig
+    vllm_config: VllmConfig
     num_spec_tokens: int
     _pause_state: PauseState
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._kvzip_manager = introduce_requests(self.kv_cache_manager)
+        groups = self.kv_cache_manager.kv_cache_config
+        group = CompressedGroup.find(groups, CompressionTerms)
+        self._kvzip_manager = introduce_requests(self.kv_cache_manager, group)
+        num_ranks = self.vllm_config.parallel_config.tensor_parallel_size
+        self._kvzip_manager.share_pool(
+            group.share_of_pool(groups, self.vllm_config), block_bytes(groups) * num_ranks
+        )
         ttl = self._kvzip_manager.kv_cache_spec.reuse.ttl_seconds
         self._kvzip_lock: AbstractContextManager[object] = nullcontext() if ttl is None else RLock()
         self._kvzip_expiry = None

@@ -18,16 +18,17 @@ def withdraw_uncomputed(manager: HeadPageManager, request: Request) -> None:
     never written. Remove when vLLM takes them back itself (its pull request 43569).
 
     Args:
-        manager: holds the request's blocks.
+        manager: of the compressed group.
         request: about to be preempted. The tokens before its ``num_computed_tokens`` have been
             computed, or a step under way computes them.
     """
-    first = request.num_computed_tokens // manager.block_size
-    given_up = manager.req_to_blocks.get(request.request_id, [])[first:]
-    manager.block_pool.evict_blocks(
-        {
-            block.block_id
-            for block in given_up  # blocks of a run are written also after a preemption
-            if block.block_hash is not None and manager.prefixes.owner([block]) is None
-        }
-    )
+    for of_group in (manager, *manager.others.all_managers()):
+        first = request.num_computed_tokens // of_group.block_size
+        given_up = of_group.req_to_blocks.get(request.request_id, [])[first:]
+        of_group.block_pool.evict_blocks(
+            {
+                block.block_id
+                for block in given_up  # blocks of a run are written also after a preemption
+                if block.block_hash is not None and manager.prefixes.owner([block]) is None
+            }
+        )

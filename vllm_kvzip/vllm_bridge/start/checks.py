@@ -12,6 +12,7 @@ from vllm_kvzip.model.attention_kinds import (
     sliding_window,
     unusual_attention,
 )
+from vllm_kvzip.vllm_bridge.fingerprint import compressed_layers
 from vllm_kvzip.vllm_bridge.fp8_cache import (
     FP8_CACHES,
     FP8_CAPABILITY,
@@ -71,6 +72,10 @@ def _pass_problems(vllm_config: VllmConfig) -> list[str]:
     problems = [
         (vllm_config.lora_config is not None, "--enable-lora"),
         (model.is_multimodal_model, f"multimodal models such as {model.architecture}"),
+        (
+            is_mixed(vllm_config),
+            "layers that have a sliding window",
+        ),
         (getattr(model, "enable_prompt_embeds", False), "--enable-prompt-embeds"),
         (model.skip_tokenizer_init, "--skip-tokenizer-init"),
         (
@@ -123,6 +128,7 @@ def _model_problems(vllm_config: VllmConfig) -> list[str]:
     has_chunks = "chunked_attention" in layer_types or bool(
         getattr(text_config, "attention_chunk_size", None)
     )
+    slides = not model.disable_sliding_window and slides_within(text_config, model.max_model_len)
     run_without = f"run {model.architecture} without --kv-compression"
     problems = [
         (model.use_mla, f"multi-head latent attention (MLA); {run_without}"),
@@ -131,8 +137,9 @@ def _model_problems(vllm_config: VllmConfig) -> list[str]:
             f"Mamba and other state-space or linear-attention layers; {run_without}",
         ),
         (
-            not model.disable_sliding_window and slides_within(text_config, model.max_model_len),
-            f"sliding-window attention{_within_window(text_config)} {run_without}",
+            slides and not compressed_layers(vllm_config),
+            f"models whose layers all have a sliding window{_within_window(text_config)} "
+            f"{run_without}",
         ),
         (has_chunks, f"chunked local attention; {run_without}"),
         (
@@ -144,6 +151,13 @@ def _model_problems(vllm_config: VllmConfig) -> list[str]:
         (model.runner_type != "generate", f"--runner {model.runner_type}; it serves generation"),
     ]
     return [text for present, text in problems if present]
+
+
+def is_mixed(vllm_config: VllmConfig) -> bool:
+    """Whether some layers are compressed and others are left alone."""
+    layers = compressed_layers(vllm_config)
+    kinds = getattr(vllm_config.model_config.hf_text_config, "layer_types", None) or ()
+    return layers is not None and 0 < len(layers) < len(kinds)
 
 
 def _within_window(text_config: Any) -> str:
@@ -187,6 +201,12 @@ def _engine_problems(vllm_config: VllmConfig) -> list[str]:
         (
             parallel.worker_cls not in STOCK_WORKERS,
             f"--worker-cls {parallel.worker_cls}; remove the flag",
+        ),
+        (
+            is_mixed(vllm_config)
+            and bool(vllm_config.scheduler_config.disable_hybrid_kv_cache_manager),
+            "sliding windows beside full attention in one KV cache group; remove "
+            "--disable-hybrid-kv-cache-manager",
         ),
         (
             vllm_config.scheduler_config.scheduler_cls is not None,

@@ -94,7 +94,8 @@ def assemble_runtime(worker: HeadPageWorker, kv_cache_config: KVCacheConfig) -> 
     settings = worker.kvzip_settings
     layers = find_layers(worker, kv_cache_config)
     cache = view_cache(worker, kv_cache_config, layers)
-    rule = replace(layers.spec.rule, pool_blocks=kv_cache_config.num_blocks)
+    room = layers.group.share_of_pool(kv_cache_config, worker.vllm_config)
+    rule = replace(layers.spec.rule, pool_blocks=room)
     scorer, rotary = make_scorer(worker, layers)
     compressor = make_compressor(worker, layers, cache, rule, scorer, rotary)
     repeats = make_repeats(worker, cache)

@@ -20,6 +20,7 @@ from vllm_kvzip.vllm_bridge.attention.kernel_choice import (
     vllms_kernel_is_faster,
     warm_up,
 )
+from vllm_kvzip.vllm_bridge.fingerprint import model_fingerprint
 from vllm_kvzip.vllm_bridge.settings import cache_shape
 from vllm_kvzip.vllm_bridge.symbols import (
     Attention,
@@ -111,15 +112,16 @@ class TritonPath(HeadPageWorker):
             return available
         model, parallel = self.model_config, self.parallel_config
         quantization = self.kvzip_settings.quantization(*cache_shape(self.vllm_config))
+        num_layers = model_fingerprint(self.vllm_config).num_layers
         needed = compression_bytes(
-            model.get_num_layers(parallel),
+            num_layers,
             model.get_num_kv_heads(parallel),
             model.get_head_size(),
             model.max_model_len,
             quantization.layout.page_tokens if quantization else 0,
         )
         if quantization is not None:
-            num_heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
+            num_heads = num_layers * model.get_num_kv_heads(parallel)
             needed += transform_bytes(
                 self.scheduler_config.max_num_seqs,
                 num_heads,
@@ -129,7 +131,7 @@ class TritonPath(HeadPageWorker):
         if window := self.kvzip_settings.observation_tokens:
             scheduling = self.scheduler_config
             needed += observation_bytes(
-                model.get_num_layers(parallel),
+                num_layers,
                 model.get_num_attention_heads(parallel),
                 model.get_head_size(),
                 min(scheduling.max_num_batched_tokens, scheduling.max_num_seqs * window),

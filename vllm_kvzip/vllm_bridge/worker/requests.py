@@ -114,17 +114,26 @@ class RequestTracker:
         return {*(output.preempted_req_ids or ()), *output.scheduled_cached_reqs.resumed_req_ids}
 
     def new_blocks(self, output: SchedulerOutput) -> Iterator[tuple[str, Sequence[int]]]:
-        """Blocks that a step gives to requests, without those found in the prefix cache."""
-        size = self._rule.block_size
+        """Blocks that a step gives to requests, without those found in the prefix cache.
+
+        Blocks of all KV cache groups, as each group takes its blocks from the same pool.
+        """
         for new in output.scheduled_new_reqs:
-            yield new.req_id, self._group.row(new.block_ids)[new.num_computed_tokens // size :]
+            yield from self._after(new.req_id, new.block_ids, new.num_computed_tokens)
         running = output.scheduled_cached_reqs
         for index, rid in enumerate(running.req_ids):
             blocks = running.new_block_ids[index]
             if blocks is not None:
-                found = running.num_computed_tokens[index] // size
-                first = found if rid in running.resumed_req_ids else 0
-                yield rid, self._group.row(blocks)[first:]
+                found = running.num_computed_tokens[index]
+                yield from self._after(rid, blocks, found if rid in running.resumed_req_ids else 0)
+
+    def _after(
+        self, request_id: str, blocks: Sequence[Sequence[int]], num_tokens: int
+    ) -> Iterator[tuple[str, Sequence[int]]]:
+        """Each group's blocks after so many tokens."""
+        for size, of_group in zip(self._group.block_sizes, blocks, strict=True):
+            if given := of_group[num_tokens // size :]:
+                yield request_id, given
 
     def advance(
         self, output: SchedulerOutput, hits: Mapping[str, PrefixPlan] | None = None
