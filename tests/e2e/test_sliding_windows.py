@@ -34,7 +34,7 @@ def load():
     ]
 
 
-@pytest.fixture(scope="module", params=["gemma3", "olmo3"])
+@pytest.fixture(scope="module", params=["gemma3", "olmo3", "lfm2", "qwen3-next", "granite4-h"])
 def model(request, tmp_path_factory):
     return make_random_model(request.param, tmp_path_factory.mktemp("models"))
 

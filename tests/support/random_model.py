@@ -17,7 +17,7 @@ SHAPE = {
     "initializer_range": 0.3, "tie_word_embeddings": False,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-SLIDING, FULL = "sliding_attention", "full_attention"
+SLIDING, FULL, LINEAR = "sliding_attention", "full_attention", "linear_attention"
 KINDS = {
     "gemma3": (
         transformers.Gemma3TextConfig,
@@ -31,6 +31,31 @@ KINDS = {
     ),
     "exaone4": (
         transformers.Exaone4Config, {"sliding_window": 64, "layer_types": [SLIDING] * 3 + [FULL]},
+    ),
+    "lfm2": (
+        transformers.Lfm2Config,
+        {
+            "layer_types": ["conv", FULL] * 2, "tie_word_embeddings": True, "hidden_size": 128, "block_auto_adjust_ff_dim": False,
+            "conv_dim": 128, "block_dim": 128, "block_multiple_of": 32,
+            "block_ffn_dim_multiplier": 1.0,
+        },
+    ),
+    "qwen3-next": (
+        transformers.Qwen3NextConfig,
+        {
+            "layer_types": [LINEAR] * 3 + [FULL], "head_dim": 128, "linear_num_key_heads": 1,
+            "linear_num_value_heads": 2, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64, "partial_rotary_factor": 0.5,
+        },
+    ),
+    "granite4-h": (
+        transformers.GraniteMoeHybridConfig,
+        {
+            "layer_types": ["mamba"] * 3 + ["attention"], "hidden_size": 128, "mamba_n_heads": 8, "mamba_d_head": 32,
+            "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_expand": 2, "num_local_experts": 0,
+            "num_experts_per_tok": 0, "shared_intermediate_size": 128,
+        },
     ),
 }  # fmt: skip
 

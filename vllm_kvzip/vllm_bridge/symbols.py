@@ -44,6 +44,8 @@ COMMON: dict[str, str] = {
     "KVCacheLayout": "vllm.v1.kv_cache_layout",
     "KVCacheSpec": "vllm.v1.kv_cache_interface",
     "KVCacheSpecRegistry": "vllm.v1.kv_cache_spec_registry",
+    "MambaManager": "vllm.v1.core.single_type_kv_cache_manager",
+    "MambaSpec": "vllm.v1.kv_cache_interface",
     "make_block_hash_with_group_id": "vllm.v1.core.kv_cache_utils",
     "PauseState": "vllm.v1.core.sched.interface",
     "Phi3LongRoPEScaledRotaryEmbedding": f"{_ROTARY}.phi3_long_rope_scaled_rope",

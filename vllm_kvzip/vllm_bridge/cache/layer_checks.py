@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvzip.errors import UnsupportedError
-from vllm_kvzip.vllm_bridge.symbols import FullAttentionSpec, SlidingWindowSpec
+from vllm_kvzip.vllm_bridge.symbols import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,7 +65,7 @@ def check_layers(
 
 def is_left_alone(spec: KVCacheSpec) -> bool:
     """Whether a layer goes on as it is beside compressed layers."""
-    return type(spec) is SlidingWindowSpec
+    return type(spec) in (SlidingWindowSpec, MambaSpec)
 
 
 def check_attention(impl: Any, is_capped: bool = False) -> None:

@@ -14,6 +14,8 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
+from vllm_kvzip.vllm_bridge.symbols import MambaManager
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
@@ -158,6 +160,10 @@ class OtherGroups:
         self._prefixes.publish_tail(
             run, request.block_hashes, start, blocks, manager.kv_cache_group_id
         )
+        if isinstance(manager, MambaManager):  # nobody may copy these states in this step
+            manager.cached_blocks_this_step.update(
+                block.block_hash for block in blocks if block is not None and block.block_hash
+            )
         manager.num_cached_block[request.request_id] = end
 
 

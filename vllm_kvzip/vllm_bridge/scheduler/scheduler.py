@@ -123,7 +123,9 @@ class _HeadPageScheduling:
             tokens = self.scheduler_config.max_num_batched_tokens
             self._kvzip_repeats = RepeatSchedule(repeat, tokens, 1 + self.num_spec_tokens)
         rounds = self._kvzip_manager.rule.prefill_blocks is not None
-        if rounds or self._kvzip_repeats is not None:
+        self._kvzip_has_states = self.need_mamba_block_aligned_split
+        self._kvzip_splits = rounds or self._kvzip_repeats is not None
+        if self._kvzip_splits:
             self.need_mamba_block_aligned_split = True
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
@@ -229,13 +231,21 @@ class _HeadPageScheduling:
     ) -> int:
         """How many tokens of a request a step may compute.
 
-        vLLM calls this for models with recurrent layers, which compression refuses. We make vLLM
-        call it in two more cases: with a prefill budget, so that equal prefixes are compressed at
-        equal positions and a request holds no more than the budget allows; and where the model
-        repeats contexts.
+        vLLM calls this for models with recurrent layers, whose state exists only where a step ends:
+        so a step ends at the boundary of a prefix as well. We make vLLM call it in two more cases:
+        with a prefill budget, so that equal prefixes are compressed at equal positions and a
+        request holds no more than the budget allows; and where the model repeats contexts.
         """
         first = request.num_computed_tokens + local + external
         plan, must_wait = self._kvzip_manager.plan_ahead(request)
+        if self._kvzip_has_states:
+            num_new_tokens = super()._mamba_block_aligned_split(  # type: ignore[misc]
+                request, num_new_tokens, local, external
+            )
+            if plan is not None and first < plan.boundary_tokens < first + num_new_tokens:
+                num_new_tokens = plan.boundary_tokens - first
+            if not self._kvzip_splits:
+                return num_new_tokens
         if self._kvzip_repeats is not None:
             return self._kvzip_repeats.next_stop(request, plan, first, num_new_tokens)
         about = (request.num_prompt_tokens, options(request))

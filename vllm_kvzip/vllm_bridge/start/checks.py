@@ -133,8 +133,8 @@ def _model_problems(vllm_config: VllmConfig) -> list[str]:
     problems = [
         (model.use_mla, f"multi-head latent attention (MLA); {run_without}"),
         (
-            model.is_hybrid or model.is_attention_free,
-            f"Mamba and other state-space or linear-attention layers; {run_without}",
+            model.is_attention_free,
+            f"models without attention, whose layers hold no KV pairs; {run_without}",
         ),
         (
             slides and not compressed_layers(vllm_config),
