@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from vllm_kvzip.model.capped_attention import attend_with_cap
+
 
 def attend_with_normaliser(
     queries: torch.Tensor,
@@ -12,19 +14,27 @@ def attend_with_normaliser(
     scale: float,
     *,
     causal: bool,
+    soft_cap: float | None = None,
+    offsets: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention by the kernel that serves this device and dtype.
+    """Softmax attention by the kernel that serves this device and dtype, or by torch's products.
 
     Args:
         queries: ``[H, M, D]``.
         keys, values: ``[H, K, D]``.
         scale: softmax scale.
         causal: query ``i`` sees keys ``0 .. i``; M and K are equal then.
+        soft_cap: scaled logits become ``soft_cap * tanh(logits / soft_cap)``; None or 0: they stay.
+        offsets: float32 ``[H, M]``, added to all products of a query with keys, before the scale.
 
     Returns:
         ``[H, M, D]`` like the queries, and the log of each softmax's normaliser, float32
         ``[H, M]``.
     """
+    if soft_cap:
+        return attend_with_cap(
+            queries, keys, values, scale, soft_cap, causal=causal, offsets=offsets
+        )
     # The kernels take every vector for contiguous, whatever its strides say.
     batch = tuple(
         (half if half.stride(-1) == 1 else half.contiguous())[None]
@@ -41,4 +51,5 @@ def attend_with_normaliser(
     else:
         flash = aten._scaled_dot_product_flash_attention
         attended, log_normaliser, *_ = flash(*batch, 0.0, causal, False, scale=scale)
-    return attended[0], log_normaliser[0]
+    log = log_normaliser[0]
+    return attended[0], log if offsets is None else log + offsets * scale
