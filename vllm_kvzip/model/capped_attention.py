@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-LOGITS_AT_ONCE = 2**24
+LOGITS_AT_ONCE = 2**22
 
 
-def cap_logits(logits: torch.Tensor, soft_cap: float | None) -> torch.Tensor:
-    """``soft_cap * tanh(logits / soft_cap)``; without a cap, None or 0, they are given back."""
-    return (logits / soft_cap).tanh_().mul_(soft_cap) if soft_cap else logits
+def cap_logits_(logits: torch.Tensor, soft_cap: float | None) -> torch.Tensor:
+    """``soft_cap * tanh(logits / soft_cap)`` in their place; nothing if the cap is None or 0."""
+    return logits.div_(soft_cap).tanh_().mul_(soft_cap) if soft_cap else logits
 
 
 def attend_with_cap(
@@ -37,14 +37,12 @@ def attend_with_cap(
         logits = torch.bmm(queries[:, rows].float(), columns)
         if offsets is not None:
             logits += offsets[:, rows, None]
-        logits = cap_logits(logits * scale, soft_cap)
+        logits = cap_logits_(logits.mul_(scale), soft_cap)
         if causal:
             row = torch.arange(first, first + logits.shape[1], device=keys.device)
             future = torch.arange(num_keys, device=keys.device) > row[:, None]
             logits.masked_fill_(future, float("-inf"))
-        total = logits.logsumexp(dim=2)
-        log_normaliser[:, rows] = total
-        attended[:, rows] = torch.bmm(logits.sub_(total[..., None]).exp_(), values).to(
-            attended.dtype
-        )
+        log_normaliser[:, rows] = logits.logsumexp(dim=2)
+        weights = logits.sub_(log_normaliser[:, rows, None]).exp_()
+        attended[:, rows] = torch.bmm(weights, values).to(attended.dtype)
     return attended, log_normaliser

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_kvzip.model.capped_attention import cap_logits
+from vllm_kvzip.model.capped_attention import cap_logits_
 from vllm_kvzip.model.fused_attention import attend_with_normaliser
 from vllm_kvzip.quantization.rotation import rotate, rotate_back
 
@@ -103,7 +103,7 @@ class RunningSoftmax:
         logits = torch.bmm(self.queries[owners], keys.transpose(1, 2))
         if self.offsets is not None:
             logits += self.offsets[owners][..., None]
-        logits = cap_logits(logits, self._soft_cap)
+        cap_logits_(logits, self._soft_cap)
         hidden = torch.arange(keys.shape[1]) >= seen[..., None]
         logits.masked_fill_(hidden, float("-inf"))
         highest = logits.amax(dim=2)
@@ -249,8 +249,10 @@ class TieredAttention:
         own_keys, own_values = (
             half[before:num_full].expand(group, -1, -1) for half in (keys, values)
         )
+        if sink_logits is not None:
+            how["sink_logits"] = sink_logits[:, None]
         parts.append(attend_with_normaliser(queries, own_keys, own_values, causal=True, **how))
-        return _join(parts, None if sink_logits is None else sink_logits[:, None])
+        return _join(parts)
 
     def _inward(self, queries: torch.Tensor) -> torch.Tensor:
         """Queries as quantized keys want them, or what is added to such keys."""
@@ -269,16 +271,10 @@ def _parts(num_pages: int, page_values: int) -> Sequence[slice]:
     return [slice(first, first + step) for first in range(0, num_pages, step)]
 
 
-def _join(
-    parts: list[tuple[torch.Tensor, torch.Tensor]], sink_logits: torch.Tensor | None
-) -> torch.Tensor:
-    """One softmax of parts with their log normalisers, ``[..., M, D]`` and ``[..., M]``.
-
-    ``sink_logits`` ``[..., 1]`` or ``[..., M]`` have no part.
-    """
+def _join(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """One softmax of parts with their log normalisers, ``[..., M, D]`` and ``[..., M]``."""
     logs = torch.stack([log for _, log in parts])
-    total = logs.logsumexp(dim=0)
-    shares = (logs - (total if sink_logits is None else total.logaddexp(sink_logits))).exp()
+    shares = (logs - logs.logsumexp(dim=0)).exp()
     return torch.stack(
         [share[..., None] * part for share, (part, _) in zip(shares, parts, strict=True)]
     ).sum(dim=0)
