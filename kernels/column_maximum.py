@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .launching import INTERPRETED, dot_precision
+from .online_softmax import cap_logits
 
 
 @triton.jit(
@@ -30,9 +31,12 @@ def highest_weight(
     query_head_stride, query_stride, key_head_stride, key_stride,
     normaliser_head_stride, normaliser_stride, score_stride,
     D: tl.constexpr, D_PADDED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr, soft_cap=None,
 ):  # fmt: skip
-    """Scores of one tile of keys of one KV head; grid ``(tiles of keys, H)``."""
+    """Scores of one tile of keys of one KV head; grid ``(tiles of keys, H)``.
+
+    Without ``soft_cap`` nothing of it is compiled.
+    """
     head = tl.program_id(1).to(tl.int64)
     columns = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
     dims = tl.arange(0, D_PADDED)
@@ -56,14 +60,18 @@ def highest_weight(
             q = q.to(tl.float32)
         sums_place = head * normaliser_head_stride + rows * normaliser_stride
         sums = tl.load(log_normaliser + sums_place, mask=row_ok, other=float("inf"))
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - sums[:, None]
-        best = tl.maximum(best, tl.max(logits, 0))
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        best = tl.maximum(best, tl.max(cap_logits(logits, soft_cap) - sums[:, None], 0))
     weight = tl.minimum(tl.exp(best), 1.0)
     tl.store(scores + head * score_stride + columns, weight, mask=columns < num_keys)
 
 
 def column_maximum(
-    queries: torch.Tensor, keys: torch.Tensor, log_normaliser: torch.Tensor, scale: float
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    log_normaliser: torch.Tensor,
+    scale: float,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """Highest softmax weight of each key over all queries of its group.
 
@@ -74,6 +82,7 @@ def column_maximum(
         log_normaliser: float32 ``[H, M]`` of any strides, log of the sum of exponentials of each
             query's logits.
         scale: softmax scale.
+        soft_cap: scaled logits become ``soft_cap * tanh(logits / soft_cap)``; None or 0: they stay.
 
     Returns:
         float32 ``[H, C]``, in [0, 1].
@@ -88,5 +97,6 @@ def column_maximum(
         *log_normaliser.stride(), scores.stride(0),
         D=head_dim, D_PADDED=triton.next_power_of_2(head_dim), QUERIES=tile_queries,
         KEYS=tile_keys, UPCAST=INTERPRETED, PRECISION=dot_precision(queries.dtype), num_warps=4,
+        soft_cap=soft_cap or None,
     )  # fmt: skip
     return scores

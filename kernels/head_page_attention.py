@@ -10,6 +10,9 @@ with few kept tokens has few runs: the work follows what is kept, head by head.
 Where a prefix has a quantized tier, a pair's tokens are those of its quantized pages first, then
 those of its other pages. Both are one softmax; ``quantized_attention.py`` has the first part.
 
+A model may cap its logits, and may have learned a logit of each query head that joins the softmax
+and has no value. The first run of a pair counts it, so that the sum of all runs has it once.
+
 A cache of 8-bit numbers (``--kv-cache-dtype fp8``) is read as it is stored: what its numbers are
 multiplied with goes into the scale of the logits and the end of the weighted sum, once a program.
 """
@@ -23,7 +26,14 @@ import triton
 import triton.language as tl
 
 from .launching import INTERPRETED, dot_precision
-from .online_softmax import weigh_tile
+from .online_softmax import (
+    LOG2_E,
+    cap_logits,
+    join_runs,
+    run_length,
+    start_softmax,
+    weigh_tile,
+)
 from .page_tables import find_pages, find_pair, find_quantized
 from .quantized_attention import attend_quantized, tier_arguments
 from .tile_sizes import LEAST_RUN, MOST_RUNS, choose_num_runs, choose_tile, num_processors
@@ -32,19 +42,11 @@ if TYPE_CHECKING:
     from .page_tables import PageTables
     from .quantized_attention import QuantizedPages
 
-LOG2_E = 1.4426950408889634
 COMPUTE_DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-
-
-@triton.jit
-def run_length(num_tokens, num_runs, TOKENS: tl.constexpr, LEAST: tl.constexpr):
-    """Tokens of each run of a pair that is cut in at most ``num_runs``."""
-    even = tl.cdiv(tl.cdiv(num_tokens, num_runs), TOKENS) * TOKENS
-    return tl.maximum(even, LEAST)
 
 
 @triton.jit
@@ -74,6 +76,7 @@ def find_tile(query_start_loc, program, num_requests, GROUP: tl.constexpr, ROWS:
         "run_stride",
         "sums_run_stride",
         "stored_scales",  # of some layers they are aligned, of others not
+        "sink_logits",
     ]
 )
 def attend_runs(
@@ -100,12 +103,14 @@ def attend_runs(
     VALUE_CODES: tl.constexpr = None, VALUE_GROUP: tl.constexpr = None,
     VALUE_SCALES: tl.constexpr = None, VALUE_BLOCK: tl.constexpr = None,
     stored_scales=None, COMPUTE: tl.constexpr = None,
+    sink_logits=None, log2_cap=None,
 ):  # fmt: skip
     """One tile of query rows of one pair over one run of tokens.
 
     Grid ``(tiles of all requests, runs, H)``; a tile each when ``ONE_TILE``. A row is a (token,
-    query head of the group). Without ``quantized_offsets`` nothing of that tier is compiled, and
-    nothing of 8-bit numbers, which are turned into ``COMPUTE``, without ``stored_scales``.
+    query head of the group). Without ``quantized_offsets`` nothing of that tier is compiled,
+    nothing of 8-bit numbers, which are turned into ``COMPUTE``, without ``stored_scales``, nothing
+    of learned logits without ``sink_logits``, and of caps without ``log2_cap``, which is in base 2.
     """
     request, tile = tl.program_id(0), 0
     if not ONE_TILE:
@@ -154,9 +159,7 @@ def attend_runs(
     table_row = block_table + request.to(tl.int64) * table_stride
     tail_page = layer_page + head
 
-    best = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, D_PADDED], tl.float32)
+    best, total, acc = start_softmax(sink_logits, query_head, run == 0, ROWS, D_PADDED)
     if quantized_offsets is not None:
         if start < quantized_tokens:
             transform_row = tl.load(slots + request).to(tl.int64) * PAIRS + first_pair + head
@@ -164,7 +167,7 @@ def attend_runs(
                 q, best, total, acc, start, tl.minimum(end, quantized_tokens),
                 quantized_begin, key_transforms + transform_row * ((2 + FIRST) * D),
                 quantized_pages, quantized_stride, code_book,
-                rotation, table_row, first_page, layer_stride, block_stride, log2_scale,
+                rotation, table_row, first_page, layer_stride, block_stride, log2_scale, log2_cap,
                 HEADS, PAIRS, D, D_PADDED, QUANTIZED_TOKENS, UPCAST, PRECISION, Q, SPLIT, FIRST,
                 KEY_LOAD, KEY_CODES, KEY_GROUP, KEY_SCALES, KEY_BLOCK,
                 VALUE_LOAD, VALUE_CODES, VALUE_GROUP, VALUE_SCALES, VALUE_BLOCK,
@@ -196,6 +199,7 @@ def attend_runs(
             k = k.to(COMPUTE)
             v = v.to(COMPUTE)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * key_log2_scale
+        logits = cap_logits(logits, log2_cap)
         visible = tokens[None, :] < tl.minimum(seen, end)[:, None]
         logits = tl.where(visible, logits, float("-inf"))
         best, total, acc, weights = weigh_tile(best, total, acc, logits)
@@ -213,56 +217,6 @@ def attend_runs(
     tl.store(output + out_start[:, None] + dims[None, :], result, mask=mask)
 
 
-@triton.jit(do_not_specialize=["first_pair", "num_runs", "run_stride", "sums_run_stride"])
-def join_runs(
-    parts, log_sums, output,
-    offsets, boundaries, slots, seq_lens, query_start_loc, first_pair, num_runs,
-    run_stride, parts_token_stride, parts_head_stride, sums_run_stride, sums_token_stride,
-    output_token_stride, output_head_stride,
-    PAIRS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
-    N: tl.constexpr, TOKENS: tl.constexpr, LEAST: tl.constexpr, RUNS: tl.constexpr,
-    quantized_offsets=None, Q: tl.constexpr = None,
-):  # fmt: skip
-    """Weighted mean of the runs of one (token, query head); grid ``(most query tokens, R, H * G)``.
-
-    Of a pair that has fewer runs than ``RUNS`` only those that were written are read.
-    """
-    request = tl.program_id(1)
-    query_head = tl.program_id(2)
-    query_start = tl.load(query_start_loc + request)
-    query_len = tl.load(query_start_loc + request + 1) - query_start
-    index = tl.program_id(0)
-    if index >= query_len:
-        return
-    pair = first_pair + query_head // GROUP
-    _, num_pages, boundary, num_tokens = find_pair(
-        offsets, boundaries, slots, seq_lens, request, pair, PAIRS, N
-    )
-    if quantized_offsets is not None:
-        _, quantized_tokens = find_quantized(
-            quantized_offsets, slots, request, pair, num_pages, boundary, PAIRS, N, Q
-        )
-        num_tokens += quantized_tokens
-    seen = num_tokens - query_len + index + 1
-    length = run_length(num_tokens, num_runs, TOKENS, LEAST)
-    token = (query_start + index).to(tl.int64)
-    runs = tl.arange(0, RUNS)
-    there = runs * length < seen
-    sums_place = runs.to(tl.int64) * sums_run_stride + token * sums_token_stride + query_head
-    sums = tl.load(log_sums + sums_place, mask=there, other=float("-inf"))
-    shares = tl.exp2(sums - tl.max(sums, 0))
-    shares = shares / tl.sum(shares, 0)
-    dims = tl.arange(0, D_PADDED)
-    acc = tl.zeros([D_PADDED], tl.float32)
-    start = parts + token * parts_token_stride + query_head * parts_head_stride
-    for run in range(tl.cdiv(seen, length)):
-        part = tl.load(start + dims, mask=dims < D, other=0.0)
-        acc += part * tl.sum(tl.where(runs == run, shares, 0.0), 0)
-        start += run_stride
-    place = token * output_token_stride + query_head * output_head_stride
-    tl.store(output + place + dims, acc, mask=dims < D)
-
-
 def head_page_attention(
     query: torch.Tensor,
     key_pages: torch.Tensor,
@@ -276,6 +230,8 @@ def head_page_attention(
     max_tokens: int,
     quantized: QuantizedPages | None = None,
     stored_scales: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
+    soft_cap: float | None = None,
     output: torch.Tensor | None = None,
     num_runs: int | None = None,
     least_run: int = LEAST_RUN,
@@ -304,6 +260,9 @@ def head_page_attention(
         stored_scales: float32 ``[3, H]``, contiguous, what the stored numbers of queries, keys and
             values are multiplied with; None: nothing. Quantized pages hold numbers that are
             multiplied already.
+        sink_logits: float32, bfloat16 or float16 ``[H * G]``, contiguous, a logit of each query
+            head that joins its softmax and has no value; None: there is none.
+        soft_cap: scaled logits become ``soft_cap * tanh(logits / soft_cap)``; None or 0: they stay.
         output: like ``query``, in the dtype of the model; made when None.
         num_runs, least_run, rows, tokens, quantized_tokens, num_warps, num_stages: how the work is
             cut; chosen when None. At most 64 runs.
@@ -313,8 +272,8 @@ def head_page_attention(
 
     Raises:
         ValueError: if only some of ``quantized``, ``tables.quantized_offsets`` and
-            ``tables.key_transforms`` are given, the quantized pages do not suit the queries, or
-            8-bit numbers have no scales.
+            ``tables.key_transforms`` are given, the quantized pages do not suit the queries, 8-bit
+            numbers have no scales, or there is not one learned logit for each query head.
     """
     of_tier = quantized, tables.quantized_offsets, tables.key_transforms
     if len({part is None for part in of_tier}) > 1:
@@ -327,6 +286,8 @@ def head_page_attention(
     num_tokens, num_query_heads, head_dim = query.shape
     if quantized is not None:
         quantized.check(head_dim, dtype)
+    if sink_logits is not None and sink_logits.shape != (num_query_heads,):
+        raise ValueError(f"{len(sink_logits)} learned logits for {num_query_heads} query heads")
     num_heads = tables.num_kv_heads
     num_requests = len(tables.slots)
     group = num_query_heads // num_heads
@@ -365,16 +326,19 @@ def head_page_attention(
     stored = {}
     if stored_scales is not None:
         stored = {"stored_scales": stored_scales, "COMPUTE": COMPUTE_DTYPES[dtype]}
+    log2_cap = soft_cap * LOG2_E.value if soft_cap else None
     attend_runs[tiles, num_runs, num_heads](
         query, key_pages, value_pages, parts, log_sums,
         tables.offsets, tables.boundary_blocks, tables.slots, tables.seq_lens,
         tables.block_table, query_start_loc,
-        scale * LOG2_E, num_requests, first_pair, place.first_page + layer * place.layer_stride,
+        scale * LOG2_E.value, num_requests, first_pair,
+        place.first_page + layer * place.layer_stride,
         place.first_page, place.layer_stride, place.block_stride,
         query.stride(0), query.stride(1), *key_pages.stride(), *value_pages.stride(),
         *parts.stride()[:3], *log_sums.stride()[:2], tables.block_table.stride(0),
         HEADS=num_heads, ROWS=rows, ONE_TILE=one_tile, ONE_RUN=num_runs == 1,
         UPCAST=INTERPRETED, PRECISION=dot_precision(dtype), **sizes, **tier, **stored,
+        sink_logits=sink_logits, log2_cap=log2_cap,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     if num_runs > 1:

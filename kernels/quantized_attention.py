@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import triton
 import triton.language as tl
 
-from .online_softmax import weigh_tile
+from .online_softmax import cap_logits, weigh_tile
 from .page_tables import find_quantized_pages
 from .quantized_tiles import load_functions, page_constants
 
@@ -127,7 +127,7 @@ def rotate_rows(
 def attend_quantized(
     q, best, total, acc, start, end, begin, key_transform,
     quantized_pages, quantized_stride, code_book, rotation, table_row, first_page, layer_stride,
-    block_stride, log2_scale,
+    block_stride, log2_scale, log2_cap,
     HEADS: tl.constexpr, PAIRS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
     TOKENS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr,
     SPLIT: tl.constexpr, FIRST: tl.constexpr,
@@ -139,8 +139,8 @@ def attend_quantized(
     """Quantized tokens ``start`` to ``end`` of a KV head, one at least; every row sees all of them.
 
     ``q`` ``[ROWS, D_PADDED]``; ``key_transform`` points to mean, scale and first keys of the head.
-    Nothing may have been summed up before, as ``acc`` is rotated back. Returns ``best``, ``total``
-    and ``acc``, see :func:`weigh_tile`.
+    ``acc`` must be zero, as it is rotated back. Returns ``best``, ``total`` and ``acc``, see
+    :func:`weigh_tile`.
     """
     dims = tl.arange(0, D_PADDED)
     mean = tl.load(key_transform + dims, mask=dims < D, other=0.0)
@@ -175,7 +175,7 @@ def attend_quantized(
                     own = tl.load(row + dims, mask=dims < D, other=0.0) - mean
                     more = tl.sum(wide * own[None, :], 1)
                     logits += tl.where((tokens == number)[None, :], more[:, None], 0.0)
-        logits *= log2_scale
+        logits = cap_logits(logits * log2_scale, log2_cap)
         logits = tl.where(wanted[None, :], logits, float("-inf"))
         best, total, acc, weights = weigh_tile(best, total, acc, logits)
         acc += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)

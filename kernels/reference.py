@@ -104,6 +104,11 @@ def gather_pages(pages: torch.Tensor, page_ids: torch.Tensor, num_tokens: int) -
     return pages[page_ids].flatten(0, 1)[:num_tokens]
 
 
+def cap_logits_reference(logits: torch.Tensor, soft_cap: float | None) -> torch.Tensor:
+    """See ``cap_logits``."""
+    return soft_cap * (logits / soft_cap).tanh() if soft_cap else logits
+
+
 def head_page_attention_reference(
     query: torch.Tensor,
     key_pages: torch.Tensor,
@@ -113,6 +118,8 @@ def head_page_attention_reference(
     layer: int,
     scale: float,
     decoded: DecodedPages | None = None,
+    sink_logits: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """Attention pair by pair, in the dtype of its inputs; see ``head_page_attention``.
 
@@ -124,6 +131,8 @@ def head_page_attention_reference(
         layer: which layer's pages.
         scale: softmax scale.
         decoded: the pool's pages as quantized ones, if ``tables`` has such a tier.
+        sink_logits: ``[H * G]``, see ``head_page_attention``.
+        soft_cap: likewise.
 
     Returns:
         like ``query``.
@@ -145,9 +154,14 @@ def head_page_attention_reference(
                 num_tokens = len(keys)
             heads = slice(head * group, (head + 1) * group)
             logits = torch.einsum("qgd,kd->gqk", query[first:end, heads], keys) * scale
+            logits = cap_logits_reference(logits, soft_cap)
             seen = num_tokens - (end - first) + torch.arange(end - first, device=keys.device)
             future = torch.arange(num_tokens, device=keys.device) > seen[:, None]
-            weights = logits.masked_fill(future, float("-inf")).softmax(dim=-1)
+            logits = logits.masked_fill(future, float("-inf"))
+            if sink_logits is not None:
+                sink = sink_logits[heads, None, None].expand(-1, end - first, 1)
+                logits = torch.cat([logits, sink.to(logits.dtype)], dim=-1)
+            weights = logits.softmax(dim=-1)[..., :num_tokens]
             output[first:end, heads] = torch.einsum("gqk,kd->qgd", weights, values)
     return output
 
@@ -171,10 +185,14 @@ def compact_pages_reference(
 
 
 def column_maximum_reference(
-    queries: torch.Tensor, keys: torch.Tensor, log_normaliser: torch.Tensor, scale: float
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    log_normaliser: torch.Tensor,
+    scale: float,
+    soft_cap: float | None = None,
 ) -> torch.Tensor:
     """Scores from the whole attention matrix, in its inputs' dtype; see ``column_maximum``."""
-    logits = torch.bmm(queries, keys.transpose(1, 2)) * scale
+    logits = cap_logits_reference(torch.bmm(queries, keys.transpose(1, 2)) * scale, soft_cap)
     return (logits - log_normaliser[:, :, None]).amax(dim=1).exp().clamp(max=1.0)
 
 

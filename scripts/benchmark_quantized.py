@@ -105,7 +105,7 @@ def main() -> None:
     num_sequences = args.requests * args.kv_heads
     query = torch.randn(args.requests, args.kv_heads * args.group_size, args.head_dim)
     batch = ordinary(args, geometry)
-    impl: Any = SimpleNamespace(scale=args.head_dim**-0.5, logits_soft_cap=0)
+    impl: Any = SimpleNamespace(scale=args.head_dim**-0.5, logits_soft_cap=0, sinks=None)
     layer = SimpleNamespace(layer_name="layer")
     stock_query = query.bfloat16()
     empty = TierPages(*(torch.zeros(0, dtype=torch.int64) for _ in range(3)))

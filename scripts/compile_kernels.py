@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -152,6 +153,11 @@ def tier_case(
     )
 
 
+def with_sinks_and_cap(case: Case) -> Case:
+    """The same of a model with learned and capped logits."""
+    return replace(case, sink_logits=torch.zeros(case.query.shape[1]), soft_cap=30.0)
+
+
 def compact(dtype: torch.dtype, head_dim: int, page_tokens: int) -> None:
     case = attention_case(dtype, head_dim, page_tokens, 1)
     empty = torch.zeros(4 * page_tokens, dtype=torch.int32)
@@ -164,9 +170,9 @@ def lay_out_tables(page_tokens: int) -> None:
     flatten_tables(tables, flat, torch.zeros(2, 4, dtype=torch.int32))
 
 
-def score(dtype: torch.dtype, head_dim: int) -> None:
+def score(dtype: torch.dtype, head_dim: int, soft_cap: float | None = None) -> None:
     keys = torch.zeros(2, 256, head_dim, dtype=dtype)
-    column_maximum(keys, keys, torch.zeros(2, 256), 0.1)
+    column_maximum(keys, keys, torch.zeros(2, 256), 0.1, soft_cap)
 
 
 def quantize(dtype: torch.dtype, head_dim: int, page_tokens: int, name: str) -> None:
@@ -242,6 +248,35 @@ def eight_bit_launches(*, every: bool) -> dict[str, Callable[[], object]]:
     return found
 
 
+def sink_and_cap_launches(*, every: bool, eight_bits: bool) -> dict[str, Callable[[], object]]:
+    """As :func:`launches`, of models with learned and capped logits; ``every`` adds sizes.
+
+    ``eight_bits``: of caches of 8-bit numbers, too.
+    """
+    found: dict[str, Callable[[], object]] = {}
+    double = "nf4 with double quantization"
+    cases: list[tuple[int, int, str | None, bool]]
+    cases = [(head_dim, rows, None, False) for head_dim in (64, 128, 256) for rows in (1, 64)]
+    cases += [(64, 1, double, False), (128, 64, double, False), (256, 64, double, False)]
+    cases += [(128, 1, None, True), (64, 64, double, True)]
+    if every:
+        cases = list(product(HEAD_DIMS, (1, 6, 64), (None, double), (False, True)))
+    for head_dim, query_len, name, is_small in cases:
+        if is_small and not eight_bits:
+            continue
+        about = f"sinks and cap, {'8 bits, ' * is_small}head size {head_dim}, "
+        about += f"{query_len} query tokens" + (f", {name}" if name else "")
+        kind: Literal["none", "queries too"] = "queries too" if is_small else "none"
+        found[about] = lambda h=head_dim, q=query_len, f=name, k=kind: (  # type: ignore[misc]
+            attend(with_sinks_and_cap(tier_case(h, q, f, eight_bits=k)), 1, num_runs=4)
+        )
+    for head_dim in HEAD_DIMS if every else (128,):
+        found[f"cap, head size {head_dim}"] = lambda h=head_dim: (  # type: ignore[misc]
+            score(torch.bfloat16, h, soft_cap=30.0)
+        )
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", type=int, nargs="+", default=list(TARGETS))
@@ -254,8 +289,10 @@ def main() -> int:
     for capability in args.targets:
         with compiling(capability) as compiled:
             found = launches(every=args.every)
-            if capability >= 89:
+            eight_bits = capability >= 89
+            if eight_bits:
                 found |= eight_bit_launches(every=args.every)
+            found |= sink_and_cap_launches(every=args.every, eight_bits=eight_bits)
             for name, launch in found.items():
                 compiled.clear()
                 launch()

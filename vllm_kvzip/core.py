@@ -212,6 +212,9 @@ class LayerInputs:
         first_position: position of the first key; not 0 when what lies before it was compressed
             earlier. T counts from there.
         keep_ratio: share of the KV pairs that will be kept, in (0, 1].
+        soft_cap: scaled logits become ``soft_cap * tanh(logits / soft_cap)``; None or 0: they stay.
+        sink_logits: float32 ``[H, G]``, a learned logit of each query head that joins its softmax
+            and has no value; None: there is none.
     """
 
     layer: int
@@ -228,6 +231,8 @@ class LayerInputs:
     seed: int
     first_position: int = 0
     keep_ratio: float = 1.0
+    soft_cap: float | None = None
+    sink_logits: torch.Tensor | None = None
 
     def unrotated_keys(self, part: slice | None = None) -> torch.Tensor:
         """Keys before rotary embedding, float32 ``[H, T, D]``; of some of the tokens, if given."""

@@ -56,6 +56,8 @@ class Compressor:
             budgets ``profile`` and ``retrieval``.
         head_importance, tier_fractions: see ``PageAllocator``.
         rotary: of each layer, for scorers that want it.
+        soft_cap, sink_logits: see :class:`~vllm_kvzip.core.LayerInputs`; the latter ``[H * G]``,
+            of each layer.
         seed: mixed into each prompt's seed.
         clock: measures the stages.
 
@@ -76,12 +78,16 @@ class Compressor:
         head_importance: Sequence[Sequence[float]] | None = None,
         tier_fractions: Callable[[float], tuple[Grid, Grid]] | None = None,
         rotary: Sequence[RotaryTables | None] | None = None,
+        soft_cap: float | None = None,
+        sink_logits: Sequence[torch.Tensor | None] | None = None,
         seed: int = 0,
         clock: Clock | None = None,
     ) -> None:
         self._clock = clock or HostClock()
         self._scorer = scorer
         self._rotary = rotary or [None] * geometry.num_layers
+        self._soft_cap = soft_cap
+        self._sink_logits = sink_logits or [None] * geometry.num_layers
         self._geometry = geometry
         self._pool = pool
         self._store = store
@@ -237,6 +243,10 @@ class Compressor:
                 first_position=first,
                 # Rounds of a prefill budget compete with one another: the same for all of them.
                 keep_ratio=plan.share if quantizes else plan.keep_ratio,
+                soft_cap=self._soft_cap,
+                sink_logits=None
+                if (sinks := self._sink_logits[layer]) is None
+                else sinks.float().view(geometry.num_kv_heads, geometry.group_size),
             )
             of_layer = self._scorer.score_layer(inputs)
             if of_layer.shape != shape[1:]:

@@ -17,6 +17,7 @@ from vllm_kvzip.kernels.flat_tables import flatten_tables
 from vllm_kvzip.kernels.page_copies import compact_pages
 from vllm_kvzip.kernels.quantized_pages import dequantize_pages, quantize_pages
 from vllm_kvzip.kernels.reference import (
+    cap_logits_reference,
     column_maximum_reference,
     compact_pages_reference,
     flatten_tables_reference,
@@ -156,6 +157,26 @@ def eight_bit_checks(device: str, head_dim: int, *, small: bool) -> Iterator[Che
             )  # fmt: skip
 
 
+def sink_and_cap_checks(device: str, head_dim: int, *, small: bool) -> Iterator[Check]:
+    """Attention with learned logits and capped ones, with one tier and with two."""
+    blocks = 10 if small else 300
+    double = NormalFloat4(32, double_quantization=True)
+    shape = Shape(2, 2, 4, head_dim, 16)
+    for two_tiers in (False, True):
+        layout = shape.page_layout(torch.bfloat16, double, double) if two_tiers else None
+        for query_len, terms in ((1, "sinks cap"), (40, "sinks cap"), (1, "sinks"), (1, "cap")):
+            batch = [
+                Asked(16 * blocks + query_len, query_len, blocks, 0.1, 0.3),
+                Asked(90 + query_len, query_len),
+            ]
+            yield compare_attention(
+                f"attention {terms}{' two tiers' * two_tiers} D{head_dim} q{query_len}", batch,
+                shape, dtype=torch.bfloat16, device=device, seed=query_len, poison=True,
+                layout=layout, rotated=True, sinks="sinks" in terms,
+                soft_cap=2.0 if "cap" in terms else None,
+            )  # fmt: skip
+
+
 def compaction_inputs(
     shape: Shape, blocks: int, keep_ratio: float, dtype: torch.dtype, device: str
 ) -> tuple[torch.Tensor, ...]:
@@ -196,22 +217,25 @@ def score_checks(device: str, head_dim: int, *, small: bool) -> Iterator[Check]:
     sizes = (90, 70) if small else (2100, 513)
     scale = head_dim**-0.5
 
-    def error(dtype: torch.dtype) -> float:
+    def error(dtype: torch.dtype, soft_cap: float | None = None) -> float:
         generator = torch.Generator(device).manual_seed(head_dim)
         queries, keys = (
             torch.randn(3, n, head_dim, device=device, dtype=dtype, generator=generator)
             for n in sizes
         )
         logits = torch.bmm(queries.double(), keys.double().transpose(1, 2)) * scale
+        logits = cap_logits_reference(logits, soft_cap)
         log_normaliser = logits.logsumexp(dim=-1).float()
-        found = column_maximum(queries, keys, log_normaliser, scale)
+        found = column_maximum(queries, keys, log_normaliser, scale, soft_cap)
         expected = column_maximum_reference(
-            queries.double(), keys.double(), log_normaliser.double(), scale
+            queries.double(), keys.double(), log_normaliser.double(), scale, soft_cap
         )
         return relative_error(found, expected)
 
     for dtype, limit in LIMITS.items():
         yield compare(f"scores {str(dtype)[6:]} D{head_dim}", limit, partial(error, dtype))
+    capped = partial(error, torch.bfloat16, 2.0)
+    yield compare(f"scores cap bfloat16 D{head_dim}", LIMITS[torch.bfloat16], capped)
 
 
 def table_checks(device: str, head_dim: int, *, small: bool) -> Iterator[Check]:
@@ -280,10 +304,11 @@ def all_checks(device: str, *, small: bool, num_processes: int = 1) -> Iterator[
         num_processes: that share the work, most of which is compiling.
     """
     kinds = [table_checks, compaction_checks, quantization_checks, score_checks, attention_checks]
-    kinds += [tier_checks, *([eight_bit_checks] if can_read_eight_bits(device) else [])]
+    kinds += [tier_checks, sink_and_cap_checks]
+    kinds += [eight_bit_checks] if can_read_eight_bits(device) else []
     parts = [(kind, head_dim) for head_dim in reversed(HEAD_DIMS) for kind in reversed(kinds)]
     if small:  # in the interpreter two sizes are enough of what takes long
-        long = (table_checks, tier_checks, eight_bit_checks)
+        long = (table_checks, tier_checks, eight_bit_checks, sink_and_cap_checks)
         parts = [part for part in parts if part[1] in (64, 128) or part[0] not in long]
     if num_processes == 1:
         for kind, head_dim in parts:

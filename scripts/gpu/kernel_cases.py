@@ -81,6 +81,9 @@ class Case:
     """Of a cache of 8-bit numbers, float32 ``[L, 3, H]``."""
     dtype: torch.dtype = torch.float32
     """Of the model: that of queries and pages, where those have no 8 bits."""
+    sink_logits: torch.Tensor | None = None
+    """Learned by the model, ``[H * G]``."""
+    soft_cap: float | None = None
 
     def decoded(self) -> DecodedPages | None:
         """The quantized tier in float64 on the CPU, for references."""
@@ -125,6 +128,8 @@ def attend(case: Case, layer: int, **how: Any) -> torch.Tensor:
         "quantized": case.quantized,
         "output": torch.full_like(case.query, float("nan"), dtype=case.dtype),
         "stored_scales": None if case.stored_scales is None else case.stored_scales[layer],
+        "sink_logits": case.sink_logits,
+        "soft_cap": case.soft_cap,
     }
     return head_page_attention(
         case.query, case.key_pages, case.value_pages, case.query_start_loc, case.tables, layer,
@@ -140,6 +145,8 @@ def attend_exactly(case: Case, layer: int) -> torch.Tensor:
     return head_page_attention_reference(
         exact.query, exact.key_pages, exact.value_pages, exact.query_start_loc, exact.tables,
         layer, exact.scale, case.decoded(),
+        sink_logits=None if case.sink_logits is None else case.sink_logits.cpu().double(),
+        soft_cap=case.soft_cap,
     )  # fmt: skip
 
 
@@ -200,6 +207,8 @@ def make_case(
     rotated: bool = False,
     num_first: int = 4,
     eight_bits: Literal["none", "pages", "queries too"] = "none",
+    sinks: bool = False,
+    soft_cap: float | None = None,
 ) -> Case:
     """A batch whose blocks and head pages lie anywhere in the pool.
 
@@ -215,6 +224,8 @@ def make_case(
         rotated: that tier holds rotated keys and values.
         num_first: W, tokens of that tier with a mean of their own.
         eight_bits: what is stored as float8_e4m3fn, with scales of its own in each layer and head.
+        sinks: query heads have learned logits.
+        soft_cap: of all other logits.
     """
     generator = torch.Generator().manual_seed(seed)
     page_tokens, per_block = shape.page_tokens, shape.num_layers * shape.num_kv_heads
@@ -299,6 +310,9 @@ def make_case(
         rotation = hadamard_matrix(shape.head_dim).to(device, dtype) if rotated else None
         tier = QuantizedPages(as_bytes, layout, book, rotation)
     key_pages, value_pages = pages.split(shape.head_dim, dim=-1)
+    sink_logits = None
+    if sinks:  # some count as much as all tokens of a long request, others next to nothing
+        sink_logits = (4 * torch.randn(num_query_heads, generator=generator) + 3).to(device, dtype)
     return Case(
         query=query,
         key_pages=key_pages,
@@ -310,6 +324,8 @@ def make_case(
         quantized=tier,
         stored_scales=scales,
         dtype=dtype,
+        sink_logits=sink_logits,
+        soft_cap=soft_cap,
     )
 
 

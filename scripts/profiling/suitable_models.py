@@ -9,7 +9,13 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
 from vllm_kvzip.errors import ProfileError
-from vllm_kvzip.model.attention_kinds import slides_within, sliding_window, unusual_attention
+from vllm_kvzip.model.attention_kinds import (
+    caps_logits,
+    has_sinks,
+    slides_within,
+    sliding_window,
+    unusual_attention,
+)
 from vllm_kvzip.profiling.masked_model import MaskedModel
 
 
@@ -22,8 +28,8 @@ def refuse_unsupported(model: str, config: Any, context_tokens: int) -> None:
         context_tokens: of the contexts; a sliding window that holds them slides nowhere.
 
     Raises:
-        ProfileError: for latent (MLA), sliding-window, linear and convolutional attention, and for
-            what KV compression does not support.
+        ProfileError: for latent (MLA), sliding-window, linear and convolutional attention, for
+            learned and capped logits, and for what KV compression does not support.
     """
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     others = ", ".join(sorted(kinds - {"sliding_attention"}))
@@ -39,6 +45,10 @@ def refuse_unsupported(model: str, config: Any, context_tokens: int) -> None:
         if window:
             reason += f" with sliding_window={window}"
             remedy = f"set --context-tokens to {window} or less, or {remedy}"
+    elif has_sinks(config) or caps_logits(config):
+        what = "learned attention sinks" if has_sinks(config) else "capped attention logits"
+        reason = f"torch's attention, which runs it here, knows nothing of {what}"
+        remedy = "let the engine profile it (--kv-compression-config.profile build)"
     else:
         return
     raise ProfileError(f"--model {model} cannot be profiled: {reason}; {remedy}.")

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from softmax_terms import weights_of
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from vllm_kvzip.storage.page_store import PackedPages
@@ -18,8 +19,15 @@ HEADS, GROUP, DIM, BLOCK, LAYERS = 3, 2, 64, 32, 2
 
 @pytest.mark.parametrize("query_lengths", [[1, 1, 1], [1, 4, 2]], ids=["decode", "several tokens"])
 @pytest.mark.parametrize("with_others", [False, True], ids=["all compressed", "mixed batch"])
-def test_every_head_sequence_attends_over_its_own_pages(query_lengths, with_others):
+@pytest.mark.parametrize(
+    ("sink_dtype", "soft_cap"),
+    [(None, 0), (torch.bfloat16, 0), (torch.float16, 0), (None, 0.5), (torch.float32, 0.5)],
+)
+def test_every_head_sequence_attends_over_its_own_pages(
+    query_lengths, with_others, sink_dtype, soft_cap
+):
     torch.manual_seed(1)
+    sinks = None if sink_dtype is None else (2 * torch.randn(HEADS * GROUP) + 2).to(sink_dtype)
     isa = _get_attn_isa(torch.float32, BLOCK, DIM)
     codec = discover_codec(BLOCK, DIM, torch.float32, isa)
     num_sequences = len(query_lengths) * HEADS
@@ -49,7 +57,7 @@ def test_every_head_sequence_attends_over_its_own_pages(query_lengths, with_othe
         sequence_rows=None if single else rows, num_kv_heads=HEADS, group_size=GROUP, head_dim=DIM,
         layer_index={"first": 0, "second": 1}, isa=isa,
     )  # fmt: skip
-    impl = SimpleNamespace(scale=DIM**-0.5, logits_soft_cap=0)
+    impl = SimpleNamespace(scale=DIM**-0.5, logits_soft_cap=soft_cap, sinks=sinks)
     for layer, name in enumerate(("first", "second")):
         output = torch.full_like(query, float("nan"))
         batch.attend(impl, SimpleNamespace(layer_name=name), query, output)
@@ -63,7 +71,9 @@ def test_every_head_sequence_attends_over_its_own_pages(query_lengths, with_othe
                     own_keys = keys[layer, sequence, :visible]
                     own_values = values[layer, sequence, :visible]
                     for member in range(head * GROUP, (head + 1) * GROUP):
-                        weights = (own_keys @ query[token, member] * impl.scale).softmax(0)
+                        logits = own_keys @ query[token, member] * impl.scale
+                        sink = None if sinks is None else sinks[member]
+                        weights = weights_of(logits[None], soft_cap, sink)[0]
                         torch.testing.assert_close(
                             output[token, member], weights @ own_values, atol=1e-4, rtol=1e-3
                         )

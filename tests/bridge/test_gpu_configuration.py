@@ -152,10 +152,34 @@ def test_formats_that_save_nothing_over_eight_bits_are_refused(stock_config, on_
         options.configure(stock_config, wide)
 
 
-def test_capped_attention_logits_are_refused(stock_config, on_a_card):
+def test_capped_and_learned_logits_are_not_refused(stock_config, on_a_card):
     stock_config.model_config.hf_text_config.attn_logit_softcapping = 50.0
-    with pytest.raises(KVzipError, match="capped attention logits on GPUs; run LlamaForCausalLM w"):
-        checks.check_supported(stock_config)
+    stock_config.model_config.hf_text_config.attention_sinks = True
+    options.configure(stock_config, KVzipConfig())
+
+
+def test_vllms_kernel_does_not_take_learned_logits(stock_config, on_a_card):
+    stock_config.model_config.hf_text_config.attention_sinks = True
+    with pytest.raises(KVzipError, match="vllm does not work with learned attention sinks yet"):
+        options.configure(stock_config, KVzipConfig(attention_kernel="vllm"))
+
+
+def test_flash_attention_is_asked_for_learned_logits(stock_config, on_a_card, monkeypatch):
+    from vllm.v1.attention.backends import fa_utils
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+
+    asked = []
+
+    def refuse(**combination):
+        asked.append(combination["has_sink"])
+        return "no"
+
+    monkeypatch.setattr(fa_utils, "is_flash_attn_varlen_func_available", lambda: True)
+    monkeypatch.setattr(FlashAttentionBackend, "supports_combination", refuse)
+    for has_sinks in (False, True):
+        stock_config.model_config.hf_text_config.attention_sinks = has_sinks
+        gpu_backend.default_gpu_backend(stock_config)
+    assert asked == [False, True]
 
 
 def test_batch_invariance_is_refused(stock_config, on_a_card, monkeypatch):

@@ -25,7 +25,7 @@ GEOMETRY = CacheGeometry(num_layers=2, num_kv_heads=2, group_size=2, head_dim=64
 POOL = PagePool(num_blocks=200, num_layers=2, num_kv_heads=2)
 MOST_REQUESTS, WIDTH = 4, 12
 LAYER = SimpleNamespace(layer_name="second")
-IMPL = SimpleNamespace(scale=64**-0.5)
+IMPL = SimpleNamespace(scale=64**-0.5, logits_soft_cap=0, sinks=None)
 
 
 class World:

@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import (
 
 from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.evaluation.model_files import fingerprint_from_config
-from vllm_kvzip.model.attention_kinds import unusual_attention
+from vllm_kvzip.model.attention_kinds import has_sinks, unusual_attention
 from vllm_kvzip.vllm_bridge.attention.cpu_attention import HeadPageCPUImpl
 from vllm_kvzip.vllm_bridge.cache.cache_spec import HeadPageSpec, as_head_page_specs
 from vllm_kvzip.vllm_bridge.cache.layer_checks import check_layers
@@ -127,7 +127,7 @@ MODELS = {
         "architectures": ["BloomForCausalLM"], "model_type": "bloom", "vocab_size": 512,
         "hidden_size": 128, "n_layer": 2, "n_head": 4,
     },
-    "learned attention sinks": {**LLAMA, "attention_sinks": True},
+    "learned keys and values before the first token": {**LLAMA, "param_sink_number": 2},
 }  # fmt: skip
 
 
@@ -221,7 +221,6 @@ def test_models_that_cannot_be_compressed_are_refused(capsys, tmp_path, problem)
         (MiniMaxM3TextConfig(), "block-sparse attention"),
         (transformers.FalconConfig(alibi=True), "ALiBi"),
         (transformers.MptConfig(), "ALiBi"),
-        (transformers.GptOssConfig(), "learned attention sinks"),
         (transformers.Gemma3nTextConfig(), "layers that share another layer's KV cache"),
         (
             transformers.LlamaConfig(
@@ -245,6 +244,7 @@ def test_usual_attention_is_not_refused():
         transformers.DeepseekV3Config(),  # refused for its latent attention
         MiniMaxM3TextConfig(sparse_attention_config={"sparse_attention_freq": [0] * 60}),
         transformers.GraniteConfig(),
+        transformers.GptOssConfig(),
         transformers.Phi3Config(),
         transformers.Qwen3Config(),
     ):
@@ -252,24 +252,32 @@ def test_usual_attention_is_not_refused():
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("config", "expected"),
     [
-        (
-            ("--kv-compression-config.mode", "quantize"),
-            "Mode quantize does not work with capped attention logits yet; set mode to evict",
-        ),
-        (
-            ("--kv-compression-config.scorer", "kvzip"),
-            "Scorer kvzip does not work with capped attention logits yet; choose another scorer",
-        ),
+        (transformers.GptOssConfig(), True),
+        (transformers.LlamaConfig(attention_sinks=True), True),
+        (transformers.LlamaConfig(add_full_attention_sink_bias=True), True),
+        (transformers.GraniteConfig(), False),
+        (transformers.GraniteConfig(layer_types=["full_attention"] * 32), True),
+        (transformers.Gemma2Config(), False),
     ],
 )
-def test_what_capped_logits_do_not_go_with_is_refused(capsys, tmp_path, flags, message):
+def test_learned_logits_are_found_in_configurations(config, expected):
+    assert has_sinks(config) == expected
+
+
+def test_what_capped_logits_do_not_go_with_is_refused(capsys, tmp_path):
     kind = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "head_dim": 32}
     (tmp_path / "config.json").write_text(json.dumps({**BASE, **kind, "sliding_window": 1024}))
-    common = (*ON, "--skip-tokenizer-init", "--max-model-len", "512")
-    assert engine_config(*common, model=tmp_path)
-    assert message in refusal(capsys, *common, *flags, model=tmp_path)
+    flags = (*ON, "--skip-tokenizer-init", "--max-model-len", "512")
+    assert engine_config(*flags, model=tmp_path)
+    assert engine_config(*flags, "--kv-compression-config.mode", "quantize", model=tmp_path)
+    scorer = "--kv-compression-config.scorer"
+    assert engine_config(*flags, scorer, "window", model=tmp_path)
+    assert (
+        "Scorer expected-attention does not work with capped attention logits yet; choose contrast "
+        "or window."
+    ) in refusal(capsys, *flags, scorer, "expected-attention", model=tmp_path)
 
 
 @pytest.mark.parametrize(

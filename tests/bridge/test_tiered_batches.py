@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiered_world import BLOCK, DIM, IMPL, NAMES, TieredWorld
+from tiered_world import BLOCK, DIM, GROUP, HEADS, IMPL, NAMES, TieredWorld
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from vllm_kvzip.storage.page_store import PackedPages
@@ -19,6 +19,16 @@ from vllm_kvzip.vllm_bridge.cache.cpu_pages import discover_codec
 
 pytestmark = pytest.mark.vllm
 
+TERMS = {
+    "plain": IMPL,
+    "sinks": SimpleNamespace(
+        scale=0.3, logits_soft_cap=0, sinks=torch.linspace(-2, 9, HEADS * GROUP).bfloat16()
+    ),
+    "cap": SimpleNamespace(scale=0.3, logits_soft_cap=5.0, sinks=None),
+    "both": SimpleNamespace(
+        scale=0.3, logits_soft_cap=5.0, sinks=torch.linspace(9, -2, HEADS * GROUP)
+    ),
+}
 ISA = _get_attn_isa(torch.float32, BLOCK, DIM)
 
 
@@ -53,7 +63,9 @@ def world(make_store=make_store, **settings):
         (["plain", "a", "b", "c"], [20, 25, 1, 11]),
     ],
 )
-def test_every_query_sees_what_its_request_keeps(settings, names, query_lens):
+@pytest.mark.parametrize("terms", list(TERMS))
+def test_every_query_sees_what_its_request_keeps(settings, names, query_lens, terms):
+    impl = TERMS[terms]
     made = world(**settings)
     batcher = HeadSequenceBatcher(made.cache, ISA)
     common, query = made.step(names, query_lens)
@@ -61,8 +73,8 @@ def test_every_query_sees_what_its_request_keeps(settings, names, query_lens):
     assert isinstance(split.compressed, TieredBatch)
     for name, layer in NAMES.items():
         output = torch.full_like(query, float("nan"))
-        split.compressed.attend(IMPL, SimpleNamespace(layer_name=name), query, output)
-        wanted = made.expected(names, query_lens, query, layer)
+        split.compressed.attend(impl, SimpleNamespace(layer_name=name), query, output)
+        wanted = made.expected(names, query_lens, query, layer, impl)
         start = 0
         for request, count in zip(names, query_lens, strict=True):
             rows = slice(start, start + count)
@@ -86,7 +98,8 @@ def test_a_batch_without_quantized_pages_is_left_to_vllms_kernel():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted here")
 @pytest.mark.parametrize("settings", [{}, {"mode": "quantize", "ratio": 1.0, "rotation": "none"}])
-def test_our_kernel_sees_the_same(settings):
+@pytest.mark.parametrize("terms", ["plain", "both"])
+def test_our_kernel_sees_the_same(settings, terms):
     """Requests come and go; slots are given anew, and one of them has no compressed prefix."""
     made = world(make_rows, **settings)
     batcher = KernelBatcher(made.cache, max_requests=3)
@@ -100,6 +113,6 @@ def test_our_kernel_sees_the_same(settings):
         num_tokens = split.dense_tokens.start if split.dense_tokens else len(query)
         output = torch.full_like(query[:num_tokens], float("nan"))
         layer = SimpleNamespace(layer_name="second")
-        split.compressed.attend(IMPL, layer, query[:num_tokens], output)
-        wanted = made.expected(names, query_lens, query, 1)[:num_tokens]
+        split.compressed.attend(TERMS[terms], layer, query[:num_tokens], output)
+        wanted = made.expected(names, query_lens, query, 1, TERMS[terms])[:num_tokens]
         torch.testing.assert_close(output, wanted, rtol=1e-3, atol=1e-4)

@@ -70,20 +70,24 @@ def test_compaction_moves_bits(num_heads, blocks, page_tokens, head_dim, dtype, 
     num_keys=st.integers(1, 150),
     head_dim=st.sampled_from([64, 96, 128, 256]),
     dtype=DTYPES,
+    soft_cap=st.sampled_from([None, None, 0.5, 30.0]),
     seed=st.integers(0, 999),
 )
-def test_scores(num_heads, num_queries, num_keys, head_dim, dtype, seed):
+def test_scores(num_heads, num_queries, num_keys, head_dim, dtype, soft_cap, seed):
     random = torch.Generator().manual_seed(seed)
     queries = torch.randn(num_heads, num_queries, head_dim, generator=random).to(dtype)
     keys = torch.randn(num_heads, num_keys + 7, head_dim, generator=random).to(dtype)
     scale = head_dim**-0.5
     logits = torch.bmm(queries.float(), keys.float().transpose(1, 2)) * scale
+    if soft_cap:
+        logits = soft_cap * (logits / soft_cap).tanh()
     log_normaliser = logits.logsumexp(dim=-1)  # of more keys than are scored
     if seed % 2:  # as torch's fused attention gives it on the CPU
         log_normaliser = log_normaliser.t().contiguous().t()
     scored = keys[:, :num_keys]
-    found = column_maximum(queries, scored, log_normaliser, scale)
-    expected = column_maximum_reference(queries.float(), scored.float(), log_normaliser, scale)
+    how = (log_normaliser, scale, soft_cap)
+    found = column_maximum(queries, scored, *how)
+    expected = column_maximum_reference(queries.float(), scored.float(), *how)
     assert found.shape == (num_heads, num_keys)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert torch.equal(expected.argmax(dim=1), found.argmax(dim=1))

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import torch
+from softmax_terms import weights_of
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_kvzip.core import CacheGeometry
@@ -20,7 +21,7 @@ LAYERS, HEADS, GROUP, DIM, BLOCK = 2, 2, 3, 32, 32
 GEOMETRY = CacheGeometry(LAYERS, HEADS, GROUP, DIM, BLOCK)
 NUM_BLOCKS = 160
 POOL = PagePool(num_blocks=NUM_BLOCKS, num_layers=LAYERS, num_kv_heads=HEADS)
-IMPL = SimpleNamespace(scale=0.3, logits_soft_cap=0)
+IMPL = SimpleNamespace(scale=0.3, logits_soft_cap=0, sinks=None)
 NAMES = {"first": 0, "second": 1}
 
 
@@ -147,7 +148,7 @@ class TieredWorld:
         )  # fmt: skip
         return common, torch.randn(int(starts[-1]), HEADS * GROUP, DIM)
 
-    def expected(self, names, query_lens, query, layer):
+    def expected(self, names, query_lens, query, layer, impl=IMPL):
         """Attention pair by pair, of every request."""
         output = torch.empty_like(query)
         start = 0
@@ -157,8 +158,10 @@ class TieredWorld:
                 last = len(keys) - count + torch.arange(count)
                 hidden = torch.arange(len(keys)) > last[:, None]
                 for member in range(head * GROUP, (head + 1) * GROUP):
-                    logits = query[start : start + count, member] @ keys.T * IMPL.scale
-                    weights = logits.masked_fill(hidden, float("-inf")).softmax(dim=-1)
+                    logits = query[start : start + count, member] @ keys.T * impl.scale
+                    logits = logits.masked_fill(hidden, float("-inf"))
+                    sink = None if impl.sinks is None else impl.sinks[member]
+                    weights = weights_of(logits, impl.logits_soft_cap, sink)
                     output[start : start + count, member] = weights @ values
             start += count
         return output

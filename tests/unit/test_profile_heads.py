@@ -209,6 +209,8 @@ def test_wrong_input_is_one_sentence(random_model, tmp_path, capsys, arguments, 
             "sliding_window=512; set --context-tokens to 512 or less, or choose another model",
         ),
         (Qwen3Config(num_hidden_layers=1, layer_types=["sliding_attention"]), "sliding_attention"),
+        (Qwen3Config(attn_logit_softcapping=30.0), "capped attention logits; let the engine"),
+        (Qwen3Config(attention_sinks=True), "learned attention sinks; let the engine profile it"),
     ],
 )
 def test_models_without_whole_kv_heads_are_refused(tmp_path, capsys, config, message):

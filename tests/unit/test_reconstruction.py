@@ -59,6 +59,14 @@ def test_scores_follow_from_the_normaliser():
     torch.testing.assert_close(got, wanted)
 
 
+def test_scores_of_capped_logits():
+    torch.manual_seed(2)
+    queries, keys, others = torch.randn(2, 9, 16), torch.randn(2, 12, 16), torch.randn(2, 5, 16)
+    logits = 0.8 * (queries @ torch.cat([keys, others], dim=1).transpose(1, 2) / 0.8).tanh()
+    found = scores_from_normaliser(queries, keys, logits.logsumexp(-1), 1.0, 0.8, query_rows=4)
+    torch.testing.assert_close(found, logits.softmax(-1)[..., :12].amax(1))
+
+
 def test_retrieval_fractions_fill_heads_in_order_of_importance():
     importance = torch.tensor([[0.1, 0.9], [0.5, 0.7]])
     assert retrieval_fractions(importance, 0.625).tolist() == [[0.0, 1.0], [0.5, 1.0]]

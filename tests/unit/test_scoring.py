@@ -110,8 +110,11 @@ def test_random_depends_on_prompt_and_layer_only():
     assert not torch.equal(first, random.score_layer(layer_inputs(layer=2)))
 
 
-def test_window_is_causal_attention_of_the_last_queries():
-    inputs = layer_inputs(num_queries=5, num_context_tokens=14)  # queries at 9..13, keys at 0..11
+@pytest.mark.parametrize(
+    "terms", [{}, {"soft_cap": 0.8}, {"sink_logits": torch.linspace(-2, 3, 6).view(HEADS, GROUP)}]
+)
+def test_window_is_causal_attention_of_the_last_queries(terms):
+    inputs = layer_inputs(num_queries=5, **terms)  # queries at 9..13, keys at 0..11
     raw = torch.zeros(HEADS, TOKENS)
     for head in range(HEADS):
         groups = []
@@ -120,11 +123,15 @@ def test_window_is_causal_attention_of_the_last_queries():
             for index in range(5):
                 query = inputs.observation_queries[index, head, member]
                 visible = [t for t in range(TOKENS) if t <= 9 + index]
-                weights = [
-                    math.exp(float(query @ inputs.keys[head, t]) * inputs.scale) for t in visible
-                ]
+                logits = [float(query @ inputs.keys[head, t]) * inputs.scale for t in visible]
+                if (cap := inputs.soft_cap) is not None:
+                    logits = [cap * math.tanh(logit / cap) for logit in logits]
+                weights = [math.exp(logit) for logit in logits]
+                whole = sum(weights)
+                if inputs.sink_logits is not None:
+                    whole += math.exp(float(inputs.sink_logits[head, member]))
                 for t, weight in zip(visible, weights, strict=True):
-                    total[t] += weight / sum(weights) / 5
+                    total[t] += weight / whole / 5
             groups.append(total)
         raw[head] = torch.stack(groups).amax(0)
     padded = torch.nn.functional.pad(raw, (2, 2), value=0.0)
@@ -132,12 +139,13 @@ def test_window_is_causal_attention_of_the_last_queries():
     torch.testing.assert_close(create_scorer("window").score_layer(inputs), wanted)
 
 
-def test_expected_attention_is_that_of_many_drawn_queries():
+@pytest.mark.parametrize("sink_logits", [None, torch.linspace(-2, 3, 6).view(HEADS, GROUP)])
+def test_expected_attention_is_that_of_many_drawn_queries(sink_logits):
     """Draw queries like the last ones, rotate them to later positions, attend: the mean of that."""
     torch.manual_seed(0)
     angles = torch.arange(600.0)[:, None] * torch.tensor([0.3, 0.1, 0.02, 0.0])
     rotary = RotaryTables(angles.cos(), angles.sin())
-    inputs = layer_inputs(num_queries=9, num_context_tokens=14, rotary=rotary)
+    inputs = layer_inputs(num_queries=9, rotary=rotary, sink_logits=sink_logits)
     scores = create_scorer("expected-attention").score_layer(inputs)
     for head in range(HEADS):
         attention = torch.zeros(TOKENS)
@@ -150,7 +158,8 @@ def test_expected_attention_is_that_of_many_drawn_queries():
             ).sample((200_000,))
             later = rotary.rotate_to_mean(drawn, 14, 512)
             weights = (later @ inputs.keys[head].T * inputs.scale).exp().mean(0)
-            attention += weights / weights.sum() / GROUP
+            sink = 0.0 if sink_logits is None else sink_logits[head, member].exp()
+            attention += weights / (weights.sum() + sink) / GROUP
         wanted = attention * inputs.values[head].norm(dim=-1)
         torch.testing.assert_close(scores[head], wanted, rtol=0.03, atol=1e-4)
 

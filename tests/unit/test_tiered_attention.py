@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from softmax_terms import weights_of
 
 from vllm_kvzip.model.key_transform import KeyTransform
 from vllm_kvzip.quantization import choose_quantization, pack_pages, rotate, unpack_pages
@@ -10,6 +11,7 @@ from vllm_kvzip.quantization.rotation import rotate_back
 from vllm_kvzip.storage.tiered_attention import TieredAttention, TierPages
 
 N = 8
+TERMS = [(0.0, False), (4.0, False), (0.0, True), (4.0, True)]  # soft cap, learned logits
 FORMATS = [("nf4", "nf4"), ("int4", "int4"), ("int8", "int8"), ("int8", "nf4"), ("nf4", "int4")]
 
 
@@ -81,27 +83,29 @@ class Pool:
             for name in tiers
         }
 
-    def attention(self, scale):
+    def attention(self, scale, soft_cap):
         return TieredAttention(
             reader=PageReader(self.layout),
             rotated=self.rotated,
             read_quantized=lambda ids: self.bytes[ids],
             read_full=lambda ids: (self.full[0, ids], self.full[1, ids]),
             scale=scale,
+            soft_cap=soft_cap,
         )
 
-    def reference(self, number, queries, scale):
+    def reference(self, number, queries, scale, soft_cap, sinks):
         """Rows of ``queries`` ``[M, D]``; the i-th of them sees all but ``M - 1 - i`` tokens."""
         keys, values = self.sequences[number]
         logits = queries @ keys.T * scale
         last = len(keys) - len(queries) + torch.arange(len(queries))
         logits = logits.masked_fill(torch.arange(len(keys)) > last[:, None], float("-inf"))
-        return logits.softmax(dim=-1) @ values
+        return weights_of(logits, soft_cap, sinks) @ values
 
 
 @pytest.mark.parametrize(("keys", "values"), FORMATS)
 @pytest.mark.parametrize("rotation", ["none", "hadamard"])
-def test_few_rows_of_many_sequences(keys, values, rotation, monkeypatch):
+@pytest.mark.parametrize(("soft_cap", "has_sinks"), TERMS)
+def test_few_rows_of_many_sequences(keys, values, rotation, soft_cap, has_sinks, monkeypatch):
     torch.manual_seed(1)
     monkeypatch.setattr("vllm_kvzip.storage.tiered_attention.VALUES_AT_ONCE", 32 * 120)
     head_dim, steps, scale = 32, 3, 0.2
@@ -112,35 +116,42 @@ def test_few_rows_of_many_sequences(keys, values, rotation, monkeypatch):
     pool = Pool(4, 2, chosen, head_dim, quantized, ordinary)
     queries = torch.randn(4, steps, head_dim)
     seen = torch.tensor(ordinary)[:, None] - (steps - 1 - torch.arange(steps))
-    attended = pool.attention(scale).attend_rows(
+    sinks = 4 * torch.randn(4, steps) if has_sinks else None
+    attended = pool.attention(scale, soft_cap).attend_rows(
         queries,
         pool.tiers["quantized"],
         torch.tensor(quantized),
         pool.transform,
         pool.tiers["full"],
         seen,
+        sinks,
     )
     for number in range(4):
-        wanted = pool.reference(number, queries[number], scale)
+        own = None if sinks is None else sinks[number, :, None]
+        wanted = pool.reference(number, queries[number], scale, soft_cap, own)
         torch.testing.assert_close(attended[number], wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rotation", ["none", "hadamard"])
 @pytest.mark.parametrize(("num_quantized", "num_full"), [(70, 40), (0, 40), (70, 17), (0, 17)])
-def test_many_rows_of_one_sequence(rotation, num_quantized, num_full):
+@pytest.mark.parametrize(("soft_cap", "has_sinks"), TERMS)
+def test_many_rows_of_one_sequence(rotation, num_quantized, num_full, soft_cap, has_sinks):
     torch.manual_seed(2)
     head_dim, group, rows, scale = 32, 3, 17, 0.2
     chosen = quantization("nf4", "int8", head_dim, rotation)
     pool = Pool(1, group, chosen, head_dim, [num_quantized], [num_full])
     queries = torch.randn(group, rows, head_dim)
-    attended = pool.attention(scale).attend_causally(
+    sinks = 4 * torch.randn(group) if has_sinks else None
+    attended = pool.attention(scale, soft_cap).attend_causally(
         queries,
         pool.tiers["quantized"].ids,
         num_quantized,
         pool.transform.at(0),
         pool.tiers["full"].ids,
         num_full,
+        sinks,
     )
     for member in range(group):
-        wanted = pool.reference(0, queries[member], scale)
+        own = None if sinks is None else sinks[member]
+        wanted = pool.reference(0, queries[member], scale, soft_cap, own)
         torch.testing.assert_close(attended[member], wanted, rtol=1e-4, atol=1e-5)

@@ -12,7 +12,6 @@ SINK_FIELDS = (
     "attention_sinks",
     "add_full_attention_sink_bias",
     "add_swa_attention_sink_bias",
-    "param_sink_number",
 )
 VARIED = "layers of different KV heads or head sizes"
 FULL_KINDS = ("full_attention", "attention")
@@ -45,7 +44,10 @@ def unusual_attention(config: Any) -> list[str]:
         ),
         (_is_varied(config), VARIED),
         (_has_alibi(config), "ALiBi"),
-        (_has_sinks(config), "learned attention sinks"),
+        (
+            (getattr(config, "param_sink_number", None) or 0) > 0,  # of openPangu
+            "learned keys and values before the first token",
+        ),
     ]
     return [what for present, what in problems if present]
 
@@ -55,6 +57,14 @@ def caps_logits(config: Any) -> bool:
     return bool(getattr(config, "attn_logit_softcapping", None))
 
 
+def has_sinks(config: Any) -> bool:
+    """Whether a learned logit of each query head joins its softmax, as gpt-oss has them."""
+    kind = str(getattr(config, "model_type", None))
+    if kind.startswith("granite") and getattr(config, "layer_types", None) is not None:
+        return bool(getattr(config, "attention_sinks", True))  # as vLLM reads it
+    return kind == "gpt_oss" or any(getattr(config, field, None) for field in SINK_FIELDS)
+
+
 def _has_alibi(config: Any) -> bool:
     inner = getattr(config, "attn_config", None)
     nested = inner.get("alibi") if isinstance(inner, dict) else getattr(inner, "alibi", None)
@@ -62,13 +72,6 @@ def _has_alibi(config: Any) -> bool:
     flagged = getattr(config, "alibi", None) or nested
     by_kind = getattr(config, "model_type", None) in ("bloom", "step1")
     return bool(flagged) or position == "alibi" or by_kind
-
-
-def _has_sinks(config: Any) -> bool:
-    kind = str(getattr(config, "model_type", None))
-    if kind.startswith("granite") and getattr(config, "layer_types", None) is not None:
-        return bool(getattr(config, "attention_sinks", True))  # as vLLM reads it
-    return kind == "gpt_oss" or any(getattr(config, field, None) for field in SINK_FIELDS)
 
 
 def _is_varied(config: Any) -> bool:

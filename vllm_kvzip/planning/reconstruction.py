@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_kvzip.model.capped_attention import cap_logits_
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -141,6 +143,7 @@ def scores_from_normaliser(
     keys: torch.Tensor,
     log_normaliser: torch.Tensor,
     scale: float,
+    soft_cap: float | None = None,
     query_rows: int = 256,
 ) -> torch.Tensor:
     """The same scores when the softmax's normaliser is known, as a fused attention returns it.
@@ -154,11 +157,15 @@ def scores_from_normaliser(
         keys: ``[H, C, D]``.
         log_normaliser: float32 ``[H, M]``, log of the sum of exponentials of all scaled logits.
         scale: softmax scale.
+        soft_cap: scaled logits become ``soft_cap * tanh(logits / soft_cap)``; they are computed in
+            float32 then. None or 0: they stay.
         query_rows: queries whose attention is held in memory at once.
 
     Returns:
         float32 ``[H, C]``, in [0, 1].
     """
+    if soft_cap:
+        return _scores_of_capped(queries, keys, log_normaliser, scale, soft_cap, query_rows)
     normaliser = _in_parts(-log_normaliser / scale, queries.dtype)  # [H, M, 3]
     ones = keys.new_ones(*keys.shape[:2], normaliser.shape[2])
     columns = torch.cat([keys, ones], dim=2).transpose(1, 2)
@@ -168,6 +175,24 @@ def scores_from_normaliser(
         logits = torch.bmm(torch.cat([queries[:, rows], normaliser[:, rows]], dim=2), columns)
         best = best.maximum(logits.amax(dim=1).float())
     return (best * scale).exp().clamp_(max=1.0)
+
+
+def _scores_of_capped(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    log_normaliser: torch.Tensor,
+    scale: float,
+    soft_cap: float,
+    query_rows: int,
+) -> torch.Tensor:
+    """See :func:`scores_from_normaliser`."""
+    columns = keys.float().transpose(1, 2) * scale
+    best = torch.full(keys.shape[:2], float("-inf"), device=queries.device)
+    for first in range(0, queries.shape[1], query_rows):
+        rows = slice(first, first + query_rows)
+        logits = cap_logits_(torch.bmm(queries[:, rows].float(), columns), soft_cap)
+        best = best.maximum(logits.sub_(log_normaliser[:, rows, None]).amax(dim=1))
+    return best.exp_().clamp_(max=1.0)
 
 
 def _in_parts(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -53,6 +53,8 @@ class Scorer(ABC):
         comparable_across_parts: whether scores of one part of a context can be compared with those
             of another part, as a prefill budget asks for.
         needs_surrogate: whether ``ScorerSettings.surrogate`` is wanted.
+        takes_capped_logits: whether it is right where a model caps its attention logits. A scorer
+            that does not look at logits is.
     """
 
     name: ClassVar[str]
@@ -62,6 +64,7 @@ class Scorer(ABC):
     min_observation_tokens: ClassVar[int] = 0
     needs_rotary: ClassVar[bool] = False
     needs_surrogate: ClassVar[bool] = False
+    takes_capped_logits: ClassVar[bool] = True
     comparable_across_parts: ClassVar[bool] = False
     default_budget: ClassVar[Budget | None] = None
 

@@ -36,6 +36,7 @@ class ExpectedAttentionScorer(Scorer):
     min_observation_tokens: ClassVar[int] = 128
     needs_observation_queries: ClassVar[bool] = True
     needs_rotary: ClassVar[bool] = True
+    takes_capped_logits: ClassVar[bool] = False  # no closed form is known for them
 
     def score_layer(self, inputs: LayerInputs) -> torch.Tensor:
         """Float32 ``[H, T]``; ValueError when queries or values were not collected."""
@@ -49,8 +50,8 @@ class ExpectedAttentionScorer(Scorer):
         for part in group_slices(keys, group_size, len(keys) * of_member):
             mean, covariance = _moments(queries[:, :, part], inputs)
             attention = _logits(keys, mean, covariance)
-            attention.sub_(attention.amax(dim=-1, keepdim=True)).exp_()  # softmax, in its place
-            scores += attention.div_(attention.sum(dim=-1, keepdim=True)).sum(dim=1)
+            sinks = None if inputs.sink_logits is None else inputs.sink_logits[:, part, None]
+            scores += _softmax_(attention, sinks).sum(dim=1)
         norms: torch.Tensor = values.norm(dim=-1)
         return scores.mul_(norms).div_(group_size)
 
@@ -78,6 +79,18 @@ def _moments(queries: torch.Tensor, inputs: LayerInputs) -> tuple[torch.Tensor, 
         covariance = rotary.rotate_to_mean(covariance, end, FUTURE_TOKENS).transpose(2, 3)
         covariance = rotary.rotate_to_mean(covariance, end, FUTURE_TOKENS)
     return mean * inputs.scale, covariance
+
+
+def _softmax_(logits: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Softmax of ``[H, G, T]`` in its place; ``sinks`` ``[H, G, 1]`` join it and have no weight."""
+    highest = logits.amax(dim=-1, keepdim=True)
+    if sinks is not None:
+        highest = highest.maximum(sinks)
+    weights = logits.sub_(highest).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
+    if sinks is not None:
+        total += (sinks - highest).exp()
+    return weights.div_(total)
 
 
 def _logits(keys: torch.Tensor, mean: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:

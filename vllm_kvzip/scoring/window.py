@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch.nn.functional import max_pool1d
 
+from vllm_kvzip.model.capped_attention import cap_logits_
 from vllm_kvzip.model.slices import group_slices, token_slices
 from vllm_kvzip.scoring.base import Scorer, register_scorer
 
@@ -37,12 +38,18 @@ class WindowScorer(Scorer):
         window, num_heads, group_size, head_dim = queries.shape
         scores = keys.new_full(keys.shape[:2], float("-inf"))
         for part in group_slices(keys, group_size, num_heads * 2 * window * head_dim):
-            _attend(queries[:, :, part], inputs, scores)
+            sinks = None if inputs.sink_logits is None else inputs.sink_logits[:, part]
+            _attend(queries[:, :, part], inputs, sinks, scores)
         padding = POOLING_TOKENS // 2
         return max_pool1d(scores, POOLING_TOKENS, stride=1, padding=padding)
 
 
-def _attend(queries: torch.Tensor, inputs: LayerInputs, scores: torch.Tensor) -> None:
+def _attend(
+    queries: torch.Tensor,
+    inputs: LayerInputs,
+    sinks: torch.Tensor | None,
+    scores: torch.Tensor,
+) -> None:
     """Attention of some members of the group, mean over queries; each key keeps the most it got.
 
     Two passes over parts of the keys: all logits at once may be far more than the keys.
@@ -50,6 +57,7 @@ def _attend(queries: torch.Tensor, inputs: LayerInputs, scores: torch.Tensor) ->
     Args:
         queries: float32 ``[W, H, G, D]``.
         inputs: of the layer.
+        sinks: float32 ``[H, G]``, learned logits of these members; None: there are none.
         scores: float32 ``[H, T]``; raised.
     """
     keys, device = inputs.keys, inputs.keys.device
@@ -60,15 +68,17 @@ def _attend(queries: torch.Tensor, inputs: LayerInputs, scores: torch.Tensor) ->
     queries = queries.permute(1, 2, 0, 3).flatten(1, 2) * inputs.scale  # [H, G * W, D]
 
     def logits_of(part: slice) -> torch.Tensor:
-        logits = queries @ keys[:, part].transpose(1, 2)
+        logits = cap_logits_(queries @ keys[:, part].transpose(1, 2), inputs.soft_cap)
         logits = logits.view(num_heads, group_size, window, -1)
         return logits.masked_fill_(tokens[part] > positions[:, None], float("-inf"))
 
     parts = list(token_slices(keys, 3 * num_heads * group_size * window))
     total = keys.new_full((num_heads, group_size, window), float("-inf"))
+    if sinks is not None:
+        total = sinks[..., None].expand_as(total)
     for part in parts:
         total = torch.logaddexp(total, logits_of(part).logsumexp(dim=-1))
-    total.masked_fill_(total == float("-inf"), 0.0)  # a query that sees no key of the prefix
+    total = total.masked_fill(total == float("-inf"), 0.0)  # a query that sees no key of the prefix
     for part in parts:
         attention = logits_of(part).sub_(total[..., None]).exp_()
         scores[:, part] = scores[:, part].maximum(attention.mean(dim=2).amax(dim=1))

@@ -10,10 +10,11 @@ and pack them for that kernel, which takes several times as long (scripts/benchm
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_kvzip.model.capped_attention import cap_logits_
 from vllm_kvzip.model.fused_attention import attend_with_normaliser
 from vllm_kvzip.quantization.rotation import rotate, rotate_back
 
@@ -66,13 +67,26 @@ class RunningSoftmax:
     Args:
         queries: float32 ``[S, M, D]``, scaled; S sequences of M rows each.
         offsets: float32 ``[S, M]``, what is added to all logits of a row from now on.
+        soft_cap: of all logits; 0: none.
+        sink_logits: float32 ``[S, M]``, a logit of each row that joins its softmax and has no
+            value; None: there is none.
     """
 
-    def __init__(self, queries: torch.Tensor, offsets: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        queries: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        soft_cap: float = 0.0,
+        sink_logits: torch.Tensor | None = None,
+    ) -> None:
         self.queries = queries
         self.offsets = offsets
-        self._best = queries.new_full(queries.shape[:2], float("-inf"))
-        self._total = queries.new_zeros(queries.shape[:2])
+        self._soft_cap = soft_cap
+        if sink_logits is None:
+            self._best = queries.new_full(queries.shape[:2], float("-inf"))
+            self._total = queries.new_zeros(queries.shape[:2])
+        else:
+            self._best, self._total = sink_logits, torch.ones_like(sink_logits)
         self.attended = torch.zeros_like(queries)
 
     def add(
@@ -89,6 +103,7 @@ class RunningSoftmax:
         logits = torch.bmm(self.queries[owners], keys.transpose(1, 2))
         if self.offsets is not None:
             logits += self.offsets[owners][..., None]
+        cap_logits_(logits, self._soft_cap)
         hidden = torch.arange(keys.shape[1]) >= seen[..., None]
         logits.masked_fill_(hidden, float("-inf"))
         highest = logits.amax(dim=2)
@@ -117,6 +132,7 @@ class TieredAttention:
         read_quantized: page ids to bytes, uint8 ``[n, page_bytes]``.
         read_full: page ids to keys and values ``[n, N, D]`` of ordinary pages.
         scale: softmax scale.
+        soft_cap: scaled logits become ``soft_cap * tanh(logits / soft_cap)``; 0: they stay.
     """
 
     reader: PageReader
@@ -124,6 +140,7 @@ class TieredAttention:
     read_quantized: Callable[[torch.Tensor], torch.Tensor]
     read_full: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
     scale: float
+    soft_cap: float = 0.0
 
     def attend_rows(
         self,
@@ -133,6 +150,7 @@ class TieredAttention:
         transform: KeyTransform,
         full: TierPages,
         seen: torch.Tensor,
+        sink_logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of few query rows of many sequences.
 
@@ -143,13 +161,17 @@ class TieredAttention:
             transform: ``[S]``, of their keys.
             full: ordinary pages, the sequence's own latest tokens included.
             seen: int64 ``[S, M]``, how many tokens of these each row sees.
+            sink_logits: float32 ``[S, M]``, see :class:`RunningSoftmax`.
 
         Returns:
             float32, like ``queries``.
         """
         scaled = queries.float() * self.scale
         reader = self.reader
-        softmax = RunningSoftmax(self._inward(transform.queries(scaled)), transform.offsets(scaled))
+        softmax = RunningSoftmax(
+            self._inward(transform.queries(scaled)), transform.offsets(scaled), self.soft_cap,
+            sink_logits,
+        )  # fmt: skip
         page_tokens, head_dim = reader.layout.page_tokens, reader.layout.head_dim
         shift = self._inward(transform.first_shift())
         width = min(shift.shape[1], page_tokens)
@@ -182,6 +204,7 @@ class TieredAttention:
         transform: KeyTransform,
         full_ids: torch.Tensor,
         num_full: int,
+        sink_logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of many query rows of one sequence, whose last tokens they are.
 
@@ -192,12 +215,14 @@ class TieredAttention:
             transform: of their keys.
             full_ids: int64, its ordinary pages, those of the query rows included.
             num_full: tokens in them.
+            sink_logits: float32 ``[G]``, of each query head; see :class:`RunningSoftmax`.
 
         Returns:
             float32, like ``queries``.
         """
         group, num_rows, head_dim = queries.shape
         queries = queries.float().contiguous()
+        how: dict[str, Any] = {"scale": self.scale, "soft_cap": self.soft_cap}
         parts: list[tuple[torch.Tensor, torch.Tensor]] = []
         if num_quantized:
             read = self.reader.read(self.read_quantized(quantized_ids))
@@ -208,23 +233,25 @@ class TieredAttention:
                 self._inward(transform.queries(queries)).view(1, -1, head_dim),
                 keys[None],
                 values[None],
-                self.scale,
                 causal=False,
+                offsets=transform.offsets(queries).view(1, -1),
+                **how,
             )
-            log = log.view(group, num_rows) + transform.offsets(queries) * self.scale
-            parts.append((self._outward(attended).view_as(queries), log))
+            parts.append((self._outward(attended).view_as(queries), log.view(group, num_rows)))
         keys, values = (half.float().flatten(0, 1) for half in self.read_full(full_ids))
         before = num_full - num_rows
         if before:
             attended, log = attend_with_normaliser(
                 queries.reshape(1, -1, head_dim), keys[None, :before], values[None, :before],
-                self.scale, causal=False,
+                causal=False, **how,
             )  # fmt: skip
             parts.append((attended.view_as(queries), log.view(group, num_rows)))
         own_keys, own_values = (
             half[before:num_full].expand(group, -1, -1) for half in (keys, values)
         )
-        parts.append(attend_with_normaliser(queries, own_keys, own_values, self.scale, causal=True))
+        if sink_logits is not None:
+            how["sink_logits"] = sink_logits[:, None]
+        parts.append(attend_with_normaliser(queries, own_keys, own_values, causal=True, **how))
         return _join(parts)
 
     def _inward(self, queries: torch.Tensor) -> torch.Tensor:

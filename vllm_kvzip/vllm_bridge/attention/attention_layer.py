@@ -39,7 +39,7 @@ class HeadPageLayer(AttentionImpl):
         """Attention of one layer into ``output``; shapes as in vLLM's implementation."""
         if isinstance(attn_metadata, PassMetadata):
             query = queries_of_model(layer, query, output.dtype)
-            attn_metadata.attend(layer, self.scale, query, key, value, output)
+            attn_metadata.attend(layer, self, query, key, value, output)
             return output
         timer = self.timer if self.timer is not None and self.timer.running is not None else None
         if timer is not None:

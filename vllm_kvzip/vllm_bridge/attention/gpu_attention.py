@@ -122,7 +122,7 @@ class HeadPageGPUImpl(HeadPageLayer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        check_attention(self, is_capped=bool(self.logits_soft_cap))
+        check_attention(self)
 
     def fused_output_quant_supported(self, quant_key: Any) -> bool:
         """No: over head pages the output is written as it is."""

@@ -4,6 +4,9 @@ A head sequence is one KV head of one request. For the kernel it is a sequence w
 many query heads as the query group has, a page table of its own and a length of its own. The kernel
 attends over head sequences when it is given the flat pool of head pages as its cache.
 
+Where a model has learned a logit of each query head that joins its softmax, the kernel is called
+once for each KV head: it takes such logits by query head, the same for all sequences of a call.
+
 Most steps decode one token of the same requests as the step before. So what follows from who is in
 the batch is kept until that changes; each step adds lengths to it, and blocks that are new.
 """
@@ -11,6 +14,7 @@ the batch is kept until that changes; each step adds lengths to it, and blocks t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +31,21 @@ if TYPE_CHECKING:
     from vllm_kvzip.vllm_bridge.attention.batches import PrefixState
     from vllm_kvzip.vllm_bridge.cache.head_page_cache import HeadPageCache
     from vllm_kvzip.vllm_bridge.symbols import CommonAttentionMetadata
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the kernel attends over in one call.
+
+    Attributes:
+        sequences: which head sequences.
+        query_start_loc: int32, first row of each of them in this call.
+        rows: int64, row of the call -> ``token * H + head``; None: it has all rows, in order.
+    """
+
+    sequences: slice
+    query_start_loc: torch.Tensor
+    rows: torch.Tensor | None
 
 
 @dataclass
@@ -60,22 +79,54 @@ class HeadSequenceBatch:
         """Attention of one layer for the compressed requests.
 
         Args:
-            impl: holds scale and soft cap.
+            impl: holds scale, soft cap and learned logits.
             layer: vLLM's attention layer.
             query: ``[num_tokens, H * G, D]`` of the whole batch.
             output: like ``query``; rows of compressed requests are written, others left alone.
         """
         index = self.layer_index[layer.layer_name]
-        num_tokens = query.shape[0]
-        shape = (num_tokens * self.num_kv_heads, self.group_size, self.head_dim)
-        rows = query.reshape(shape)
-        rows_out = output.view(shape)
-        if self.sequence_rows is None:
-            target = rows_out
-        else:
-            rows = rows.index_select(0, self.sequence_rows)
+        shape = (query.shape[0] * self.num_kv_heads, self.group_size, self.head_dim)
+        rows, rows_out = query.reshape(shape), output.view(shape)
+        if impl.sinks is None:
+            self._call(impl, index, self._all, rows, rows_out, None)
+            return
+        sinks = impl.sinks.view(self.num_kv_heads, self.group_size)
+        if sinks.dtype not in (torch.bfloat16, torch.float32):
+            sinks = sinks.float()  # as vLLM does
+        for part, own in zip(self._by_head, sinks, strict=True):
+            self._call(impl, index, part, rows, rows_out, own)
+
+    @property
+    def _all(self) -> _Call:
+        return _Call(slice(None), self.query_start_loc, self.sequence_rows)
+
+    @cached_property
+    def _by_head(self) -> list[_Call]:
+        """The head sequences of each KV head; the same for all layers."""
+        num_heads, rows = self.num_kv_heads, self.sequence_rows
+        starts = self.query_start_loc[::num_heads] // num_heads
+        if rows is None:
+            rows = torch.arange(int(self.query_start_loc[-1]))
+        return [
+            _Call(slice(head, None, num_heads), starts, rows[rows % num_heads == head])
+            for head in range(num_heads)
+        ]
+
+    def _call(
+        self,
+        impl: Any,
+        index: int,
+        call: _Call,
+        rows: torch.Tensor,
+        rows_out: torch.Tensor,
+        sinks: torch.Tensor | None,
+    ) -> None:
+        """Attention of some head sequences in layer ``index``; ``sinks`` ``[G]``."""
+        target = rows_out
+        if call.rows is not None:
+            rows = rows.index_select(0, call.rows)
             target = torch.empty_like(rows)
-        seq_lens = self.seq_lens[index]
+        seq_lens = self.seq_lens[index, call.sequences].contiguous()
         key_pages, value_pages = self.pages
         metadata = ops.cpu_attn_get_scheduler_metadata(
             num_reqs=seq_lens.shape[0],
@@ -83,8 +134,8 @@ class HeadSequenceBatch:
             num_kv_heads=1,
             head_dim=self.head_dim,
             seq_lens=seq_lens,
-            dtype=query.dtype,
-            query_start_loc=self.query_start_loc,
+            dtype=rows.dtype,
+            query_start_loc=call.query_start_loc,
             causal=True,
             sliding_window_size=-1,
             isa=self.isa,
@@ -95,19 +146,19 @@ class HeadSequenceBatch:
             key_cache=key_pages,
             value_cache=value_pages,
             output=target,
-            query_start_loc=self.query_start_loc,
+            query_start_loc=call.query_start_loc,
             seq_lens=seq_lens,
             scale=impl.scale,
             causal=True,
             alibi_slopes=None,
             sliding_window=-1,
-            block_table=self.tables[index],
+            block_table=self.tables[index, call.sequences].contiguous(),
             softcap=impl.logits_soft_cap,
             scheduler_metadata=metadata,
-            s_aux=None,
+            s_aux=sinks,
         )
-        if self.sequence_rows is not None:
-            rows_out.index_copy_(0, self.sequence_rows, target)
+        if call.rows is not None:
+            rows_out.index_copy_(0, call.rows, target)
 
 
 @dataclass

@@ -57,7 +57,7 @@ class KernelBatch:
         """Attention of one layer for these requests.
 
         Args:
-            impl: holds the scale.
+            impl: holds scale, soft cap and learned logits.
             layer: vLLM's attention layer.
             query: ``[num_tokens, H * G, D]``; rows after the last request are not read.
             output: ``[num_tokens, H * G * D]`` or like ``query``; written.
@@ -74,6 +74,8 @@ class KernelBatch:
             max_tokens=self.max_tokens,
             quantized=self.quantized,
             stored_scales=None if self.scales is None else self.scales[index],
+            sink_logits=impl.sinks,
+            soft_cap=impl.logits_soft_cap,
             output=output.view(query.shape),
         )
 

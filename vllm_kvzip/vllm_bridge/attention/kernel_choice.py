@@ -150,7 +150,8 @@ def warm_up(
         quantize_pages(dense, dense, empty, chosen.pages, page, chosen.layout, chosen.code_book)
         chosen.pages[0].zero_()  # of block 0, which a kernel may read as numbers
     rows = keys[0][None].to(batcher.dtype).contiguous()
-    column_maximum(rows, rows, rows[:, :, 0].float(), layer.impl.scale)
+    impl = layer.impl
+    column_maximum(rows, rows, rows[:, :, 0].float(), impl.scale, impl.logits_soft_cap)
 
 
 def vllms_kernel_is_faster(

@@ -3,6 +3,8 @@
 The pool of head pages is the kernel's cache, with one KV head; one launch per step writes the page
 tables and lengths of these head sequences for all layers. The tables take 4 bytes for every page of
 every head sequence, so large batches of long requests are left to our own kernel, which needs none.
+So are models with learned attention sinks: vLLM's kernels take them by query head, the same for all
+sequences.
 """
 
 from __future__ import annotations

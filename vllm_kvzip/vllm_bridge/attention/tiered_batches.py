@@ -62,14 +62,15 @@ class TieredReader:
         self._reader = PageReader(cache.quantization.layout)
         self._rotated = cache.quantization.rotated
 
-    def attention(self, layer: int, scale: float) -> TieredAttention:
-        """What attends in one layer, with that softmax scale."""
+    def attention(self, layer: int, impl: Any) -> TieredAttention:
+        """What attends in one layer, with the softmax scale and the cap of vLLM's ``impl``."""
         return TieredAttention(
             reader=self._reader,
             rotated=self._rotated,
             read_quantized=lambda ids: self._bytes.index_select(0, ids),
             read_full=lambda ids: self._read_full(ids, layer),
-            scale=scale,
+            scale=impl.scale,
+            soft_cap=impl.logits_soft_cap,
         )
 
     def _read_full(self, ids: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,18 +156,21 @@ class TieredBatch:
         """Attention of one layer; see :class:`~.batches.AttendingBatch`.
 
         Args:
-            impl: holds the scale.
+            impl: holds scale, soft cap and learned logits.
             layer: vLLM's attention layer.
             query: ``[num_tokens, H * G, D]``.
             output: like ``query``; rows of these requests are written.
         """
         index = self.reader.layer_index[layer.layer_name]
-        attention = self.reader.attention(index, impl.scale)
+        geometry, attention = self.reader.geometry, self.reader.attention(index, impl)
+        sinks = None
+        if impl.sinks is not None:
+            sinks = impl.sinks.float().view(geometry.num_kv_heads, geometry.group_size)
         output = output.view(query.shape)
         if (few := self._few) is not None:
-            self._attend_to_few(attention, index, few, query, output)
+            self._attend_to_few(attention, index, few, query, output, sinks)
         for request in self._many:
-            self._attend_to_one(attention, index, request, query, output)
+            self._attend_to_one(attention, index, request, query, output, sinks)
 
     @cached_property
     def _few(self) -> FewQueries | None:
@@ -197,8 +201,9 @@ class TieredBatch:
         few: FewQueries,
         query: torch.Tensor,
         output: torch.Tensor,
+        sinks: torch.Tensor | None,
     ) -> None:
-        """All requests with few query tokens."""
+        """All requests with few query tokens; ``sinks`` float32 ``[H, G]``, learned logits."""
         geometry = self.reader.geometry
         num_heads, group, head_dim = geometry.num_kv_heads, geometry.group_size, geometry.head_dim
         sequences, rows, is_token = few.sequences, few.rows, few.is_token
@@ -213,6 +218,7 @@ class TieredBatch:
             self.quantized.transform.at(layer).at(sequences),
             self._full_pages(layer, sequences, seq_lens),
             seen.reshape(len(sequences), width, 1).expand(-1, -1, group).flatten(1),
+            None if sinks is None else sinks.repeat(len(rows), width),
         )
         by_token = attended.view(len(rows), num_heads, width, group, head_dim).transpose(1, 2)
         output[rows[is_token]] = by_token.flatten(2, 3)[is_token].to(output.dtype)
@@ -224,8 +230,9 @@ class TieredBatch:
         request: int,
         query: torch.Tensor,
         output: torch.Tensor,
+        sinks: torch.Tensor | None,
     ) -> None:
-        """A request with many query tokens, KV head by KV head."""
+        """A request with many query tokens, KV head by KV head; ``sinks`` as above."""
         geometry = self.reader.geometry
         num_heads, group = geometry.num_kv_heads, geometry.group_size
         start = int(self.starts[request])
@@ -242,6 +249,7 @@ class TieredBatch:
                 self.quantized.transform.at(layer).at(sequence),
                 self.tables[layer, sequence, :num_pages].long(),
                 num_tokens,
+                None if sinks is None else sinks[head],
             )
             output[rows, heads] = attended.transpose(0, 1).to(output.dtype)
 

@@ -10,7 +10,6 @@ from vllm_kvzip.vllm_bridge.symbols import FullAttentionSpec, MambaSpec, Sliding
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from vllm_kvzip.config import Mode
     from vllm_kvzip.vllm_bridge.symbols import KVCacheSpec, VllmConfig
 
 ATTENDS_OVER_HEAD_PAGES = "attends_over_head_pages"
@@ -68,44 +67,54 @@ def is_left_alone(spec: KVCacheSpec) -> bool:
     return type(spec) in (SlidingWindowSpec, MambaSpec)
 
 
-def check_attention(impl: Any, is_capped: bool = False) -> None:
+def check_attention(impl: Any) -> None:
     """Refuse what an attention layer adds to its logits, when it is built.
 
     Args:
         impl: vLLM's attention implementation.
-        is_capped: whether it caps its logits, where our kernels do not.
 
     Raises:
         UnsupportedError: names the property, and what to do.
     """
-    problems = [
-        (impl.alibi_slopes is not None, "ALiBi"),
-        (impl.sinks is not None, "learned attention sinks"),
-        (is_capped, "capped attention logits on GPUs"),
-    ]
-    for what in (text for present, text in problems if present):
+    if impl.alibi_slopes is not None:
         raise UnsupportedError(
-            f"KV compression does not support {what}; run this model without --kv-compression."
+            "KV compression does not support ALiBi; run this model without --kv-compression."
         )
 
 
-def check_capped_logits(is_capped: bool, mode: Mode, repeats_with: str | None) -> None:
-    """Refuse what does not know how a model caps its attention logits.
+def check_capped_logits(is_capped: bool, scorer: str) -> None:
+    """Refuse a scorer that does not know how a model caps its attention logits.
 
     Args:
         is_capped: whether the model does.
-        mode: of compression.
-        repeats_with: the scorer, if it lets the model repeat its context.
+        scorer: its name.
 
     Raises:
         UnsupportedError: naming the setting.
     """
-    if is_capped and mode != "evict":
+    from vllm_kvzip.scoring import scorer_class
+
+    if is_capped and not scorer_class(scorer).takes_capped_logits:
         raise UnsupportedError(
-            f"Mode {mode} does not work with capped attention logits yet; set mode to evict."
+            f"Scorer {scorer} does not work with capped attention logits yet; choose contrast or "
+            f"window."
         )
-    if is_capped and repeats_with is not None:
+
+
+def check_sinks(has_sinks: bool, attention_kernel: str) -> None:
+    """Refuse vLLM's kernel over head pages for learned logits of query heads.
+
+    It takes them by query head, the same for all sequences, and each KV head is a sequence there.
+
+    Args:
+        has_sinks: whether the model has learned attention sinks.
+        attention_kernel: of the configuration.
+
+    Raises:
+        UnsupportedError: naming the setting.
+    """
+    if has_sinks and attention_kernel == "vllm":
         raise UnsupportedError(
-            f"Scorer {repeats_with} does not work with capped attention logits yet; choose "
-            f"another scorer."
+            "attention_kernel vllm does not work with learned attention sinks yet; set it to auto "
+            "or triton."
         )

@@ -63,7 +63,7 @@ class ReadingMetadata(PassMetadata):
     def attend(
         self,
         layer: Any,
-        scale: float,
+        impl: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -80,8 +80,10 @@ class ReadingMetadata(PassMetadata):
             query.transpose(0, 1),
             keys.repeat_interleave(group, dim=0),
             values.repeat_interleave(group, dim=0),
-            scale,
+            impl.scale,
             causal=True,
+            soft_cap=impl.logits_soft_cap,
+            sink_logits=None if impl.sinks is None else impl.sinks.float()[:, None],
         )
         output.copy_(attended.transpose(0, 1))
 

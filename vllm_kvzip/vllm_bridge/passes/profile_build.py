@@ -48,15 +48,12 @@ from vllm_kvzip.vllm_bridge.start.options import resolve, without_profile
 from vllm_kvzip.vllm_bridge.symbols import Attention, get_layers_from_vllm_config, init_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from vllm_kvzip.config import KVzipConfig
     from vllm_kvzip.head_profiles.head_profile import ModelFingerprint
     from vllm_kvzip.head_profiles.networks import LayerSurrogate
     from vllm_kvzip.head_profiles.repeat_prompt import RepeatWording
+    from vllm_kvzip.vllm_bridge.passes.scoring_pass import ScoreColumns
     from vllm_kvzip.vllm_bridge.symbols import VllmConfig
-
-    ScoreColumns = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 logger = init_logger("vllm." + __name__)
 
@@ -289,8 +286,6 @@ def _calibration_pass(
     """What runs the model over contexts, and where their keys and values can be read."""
     attention = get_layers_from_vllm_config(vllm_config, Attention)
     first = next(iter(attention.values()))
-    if first.impl.logits_soft_cap:
-        raise UnsupportedError("its attention logits are capped")
     geometry = CacheGeometry(
         num_layers=len(attention),
         num_kv_heads=first.num_kv_heads,

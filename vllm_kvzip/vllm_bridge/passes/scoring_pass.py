@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from vllm_kvzip.storage.page_store import PageStore
     from vllm_kvzip.vllm_bridge.symbols import VllmConfig
 
+    ScoreColumns = Callable[
+        [torch.Tensor, torch.Tensor, torch.Tensor, float, float | None], torch.Tensor
+    ]
+
 
 @dataclass(frozen=True)
 class RepeatPrompt:
@@ -80,7 +84,7 @@ class PassMetadata(ABC):
     def attend(
         self,
         layer: Any,
-        scale: float,
+        impl: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -90,7 +94,7 @@ class PassMetadata(ABC):
 
         Args:
             layer: vLLM's attention layer.
-            scale: softmax scale.
+            impl: vLLM's attention implementation; holds scale, soft cap and learned logits.
             query: ``[num_tokens, H * G, D]``.
             key, value: ``[num_tokens, H, D]``.
             output: like ``query``; written.
@@ -107,8 +111,8 @@ class ScoringMetadata(PassMetadata):
         layer_index: vLLM layer name -> layer.
         num_sinks: first tokens of a context that every softmax includes.
         block_size: tokens per page.
-        score_columns: queries ``[H, M, D]``, keys ``[H, C, D]``, log normalisers ``[H, M]`` and
-            scale to the highest weight of each key, float32 ``[H, C]``.
+        score_columns: queries ``[H, M, D]``, keys ``[H, C, D]``, log normalisers ``[H, M]``,
+            scale and soft cap to the highest weight of each key, float32 ``[H, C]``.
     """
 
     segments: list[Segment]
@@ -116,12 +120,12 @@ class ScoringMetadata(PassMetadata):
     layer_index: dict[str, int]
     num_sinks: int
     block_size: int
-    score_columns: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
+    score_columns: ScoreColumns
 
     def attend(
         self,
         layer: Any,
-        scale: float,
+        impl: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -136,12 +140,13 @@ class ScoringMetadata(PassMetadata):
             # [H, G * R, D]: the queries of a group share their head's keys.
             queries = query[rows].unflatten(1, (num_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
             attended, log_normaliser = _attend(
-                queries, keys, values, key[rows].transpose(0, 1), value[rows].transpose(0, 1), scale
+                queries, keys, values, key[rows].transpose(0, 1), value[rows].transpose(0, 1), impl
             )
             chunk = segment.chunk
             segment.context.scores[index, :, chunk.start : chunk.end] = self.score_columns(
-                queries, keys[:, chunk.start - chunk.end :], log_normaliser, scale
-            )
+                queries, keys[:, chunk.start - chunk.end :], log_normaliser, impl.scale,
+                impl.logits_soft_cap,
+            )  # fmt: skip
             by_head = attended.reshape(num_heads, -1, segment.end - segment.start, head_dim)
             output[rows] = by_head.permute(2, 0, 1, 3).flatten(1, 2)
 
@@ -187,7 +192,7 @@ class ReconstructionPass:
         num_sinks: int,
         max_tokens: int,
         max_positions: int,
-        score_columns: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor],
+        score_columns: ScoreColumns,
         skip_compiled: bool = False,
     ) -> None:
         self._skip_compiled = skip_compiled
@@ -287,7 +292,7 @@ def _attend(
     values: torch.Tensor,
     own_keys: torch.Tensor,
     own_values: torch.Tensor,
-    scale: float,
+    impl: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over cached tokens, and causally over the repeated tokens themselves.
 
@@ -295,20 +300,26 @@ def _attend(
         queries: ``[H, G * R, D]``, group member after group member.
         keys, values: ``[H, K, D]``, cached; every query sees them.
         own_keys, own_values: ``[H, R, D]``.
-        scale: softmax scale.
+        impl: holds scale, soft cap and learned logits.
 
     Returns:
         ``[H, G * R, D]``, and the log of each softmax's normaliser, float32 ``[H, G * R]``.
     """
     num_heads, num_rows, _ = own_keys.shape
     group = queries.shape[1] // num_rows
-    cached, cached_log = attend_with_normaliser(queries, keys, values, scale, causal=False)
+    sinks = None
+    if impl.sinks is not None:
+        sinks = impl.sinks.float().view(num_heads, group).repeat_interleave(num_rows, dim=1)
+    how: dict[str, Any] = {"scale": impl.scale, "soft_cap": impl.logits_soft_cap}
+    cached, cached_log = attend_with_normaliser(
+        queries, keys, values, causal=False, sink_logits=sinks, **how
+    )
     own, own_log = attend_with_normaliser(
         queries.reshape(num_heads * group, num_rows, -1),
         own_keys.repeat_interleave(group, dim=0),
         own_values.repeat_interleave(group, dim=0),
-        scale,
         causal=True,
+        **how,
     )
     own_log = own_log.reshape(cached_log.shape)
     log_normaliser = torch.logaddexp(cached_log, own_log)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from vllm_kvzip.errors import ConfigError, UnsupportedError
 from vllm_kvzip.model.attention_kinds import (
     VARIED,
-    caps_logits,
     slides_within,
     sliding_window,
     unusual_attention,
@@ -255,10 +254,6 @@ def _gpu_problems(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
         ),
         (envs.VLLM_BATCH_INVARIANT, "VLLM_BATCH_INVARIANT; unset it"),
         (model.is_mm_prefix_lm, "models whose prompts attend in both directions"),
-        (
-            caps_logits(model.hf_text_config),
-            f"capped attention logits on GPUs; run {model.architecture} without --kv-compression",
-        ),
     ]
 
 

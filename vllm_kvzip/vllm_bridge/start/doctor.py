@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from vllm_kvzip.config import METHOD
 from vllm_kvzip.errors import KVzipError
-from vllm_kvzip.model.attention_kinds import caps_logits, sliding_window
+from vllm_kvzip.model.attention_kinds import caps_logits, has_sinks, sliding_window
 from vllm_kvzip.vllm_bridge.fingerprint import model_fingerprint
 from vllm_kvzip.vllm_bridge.fp8_cache import running_cache_dtype
 from vllm_kvzip.vllm_bridge.settings import Settings, cache_shape
@@ -189,6 +189,7 @@ def _attention(text_config: Any) -> str:
     parts = ["full attention"]
     parts += [f"a window of {window} tokens that holds everything"] if window else []
     parts += ["capped logits"] if caps_logits(text_config) else []
+    parts += ["learned sinks"] if has_sinks(text_config) else []
     return ", ".join(parts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm_kvzip.model.attention_kinds import has_sinks
 from vllm_kvzip.vllm_bridge.fp8_cache import running_cache_dtype
 from vllm_kvzip.vllm_bridge.symbols import current_platform
 
@@ -39,7 +40,7 @@ def default_gpu_backend(vllm_config: VllmConfig) -> AttentionBackendEnum:
                 kv_cache_dtype=running_cache_dtype(vllm_config),
                 block_size=vllm_config.cache_config.block_size,
                 use_mla=False,
-                has_sink=False,
+                has_sink=has_sinks(model.hf_text_config),
                 use_sparse=False,
                 use_mm_prefix=False,
                 device_capability=capability,

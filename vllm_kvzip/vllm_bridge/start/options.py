@@ -19,8 +19,8 @@ from vllm_kvzip.head_profiles.head_profile import (
     load_profile,
     profile_folders,
 )
-from vllm_kvzip.model.attention_kinds import caps_logits
-from vllm_kvzip.vllm_bridge.cache.layer_checks import check_capped_logits
+from vllm_kvzip.model.attention_kinds import caps_logits, has_sinks
+from vllm_kvzip.vllm_bridge.cache.layer_checks import check_capped_logits, check_sinks
 from vllm_kvzip.vllm_bridge.fingerprint import model_fingerprint
 from vllm_kvzip.vllm_bridge.fp8_cache import running_cache_dtype
 from vllm_kvzip.vllm_bridge.platforms import running_platform
@@ -74,6 +74,7 @@ def configure(vllm_config: VllmConfig, config: KVzipConfig, serves: bool = False
     check_version(serves)
     check_supported(vllm_config)
     check_attention_kernel(config, running_cache_dtype(vllm_config))
+    check_sinks(has_sinks(vllm_config.model_config.hf_text_config), config.attention_kernel)
     if warning := untested_warning():
         logger.warning(warning)
     settings = _resolve(vllm_config, config)
@@ -160,7 +161,7 @@ def resolve(
         check_prefill_budget(vllm_config, config.mode, scorer, scorer_type.comparable_across_parts)
     repeats = scorer_type.needs_reconstruction
     is_capped = caps_logits(vllm_config.model_config.hf_text_config)
-    check_capped_logits(is_capped, config.mode, scorer if repeats else None)
+    check_capped_logits(is_capped, scorer)
     if repeats:
         check_scoring_passes(vllm_config, scorer)
     surrogate = None

@@ -190,8 +190,7 @@ def view_cache(
         [layer.kv_cache for layer in layers.by_name.values()],
         worker.cache_config.get_resolved_kv_cache_layout(),
     )
-    repeats_with = settings.scorer if settings.repeat_ids is not None else None
-    check_capped_logits(bool(layers.first.impl.logits_soft_cap), config.mode, repeats_with)
+    check_capped_logits(bool(layers.first.impl.logits_soft_cap), settings.scorer)
     quantization = settings.quantization(spec.block_size, spec.head_size, spec.dtype.itemsize)
     attention_layers = list(layers.by_name.values())
     scales = read_scales(attention_layers, spec.num_kv_heads, worker.model_config.dtype)
@@ -266,6 +265,8 @@ def make_compressor(
         head_importance=_own_heads(settings.head_importance, layers.heads),
         tier_fractions=_own_tiers(settings, layers.heads),
         rotary=rotary,
+        soft_cap=layers.first.impl.logits_soft_cap,
+        sink_logits=[layers.by_name[name].impl.sinks for name in layers.group.layer_names],
         seed=settings.config.seed,
         clock=worker.clock,
     )

@@ -20,6 +20,7 @@ from vllm_kvzip.vllm_bridge.attention.kernel_choice import (
     vllms_kernel_is_faster,
     warm_up,
 )
+from vllm_kvzip.vllm_bridge.cache.layer_checks import check_sinks
 from vllm_kvzip.vllm_bridge.fingerprint import model_fingerprint
 from vllm_kvzip.vllm_bridge.settings import cache_shape
 from vllm_kvzip.vllm_bridge.symbols import (
@@ -156,13 +157,16 @@ class TritonPath(HeadPageWorker):
         max_requests = self.scheduler_config.max_num_seqs
         batcher = KernelBatcher(cache, max_requests)
         geometry, num_blocks = cache.geometry, cache.pool.num_blocks
-        layer_name = next(iter(cache.layer_index))
-        layer = get_layers_from_vllm_config(self.vllm_config, Attention, [layer_name])[layer_name]
+        layers = get_layers_from_vllm_config(self.vllm_config, Attention, list(cache.layer_index))
+        layer = layers[next(iter(cache.layer_index))]
+        has_sinks = any(some.impl.sinks is not None for some in layers.values())
         pages = cache.pages.view(-1, 1, geometry.block_size, 2 * geometry.head_dim)
         kernel = self.kvzip_settings.config.attention_kernel
+        check_sinks(has_sinks, kernel)
         tokens = min(CONTEXT_TOKENS, self.model_config.max_model_len)
         warm_up(batcher, geometry, layer, num_blocks, tokens)
-        if kernel == "auto" and batcher.quantized is None and cache.scales is None:
+        ours_alone = has_sinks or batcher.quantized is not None or cache.scales is not None
+        if kernel == "auto" and not ours_alone:
             sample = make_sample_batch(
                 batcher, geometry, num_requests=min(REQUESTS, max_requests),
                 context_tokens=tokens, num_blocks=num_blocks,

@@ -66,7 +66,11 @@ class HeadPageWorker(WorkerBase):
     @staticmethod
     @abstractmethod
     def score_columns(
-        queries: torch.Tensor, keys: torch.Tensor, log_normaliser: torch.Tensor, scale: float
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        log_normaliser: torch.Tensor,
+        scale: float,
+        soft_cap: float | None,
     ) -> torch.Tensor:
         """KVzip's scores; see ``ScoringMetadata``."""
 
