@@ -33,10 +33,10 @@ def test_a_compressed_prefix_is_found_again(runs):
 def test_preempted_requests_come_out_right(tmp_path):
     """A pool too small for the load; at keep ratio 1.0 every token must equal stock vLLM's."""
     rng = np.random.default_rng(7)
-    requests = [Request(tokens(rng, 190 + 5 * n), 120) for n in range(10)]
+    requests = [Request(tokens(rng, 190 + 5 * n), 200) for n in range(8)]
     model = make_random_model("gemma3", tmp_path)
     engine = {"skip_tokenizer_init": True, "model": model, "max_model_len": 512}
-    small = {"num_gpu_blocks_override": 80, "max_num_batched_tokens": 128}
+    small = {"num_gpu_blocks_override": 72, "max_num_batched_tokens": 128}
     asked = {"min_prompt_tokens": 0, "scorer": "random"}
     stock = run_job(requests, **engine)
     whole = run_job(requests, kvzip={"keep_ratio": 1.0, **asked}, **engine, **small)
