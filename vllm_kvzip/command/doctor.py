@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from vllm_kvzip.model.attention_kinds import SLIDING_KIND, STATE_KINDS
+from vllm_kvzip.model.cache_shares import in_percent
 
 if TYPE_CHECKING:
     from vllm_kvzip.vllm_bridge.start.doctor import Compression, Diagnosis
@@ -93,7 +94,7 @@ def _left_alone(it: Compression) -> str:
 
 def _shares(it: Compression) -> str:
     """How much of an uncompressed request can be compressed at all."""
-    shares = [f"{share:.0%} at {tokens:,}" for tokens, share in it.shares.items()]
+    shares = [f"{in_percent(share)} at {tokens:,}" for tokens, share in it.shares.items()]
     return f"of the bytes of an uncompressed request, by its tokens: {', '.join(shares)}"
 
 

@@ -64,3 +64,9 @@ def compressed_share(
     own = num_layers * AlikeLayers(num_layers).blocks(num_tokens, block_size)
     rest = sum(layers.num_layers * layers.blocks(num_tokens, block_size) for layers in others)
     return own / (own + rest)
+
+
+def in_percent(share: float) -> str:
+    """A share in words; only all is 100 %."""
+    text = f"{share:.0%}"
+    return ">99%" if text == "100%" and share < 1 else text
