@@ -5,6 +5,7 @@ import json
 import pytest
 from card import pretend_a_card
 from document_families import DOCUMENT, SHAPES, Shape, plan_of, with_families
+from random_model import KINDS, SHAPE
 from startup import ON, engine_config, refusal
 from vllm.engine.arg_utils import EngineArgs
 
@@ -73,6 +74,20 @@ def test_states_fit_into_blocks(model):
     state = next(g.kv_cache_spec for g in plan.groups if g is not full)
     a_unit_less = pages.pop() * (plan.block_size - 32) // plan.block_size
     assert a_unit_less < state.real_page_size_bytes  # no larger than it must be
+
+
+def test_blocks_of_a_model_that_engines_were_run_with(tmp_path):
+    """`tests/e2e/test_recurrent_layers.py` sees the same in an engine."""
+    kind = KINDS["qwen3-next"]
+    layers = len(kind.fields["layer_types"])
+    fields = {**SHAPE, "num_hidden_layers": layers, **kind.fields}
+    kind.config_class(**fields, architectures=["Qwen3NextForCausalLM"]).save_pretrained(tmp_path)
+    config = engine_config(*ON, NO_TOKENIZER, "--dtype", "bfloat16", model=tmp_path)
+    assert plan_cache(config).block_size == 160
+    unshared = engine_config(
+        *ON, NO_TOKENIZER, "--dtype", "bfloat16", "--no-enable-prefix-caching", model=tmp_path
+    )
+    assert {layers.state_blocks for layers in plan_cache(unshared).others} == {1}
 
 
 def test_specs_of_compressed_layers_are_grouped_alike(tmp_path):

@@ -75,10 +75,7 @@ def _pass_problems(vllm_config: VllmConfig) -> list[str]:
     problems = [
         (vllm_config.lora_config is not None, "--enable-lora"),
         (model.is_multimodal_model, f"multimodal models such as {model.architecture}"),
-        (
-            is_mixed(vllm_config),
-            "layers that have a sliding window",
-        ),
+        (is_mixed(vllm_config), "models of which some layers are left alone"),
         (getattr(model, "enable_prompt_embeds", False), "--enable-prompt-embeds"),
         (model.skip_tokenizer_init, "--skip-tokenizer-init"),
         (
@@ -241,7 +238,7 @@ def _engine_problems(vllm_config: VllmConfig) -> list[str]:
         (
             is_mixed(vllm_config)
             and bool(vllm_config.scheduler_config.disable_hybrid_kv_cache_manager),
-            "sliding windows beside full attention in one KV cache group; remove "
+            "layers of other kinds beside full attention in one KV cache group; remove "
             "--disable-hybrid-kv-cache-manager",
         ),
         (
