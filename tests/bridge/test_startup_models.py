@@ -138,8 +138,8 @@ MODELS = {
         "v_head_dim": 32, "n_routed_experts": 4, "first_k_dense_replace": 2, "index_topk": 64,
         "index_n_heads": 2, "index_head_dim": 32,
     },
-    "layers of kind indexed_attention": {
-        **LLAMA, "layer_types": ["full_attention", "indexed_attention"],
+    "layers of kind compressed_sparse_attention": {
+        **LLAMA, "layer_types": ["full_attention", "compressed_sparse_attention"],
     },
     "layers of kind hybrid": {
         **BASE, "architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1",
