@@ -206,8 +206,8 @@ def test_windows_beside_full_attention_need_groups_of_their_own(capsys, tmp_path
         capsys, *flags, "--disable-hybrid-kv-cache-manager", model=tmp_path
     )
     assert (
-        "Scorer kvzip does not work with models of which some layers are left alone yet; choose "
-        "another scorer."
+        "Scorer kvzip does not work with layers that have a sliding window yet; choose another "
+        "scorer."
     ) in refusal(capsys, *flags, "--kv-compression-config.scorer", "kvzip", model=tmp_path)
     specs = {"narrow": sliding(128), "full": full_attention()}
     made = as_head_page_specs(

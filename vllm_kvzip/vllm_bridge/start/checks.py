@@ -75,7 +75,10 @@ def _pass_problems(vllm_config: VllmConfig) -> list[str]:
     problems = [
         (vllm_config.lora_config is not None, "--enable-lora"),
         (model.is_multimodal_model, f"multimodal models such as {model.architecture}"),
-        (is_mixed(vllm_config), "models of which some layers are left alone"),
+        (
+            is_mixed(vllm_config),
+            "layers that have a sliding window",
+        ),
         (getattr(model, "enable_prompt_embeds", False), "--enable-prompt-embeds"),
         (model.skip_tokenizer_init, "--skip-tokenizer-init"),
         (
