@@ -10,6 +10,13 @@ from vllm_kvzip.command.doctor import main
 SETTING = "--kv-compression-config."
 
 
+@pytest.fixture(autouse=True)
+def loud_vllm(monkeypatch):
+    """The command quiets vLLM's log for its process; other tests of this process read that log."""
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+    monkeypatch.setenv("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+
+
 def doctor(capsys, *arguments):
     code = main(["--model", str(MODEL), "--dtype", "float32", *arguments, "--json"])
     return code, json.loads(capsys.readouterr().out)
