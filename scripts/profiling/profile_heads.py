@@ -47,9 +47,9 @@ from vllm_kvzip.head_profiles.head_profile import HeadProfile, Provenance, save_
 from vllm_kvzip.head_profiles.networks import LayerSurrogate, save_surrogate
 from vllm_kvzip.head_profiles.repeat_prompt import repeat_wording
 from vllm_kvzip.planning.reconstruction import pair_fractions, retrieval_fractions
+from vllm_kvzip.profiling.context_cache import layers_of
 from vllm_kvzip.profiling.network_choice import NetworkChoice
-from vllm_kvzip.profiling.reconstruction_probe import layers_of
-from vllm_kvzip.profiling.suitable_models import load_probe
+from vllm_kvzip.profiling.suitable_models import load_probe, refuse_lost_states
 from vllm_kvzip.profiling.tier_budgets import TierBudgetBuilder
 
 if TYPE_CHECKING:
@@ -132,6 +132,7 @@ def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurr
             tokenizer, material, args.num_contexts, args.context_tokens, args.seed
         )
         texts = [part.label for part in material]
+    refuse_lost_states(args.model, probe, contexts[0])
     wording = repeat_wording(args.repeat_prompt, None, tokenizer)
     try:
         first_ids, later_ids = wording.token_ids(tokenizer)
@@ -163,7 +164,7 @@ def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurr
             for ratio in KEEP_RATIOS if args.budgets == "pairs" else ():
                 budgets[ratio] += pair_fractions(scores, ratio) / len(contexts)
             if tiers is not None:
-                tiers.watch(cache)
+                tiers.watch(layers_of(cache, probe.scored))
                 if args.budgets == "pairs":
                     tiers.solve(scores)
             if choice is not None:
@@ -171,7 +172,7 @@ def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurr
                     context, args.chunk_tokens, first_ids, later_ids, bar.update, cache
                 )
                 if number < len(contexts) - 1:
-                    choice.add(layers_of(cache), influence, scores)
+                    choice.add(layers_of(cache, probe.scored), influence, scores)
         if choice is not None:
             layers = choice.best(context, cache, first_ids, bar.update)
     for line in choice.report if choice is not None else ():

@@ -259,6 +259,7 @@ def test_usual_attention_is_not_refused():
         (transformers.LlamaConfig(add_full_attention_sink_bias=True), True),
         (transformers.GraniteConfig(), False),
         (transformers.GraniteConfig(layer_types=["full_attention"] * 32), True),
+        (transformers.GraniteMoeHybridConfig(), False),
         (transformers.Gemma2Config(), False),
     ],
 )
