@@ -102,6 +102,7 @@ class _HeadPageScheduling:
     scheduler_config: SchedulerConfig
     vllm_config: VllmConfig
     num_spec_tokens: int
+    need_mamba_block_aligned_split: bool
     _pause_state: PauseState
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
