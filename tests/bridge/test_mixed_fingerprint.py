@@ -2,7 +2,7 @@
 
 import pytest
 import transformers
-from random_model import KINDS, SHAPE
+from random_model import FULL, KINDS, SHAPE, SLIDING, Kind
 from startup import ON, engine_config
 
 from vllm_kvzip.evaluation.model_files import fingerprint_from_config
@@ -10,7 +10,6 @@ from vllm_kvzip.vllm_bridge.fingerprint import compressed_layers, model_fingerpr
 
 pytestmark = pytest.mark.vllm
 
-SLIDING, FULL = "sliding_attention", "full_attention"
 ARCHITECTURES = {
     "gemma3": "Gemma3ForCausalLM",
     "olmo3": "Olmo3ForCausalLM",
@@ -25,26 +24,29 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
 }
 OTHERS = {
-    "gemma2": (transformers.Gemma2Config, {"layer_types": [SLIDING, FULL] * 2}),
-    "gpt-oss": (transformers.GptOssConfig, {"layer_types": [SLIDING, FULL] * 2}),
-    "ministral": (transformers.MinistralConfig, {"layer_types": [SLIDING, FULL] * 2}),
-    "qwen2": (
-        transformers.Qwen2Config,
-        {"layer_types": [FULL, FULL, SLIDING, SLIDING], "use_sliding_window": True},
+    "ministral": Kind(
+        transformers.MinistralConfig, {"sliding_window": 64, "layer_types": [SLIDING, FULL] * 2}
     ),
-}
+    "qwen2": Kind(
+        transformers.Qwen2Config,
+        {
+            "sliding_window": 64, "layer_types": [FULL] * 2 + [SLIDING] * 2,
+            "use_sliding_window": True,
+        },
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", list(ARCHITECTURES))
 def test_scripts_and_engine_count_the_same_layers(kind, tmp_path):
-    config_class, own = {**KINDS, **OTHERS}[kind]
-    window = {"sliding_window": 64} if kind in OTHERS else {}
-    fields = {**SHAPE, "num_hidden_layers": len(own["layer_types"]), **window, **own}
-    config = config_class(**fields, architectures=[ARCHITECTURES[kind]])
+    made = {**KINDS, **OTHERS}[kind]
+    types = made.fields["layer_types"]
+    fields = {**SHAPE, "num_hidden_layers": len(types), **made.fields}
+    config = made.config_class(**fields, architectures=[ARCHITECTURES[kind]])
     config.save_pretrained(tmp_path)
     read = transformers.AutoConfig.from_pretrained(tmp_path)
     offline = fingerprint_from_config(read, "m")
     engine = engine_config(*ON, "--skip-tokenizer-init", model=tmp_path)
     found = model_fingerprint(engine)
     assert offline.mismatch(found) is None
-    assert offline.num_layers == len(compressed_layers(engine)) < len(own["layer_types"])
+    assert offline.num_layers == len(compressed_layers(engine)) < len(types)

@@ -40,20 +40,19 @@ def transformers_tables(
     of_type = (layer_type,) if isinstance(kind, dict) else ()
     cos, sin = embedding(torch.zeros(1, device=device), positions[None], *of_type)
     cos, sin = cos.float(), sin.float()
-    tried = positions[-TRIED_POSITIONS:]
-    plain = torch.randn(
-        1, 1, len(tried), cos.shape[-1], generator=torch.Generator().manual_seed(0)
-    ).to(device)
-    try:
-        turned, _ = turn(plain, plain, cos[:, tried], sin[:, tried])
-    except TypeError:  # a function of other arguments
-        return None
-    half = cos.shape[-1] // 2
-    for columns, interleaved in (
-        (slice(half), False),
-        (slice(half), True),
-        (slice(None, None, 2), True),
+    tried, angles = positions[-TRIED_POSITIONS:], cos.shape[-1]
+    for width, columns, interleaved in (
+        (angles, slice(angles // 2), False),
+        (angles, slice(angles // 2), True),
+        (angles, slice(None, None, 2), True),
+        (2 * angles, slice(None), False),
     ):
+        plain = torch.randn(1, 1, len(tried), width, generator=torch.Generator().manual_seed(0))
+        plain = plain.to(device)
+        try:
+            turned, _ = turn(plain, plain, cos[:, tried], sin[:, tried])
+        except (TypeError, RuntimeError):  # a function of other arguments, or of another width
+            continue
         tables = RotaryTables(cos[0, :, columns], sin[0, :, columns], interleaved)
         if torch.allclose(tables.unrotate(turned, tried), plain, atol=1e-4):
             return tables
