@@ -18,8 +18,10 @@ that answers more kinds of questions (``word_tasks.py``); begin with a model tha
 weights of a Llama::
 
     python scripts/train_tiny_model.py --architecture ministral --window 64 \\
-        --layer-types sliding_attention full_attention sliding_attention full_attention \\
-        --init tests/models/tiny-retriever --min-tokens 256 --out /tmp/windowed
+        --layer-types sliding_attention sliding_attention full_attention full_attention \\
+        --init tests/models/tiny-retriever --min-tokens 128 --out /tmp/windowed
+    python scripts/train_tiny_model.py --architecture lfm2 --heads 4 --kv-heads 2 \\
+        --layer-types conv full_attention conv full_attention --max-tokens 1024 --out /tmp/convolved
 
 Sequences grow from 32 to 2,048 tokens; the next length begins once both accuracies pass 0.985.
 Retrieval appears suddenly, after a plateau at 0.35-0.45, and at a step that depends on the seed.
@@ -176,7 +178,13 @@ def build_model(args: argparse.Namespace) -> PreTrainedModel:
         **{
             "granite": {"attention_bias": True},
             "ministral": {"sliding_window": args.window},
-            "lfm2": {"block_auto_adjust_ff_dim": False},
+            "lfm2": {  # most of it is for vLLM, which needs every field of a published one
+                "block_auto_adjust_ff_dim": False,
+                "block_dim": args.hidden,
+                "block_ffn_dim_multiplier": 1.0,
+                "block_multiple_of": 32,
+                "conv_dim": args.hidden,
+            },
         }.get(args.architecture, {}),
         **({"layer_types": args.layer_types} if args.layer_types else {}),
     )

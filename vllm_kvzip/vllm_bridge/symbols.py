@@ -134,6 +134,7 @@ TYPES: dict[str, str] = {
     "EngineCoreRequest": "vllm.v1.engine",
     "GPUModelRunner": "vllm.v1.worker.gpu_model_runner",
     "GPUModelRunnerV2": "vllm.v1.worker.gpu.model_runner:GPUModelRunner",
+    "InputBatch": "vllm.v1.worker.gpu.input_batch",
     "KVCacheBlock": "vllm.v1.core.kv_cache_utils",
     "KVCacheConfig": "vllm.v1.kv_cache_interface",
     "KVCacheManager": "vllm.v1.core.kv_cache_manager",

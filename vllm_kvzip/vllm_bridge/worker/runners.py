@@ -6,7 +6,8 @@ either.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+import functools
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_kvzip.vllm_bridge.symbols import async_tensor_h2d
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
         CommonAttentionMetadata,
         GPUModelRunner,
         GPUModelRunnerV2,
+        InputBatch,
     )
 
 
@@ -71,7 +73,11 @@ class RunnerV1:
 class RunnerV2:
     """Adapter of model runner V2 (``v1/worker/gpu/model_runner.py``).
 
-    A request keeps one slot as long as it lives, and its row is in that slot; a batch names slots.
+    A request keeps one slot as long as it lives, and its row is in that slot.
+
+    Symptom without the wrapper in it: vLLM's metadata says nothing of requests where a model has
+    recurrent layers. One method of one object is wrapped; it passes everything on unchanged. Remove
+    when ``CommonAttentionMetadata`` names the requests of every model.
 
     Args:
         runner: vLLM's runner.
@@ -81,13 +87,19 @@ class RunnerV2:
     def __init__(self, runner: GPUModelRunnerV2, group: CompressedGroup) -> None:
         self._runner = runner
         self._group_id = group.group_id
+        self._batch: list[str] = []
+        vllms = runner.model_state.prepare_attn
+
+        @functools.wraps(vllms)
+        def prepare_attn(input_batch: InputBatch, *args: Any, **kwargs: Any) -> Any:
+            self._batch = input_batch.req_ids
+            return vllms(input_batch, *args, **kwargs)
+
+        runner.model_state.prepare_attn = prepare_attn
 
     def request_ids(self, common: CommonAttentionMetadata) -> list[str]:
-        """See :class:`Rows`; an empty batch when vLLM only warms up."""
-        if common.req_idx is None:
-            return []
-        by_slot = self._runner.req_states.index_to_req_id
-        return [by_slot.get(slot, "") for slot in common.req_idx.tolist()]
+        """See :class:`Rows`; ids that nobody has when vLLM only warms up."""
+        return self._batch
 
     def replace_row(self, request_id: str, block_ids: Sequence[int]) -> None:
         """See :class:`Rows`.
