@@ -1,5 +1,6 @@
 """Profiles of models of which some layers have a sliding window or a state: full layers only."""
 
+import re
 import shutil
 
 import numpy as np
@@ -159,6 +160,8 @@ def test_profile_has_a_row_for_each_full_layer(kind, folder, tmp_path, capsys, m
          "--context-tokens", "128", "--repeat-prompt", "repeat", "--surrogate-width", "4"]
     )  # fmt: skip
     assert code == 0, capsys.readouterr().err
+    shown = capsys.readouterr().out
+    assert re.findall(r"^layer +(\d+)", shown, re.M) == list(map(str, full_layers(kind)))
     profile = load_profile(out)
     assert profile.model.num_layers == len(full_layers(kind)) == len(profile.importance)
     assert len(profile.tiers.kept["0.25"]) == profile.model.num_layers
