@@ -209,8 +209,10 @@ def constructor(sources: Sources, found: Found) -> str | None:
                 if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                     value = ast.unparse(node.value) if node.value else ""
                     if "ClassVar" not in ast.unparse(node.annotation) and "init=False" not in value:
-                        shown = node.target.id + (f"={MARK}" if value else "")
-                        fields[node.target.id] = ("kw_only=True" in decorators, shown)
+                        default = "default" in value or not value.startswith("field(")
+                        shown = node.target.id + (f"={MARK}" if value and default else "")
+                        by_name = "kw_only=True" in f"{decorators} {value}"
+                        fields[node.target.id] = (by_name, shown)
     if text or not fields:
         return text
     positional = [shown for by_name, shown in fields.values() if not by_name]

@@ -63,7 +63,8 @@ class Soak:
         self._engine = engine
         self._core = engine.engine_core.engine_core
         self._scheduler = self._core.scheduler
-        (self._manager,) = self._scheduler.kv_cache_manager.coordinator.single_type_managers
+        managers = self._scheduler.kv_cache_manager.coordinator.single_type_managers
+        (self._manager,) = (manager for manager in managers if hasattr(manager, "rows"))
         self._workload = workload
         self._invariants = invariants
         self._open: set[int] = set()

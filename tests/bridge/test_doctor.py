@@ -10,6 +10,13 @@ from vllm_kvzip.command.doctor import main
 SETTING = "--kv-compression-config."
 
 
+@pytest.fixture(autouse=True)
+def loud_vllm(monkeypatch):
+    """The command quiets vLLM's log for its process; other tests of this process read that log."""
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+    monkeypatch.setenv("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+
+
 def doctor(capsys, *arguments):
     code = main(["--model", str(MODEL), "--dtype", "float32", *arguments, "--json"])
     return code, json.loads(capsys.readouterr().out)
@@ -24,6 +31,7 @@ def test_all_is_well(capsys):
     del compression["profile"]
     assert compression == {
         "architecture": "LlamaForCausalLM", "num_layers": 4, "num_attention_layers": 4,
+        "compressed_layers": None, "left_alone": {}, "window": None, "shares": {"2048": 1.0},
         "num_kv_heads": 4, "head_size": 32, "attention": "full attention", "num_ranks": 1,
         "builds_profile": False, "scorer": "surrogate", "budget": "adaptive", "mode": "evict",
         "keep_ratio": 0.5, "counts": "KV pairs", "block_size": 32, "cache_dtype": "float32",
@@ -34,6 +42,7 @@ def test_all_is_well(capsys):
     whole, ragged = found["rooms"]
     assert whole == {
         "prompt_tokens": 1024, "left_alone": None, "blocks": 32, "blocks_compressed": 16,
+        "blocks_left_alone": 0,
         "tokens": 63 * 1024, "tokens_compressed": 127 * 1024,
     }  # fmt: skip
     assert (ragged["blocks"], ragged["blocks_compressed"]) == (33, 17)  # one holds the tail
@@ -57,6 +66,52 @@ def test_start_ups_warnings_and_prompts_that_are_left_alone(capsys):
     assert "Computed, not measured: a KV cache of 1 GiB a rank" in shown
     assert "warning: No head profile matches this model, so scorer contrast chooses" in shown
     assert "warning: Prompts of 100 tokens are left alone: below_min_prompt_tokens." in shown
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+MIXED = {
+    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 512,
+    "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "max_position_embeddings": 16384, "use_sliding_window": True,
+    "sliding_window": 256, "num_hidden_layers": 6, "layer_types": [SLIDING, SLIDING, FULL] * 2,
+}  # fmt: skip
+
+
+def test_a_model_whose_layers_differ(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MIXED))
+    flags = ["--model", str(tmp_path), "--skip-tokenizer-init", "--memory-gib", "0.25"]
+    code, found = doctor(capsys, *flags, "--prompt-tokens", "1024")
+    assert code == 0
+    compression = found["compression"]
+    assert compression["compressed_layers"] == [2, 5]
+    assert compression["left_alone"] == {SLIDING: 4} and compression["window"] == 256
+    window = 256 // 32 + 1
+    assert compression["shares"] == {
+        "8192": 256 / (256 + 2 * window), "16384": 512 / (512 + 2 * window)
+    }  # fmt: skip
+    blocks = 2**28 // (2 * 4 * 2 * 32 * 32 * 4) - 1  # a block holds two layers of any group
+    assert found["cache_blocks"] == blocks == 4095
+    assert found["rooms"] == [
+        {
+            "prompt_tokens": 1024, "left_alone": None, "blocks": 32 + 2 * window,
+            "blocks_compressed": 16 + 2 * window, "blocks_left_alone": 2 * window,
+            "tokens": 4095 // 50 * 1024, "tokens_compressed": 4095 // 34 * 1024,
+        }
+    ]  # fmt: skip
+
+
+def test_layers_that_are_left_alone_in_words(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MIXED))
+    flags = ["--model", str(tmp_path), "--skip-tokenizer-init"]
+    assert main(flags) == 0
+    shown = capsys.readouterr().out
+    assert "compressed  2 of 6 layers, 4 KV heads of size 32: full attention\n" in shown
+    assert "others      4 have a sliding window of 256 tokens; they are left to vLLM\n" in shown
+    assert "of an uncompressed request, by its tokens: 93% at 8,192, 97% at 16,384\n" in shown
+    assert main([*flags, "--max-model-len", "256"]) == 0
+    shown = capsys.readouterr().out
+    assert "6 of 6 layers, 4 KV heads of size 32: full attention, a window of 256 tokens" in shown
+    assert "others" not in shown
 
 
 @pytest.mark.parametrize(

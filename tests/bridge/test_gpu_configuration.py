@@ -3,6 +3,7 @@
 import pytest
 import torch
 import vllm
+from card import Hopper, pretend_a_card
 from engine_job import MODEL
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
@@ -22,17 +23,6 @@ from vllm_kvzip.vllm_bridge.worker.gpu_worker import compression_bytes
 pytestmark = pytest.mark.vllm
 
 
-class Hopper(Platform):
-    """vLLM's platform of a card; its own class for those needs CUDA to be imported."""
-
-    _enum = PlatformEnum.CUDA
-    device_name = "a card that is not there"
-
-    @classmethod
-    def get_device_capability(cls, device_id=0):
-        return DeviceCapability(9, 0)
-
-
 @pytest.fixture
 def stock_config():
     """vLLM's configuration without the plugin, of a block size that GPUs have."""
@@ -41,8 +31,7 @@ def stock_config():
 
 @pytest.fixture
 def on_a_card(monkeypatch):
-    for module in (platforms, checks, gpu_backend):
-        monkeypatch.setattr(module, "current_platform", Hopper())
+    pretend_a_card(monkeypatch)
 
 
 def test_the_gpus_worker_and_a_backend_of_ours_are_chosen(stock_config, on_a_card):

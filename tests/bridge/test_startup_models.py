@@ -114,7 +114,7 @@ MODELS = {
         **BASE, "architectures": ["MistralForCausalLM"], "model_type": "mistral",
         "sliding_window": 128,
     },
-    "Mamba and other state-space": {
+    "models without attention, whose layers hold no KV pairs": {
         "architectures": ["MambaForCausalLM"], "model_type": "mamba", "vocab_size": 512,
         "hidden_size": 128, "num_hidden_layers": 2, "state_size": 16,
     },
@@ -127,6 +127,29 @@ MODELS = {
     "ALiBi": {
         "architectures": ["BloomForCausalLM"], "model_type": "bloom", "vocab_size": 512,
         "hidden_size": 128, "n_layer": 2, "n_head": 4,
+    },
+    "chunked local attention": {
+        **LLAMA, "architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text",
+        "layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 64,
+        "num_local_experts": 2, "intermediate_size_mlp": 256, "head_dim": 32,
+    },
+    "multi-head latent attention (MLA); run DeepseekV32": {
+        **BASE, "architectures": ["DeepseekV32ForCausalLM"], "model_type": "deepseek_v32",
+        "kv_lora_rank": 64, "q_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32,
+        "v_head_dim": 32, "n_routed_experts": 4, "first_k_dense_replace": 2, "index_topk": 64,
+        "index_n_heads": 2, "index_head_dim": 32,
+    },
+    "layers of kind compressed_sparse_attention": {
+        **LLAMA, "layer_types": ["full_attention", "compressed_sparse_attention"],
+    },
+    "layers of kind hybrid": {
+        **BASE, "architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1",
+        "mamba_d_ssm": 256, "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16,
+        "mamba_n_groups": 1,
+    },
+    "models without a layer that attends to the whole context": {
+        **BASE, "architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next",
+        "layer_types": ["linear_attention"] * 2, "head_dim": 32,
     },
     "learned keys and values before the first token": {**LLAMA, "param_sink_number": 2},
 }  # fmt: skip

@@ -8,6 +8,9 @@ import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from vllm_kvzip.model.attention_kinds import SLIDING_KIND, STATE_KINDS
+from vllm_kvzip.model.cache_shares import in_percent
+
 if TYPE_CHECKING:
     from vllm_kvzip.vllm_bridge.start.doctor import Compression, Diagnosis
 
@@ -60,17 +63,39 @@ def in_words(found: Diagnosis, memory_gib: float) -> str:
 
 def _facts(it: Compression) -> list[str]:
     profile = it.profile or "none"
+    left_alone = {"others": _left_alone(it), "share": _shares(it)} if it.left_alone else {}
     ranks = f", over {it.num_ranks} ranks" if it.num_ranks > 1 else ""
     facts = {
         "model": it.architecture,
         "compressed": f"{it.num_attention_layers} of {it.num_layers} layers, {it.num_kv_heads} KV "
         f"heads of size {it.head_size}{ranks}: {it.attention}",
+        **left_alone,
         "profile": f"{profile}, made when the engine starts" if it.builds_profile else profile,
         "scorer": f"{it.scorer}, budget {it.budget}",
         "mode": f"{it.mode}, {it.keep_ratio:g} of the {it.counts} of a prompt are kept",
         "KV cache": f"blocks of {it.block_size} tokens, {it.cache_dtype}",
     }
     return [f"  {name:<10}  {fact}" for name, fact in facts.items()]
+
+
+def _left_alone(it: Compression) -> str:
+    """The layers that are not compressed."""
+    kinds = []
+    for kind, number in it.left_alone.items():
+        verb = "has" if number == 1 else "have"
+        what = f"{verb} no KV cache ({kind})"
+        if kind == SLIDING_KIND:
+            what = f"{verb} a sliding window of {it.window:,} tokens"
+        elif kind in STATE_KINDS:
+            what = f"{verb} a state of fixed size ({kind})"
+        kinds.append(f"{number} {what}")
+    return f"{', '.join(kinds)}; they are left to vLLM"
+
+
+def _shares(it: Compression) -> str:
+    """How much of an uncompressed request can be compressed at all."""
+    shares = [f"{in_percent(share)} at {tokens:,}" for tokens, share in it.shares.items()]
+    return f"of the bytes of an uncompressed request, by its tokens: {', '.join(shares)}"
 
 
 def _parser(prog: str | None) -> argparse.ArgumentParser:

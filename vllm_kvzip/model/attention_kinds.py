@@ -6,6 +6,7 @@ the scripts agree on which models can be compressed.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 SINK_FIELDS = (
@@ -15,6 +16,10 @@ SINK_FIELDS = (
 )
 VARIED = "layers of different KV heads or head sizes"
 FULL_KINDS = ("full_attention", "attention")
+SLIDING_KIND = "sliding_attention"
+STATE_KINDS = ("linear_attention", "mamba", "conv")
+"""Layers that hold a state of fixed size: linear attention, state-space layers, convolutions."""
+CACHELESS_KINDS = ("moe", "mlp")
 WINDOW_FIELDS = ("sliding_window", "interleaved_sliding_window")
 
 
@@ -108,8 +113,34 @@ def full_attention_layers(config: Any, num_tokens: int | None = None) -> list[in
         return None
     full = set(FULL_KINDS)
     if num_tokens is not None and not slides_within(config, num_tokens):
-        full.add("sliding_attention")
+        full.add(SLIDING_KIND)
     return [index for index, kind in enumerate(kinds) if kind in full]
+
+
+def layers_by_kind(config: Any) -> dict[str, int]:
+    """How many layers a model has of each kind, where a configuration tells the layers apart.
+
+    Args:
+        config: of the text model, in transformers' format.
+
+    Returns:
+        numbers of layers by transformers' name of their kind; empty when the configuration knows
+        one kind of layer only.
+    """
+    return dict(Counter(getattr(config, "layer_types", None) or ()))
+
+
+def unknown_kinds(config: Any) -> list[str]:
+    """Kinds of layers of which it is not known what they hold.
+
+    Args:
+        config: of the text model, in transformers' format.
+
+    Returns:
+        transformers' names of them, such as that of layers with attention and a state.
+    """
+    known = {*FULL_KINDS, SLIDING_KIND, *STATE_KINDS, *CACHELESS_KINDS}
+    return [kind for kind in layers_by_kind(config) if kind not in known]
 
 
 def attention_layers_and_kv_heads(config: Any, num_tokens: int | None = None) -> tuple[int, int]:
@@ -160,7 +191,7 @@ def sliding_window(config: Any) -> int | None:
         windows += [window for window in values if isinstance(window, int) and window > 0]
     if windows:
         return min(windows)
-    return 0 if "sliding_attention" in (getattr(config, "layer_types", None) or ()) else None
+    return 0 if SLIDING_KIND in (getattr(config, "layer_types", None) or ()) else None
 
 
 def slides_within(config: Any, num_tokens: int) -> bool:

@@ -8,8 +8,10 @@ from vllm_kvzip.errors import ConfigError, UnsupportedError
 from vllm_kvzip.model.attention_kinds import (
     FULL_KINDS,
     VARIED,
+    layers_by_kind,
     slides_within,
     sliding_window,
+    unknown_kinds,
     unusual_attention,
 )
 from vllm_kvzip.vllm_bridge.fingerprint import compressed_layers
@@ -19,6 +21,7 @@ from vllm_kvzip.vllm_bridge.fp8_cache import (
     running_cache_dtype,
 )
 from vllm_kvzip.vllm_bridge.platforms import running_platform, unserved_device
+from vllm_kvzip.vllm_bridge.start.cache_plan import plan_cache
 from vllm_kvzip.vllm_bridge.symbols import current_platform, envs
 from vllm_kvzip.vllm_bridge.tensor_parallel import can_share
 from vllm_kvzip.vllm_bridge.versions import has_cascade_attention
@@ -38,8 +41,9 @@ def check_supported(vllm_config: VllmConfig) -> None:
     Raises:
         UnsupportedError: names the model property or the flag, and what to do.
     """
-    for problem in (*_model_problems(vllm_config), *_engine_problems(vllm_config)):
-        raise UnsupportedError(f"KV compression does not support {problem}.")
+    for problems in (_model_problems, _engine_problems, _plan_problems):  # each needs those before
+        for problem in problems(vllm_config):
+            raise UnsupportedError(f"KV compression does not support {problem}.")
 
 
 def check_scoring_passes(vllm_config: VllmConfig, scorer: str) -> None:
@@ -123,12 +127,12 @@ def check_prefill_budget(
 def _model_problems(vllm_config: VllmConfig) -> list[str]:
     model = vllm_config.model_config
     text_config: Any = model.hf_text_config
-    layer_types = set(getattr(text_config, "layer_types", None) or ())
+    kinds = layers_by_kind(text_config)
     overrides = model.model_arch_config.per_layer_overrides or ()
     unusual = unusual_attention(text_config)
     if any(SIZES & set(layer) for layer in overrides) and VARIED not in unusual:
         unusual.append(VARIED)
-    has_chunks = "chunked_attention" in layer_types or bool(
+    has_chunks = "chunked_attention" in kinds or bool(
         getattr(text_config, "attention_chunk_size", None)
     )
     slides = not model.disable_sliding_window and slides_within(text_config, model.max_model_len)
@@ -150,8 +154,41 @@ def _model_problems(vllm_config: VllmConfig) -> list[str]:
             f"attention whose window begins behind the prompt; {run_without}",
         ),
         *((True, f"{what}; {run_without}") for what in unusual),
+        *((True, f"layers of kind {kind}; {run_without}") for kind in unknown_kinds(text_config)),
+        (
+            compressed_layers(vllm_config) == [],
+            f"models without a layer that attends to the whole context; {run_without}",
+        ),
+        (
+            model.is_hybrid and not kinds,
+            f"layers with a state where the configuration has no layer_types to tell them by; "
+            f"{run_without}",
+        ),
         (model.is_encoder_decoder, f"encoder-decoder models; {run_without}"),
         (model.runner_type != "generate", f"--runner {model.runner_type}; it serves generation"),
+    ]
+    return [text for present, text in problems if present]
+
+
+def _plan_problems(vllm_config: VllmConfig) -> list[str]:
+    """What is known once vLLM's planner has grouped layers like those of the model."""
+    model, platform = vllm_config.model_config, running_platform()
+    plan = plan_cache(vllm_config)
+    num_full = sum(len(group.layer_names) for group in plan.full_groups)
+    left_alone = sum(layers.num_layers for layers in plan.others)
+    problems = [
+        (
+            len(plan.full_groups) > 1,
+            f"{num_full} layers of full attention beside {left_alone} others, which vLLM splits "
+            f"into {len(plan.full_groups)} KV cache groups of full attention; run "
+            f"{model.architecture} without --kv-compression",
+        ),
+        (
+            not platform.takes_block_size(plan.block_size),
+            f"blocks of {plan.block_size} tokens {platform.where}, which vLLM makes so large that "
+            f"they hold the states of {model.architecture}; run it on CPUs, or without "
+            f"--kv-compression",
+        ),
     ]
     return [text for present, text in problems if present]
 
@@ -159,8 +196,8 @@ def _model_problems(vllm_config: VllmConfig) -> list[str]:
 def is_mixed(vllm_config: VllmConfig) -> bool:
     """Whether some layers are compressed and others are left alone."""
     layers = compressed_layers(vllm_config)
-    kinds = getattr(vllm_config.model_config.hf_text_config, "layer_types", None) or ()
-    return layers is not None and 0 < len(layers) < len(kinds)
+    kinds = layers_by_kind(vllm_config.model_config.hf_text_config)
+    return layers is not None and 0 < len(layers) < sum(kinds.values())
 
 
 def _has_states(vllm_config: VllmConfig) -> bool:
@@ -214,7 +251,7 @@ def _engine_problems(vllm_config: VllmConfig) -> list[str]:
         (
             is_mixed(vllm_config)
             and bool(vllm_config.scheduler_config.disable_hybrid_kv_cache_manager),
-            "sliding windows beside full attention in one KV cache group; remove "
+            "layers of other kinds beside full attention in one KV cache group; remove "
             "--disable-hybrid-kv-cache-manager",
         ),
         (

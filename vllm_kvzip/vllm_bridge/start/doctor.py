@@ -15,10 +15,19 @@ from pydantic import ValidationError
 
 from vllm_kvzip.config import METHOD
 from vllm_kvzip.errors import KVzipError
-from vllm_kvzip.model.attention_kinds import caps_logits, has_sinks, sliding_window
-from vllm_kvzip.vllm_bridge.fingerprint import model_fingerprint
+from vllm_kvzip.model.attention_kinds import (
+    FULL_KINDS,
+    SLIDING_KIND,
+    caps_logits,
+    has_sinks,
+    layers_by_kind,
+    sliding_window,
+)
+from vllm_kvzip.model.cache_shares import compressed_share
+from vllm_kvzip.vllm_bridge.fingerprint import compressed_layers, model_fingerprint
 from vllm_kvzip.vllm_bridge.fp8_cache import running_cache_dtype
 from vllm_kvzip.vllm_bridge.settings import Settings, cache_shape
+from vllm_kvzip.vllm_bridge.start.cache_plan import CachePlan, plan_cache
 from vllm_kvzip.vllm_bridge.start.options import profile_path
 from vllm_kvzip.vllm_bridge.start.plugin import register
 from vllm_kvzip.vllm_bridge.symbols import (
@@ -32,9 +41,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from vllm_kvzip.planning.prefix_rule import PrefixRule
-    from vllm_kvzip.vllm_bridge.symbols import VllmConfig
 
 USUAL_LENGTHS = (1024, 4096, 16384, 65536)
+SHARE_LENGTHS = (8192, 32768, 131072)
 OUR_LOGGERS = ("vllm.vllm_kvzip", "vllm_kvzip")
 
 
@@ -45,6 +54,11 @@ class Compression:
     Attributes:
         architecture: of the model.
         num_layers, num_attention_layers: all, and those that are compressed.
+        compressed_layers: indices of these among all layers; None: the model has one kind only.
+        left_alone: the other layers by kind, one of transformers' names.
+        window: tokens that those with a sliding window look back on; None: there are none.
+        shares: bytes of the compressed layers / of all layers, in the KV cache of one request, by
+            its length in tokens.
         num_kv_heads, head_size: of each of these, over all ranks.
         attention: their kind.
         num_ranks: tensor-parallel processes.
@@ -61,6 +75,10 @@ class Compression:
     architecture: str
     num_layers: int
     num_attention_layers: int
+    compressed_layers: list[int] | None
+    left_alone: dict[str, int]
+    window: int | None
+    shares: dict[int, float]
     num_kv_heads: int
     head_size: int
     attention: str
@@ -84,7 +102,8 @@ class Room:
     Attributes:
         prompt_tokens: length of each.
         left_alone: why they are not compressed, one of ``metrics.SKIP_REASONS``; None: they are.
-        blocks, blocks_compressed: of one prompt.
+        blocks, blocks_compressed: of one prompt, in all KV cache groups.
+        blocks_left_alone: how many of either are of layers that are not compressed.
         tokens, tokens_compressed: of as many whole prompts as there is room for.
     """
 
@@ -92,6 +111,7 @@ class Room:
     left_alone: str | None
     blocks: int
     blocks_compressed: int
+    blocks_left_alone: int
     tokens: int
     tokens_compressed: int
 
@@ -136,17 +156,18 @@ def diagnose(
             engine_args = AsyncEngineArgs.from_cli_args(parsed)
             engine_args.kvzip_raises = True
             made = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
-            compression = _compression(made)
-            rule = Settings.from_vllm_config(made).rule(*cache_shape(made))
+            plan = plan_cache(made)
+            compression = _compression(plan)
+            rule = Settings.from_vllm_config(made).rule(*cache_shape(plan.vllm_config))
         except KVzipError as error:
             return Diagnosis(str(error), warnings)
         except Exception as error:  # whatever vLLM says of a model or a flag
             return Diagnosis(f"vLLM refuses it: {_sentence(error)}", warnings)
-    cache_blocks = max(0, int(memory_gib * 2**30) // _block_bytes(made) - 1)  # vLLM's null block
-    rule = replace(rule, pool_blocks=cache_blocks + 1)
+    cache_blocks = max(0, int(memory_gib * 2**30) // plan.block_bytes - 1)  # vLLM's null block
+    rule = replace(rule, pool_blocks=plan.pool_blocks(cache_blocks + 1))
     limit = compression.max_model_len
     usual = [length for length in USUAL_LENGTHS if length < limit] or [limit - 1]
-    rooms = [_room(rule, length, cache_blocks) for length in lengths or usual]
+    rooms = [_room(rule, plan, length, cache_blocks) for length in lengths or usual]
     for room in rooms:
         if room.left_alone is not None:
             warnings.append(
@@ -155,20 +176,31 @@ def diagnose(
     return Diagnosis(None, warnings, compression, cache_blocks, rooms)
 
 
-def _compression(vllm_config: VllmConfig) -> Compression:
+def _compression(plan: CachePlan) -> Compression:
+    vllm_config = plan.vllm_config
     settings = Settings.from_vllm_config(vllm_config)
     config, model = settings.config, vllm_config.model_config
     shape = model_fingerprint(vllm_config)
     text_config: Any = model.hf_text_config
     profile: Any = settings.profile_to_build or profile_path(vllm_config, config)
     dtype = running_cache_dtype(vllm_config)
+    layers = compressed_layers(vllm_config)
+    left_alone = {} if layers is None else _left_alone(text_config, len(layers))
+    lengths = sorted({min(length, model.max_model_len) for length in SHARE_LENGTHS})
     return Compression(
         architecture=shape.architecture,
         num_layers=getattr(text_config, "num_hidden_layers", shape.num_layers),
         num_attention_layers=shape.num_layers,
+        compressed_layers=layers,
+        left_alone=left_alone,
+        window=sliding_window(text_config) if SLIDING_KIND in left_alone else None,
+        shares={
+            length: compressed_share(shape.num_layers, plan.others, length, plan.block_size)
+            for length in lengths
+        },
         num_kv_heads=shape.num_kv_heads,
         head_size=shape.head_dim,
-        attention=_attention(text_config),
+        attention=_attention(text_config, SLIDING_KIND in left_alone),
         num_ranks=vllm_config.parallel_config.tensor_parallel_size,
         profile=None if profile is None else str(profile),
         builds_profile=settings.profile_to_build is not None,
@@ -177,15 +209,24 @@ def _compression(vllm_config: VllmConfig) -> Compression:
         mode=config.mode,
         keep_ratio=config.ratio,
         counts="KV pairs" if config.keep_bytes_ratio is None else "bytes",
-        block_size=vllm_config.cache_config.block_size,
+        block_size=plan.block_size,
         cache_dtype=str(model.dtype).removeprefix("torch.") if dtype == "auto" else dtype,
         max_model_len=model.max_model_len,
     )
 
 
-def _attention(text_config: Any) -> str:
-    """The kind of the layers that passed the checks."""
-    window = sliding_window(text_config)
+def _left_alone(text_config: Any, num_compressed: int) -> dict[str, int]:
+    """Layers that are not compressed, by kind."""
+    kinds = layers_by_kind(text_config)
+    found = {kind: number for kind, number in kinds.items() if kind not in FULL_KINDS}
+    if num_compressed > sum(kinds.values()) - sum(found.values()):  # the window holds everything
+        found.pop(SLIDING_KIND)
+    return found
+
+
+def _attention(text_config: Any, slides: bool) -> str:
+    """The kind of the layers that are compressed."""
+    window = None if slides else sliding_window(text_config)
     parts = ["full attention"]
     parts += [f"a window of {window} tokens that holds everything"] if window else []
     parts += ["capped logits"] if caps_logits(text_config) else []
@@ -193,26 +234,20 @@ def _attention(text_config: Any) -> str:
     return ", ".join(parts)
 
 
-def _block_bytes(vllm_config: VllmConfig) -> int:
-    """Bytes of one block on one rank."""
-    block_size, head_size, itemsize = cache_shape(vllm_config)
-    num_heads = vllm_config.model_config.get_num_kv_heads(vllm_config.parallel_config)
-    layers = model_fingerprint(vllm_config).num_layers
-    return int(2 * block_size * head_size * itemsize * num_heads * layers)
-
-
-def _room(rule: PrefixRule, length: int, cache_blocks: int) -> Room:
+def _room(rule: PrefixRule, cache: CachePlan, length: int, cache_blocks: int) -> Room:
     blocks = compressed = -(-length // rule.block_size)
     if plan := rule.plan(length):
         tail = -(-(length - plan.boundary_tokens) // rule.block_size)
         compressed = plan.num_compressed_blocks + tail
+    others = cache.blocks_of_others(length)
     return Room(
         prompt_tokens=length,
         left_alone=rule.skip_reason(length),
-        blocks=blocks,
-        blocks_compressed=compressed,
-        tokens=cache_blocks // blocks * length,
-        tokens_compressed=cache_blocks // compressed * length,
+        blocks=blocks + others,
+        blocks_compressed=compressed + others,
+        blocks_left_alone=others,
+        tokens=cache_blocks // (blocks + others) * length,
+        tokens_compressed=cache_blocks // (compressed + others) * length,
     )
 
 

@@ -25,6 +25,7 @@ from vllm_kvzip.vllm_bridge.fingerprint import model_fingerprint
 from vllm_kvzip.vllm_bridge.fp8_cache import running_cache_dtype
 from vllm_kvzip.vllm_bridge.platforms import running_platform
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings, cache_shape
+from vllm_kvzip.vllm_bridge.start.cache_plan import plan_cache
 from vllm_kvzip.vllm_bridge.start.checks import (
     check_attention_kernel,
     check_page_code,
@@ -78,7 +79,7 @@ def configure(vllm_config: VllmConfig, config: KVzipConfig, serves: bool = False
     if warning := untested_warning():
         logger.warning(warning)
     settings = _resolve(vllm_config, config)
-    shape = cache_shape(vllm_config)
+    shape = cache_shape(plan_cache(vllm_config).vllm_config)
     settings.rule(*shape)  # refuses what does not suit this cache
     check_page_code(settings.quantization(*shape))
     from vllm_kvzip.vllm_bridge.server.admission import check_requests

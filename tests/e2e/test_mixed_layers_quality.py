@@ -1,0 +1,54 @@
+"""What trained models with layers of several kinds still answer over compressed contexts."""
+
+import numpy as np
+import pytest
+from engine_job import MODEL, Request, run_job
+
+from vllm_kvzip.evaluation.tasks.word_tasks import TASKS
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+CONTEXT = 768
+SETTINGS = {
+    "full": None,
+    "surrogate at 0.5": {"keep_ratio": 0.5},  # its profile is found
+    "surrogate at 0.3": {"keep_ratio": 0.3},
+    "random at 0.3": {"keep_ratio": 0.3, "scorer": "random", "profile": "none"},
+}
+
+
+@pytest.fixture(scope="module")
+def answered():
+    """Share of right answers over contexts that were compressed before, by settings."""
+    rng = np.random.default_rng(9)
+    documents = [TASKS["multi-key"](rng, CONTEXT, 8) for _ in range(6)]
+    declared = {"extra_args": {"kvzip_context_tokens": CONTEXT}}
+    requests = [Request(document.tokens, 2, options=declared) for document in documents]
+    questions = [(document, question) for document in documents for question in document.questions]
+    requests += [
+        Request([*document.tokens, *question.tokens], 1, arrives=40, options=declared)
+        for document, question in questions
+    ]
+    wanted = [question.answer[0] for _, question in questions]
+    shares = {}
+    for name, kvzip in SETTINGS.items():
+        report = run_job(requests, model=MODEL.with_name("tiny-windowed"), kvzip=kvzip)
+        outputs = [output[0] for output in report.outputs[len(documents) :]]
+        shares[name] = np.mean(np.array(outputs) == np.array(wanted))
+        if kvzip is not None:
+            assert report.metrics["vllm_kvzip_prefix_hits_total"] == len(questions)
+            assert report.written_hashed_blocks == []
+    return shares
+
+
+def test_the_model_answers_without_compression(answered):
+    assert answered["full"] > 0.97
+
+
+def test_answers_survive_compression(answered):
+    assert answered["surrogate at 0.5"] >= 0.97 * answered["full"]
+    assert answered["surrogate at 0.3"] >= 0.75 * answered["full"]
+
+
+def test_random_eviction_loses_more(answered):
+    assert answered["random at 0.3"] < answered["surrogate at 0.3"] - 0.08
