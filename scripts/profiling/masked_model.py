@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from vllm_kvzip.profiling.context_cache import copy_of
 from vllm_kvzip.profiling.reconstruction_probe import ReconstructionProbe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from transformers import DynamicCache
 
     from vllm_kvzip.evaluation.tasks.documents import Document
 
@@ -77,12 +79,10 @@ class MaskedModel(ReconstructionProbe):
         groups: dict[tuple[int, int], list[int]] = {}
         for place, question in enumerate(document.questions):
             groups.setdefault((len(question.tokens), len(question.answer)), []).append(place)
+        if tail and not self.scores_all:  # windows and states cannot be taken back to the boundary
+            cache = self.read(document.tokens[:boundary])
         for places in groups.values():
-            seen = DynamicCache()
-            for index, layer in enumerate(cache.layers):
-                halves = layer.keys[:, :, :boundary], layer.values[:, :, :boundary]
-                keys, values = (half.expand(len(places), -1, -1, -1) for half in halves)
-                seen.update(keys, values, index)
+            seen = copy_of(cache, self.scored, slice(boundary), len(places))
             asked = [[*tail, *document.questions[place].tokens] for place in places]
             yield places, seen, torch.tensor(asked)
 
@@ -104,9 +104,10 @@ class MaskedModel(ReconstructionProbe):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:  # fmt: skip
         """As in the base class; while questions are answered, evicted KV pairs are masked."""
-        if self._kept is None:
+        row = self.row_of.get(module.layer_idx)
+        if self._kept is None or row is None:
             return super()._attend(module, query, key, value, mask, **kwargs)
-        kept = self._kept[module.layer_idx]  # [H, boundary]
+        kept = self._kept[row]  # [H, boundary]
         num_heads, boundary = kept.shape
         rows, own = query.shape[2], key.shape[2] - boundary
         causal = torch.ones(rows, own, dtype=torch.bool).tril(own - rows)

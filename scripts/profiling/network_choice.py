@@ -16,7 +16,8 @@ from vllm_kvzip.evaluation.tasks.documents import Document, Question
 from vllm_kvzip.head_profiles.calibration import NETWORK_TOKENS
 from vllm_kvzip.head_profiles.network_training import ATTENTION_FLOOR, SurrogateTrainer, predict
 from vllm_kvzip.head_profiles.networks import MIN_LOG_SCORE
-from vllm_kvzip.profiling.reconstruction_probe import layers_of, rotary_of
+from vllm_kvzip.profiling.context_cache import layers_of
+from vllm_kvzip.profiling.probe_rotary import rotary_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -46,7 +47,7 @@ class NetworkChoice:
 
     def __init__(self, model: MaskedModel, context_tokens: int, width: int, seed: int) -> None:
         self._model = model
-        self._rotary = rotary_of(model.model, context_tokens)
+        self._rotary = rotary_of(model.model, context_tokens, model.scored)
         num_layers, floors = model.fingerprint.num_layers, list(FLOORS.values())
         self._trainer = SurrogateTrainer(num_layers, NETWORK_TOKENS, width, seed, floors)
         self.target = ""
@@ -61,7 +62,7 @@ class NetworkChoice:
         """Take in one context.
 
         Args:
-            cache: each layer's keys and values after the prefill, ``[H, T, D]``.
+            cache: keys and values of each scored layer after the prefill, ``[H, T, D]``.
             influence, attention: float32 ``[L, H, T]``, the two targets.
         """
         self._trainer.add(cache, [influence, attention], self._rotary)
@@ -85,7 +86,7 @@ class NetworkChoice:
         found: dict[str, tuple[float, list[LayerSurrogate]]] = {}
         for kind, target in enumerate(FLOORS):
             networks = self._trainer.fit(progress, kind)
-            scores = predict(networks, layers_of(cache), self._rotary)
+            scores = predict(networks, layers_of(cache, self._model.scored), self._rotary)
             scores = protect(scores, DEFAULTS.sink_tokens, DEFAULTS.recent_tokens)
             nats = [
                 self._model.nats(document, cache, _best(scores, ratio))[0]

@@ -47,9 +47,9 @@ from vllm_kvzip.head_profiles.head_profile import HeadProfile, Provenance, save_
 from vllm_kvzip.head_profiles.networks import LayerSurrogate, save_surrogate
 from vllm_kvzip.head_profiles.repeat_prompt import repeat_wording
 from vllm_kvzip.planning.reconstruction import pair_fractions, retrieval_fractions
+from vllm_kvzip.profiling.context_cache import layers_of
 from vllm_kvzip.profiling.network_choice import NetworkChoice
-from vllm_kvzip.profiling.reconstruction_probe import layers_of
-from vllm_kvzip.profiling.suitable_models import load_probe
+from vllm_kvzip.profiling.suitable_models import load_probe, refuse_lost_states
 from vllm_kvzip.profiling.tier_budgets import TierBudgetBuilder
 
 if TYPE_CHECKING:
@@ -64,8 +64,14 @@ def task_contexts(args: argparse.Namespace) -> list[list[int]]:
     ]
 
 
-def draw_heat_map(profile: HeadProfile, path: Path) -> bool:
-    """Draw importance and the budgets at keep ratio 0.3; False without matplotlib."""
+def draw_heat_map(profile: HeadProfile, layers: list[int], path: Path) -> bool:
+    """Draw importance and the budgets at keep ratio 0.3; False without matplotlib.
+
+    Args:
+        profile: what is drawn.
+        layers: of the model, by row; see :class:`~.reconstruction_probe.ReconstructionProbe`.
+        path: of the picture.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -79,6 +85,8 @@ def draw_heat_map(profile: HeadProfile, path: Path) -> bool:
     for axis, (title, grid) in zip(axes, panels.items(), strict=True):
         image = axis.imshow(grid, vmin=0, vmax=1, aspect="auto", cmap="viridis")
         axis.set(title=title, xlabel="KV head", ylabel="layer")
+        if layers[-1] >= len(layers):  # others lie between them
+            axis.set_yticks(range(len(layers)), labels=layers)
     figure.colorbar(image, ax=axes)
     figure.suptitle(profile.model.name)
     figure.savefig(path, dpi=110)
@@ -109,10 +117,15 @@ def check_output(path: Path, *, overwrite: bool) -> None:
         )
 
 
-def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurrogate] | None]:
+def build_profile(
+    args: argparse.Namespace,
+) -> tuple[HeadProfile, list[LayerSurrogate] | None, list[int]]:
     """Score all contexts and average; train the networks of scorer surrogate if they are wanted.
 
     Those learn from all contexts but the last, on which they are tried.
+
+    Returns:
+        the profile, its networks, and the model's layer of each row.
 
     Raises:
         ProfileError: if model or text cannot be used.
@@ -132,6 +145,7 @@ def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurr
             tokenizer, material, args.num_contexts, args.context_tokens, args.seed
         )
         texts = [part.label for part in material]
+    refuse_lost_states(args.model, probe, contexts[0])
     wording = repeat_wording(args.repeat_prompt, None, tokenizer)
     try:
         first_ids, later_ids = wording.token_ids(tokenizer)
@@ -163,7 +177,7 @@ def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurr
             for ratio in KEEP_RATIOS if args.budgets == "pairs" else ():
                 budgets[ratio] += pair_fractions(scores, ratio) / len(contexts)
             if tiers is not None:
-                tiers.watch(cache)
+                tiers.watch(layers_of(cache, probe.scored))
                 if args.budgets == "pairs":
                     tiers.solve(scores)
             if choice is not None:
@@ -171,7 +185,7 @@ def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurr
                     context, args.chunk_tokens, first_ids, later_ids, bar.update, cache
                 )
                 if number < len(contexts) - 1:
-                    choice.add(layers_of(cache), influence, scores)
+                    choice.add(layers_of(cache, probe.scored), influence, scores)
         if choice is not None:
             layers = choice.best(context, cache, first_ids, bar.update)
     for line in choice.report if choice is not None else ():
@@ -211,7 +225,7 @@ def build_profile(args: argparse.Namespace) -> tuple[HeadProfile, list[LayerSurr
         budgets={str(ratio): grid.clamp(0, 1).tolist() for ratio, grid in budgets.items()},
         tiers=None if tiers is None else tiers.result(),
     )
-    return profile, layers
+    return profile, layers, probe.scored
 
 
 def tier_builder(
@@ -234,7 +248,7 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path("profiles") / f"{Path(os.path.abspath(args.model)).name}.json"
     try:
         check_output(out, overwrite=args.overwrite)
-        profile, surrogate = build_profile(args)
+        profile, surrogate, layers = build_profile(args)
     except ProfileError as error:
         print(f"{args.prog}: error: {error}", file=sys.stderr)
         return 2
@@ -245,9 +259,9 @@ def run(args: argparse.Namespace) -> int:
             "created": profile.provenance.created,
         }
         save_surrogate(out.with_suffix(".safetensors"), surrogate, profile.model, notes)
-    for layer, row in enumerate(profile.importance):
+    for layer, row in zip(layers, profile.importance, strict=True):
         print(f"layer {layer:3d}  " + "  ".join(f"{value:.3f}" for value in row))
-    drawn = draw_heat_map(profile, out.with_suffix(".png"))
+    drawn = draw_heat_map(profile, layers, out.with_suffix(".png"))
     print(
         json.dumps(
             {"profile": str(out), "heat_map": str(out.with_suffix(".png")) if drawn else None}

@@ -6,22 +6,22 @@ import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-from vllm_kvzip.errors import ProfileError
 from vllm_kvzip.evaluation.model_files import fingerprint_from_config
 from vllm_kvzip.head_profiles.influence import influence_scores, log_odds
-from vllm_kvzip.model.attention_kinds import sliding_window
-from vllm_kvzip.model.transformers_rotary import transformers_tables
+from vllm_kvzip.model.attention_kinds import full_attention_layers, sliding_window
 from vllm_kvzip.planning.reconstruction import Chunk, iter_chunks, reconstruction_scores
+from vllm_kvzip.profiling.context_cache import copy_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from transformers import DynamicCache
+
     from vllm_kvzip.head_profiles.head_profile import ModelFingerprint
-    from vllm_kvzip.model.rotary import RotaryTables
 
 CHECKED_TOKENS = 256  # of each chunk; logits of a large vocabulary are large
 
@@ -51,11 +51,19 @@ class _Attended(NamedTuple):
 class ReconstructionProbe:
     """A causal language model whose attention can be watched.
 
-    A sliding window slides nowhere here; whoever has contexts that it does not hold must not ask.
+    Layers that attend to the whole context are watched and scored. Beside them, layers with a
+    sliding window keep it, and layers with a state go on from the context's last one. Where all
+    layers have a window, it slides nowhere; whoever has contexts that it does not hold must not
+    ask.
 
     Args:
         path: folder of the model.
         num_sinks: first tokens every softmax includes.
+
+    Attributes:
+        scored: indices of the layers that are scored, among all layers; one for each row of a
+            score tensor ``[L, H, T]``.
+        row_of: index of a scored layer -> its row.
     """
 
     def __init__(self, path: str, num_sinks: int = 4) -> None:
@@ -64,13 +72,17 @@ class ReconstructionProbe:
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
         config = AutoConfig.from_pretrained(path)
         text_config = config.get_text_config()
-        if sliding_window(text_config):  # the context fits; what repeats it must see it all
+        full = full_attention_layers(text_config)
+        if sliding_window(text_config) and not full:
+            # The context fits; what repeats it must see it all.
             text_config.sliding_window = WIDE_WINDOW
         self.model = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=torch.float32, attn_implementation=name
         ).eval()
         self.model.requires_grad_(False)
         self.config = self.model.config.get_text_config()
+        self.scored = full or list(range(self.config.num_hidden_layers))
+        self.row_of = {index: row for row, index in enumerate(self.scored)}
         self._num_sinks = num_sinks
         self._chunk: Chunk | None = None
         self._context_tokens = 0
@@ -78,6 +90,11 @@ class ReconstructionProbe:
         self._scores: torch.Tensor | None = None
         self._repeated: list[float] = []
         self._attended: dict[int, _Attended] | None = None
+
+    @property
+    def scores_all(self) -> bool:
+        """Whether every layer is scored."""
+        return bool(len(self.scored) == self.config.num_hidden_layers)
 
     @property
     def repeated_share(self) -> float:
@@ -137,15 +154,15 @@ class ReconstructionProbe:
             self._chunk = chunk
             num_sinks = min(self._num_sinks, chunk.start)
             self._place = _Place(num_sinks, chunk.start, self._context_tokens)
-            seen = cache
+            positions: list[int] | slice = slice(None)
             if local:
                 self._place = _Place(num_sinks, num_sinks, num_sinks + chunk.end - chunk.start)
-                seen = _part_of(cache, [*range(num_sinks), *range(chunk.start, chunk.end)])
+                positions = [*range(num_sinks), *range(chunk.start, chunk.end)]
             first = self._context_tokens
             num_checked = min(CHECKED_TOKENS, chunk.end - chunk.start)
             logits = self.model(
                 torch.tensor([chunk.input_ids]),
-                past_key_values=seen,
+                past_key_values=copy_of(cache, self.scored, positions),
                 position_ids=torch.arange(first, first + len(chunk.input_ids))[None],
                 logits_to_keep=num_checked + 1,
             ).logits
@@ -153,8 +170,6 @@ class ReconstructionProbe:
             right = predicted == torch.tensor(chunk.input_ids[-num_checked:])
             self._repeated.append(float(right.float().mean()))
             self._chunk = None
-            if not local:
-                cache.crop(self._context_tokens)
             progress()
         return self._scores
 
@@ -190,7 +205,7 @@ class ReconstructionProbe:
             try:
                 logits = self.model(
                     inputs_embeds=embed(ids)[None].requires_grad_(True),
-                    past_key_values=_part_of(cache, slice(num_tokens)),
+                    past_key_values=copy_of(cache, self.scored),
                     position_ids=torch.arange(num_tokens, num_tokens + len(ids))[None],
                     logits_to_keep=num_asked + 1,
                 ).logits
@@ -198,9 +213,9 @@ class ReconstructionProbe:
                 attended = self._attended
             finally:
                 self._attended = None
-            for layer, (query, key, value, output, scale) in attended.items():
+            for row, (query, key, value, output, scale) in attended.items():
                 assert output.grad is not None
-                scores[layer, :, chunk.start : chunk.end] = influence_scores(
+                scores[row, :, chunk.start : chunk.end] = influence_scores(
                     query,
                     key,
                     value,
@@ -217,6 +232,9 @@ class ReconstructionProbe:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:  # fmt: skip
         """transformers' attention function: ``query [1, Hq, R, D]``, ``key [1, H, T + R, D]``."""
+        row = self.row_of.get(module.layer_idx)
+        if row is None:
+            return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
         scale = kwargs.get("scaling")  # OPT scales its queries before, and says 1 here
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if self._chunk is not None and self._scores is not None:
@@ -225,7 +243,7 @@ class ReconstructionProbe:
             queries = query[0].unflatten(0, (num_heads, -1)).permute(2, 0, 1, 3)  # [R, H, G, D]
             place = self._place
             chunk_end = place.chunk_start + chunk.end - chunk.start
-            self._scores[module.layer_idx, :, chunk.start : chunk.end] = reconstruction_scores(
+            self._scores[row, :, chunk.start : chunk.end] = reconstruction_scores(
                 queries,
                 keys[:, : place.num_sinks],
                 keys[:, place.chunk_start : chunk_end],
@@ -235,37 +253,7 @@ class ReconstructionProbe:
         output, weights = sdpa_attention_forward(module, query, key, value, *args, **kwargs)
         if self._attended is not None:
             output.retain_grad()
-            self._attended[module.layer_idx] = _Attended(
+            self._attended[row] = _Attended(
                 query.detach()[0], key.detach()[0], value.detach()[0], output, scale
             )
         return output, weights
-
-
-def _part_of(cache: Any, positions: list[int] | slice) -> DynamicCache:
-    """A cache with some of the tokens of another."""
-    part = DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        part.update(layer.keys[:, :, positions], layer.values[:, :, positions], index)
-    return part
-
-
-def layers_of(cache: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values of each layer of a cache that holds one context, ``[H, T, D]``."""
-    return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
-
-
-def rotary_of(model: Any, num_tokens: int) -> RotaryTables | None:
-    """The rotary angles of a transformers model, for its first positions; None if it has none.
-
-    Raises:
-        ProfileError: if it is not understood how keys are rotated.
-    """
-    embedding = getattr(model.get_decoder(), "rotary_emb", None)
-    if embedding is None:
-        return None
-    tables = transformers_tables(embedding, num_tokens)
-    if tables is None:
-        raise ProfileError(
-            f"How {type(model).__name__} rotates its keys is not understood; add --no-surrogate."
-        )
-    return tables

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 
 from vllm_kvzip.errors import ProfileError
 from vllm_kvzip.model.attention_kinds import (
+    FULL_KINDS,
     caps_logits,
+    full_attention_layers,
     has_sinks,
     slides_within,
     sliding_window,
     unusual_attention,
 )
+from vllm_kvzip.profiling.context_cache import copy_of
 from vllm_kvzip.profiling.masked_model import MaskedModel
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+STATE_KINDS = ("conv", "linear_attention", "mamba")
+"""Layers that hold a state of what was read, as transformers names them."""
+TRIED_TOKENS = 128
+MOST_DIFFERENCE = 0.05  # of the norm of a token's logits; rounding makes less than a thousandth
 
 
 def refuse_unsupported(model: str, config: Any, context_tokens: int) -> None:
@@ -28,20 +41,24 @@ def refuse_unsupported(model: str, config: Any, context_tokens: int) -> None:
         context_tokens: of the contexts; a sliding window that holds them slides nowhere.
 
     Raises:
-        ProfileError: for latent (MLA), sliding-window, linear and convolutional attention, for
-            learned and capped logits, and for what KV compression does not support.
+        ProfileError: for latent (MLA) and chunked attention, for models whose layers all have a
+            sliding window or a state, for learned and capped logits, and for what KV compression
+            does not support.
     """
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    others = ", ".join(sorted(kinds - {"sliding_attention"}))
+    kinds = set(getattr(config, "layer_types", None) or ()) - set(FULL_KINDS)
+    others = ", ".join(sorted(kinds - {"sliding_attention", *STATE_KINDS}))
+    full = full_attention_layers(config)
     window, remedy = sliding_window(config), "choose another model"
     if getattr(config, "kv_lora_rank", None):
         reason = "multi-head latent attention (MLA) caches no keys per head"
     elif unusual := unusual_attention(config):
         reason = f"KV compression does not support {unusual[0]}"
     elif others:
-        reason = f"every layer must attend to the whole context, and it has {others}"
-    elif slides_within(config, context_tokens):
-        reason = "every layer must attend to the whole context, and it has sliding_attention"
+        reason = f"KV compression does not support its layers of {others}"
+    elif not full and kinds & set(STATE_KINDS):
+        reason = "none of its layers attends to the whole context"
+    elif not full and slides_within(config, context_tokens):
+        reason = "none of its layers attends to the whole context; all have sliding_attention"
         if window:
             reason += f" with sliding_window={window}"
             remedy = f"set --context-tokens to {window} or less, or {remedy}"
@@ -65,10 +82,44 @@ def refuse_unwatchable(model: str, config: Any) -> None:
         ProfileError: for such a model.
     """
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if kind is not None and not kind._supports_attention_backend:
+    if kind is None or kind._supports_attention_backend:
+        return
+    # Some models ask for the attention that was registered and do not say so.
+    if not hasattr(sys.modules[kind.__module__], "ALL_ATTENTION_FUNCTIONS"):
         raise ProfileError(
             f"--model {model} cannot be profiled: transformers lets nobody watch the attention of "
             f"{kind.__name__}; let the engine profile it (--kv-compression-config.profile build)."
+        )
+
+
+@torch.inference_mode()
+def refuse_lost_states(model: str, probe: MaskedModel, context_ids: Sequence[int]) -> None:
+    """Refuse a model that reads a text otherwise when it is read in two parts.
+
+    What repeats a context is read after it, from the states and windows that the context left.
+    transformers starts some kinds of layers from nothing there.
+
+    Args:
+        model: as the user named it.
+        probe: the model.
+        context_ids: a context, whose first tokens are read.
+
+    Raises:
+        ProfileError: for such a model.
+    """
+    ids = list(context_ids[:TRIED_TOKENS])
+    half = len(ids) // 2
+    if probe.scores_all or not half:
+        return
+    whole = probe.model(torch.tensor([ids]), logits_to_keep=len(ids) - half).logits[0]
+    cache = copy_of(probe.read(ids[:half]), probe.scored)
+    parts = probe.model(torch.tensor([ids[half:]]), past_key_values=cache).logits[0]
+    differences = (parts - whole).norm(dim=-1) / whole.norm(dim=-1)
+    if not bool(differences.max() < MOST_DIFFERENCE):
+        raise ProfileError(
+            f"--model {model} cannot be profiled: in this version of transformers its layers "
+            f"do not go on from the state that a context leaves; run it with scorer keydiff or "
+            f"expected-attention, which need no profile."
         )
 
 

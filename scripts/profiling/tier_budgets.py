@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -10,6 +10,9 @@ from vllm_kvzip.budgeting.tier_solver import solve_tiers
 from vllm_kvzip.head_profiles.head_profile import TierBudgets
 from vllm_kvzip.model.key_transform import KeyTransform
 from vllm_kvzip.quantization import choose_quantization, unpack_pages
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 BYTES_RATIOS = (0.03, 0.05, 0.08, 0.125, 0.18, 0.25, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0)
 CACHE_BLOCK, CACHE_ITEM_BYTES = 16, 2  # of the KV cache that the budgets are made for
@@ -54,17 +57,17 @@ class TierBudgetBuilder:
         """Bytes of a quantized KV pair / of one as it is."""
         return CACHE_BLOCK / self._quantization.head_page_tokens
 
-    def watch(self, cache: Any) -> None:
+    def watch(self, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """See what quantizing a context's keys and values loses.
 
         Keys without what they are freed of before: a constant part loses nothing.
 
         Args:
-            cache: transformers' cache after the prefill.
+            layers: keys and values of each layer after the prefill, ``[H, T, D]``.
         """
         page_tokens = self._quantization.layout.page_tokens
-        for layer in cache.layers:
-            keys, values = (half[0, :, :MOST_TOKENS].float() for half in (layer.keys, layer.values))
+        for layer in layers:
+            keys, values = (half[:, :MOST_TOKENS].float() for half in layer)
             whole = keys.shape[1] // page_tokens * page_tokens
             if not whole:
                 continue

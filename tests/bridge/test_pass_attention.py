@@ -8,8 +8,13 @@ from softmax_terms import weights_of
 
 from vllm_kvzip.core import CacheGeometry
 from vllm_kvzip.kernels.column_maximum import column_maximum
+from vllm_kvzip.model import windowed_attention
 from vllm_kvzip.planning.reconstruction import Chunk, scores_from_normaliser
-from vllm_kvzip.vllm_bridge.passes.calibration_pass import CaughtCache, ReadingMetadata
+from vllm_kvzip.vllm_bridge.passes.calibration_pass import (
+    CaughtCache,
+    ReadingMetadata,
+    WindowMetadata,
+)
 from vllm_kvzip.vllm_bridge.passes.scoring_pass import RepeatedContext, ScoringMetadata, Segment
 
 pytestmark = pytest.mark.vllm
@@ -89,3 +94,32 @@ def test_repeating_is_attention_over_first_tokens_chunk_and_itself(
             best = best.maximum(of_member[:, SINK_TOKENS : len(seen)].amax(0))
         scores = context.scores[0, head]
         torch.testing.assert_close(scores[chunk.start : chunk.end], best, rtol=1e-4, atol=1e-5)
+
+
+@TERMS
+@pytest.mark.parametrize("window", [1, 5, 40])
+def test_a_window_is_kept_over_the_context_and_what_repeats_it(
+    soft_cap, has_sinks, window, monkeypatch
+):
+    monkeypatch.setattr(windowed_attention, "ROWS_AT_ONCE", 4)
+    torch.manual_seed(2)
+    impl = implementation(soft_cap, has_sinks)
+    cache = CaughtCache(GEOMETRY, {}, torch.device("cpu"), {"layer": window})
+    read, repeated = 14, [slice(0, 9), slice(9, 12)]
+    query = torch.randn(read + 12, HEADS * GROUP, DIM)
+    key, value = torch.randn(2, read + 12, HEADS, DIM)
+    output = torch.empty_like(query)
+    parts = [part[:read] for part in (query, key, value, output)]
+    WindowMetadata(cache).attend(LAYER, impl, *parts)
+    segments = [Segment(rows.start, rows.stop, None, None) for rows in repeated]
+    parts = [part[read:] for part in (query, key, value, output)]
+    WindowMetadata(cache, segments).attend(LAYER, impl, *parts)
+    for rows in (slice(0, 0), *repeated):  # first the context alone, then what is read after it
+        order = [*range(read), *range(read + rows.start, read + rows.stop)]
+        own = slice(read if rows.stop else 0, None)
+        distance = torch.arange(len(order))[:, None] - torch.arange(len(order))
+        hidden = (distance < 0) | (distance >= window)
+        for member in range(HEADS * GROUP):
+            keys, values = key[order, member // GROUP], value[order, member // GROUP]
+            wanted = weights(query[order, member], keys, impl, member, hidden) @ values
+            torch.testing.assert_close(output[order, member][own], wanted[own])

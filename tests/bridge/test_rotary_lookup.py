@@ -5,6 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import Cohere2Config, Gemma3TextConfig
+from transformers.models.cohere2.modeling_cohere2 import Cohere2RotaryEmbedding
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.rotary_embedding import get_rope
 
@@ -27,6 +30,30 @@ def test_rotation_that_only_the_configuration_knows_of_is_not_passed_over():
     config = SimpleNamespace(rope_parameters={"rope_theta": 10_000.0, "rope_type": "default"})
     with pytest.raises(UnsupportedError, match=r"rotary embedding of layer layers\.0"):
         find_rotary(nn.Module(), ["layers.0"], config)
+
+
+def transformers_model(embedding):
+    model = nn.Module()
+    model.rotary_emb = embedding
+    return model
+
+
+def test_layers_of_the_transformers_backend_have_the_angles_of_their_type():
+    config = Gemma3TextConfig(
+        hidden_size=64, num_attention_heads=4, head_dim=16, num_hidden_layers=2,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    model = transformers_model(Gemma3RotaryEmbedding(config))
+    narrow, full = find_rotary(model, ["model.layers.0.attn", "model.layers.1.attn"], config)
+    torch.testing.assert_close(narrow.sin[1], (10_000.0 ** -(torch.arange(8) / 8)).sin())
+    torch.testing.assert_close(full.sin[1], (1_000_000.0 ** -(torch.arange(8) / 8)).sin())
+
+
+def test_nobody_says_which_layers_of_cohere2_rotate_in_the_transformers_backend():
+    config = Cohere2Config(hidden_size=64, num_attention_heads=4, num_hidden_layers=4)
+    model = transformers_model(Cohere2RotaryEmbedding(config))
+    with pytest.raises(UnsupportedError, match=r"rotary embedding of layer model\.layers\.3"):
+        find_rotary(model, ["model.layers.3.attn"], config)
 
 
 def test_a_model_without_rotation_has_none():

@@ -7,6 +7,7 @@ import torch
 import transformers
 from engine_job import MODEL
 from pydantic import ValidationError
+from random_model import KINDS, SHAPE
 from startup import ON, engine_config, refusal
 from vllm.transformers_utils.configs.minimax_m3 import MiniMaxM3TextConfig
 from vllm.v1.kv_cache_interface import (
@@ -206,8 +207,8 @@ def test_windows_beside_full_attention_need_groups_of_their_own(capsys, tmp_path
         capsys, *flags, "--disable-hybrid-kv-cache-manager", model=tmp_path
     )
     assert (
-        "Scorer kvzip does not work with layers that have a sliding window yet; choose another "
-        "scorer."
+        "Scorer kvzip does not work with sliding windows beside full attention yet; choose "
+        "surrogate with a profile of `vllm-kvzip profile`, or contrast or keydiff without one."
     ) in refusal(capsys, *flags, "--kv-compression-config.scorer", "kvzip", model=tmp_path)
     specs = {"narrow": sliding(128), "full": full_attention()}
     made = as_head_page_specs(
@@ -215,6 +216,23 @@ def test_windows_beside_full_attention_need_groups_of_their_own(capsys, tmp_path
     )
     assert made["narrow"] is specs["narrow"]
     assert type(made["full"]) is HeadPageSpec
+
+
+def test_models_with_states_are_not_run_beside_vllms_steps(capsys, tmp_path):
+    kind = KINDS["lfm2"]
+    config = kind.config_class(**{**SHAPE, **kind.fields}, num_hidden_layers=4)
+    config.architectures = ["Lfm2ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    setting = "--kv-compression-config."
+    assert (
+        "Scorer kvzip does not work with layers that hold a state beside full attention yet; "
+        "choose surrogate with a profile of `vllm-kvzip profile`, or contrast or keydiff without "
+        "one."
+    ) in refusal(capsys, *ON, f"{setting}scorer", "kvzip", model=tmp_path)
+    assert (
+        "profile build does not work with layers that hold a state yet; build the profile with "
+        "`vllm-kvzip profile`, or set profile to auto."
+    ) in refusal(capsys, *ON, f"{setting}profile", "build", model=tmp_path)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 6, 12])
@@ -282,6 +300,7 @@ def test_usual_attention_is_not_refused():
         (transformers.LlamaConfig(add_full_attention_sink_bias=True), True),
         (transformers.GraniteConfig(), False),
         (transformers.GraniteConfig(layer_types=["full_attention"] * 32), True),
+        (transformers.GraniteMoeHybridConfig(), False),
         (transformers.Gemma2Config(), False),
     ],
 )

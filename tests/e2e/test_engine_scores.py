@@ -10,7 +10,7 @@ from vllm_kvzip.evaluation.tasks.retrieval_task import make_context
 from vllm_kvzip.head_profiles.networks import MIN_LOG_SCORE, load_surrogate, token_features
 from vllm_kvzip.model.rotary import unrotated
 from vllm_kvzip.planning.prefix_seed import prefix_seed
-from vllm_kvzip.profiling.reconstruction_probe import rotary_of
+from vllm_kvzip.profiling.probe_rotary import rotary_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -144,6 +144,27 @@ def test_two_ranks_build_what_one_builds(model, settings, logs, tmp_path):
     assert report.free_blocks[-1] == report.free_blocks[0]
 
 
+def test_full_layers_beside_windows_get_a_profile(settings, tmp_path):
+    """Of the tiny model with windows, again as an architecture for which none is shipped."""
+    folder = tmp_path / "tiny-llama"
+    shutil.copytree(MODEL.with_name("tiny-windowed"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    (folder / "config.json").write_text(json.dumps(config))
+    requests, wanted = questions()
+    kvzip = {**settings, "profile_cache": str(tmp_path / "cache"), "keep_ratio": 0.5}
+    report = run_job(requests, kvzip=kvzip, model=folder, environment=ONE_THREAD)
+    (path,) = (tmp_path / "cache").glob("*.json")
+    profile = load_profile(path)
+    assert profile.provenance.repeated_share > 0.9
+    retrieving, others = np.array(profile.importance)  # of the model's layers 2 and 3
+    assert min(retrieving) > 3 * max(others)
+    assert len(load_surrogate(path.with_suffix(".safetensors"), profile.model)) == 2
+    assert answered(report, wanted) >= 0.9
+    assert report.free_blocks[-1] == report.free_blocks[0]
+    assert report.metrics["vllm_kvzip_requests_compressed_total"] == 1
+
+
 def test_without_time_the_engine_serves_without_a_profile(model, settings, tmp_path):
     kvzip = {**settings, "profile_cache": str(tmp_path), "profile_build_seconds": 0.01}
     (log,) = start(model, kvzip, 1)

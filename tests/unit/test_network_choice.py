@@ -6,9 +6,9 @@ import torch
 from engine_job import MODEL
 
 from vllm_kvzip.evaluation.tasks.retrieval_task import VOCABULARY, make_context
+from vllm_kvzip.profiling.context_cache import layers_of
 from vllm_kvzip.profiling.masked_model import MaskedModel
 from vllm_kvzip.profiling.network_choice import NetworkChoice
-from vllm_kvzip.profiling.reconstruction_probe import layers_of
 
 
 @pytest.mark.parametrize("right", ["influence", "attention"])

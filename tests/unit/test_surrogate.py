@@ -19,7 +19,9 @@ from vllm_kvzip.head_profiles.networks import (
     save_surrogate,
     token_features,
 )
-from vllm_kvzip.profiling.reconstruction_probe import ReconstructionProbe, layers_of, rotary_of
+from vllm_kvzip.profiling.context_cache import layers_of
+from vllm_kvzip.profiling.probe_rotary import rotary_of
+from vllm_kvzip.profiling.reconstruction_probe import ReconstructionProbe
 
 SHAPE = ModelFingerprint(
     architecture="A", num_layers=2, num_query_heads=4, num_kv_heads=2, head_dim=4

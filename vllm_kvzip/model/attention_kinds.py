@@ -65,7 +65,8 @@ def caps_logits(config: Any) -> bool:
 def has_sinks(config: Any) -> bool:
     """Whether a learned logit of each query head joins its softmax, as gpt-oss has them."""
     kind = str(getattr(config, "model_type", None))
-    if kind.startswith("granite") and getattr(config, "layer_types", None) is not None:
+    names_layers = getattr(config, "layer_types", None) is not None
+    if kind.startswith("granite") and kind != "granitemoehybrid" and names_layers:
         return bool(getattr(config, "attention_sinks", True))  # as vLLM reads it
     return kind == "gpt_oss" or any(getattr(config, field, None) for field in SINK_FIELDS)
 

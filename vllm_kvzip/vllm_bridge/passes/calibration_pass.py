@@ -1,7 +1,9 @@
 """Worker side: read contexts and repeat them without any KV cache, to learn what heads look at.
 
 Runs after the model is loaded and before vLLM measures memory and allocates its cache. Keys and
-values of a context are caught where a layer hands them to its attention.
+values of a context are caught where a layer hands them to its attention. Layers with a sliding
+window are not scored: they attend within their window, over the end of the context and what repeats
+it.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_kvzip.model.fused_attention import attend_with_normaliser
+from vllm_kvzip.model.windowed_attention import attend_within_window
 from vllm_kvzip.vllm_bridge.passes.scoring_pass import PassMetadata, ReconstructionPass, Segment
 from vllm_kvzip.vllm_bridge.symbols import set_forward_context
 
@@ -28,17 +31,24 @@ class CaughtCache:
 
     Args:
         geometry: of the model, with blocks of one token.
-        layer_index: vLLM's layer name -> layer.
+        layer_index: vLLM's layer name -> layer, of those that are scored.
         device: of the model.
+        windows: vLLM's layer name -> tokens that its sliding window holds, of the other layers.
     """
 
     def __init__(
-        self, geometry: CacheGeometry, layer_index: dict[str, int], device: torch.device
+        self,
+        geometry: CacheGeometry,
+        layer_index: dict[str, int],
+        device: torch.device,
+        windows: dict[str, int] | None = None,
     ) -> None:
         self.geometry = geometry
         self.layer_index = layer_index
         self.device = device
+        self.windows = windows or {}
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.window_ends: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.pool = self.store = self
 
     def page_ids(self, blocks: torch.Tensor) -> torch.Tensor:
@@ -88,6 +98,55 @@ class ReadingMetadata(PassMetadata):
         output.copy_(attended.transpose(0, 1))
 
 
+@dataclass(frozen=True)
+class WindowMetadata(PassMetadata):
+    """Attention metadata of layers with a sliding window.
+
+    Attributes:
+        cache: keys and values of the context's last tokens go there while it is read.
+        segments: whose chunk lies in which rows; None while the context is read.
+    """
+
+    cache: CaughtCache
+    segments: list[Segment] | None = None
+
+    def attend(
+        self,
+        layer: Any,
+        impl: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """Within the window; see :class:`PassMetadata`."""
+        name, group = layer.layer_name, query.shape[1] // key.shape[1]
+        window = self.cache.windows[name]
+        halves = key.transpose(0, 1), value.transpose(0, 1)
+        places = [slice(None)]
+        if self.segments is not None:
+            places = [slice(segment.start, segment.end) for segment in self.segments]
+        for rows in places:
+            keys, values = (half[:, rows] for half in halves)
+            if self.segments is not None:
+                ends = self.cache.window_ends[name]
+                keys, values = torch.cat([ends[0], keys], 1), torch.cat([ends[1], values], 1)
+            attended = attend_within_window(
+                query[rows].transpose(0, 1),
+                keys.repeat_interleave(group, dim=0),
+                values.repeat_interleave(group, dim=0),
+                impl.scale,
+                window,
+                soft_cap=impl.logits_soft_cap,
+                sink_logits=None if impl.sinks is None else impl.sinks.float()[:, None],
+            )
+            output[rows] = attended.transpose(0, 1)
+        if self.segments is None:
+            first = max(0, key.shape[0] - window + 1)
+            ends = halves[0][:, first:].clone(), halves[1][:, first:].clone()
+            self.cache.window_ends[name] = ends
+
+
 class CalibrationPass(ReconstructionPass):
     """Reads contexts and lets the model repeat them; arguments as those of the base class."""
 
@@ -103,7 +162,10 @@ class CalibrationPass(ReconstructionPass):
         cache: CaughtCache = self._store
         ids = torch.tensor(token_ids, dtype=torch.int32, device=cache.device)
         positions = torch.arange(len(token_ids), device=cache.device)
-        by_layer = dict.fromkeys(cache.layer_index, ReadingMetadata(cache))
+        by_layer: dict[str, PassMetadata] = {
+            **dict.fromkeys(cache.layer_index, ReadingMetadata(cache)),
+            **dict.fromkeys(cache.windows, WindowMetadata(cache)),
+        }
         with set_forward_context(
             by_layer, self._vllm_config, num_tokens=len(token_ids), skip_compiled=True
         ):
@@ -111,6 +173,11 @@ class CalibrationPass(ReconstructionPass):
         context = self.begin(token_ids, range(len(token_ids)))
         self.go_on([(context, context.num_left)])
         return context.scores
+
+    def _metadata(self, segments: list[Segment]) -> dict[str, PassMetadata]:
+        cache: CaughtCache = self._store
+        windows = dict.fromkeys(cache.windows, WindowMetadata(cache, segments))
+        return {**super()._metadata(segments), **windows}
 
     @property
     def repeated_share(self) -> float:

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from vllm_kvzip.vllm_bridge.symbols import ModelConfig
 
 ROTARY_MODULES = (RotaryEmbeddingBase, Phi3LongRoPEScaledRotaryEmbedding)
+ROTATES_ALL = ("v1", "apply_rope_all_layers", "force_rope")
+"""Attributes of attention in vLLM's models of Cohere, of EXAONE 4, and of Cohere's mixture of
+experts, which rotate in sliding windows only unless this is true. All layers have the embedding."""
+ROTATE_IN_WINDOWS = ("cohere2", "cohere2_moe", "exaone4", "exaone_moe")
+"""Kinds of models in transformers that do so, and say nothing of it."""
 
 
 def find_rotary(
@@ -28,8 +33,9 @@ def find_rotary(
 ) -> list[RotaryTables | None]:
     """Angles of each attention layer; None for a layer without rotary embedding.
 
-    vLLM's models keep an attention layer and its rotary embedding in the same module. Models of its
-    Transformers backend have one of transformers' for all layers, and layers may do without.
+    vLLM's models keep an attention layer and its rotary embedding in the same module, and some have
+    one that a layer does not use. Models of its Transformers backend have one of transformers' for
+    all layers, with angles for each type of layer where these differ, and layers may do without.
 
     Args:
         model: as vLLM built it.
@@ -47,10 +53,10 @@ def find_rotary(
         rotary = [child for child in children if isinstance(child, ROTARY_MODULES)]
         has_rotary = has_rotary or bool(rotary)
         for child in children:
-            if isinstance(child, Attention) and len(rotary) == 1:
-                found[child.layer_name] = rotary[0]
-            elif isinstance(child, Attention) and not getattr(module, "use_rope", True):
+            if isinstance(child, Attention) and not _rotates(module):
                 without.add(child.layer_name)
+            elif isinstance(child, Attention) and len(rotary) == 1:
+                found[child.layer_name] = rotary[0]
     tables: dict[int, RotaryTables] = {}
     for rotary_layer in found.values():
         if id(rotary_layer) not in tables:
@@ -58,26 +64,61 @@ def find_rotary(
     missing = [name for name in layer_names if name not in found and name not in without]
     if not has_rotary or not missing:
         return [tables[id(found[name])] if name in found else None for name in layer_names]
-    shared = None if found else _of_all_layers(model, text_config)
-    if shared is None:
-        raise UnsupportedError(
-            f"This scorer needs the rotary embedding of layer {missing[0]}, which was not found; "
-            f"choose another scorer."
-        )
-    return [None if name in without else shared for name in layer_names]
+    shared: dict[str, RotaryTables | None] = {}
+    for name in missing:
+        layer_type = _type_of(name, text_config)
+        if layer_type not in shared:
+            of_type = None if found else _of_all_layers(model, text_config, layer_type)
+            shared[layer_type] = of_type
+        if shared[layer_type] is None:
+            raise UnsupportedError(
+                f"This scorer needs the rotary embedding of layer {name}, which was not found; "
+                f"choose another scorer."
+            )
+    return [
+        None if name in without else shared[_type_of(name, text_config)] for name in layer_names
+    ]
 
 
-def _of_all_layers(model: nn.Module, text_config: Any) -> RotaryTables | None:
-    """Angles of the one rotary embedding of a model that runs by transformers' code."""
+def _rotates(module: nn.Module) -> bool:
+    """Whether a module of one attention layer rotates its keys, if it has a rotary embedding."""
+    if not getattr(module, "use_rope", True) or getattr(module, "rotary_emb", module) is None:
+        return False
+    in_windows_only = any(getattr(module, name, True) is False for name in ROTATES_ALL)
+    return not in_windows_only or bool(getattr(module, "sliding_window", None))
+
+
+def _type_of(layer_name: str, text_config: Any) -> str:
+    """The type of a layer in transformers' words, by the number in vLLM's name of it."""
+    types = getattr(text_config, "layer_types", None)
+    number = next((int(part) for part in layer_name.split(".") if part.isdigit()), None)
+    if not types or number is None or number >= len(types):
+        return "full_attention"
+    return str(types[number])
+
+
+def _of_all_layers(model: nn.Module, text_config: Any, layer_type: str) -> RotaryTables | None:
+    """Angles of the one rotary embedding of a model that runs by transformers' code.
+
+    Args:
+        model: as vLLM built it.
+        text_config: of the model.
+        layer_type: of the layers that are asked for.
+    """
     embeddings = [
         module
         for module in model.modules()
-        if hasattr(module, "inv_freq") and hasattr(module, "attention_scaling")
+        if any(
+            hasattr(module, f"{prefix}inv_freq") and hasattr(module, f"{prefix}attention_scaling")
+            for prefix in ("", f"{layer_type}_")
+        )
     ]
     positions = getattr(text_config, "max_position_embeddings", None)
     if len(embeddings) != 1 or positions is None:
         return None
-    return transformers_tables(embeddings[0], positions)
+    if getattr(text_config, "model_type", None) in ROTATE_IN_WINDOWS:
+        return None
+    return transformers_tables(embeddings[0], positions, layer_type)
 
 
 def tables_of(rotary: Any) -> RotaryTables:

@@ -38,6 +38,7 @@ from vllm_kvzip.head_profiles.network_training import SurrogateTrainer
 from vllm_kvzip.head_profiles.profile_cache import build_lock, is_usable, store
 from vllm_kvzip.head_profiles.repeat_prompt import repeat_wording
 from vllm_kvzip.planning.reconstruction import RepeatRule, retrieval_fractions
+from vllm_kvzip.vllm_bridge.cache.layer_checks import ATTENDS_OVER_HEAD_PAGES
 from vllm_kvzip.vllm_bridge.fingerprint import model_fingerprint
 from vllm_kvzip.vllm_bridge.passes.calibration_pass import CalibrationPass, CaughtCache
 from vllm_kvzip.vllm_bridge.passes.model_rotary import find_rotary, num_positions
@@ -197,7 +198,7 @@ class _Builder:
         longest = vllm_config.scheduler_config.max_num_batched_tokens
         self._tokens = min(CONTEXT_TOKENS, longest, vllm_config.model_config.max_model_len // 2)
         self.contexts = calibration_contexts(tokenizer, self._material, NUM_CONTEXTS, self._tokens)
-        layer_names = list(get_layers_from_vllm_config(vllm_config, Attention))
+        layer_names = list(_layers_and_windows(vllm_config)[0])
         rotary = find_rotary(model, layer_names, vllm_config.model_config.hf_text_config)
         if any(tables is not rotary[0] for tables in rotary):
             raise UnsupportedError("its layers have different rotary embeddings")
@@ -284,7 +285,7 @@ def _calibration_pass(
     tokenizer: Any,
 ) -> tuple[CalibrationPass, CaughtCache]:
     """What runs the model over contexts, and where their keys and values can be read."""
-    attention = get_layers_from_vllm_config(vllm_config, Attention)
+    attention, windows = _layers_and_windows(vllm_config)
     first = next(iter(attention.values()))
     geometry = CacheGeometry(
         num_layers=len(attention),
@@ -297,7 +298,7 @@ def _calibration_pass(
     repeat = RepeatPrompt(*map(tuple, wording.token_ids(tokenizer)))
     max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
     max_positions = num_positions(model, vllm_config.model_config)
-    cache = CaughtCache(geometry, layer_index, next(model.parameters()).device)
+    cache = CaughtCache(geometry, layer_index, next(model.parameters()).device, windows)
     watch = CalibrationPass(
         model=model,
         vllm_config=vllm_config,
@@ -316,3 +317,27 @@ def _calibration_pass(
         skip_compiled=True,
     )
     return watch, cache
+
+
+def _layers_and_windows(vllm_config: VllmConfig) -> tuple[dict[str, Any], dict[str, int]]:
+    """vLLM's attention layers that a profile is for, and the windows of the others, by name.
+
+    Raises:
+        UnsupportedError: if these are not the layers that are compressed, or one of them has an
+            attention that knows nothing of our passes.
+    """
+    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    longest = vllm_config.model_config.max_model_len
+    windows = {
+        name: layer.sliding_window
+        for name, layer in layers.items()
+        if layer.sliding_window is not None and layer.sliding_window < longest
+    }
+    full = {name: layer for name, layer in layers.items() if name not in windows}
+    wanted = model_fingerprint(vllm_config).num_layers
+    if len(full) != wanted:
+        raise UnsupportedError(f"{len(full)} of its layers attend to all tokens, not {wanted}")
+    for name, layer in layers.items():
+        if not getattr(layer.impl, ATTENDS_OVER_HEAD_PAGES, False):
+            raise UnsupportedError(f"layer {name} has an attention of its own")
+    return full, windows

@@ -257,6 +257,18 @@ class ReconstructionPass:
         device = self._store.device
         input_ids = async_tensor_h2d(tokens, device, torch.int32)  # as vLLM compiled the model
         positions = torch.cat([self._positions(segment) for segment in segments])
+        num_tokens = len(input_ids)
+        with set_forward_context(
+            self._metadata(segments),
+            self._vllm_config,
+            num_tokens=num_tokens,
+            skip_compiled=self._skip_compiled,
+        ):
+            hidden: torch.Tensor = self._model(input_ids=input_ids, positions=positions)
+        return hidden
+
+    def _metadata(self, segments: list[Segment]) -> dict[str, PassMetadata]:
+        """Attention metadata of a pass, by vLLM's layer name."""
         metadata = ScoringMetadata(
             segments,
             self._store,
@@ -265,16 +277,7 @@ class ReconstructionPass:
             self._geometry.block_size,
             self._score_columns,
         )
-        by_layer = dict.fromkeys(self._layer_index, metadata)
-        num_tokens = len(input_ids)
-        with set_forward_context(
-            by_layer,
-            self._vllm_config,
-            num_tokens=num_tokens,
-            skip_compiled=self._skip_compiled,
-        ):
-            hidden: torch.Tensor = self._model(input_ids=input_ids, positions=positions)
-        return hidden
+        return dict.fromkeys(self._layer_index, metadata)
 
     def _positions(self, segment: Segment) -> torch.Tensor:
         """Behind the context, as if it were asked to go on; a model looks in vain for what is said

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_kvzip.errors import ConfigError, UnsupportedError
 from vllm_kvzip.model.attention_kinds import (
+    FULL_KINDS,
     VARIED,
     layers_by_kind,
     slides_within,
@@ -51,6 +52,12 @@ def check_scoring_passes(vllm_config: VllmConfig, scorer: str) -> None:
     Raises:
         UnsupportedError: names the model property or the flag, and what to do.
     """
+    if is_mixed(vllm_config):
+        what = "layers that hold a state" if _has_states(vllm_config) else "sliding windows"
+        raise UnsupportedError(
+            f"Scorer {scorer} does not work with {what} beside full attention yet; choose "
+            f"surrogate with a profile of `vllm-kvzip profile`, or contrast or keydiff without one."
+        )
     for what in _pass_problems(vllm_config):
         raise UnsupportedError(
             f"Scorer {scorer} does not work with {what} yet; choose another scorer."
@@ -63,7 +70,8 @@ def check_profile_build(vllm_config: VllmConfig) -> None:
     Raises:
         UnsupportedError: names the model property or the flag, and what to do.
     """
-    for what in _pass_problems(vllm_config):
+    states = ["layers that hold a state"] if _has_states(vllm_config) else []
+    for what in states + _pass_problems(vllm_config):
         raise UnsupportedError(
             f"profile build does not work with {what} yet; build the profile with "
             f"`vllm-kvzip profile`, or set profile to auto."
@@ -75,10 +83,6 @@ def _pass_problems(vllm_config: VllmConfig) -> list[str]:
     problems = [
         (vllm_config.lora_config is not None, "--enable-lora"),
         (model.is_multimodal_model, f"multimodal models such as {model.architecture}"),
-        (
-            is_mixed(vllm_config),
-            "layers that have a sliding window",
-        ),
         (getattr(model, "enable_prompt_embeds", False), "--enable-prompt-embeds"),
         (model.skip_tokenizer_init, "--skip-tokenizer-init"),
         (
@@ -194,6 +198,12 @@ def is_mixed(vllm_config: VllmConfig) -> bool:
     layers = compressed_layers(vllm_config)
     kinds = layers_by_kind(vllm_config.model_config.hf_text_config)
     return layers is not None and 0 < len(layers) < sum(kinds.values())
+
+
+def _has_states(vllm_config: VllmConfig) -> bool:
+    """Whether some layers hold a state of what they read: linear attention and its like."""
+    kinds = set(getattr(vllm_config.model_config.hf_text_config, "layer_types", None) or ())
+    return is_mixed(vllm_config) and bool(kinds - {*FULL_KINDS, "sliding_attention"})
 
 
 def _within_window(text_config: Any) -> str:
