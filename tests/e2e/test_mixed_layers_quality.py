@@ -3,23 +3,30 @@
 import numpy as np
 import pytest
 from engine_job import MODEL, Request, run_job
+from random_model import KINDS
 
 from vllm_kvzip.evaluation.tasks.word_tasks import TASKS
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 CONTEXT = 768
-SETTINGS = {
-    "full": None,
-    "surrogate at 0.5": {"keep_ratio": 0.5},  # its profile is found
-    "surrogate at 0.3": {"keep_ratio": 0.3},
-    "random at 0.3": {"keep_ratio": 0.3, "scorer": "random", "profile": "none"},
+RANDOM = {"scorer": "random", "profile": "none"}
+MODELS = {  # what its engine needs, and how scorer surrogate shares the pages
+    "tiny-windowed": ({}, "profile"),
+    "tiny-convolved": (KINDS["lfm2"].engine, "adaptive"),
 }
 
 
-@pytest.fixture(scope="module")
-def answered():
+@pytest.fixture(scope="module", params=list(MODELS))
+def answered(request):
     """Share of right answers over contexts that were compressed before, by settings."""
+    engine, budget = MODELS[request.param]
+    settings = {
+        "full": None,
+        "default at 0.5": {"keep_ratio": 0.5},  # its profile is found
+        "surrogate at 0.3": {"keep_ratio": 0.3, "scorer": "surrogate", "budget": budget},
+        "random at 0.3": {"keep_ratio": 0.3, **RANDOM},
+    }
     rng = np.random.default_rng(9)
     documents = [TASKS["multi-key"](rng, CONTEXT, 8) for _ in range(6)]
     declared = {"extra_args": {"kvzip_context_tokens": CONTEXT}}
@@ -31,13 +38,13 @@ def answered():
     ]
     wanted = [question.answer[0] for _, question in questions]
     shares = {}
-    for name, kvzip in SETTINGS.items():
-        report = run_job(requests, model=MODEL.with_name("tiny-windowed"), kvzip=kvzip)
+    for name, kvzip in settings.items():
+        report = run_job(requests, model=MODEL.with_name(request.param), kvzip=kvzip, **engine)
         outputs = [output[0] for output in report.outputs[len(documents) :]]
         shares[name] = np.mean(np.array(outputs) == np.array(wanted))
         if kvzip is not None:
             assert report.metrics["vllm_kvzip_prefix_hits_total"] == len(questions)
-            assert report.written_hashed_blocks == []
+            assert report.free_blocks[-1] == report.free_blocks[0]
     return shares
 
 
@@ -46,9 +53,9 @@ def test_the_model_answers_without_compression(answered):
 
 
 def test_answers_survive_compression(answered):
-    assert answered["surrogate at 0.5"] >= 0.97 * answered["full"]
+    assert answered["default at 0.5"] >= 0.95 * answered["full"]
     assert answered["surrogate at 0.3"] >= 0.75 * answered["full"]
 
 
 def test_random_eviction_loses_more(answered):
-    assert answered["random at 0.3"] < answered["surrogate at 0.3"] - 0.08
+    assert answered["random at 0.3"] < 0.85 * answered["surrogate at 0.3"]
