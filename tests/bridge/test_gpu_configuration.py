@@ -145,6 +145,7 @@ def test_capped_and_learned_logits_are_not_refused(stock_config, on_a_card):
     stock_config.model_config.hf_text_config.attn_logit_softcapping = 50.0
     stock_config.model_config.hf_text_config.attention_sinks = True
     options.configure(stock_config, KVzipConfig())
+    assert "HeadPageGPUWorker" in stock_config.parallel_config.worker_cls
 
 
 def test_vllms_kernel_does_not_take_learned_logits(stock_config, on_a_card):

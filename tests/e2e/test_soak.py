@@ -9,11 +9,14 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "soak.py"
 PRIORITY = ("--scheduling-policy", "priority")
+WINDOWED = str(SCRIPT.parent.parent / "tests" / "models" / "tiny-windowed")
+SHORT_STEPS = ("--max-num-batched-tokens", "128")
 RUNS = {  # requests, seed, flags
     "evict": (120, 3),
     "prefill budget": (150, 3, "--prefill-budget", "192"),
     "mixed": (120, 3, "--mode", "mixed"),
     "quantize, priority": (120, 3, "--mode", "quantize", *PRIORITY),
+    "sliding windows": (200, 8, "--model", WINDOWED, "--pool-blocks", "38", *SHORT_STEPS),
     "identity, priority": (120, 5, "--identity", *PRIORITY),
 }
 

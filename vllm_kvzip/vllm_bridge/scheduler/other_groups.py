@@ -55,7 +55,7 @@ class OtherGroups:
         vllms = manager.cache_blocks
 
         @functools.wraps(vllms)
-        def cache_blocks(
+        def _watched(
             request: Request,
             num_tokens: int,
             *args: Any,
@@ -74,7 +74,7 @@ class OtherGroups:
                 boundaries.append(row.plan.boundary_tokens)
             vllms(request, num_tokens, *args, replay_boundaries=boundaries, **kwargs)
 
-        manager.cache_blocks = cache_blocks
+        manager.cache_blocks = _watched
 
     def all_managers(self) -> Sequence[SingleTypeKVCacheManager]:
         """Those that were added."""
