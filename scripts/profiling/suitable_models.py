@@ -13,11 +13,13 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer
 from vllm_kvzip.errors import ProfileError
 from vllm_kvzip.model.attention_kinds import (
     FULL_KINDS,
+    STATE_KINDS,
     caps_logits,
     full_attention_layers,
     has_sinks,
     slides_within,
     sliding_window,
+    unknown_kinds,
     unusual_attention,
 )
 from vllm_kvzip.profiling.context_cache import copy_of
@@ -26,8 +28,6 @@ from vllm_kvzip.profiling.masked_model import MaskedModel
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-STATE_KINDS = ("conv", "linear_attention", "mamba")
-"""Layers that hold a state of what was read, as transformers names them."""
 TRIED_TOKENS = 128
 MOST_DIFFERENCE = 0.05  # of the norm of a token's logits; rounding makes less than a thousandth
 
@@ -46,7 +46,7 @@ def refuse_unsupported(model: str, config: Any, context_tokens: int) -> None:
             does not support.
     """
     kinds = set(getattr(config, "layer_types", None) or ()) - set(FULL_KINDS)
-    others = ", ".join(sorted(kinds - {"sliding_attention", *STATE_KINDS}))
+    others = ", ".join(sorted(unknown_kinds(config)))
     full = full_attention_layers(config)
     window, remedy = sliding_window(config), "choose another model"
     if getattr(config, "kv_lora_rank", None):

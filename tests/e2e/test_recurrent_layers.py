@@ -17,9 +17,9 @@ def linear_attention(tmp_path_factory):
     return run_mixed("qwen3-next", tmp_path_factory.mktemp("models"))
 
 
-@pytest.fixture(scope="module")
-def state_space(tmp_path_factory):
-    return run_mixed("granite4-h", tmp_path_factory.mktemp("models"))
+@pytest.fixture(scope="module", params=["granite4-h", "nemotron-h"])
+def state_space(request, tmp_path_factory):
+    return run_mixed(request.param, tmp_path_factory.mktemp("models"))
 
 
 def test_short_convolutions(convolutions):

@@ -117,6 +117,14 @@ KINDS = {
         # Mamba 2 on CPUs does not save the states that vLLM's prefix cache asks it for.
         {"enable_prefix_caching": False},
     ),
+    "nemotron-h": Kind(
+        transformers.NemotronHConfig,
+        {
+            "layer_types": [LINEAR, "mlp", FULL, LINEAR, "mlp"], "hidden_size": 128,
+            "mamba_num_heads": 8, "mamba_head_dim": 32, "ssm_state_size": 16, "n_groups": 1,
+        },
+        {"enable_prefix_caching": False},
+    ),
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_kvzip.errors import ConfigError, UnsupportedError
 from vllm_kvzip.model.attention_kinds import (
-    FULL_KINDS,
+    STATE_KINDS,
     VARIED,
     layers_by_kind,
     slides_within,
@@ -202,8 +202,8 @@ def is_mixed(vllm_config: VllmConfig) -> bool:
 
 def _has_states(vllm_config: VllmConfig) -> bool:
     """Whether some layers hold a state of what they read: linear attention and its like."""
-    kinds = set(getattr(vllm_config.model_config.hf_text_config, "layer_types", None) or ())
-    return is_mixed(vllm_config) and bool(kinds - {*FULL_KINDS, "sliding_attention"})
+    kinds = layers_by_kind(vllm_config.model_config.hf_text_config)
+    return any(kind in kinds for kind in STATE_KINDS)
 
 
 def _within_window(text_config: Any) -> str:
