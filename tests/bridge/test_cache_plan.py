@@ -84,6 +84,9 @@ def test_blocks_of_a_model_that_engines_were_run_with(tmp_path):
     kind.config_class(**fields, architectures=["Qwen3NextForCausalLM"]).save_pretrained(tmp_path)
     config = engine_config(*ON, NO_TOKENIZER, "--dtype", "bfloat16", model=tmp_path)
     assert plan_cache(config).block_size == 160
+    assert cache_shape(config)[0] == 32
+    config.cache_config.effective_attention_block_size = 160  # as vLLM tells the API server
+    assert cache_shape(config)[0] == 160
     unshared = engine_config(
         *ON, NO_TOKENIZER, "--dtype", "bfloat16", "--no-enable-prefix-caching", model=tmp_path
     )

@@ -267,10 +267,21 @@ class Settings:
         )
 
 
+def block_tokens(vllm_config: VllmConfig) -> int:
+    """Tokens per block of the compressed layers, as far as this process knows.
+
+    Workers make blocks larger where the states of other layers must fit into them. vLLM tells the
+    API server once they have.
+    """
+    cache = vllm_config.cache_config
+    told: int | None = getattr(cache, "effective_attention_block_size", None)
+    return told or int(cache.block_size)
+
+
 def cache_shape(vllm_config: VllmConfig) -> tuple[int, int, int]:
     """Tokens per block, head size, and bytes per number of an engine's KV cache."""
     from vllm_kvzip.vllm_bridge.symbols import kv_cache_dtype_str_to_dtype
 
-    model, cache = vllm_config.model_config, vllm_config.cache_config
+    model = vllm_config.model_config
     dtype = kv_cache_dtype_str_to_dtype(running_cache_dtype(vllm_config), model)
-    return int(cache.block_size), int(model.get_head_size()), dtype.itemsize
+    return block_tokens(vllm_config), int(model.get_head_size()), dtype.itemsize

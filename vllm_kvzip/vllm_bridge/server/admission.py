@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_kvzip.errors import RequestError
 from vllm_kvzip.planning.request_options import SWITCH, check_request, options_of
-from vllm_kvzip.vllm_bridge.settings import KEY, Settings
+from vllm_kvzip.vllm_bridge.settings import KEY, Settings, block_tokens
 from vllm_kvzip.vllm_bridge.symbols import (
     AsyncLLM,
     InputProcessor,
@@ -109,7 +109,7 @@ def _check_room(vllm_config: VllmConfig, params: Any, num_prompt_tokens: int) ->
         return
     if Settings.from_vllm_config(vllm_config).config.prefill_budget is None:
         return
-    most = (cache.num_gpu_blocks - 1) * cache.block_size
+    most = (cache.num_gpu_blocks - 1) * block_tokens(vllm_config)
     if num_prompt_tokens + (asked.max_output_tokens or 1) > most:
         raise RequestError(
             f'The KV cache holds {most} tokens, and {SWITCH}="off" keeps all of the '
