@@ -34,7 +34,8 @@ def test_the_default_scorer_without_a_profile(kind, tmp_path):
     model = make_random_model(kind, tmp_path)
     count = TOKENS.get(kind, 192)
     prompt = np.random.default_rng(3).integers(3, 500, count + 5).tolist()
-    settings = {"keep_ratio": KEEP_RATIO, "min_prompt_tokens": 32}
+    # A tiny model whose profile ships has the shape of one of these.
+    settings = {"keep_ratio": KEEP_RATIO, "min_prompt_tokens": 32, "profile": "none"}
     engine = {"model": str(model), "skip_tokenizer_init": True, **KINDS[kind].engine}
     scores, _ = engine_scores(tmp_path, [prompt], settings, **engine)
     plain = AutoModelForCausalLM.from_pretrained(

@@ -33,14 +33,17 @@ def questions_about(context, count):
 
 @pytest.fixture(scope="module")
 def quantized():
-    """A copy task of one prompt, then questions about another, which is compressed before."""
+    """A copy task of one prompt, questions about another that was compressed, and more copies."""
     rng = np.random.default_rng(1)
-    copied, expected = copy_prompt(make_context(rng, CONTEXT, 0.6), 600, num_answer_tokens=30)
+    copies = [
+        copy_prompt(make_context(rng, CONTEXT, 0.6), offset, num_answer_tokens=30)
+        for offset in (600, 100, 300, 900)
+    ]
     context = make_context(rng, 1000, 0.4)
     about = questions_about(context, 12)
     long_tail = make_context(rng, 300, 0.4)
     requests = [
-        Request(copied, 30),
+        Request(copies[0][0], 30),
         Request(context.tokens.tolist(), 2, 60, options=declared(1000)),
     ]
     requests += [Request(prompt, 4, 66, options=declared(1000)) for prompt, _ in about]
@@ -48,8 +51,9 @@ def quantized():
     requests += [
         Request([*behind, *prompt[1000:]], 4, 90, options=declared(1000)) for prompt, _ in about
     ]
+    requests += [Request(prompt, 30, 130 + 50 * n) for n, (prompt, _) in enumerate(copies[1:])]
     settings = {"mode": "quantize", "scorer": "knorm", "profile": "none"}
-    answers = [expected[:30], [value for _, value in about]]
+    answers = [np.array([text[:30] for _, text in copies]), [value for _, value in about]]
     return requests, answers, run_job(requests, kvzip=settings, **BFLOAT16)
 
 
@@ -68,21 +72,26 @@ def test_a_prompt_in_nf4_holds_a_3_5th_of_stocks_blocks(quantized):
 
 def test_quantizing_without_eviction_keeps_the_answers(quantized):
     _, (copied, values), report = quantized
-    assert np.mean([a == b for a, b in zip(report.outputs[0], copied, strict=True)]) > 0.9
+    copies = np.array([report.outputs[0], *report.outputs[26:]])
+    assert (
+        np.mean(copies == copied) > 0.85
+    )  # one may go astray near its end, as numbers are rounded
     assert report.metrics["vllm_kvzip_prefix_hits_total"] == 2 * len(values)
     right = [output[0] == value for output, value in zip(report.outputs[2:14], values, strict=True)]
     assert np.mean(right) > 0.9
-    right = [output[0] == value for output, value in zip(report.outputs[14:], values, strict=True)]
+    right = [
+        output[0] == value for output, value in zip(report.outputs[14:26], values, strict=True)
+    ]
     assert np.mean(right) > 0.8  # many tokens lie between, and all of them attend to the prefix
 
 
 def test_metrics_tell_the_tiers(quantized):
     requests, _, report = quantized
-    prefixes = [len(requests[0].prompt) // BLOCK * BLOCK, 1000 // BLOCK * BLOCK]
+    prefixes = [len(requests[0].prompt) // BLOCK * BLOCK] * 4 + [1000 // BLOCK * BLOCK]
     samples = {name.removeprefix("vllm_kvzip_"): n for name, n in report.metrics.items()}
     assert samples["tokens_kept_total/quantized"] == sum(prefixes)
     assert samples["tokens_kept_total/full"] == samples["tokens_evicted_total"] == 0
-    assert samples["compress_seconds_count/quantize"] == 2
+    assert samples["compress_seconds_count/quantize"] == 5
     freed = sum(n // BLOCK - ceil(n / PAGE) for n in prefixes)
     assert samples["blocks_freed_total"] == freed
     for kind in ("full", "compressed", "quantized"):
