@@ -73,16 +73,11 @@ def test_a_prompt_in_nf4_holds_a_3_5th_of_stocks_blocks(quantized):
 def test_quantizing_without_eviction_keeps_the_answers(quantized):
     _, (copied, values), report = quantized
     copies = np.array([report.outputs[0], *report.outputs[26:]])
-    assert (
-        np.mean(copies == copied) > 0.85
-    )  # one may go astray near its end, as numbers are rounded
+    assert np.mean(copies == copied) > 0.85  # rounding may lead one astray near its end
     assert report.metrics["vllm_kvzip_prefix_hits_total"] == 2 * len(values)
-    right = [output[0] == value for output, value in zip(report.outputs[2:14], values, strict=True)]
-    assert np.mean(right) > 0.9
-    right = [
-        output[0] == value for output, value in zip(report.outputs[14:26], values, strict=True)
-    ]
-    assert np.mean(right) > 0.8  # many tokens lie between, and all of them attend to the prefix
+    first = np.array([output[0] for output in report.outputs[2:26]])
+    assert np.mean(first[:12] == values) > 0.9
+    assert np.mean(first[12:] == values) > 0.8  # many tokens lie between, and all of them attend to the prefix
 
 
 def test_metrics_tell_the_tiers(quantized):
