@@ -92,8 +92,7 @@ class ReadingMetadata(PassMetadata):
             values.repeat_interleave(group, dim=0),
             impl.scale,
             causal=True,
-            soft_cap=impl.logits_soft_cap,
-            sink_logits=None if impl.sinks is None else impl.sinks.float()[:, None],
+            **_logit_terms(impl),
         )
         output.copy_(attended.transpose(0, 1))
 
@@ -137,14 +136,22 @@ class WindowMetadata(PassMetadata):
                 values.repeat_interleave(group, dim=0),
                 impl.scale,
                 window,
-                soft_cap=impl.logits_soft_cap,
-                sink_logits=None if impl.sinks is None else impl.sinks.float()[:, None],
+                **_logit_terms(impl),
             )
             output[rows] = attended.transpose(0, 1)
         if self.segments is None:
             first = max(0, key.shape[0] - window + 1)
             ends = halves[0][:, first:].clone(), halves[1][:, first:].clone()
             self.cache.window_ends[name] = ends
+
+
+def _logit_terms(impl: Any) -> dict[str, Any]:
+    """What an attention implementation of vLLM's adds to its logits, as our torch attention has it.
+
+    One row a query head: ``attend_with_normaliser`` and ``attend_within_window`` take both.
+    """
+    sinks = None if impl.sinks is None else impl.sinks.float()[:, None]
+    return {"soft_cap": impl.logits_soft_cap, "sink_logits": sinks}
 
 
 class CalibrationPass(ReconstructionPass):

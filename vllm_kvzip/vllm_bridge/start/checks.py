@@ -21,7 +21,7 @@ from vllm_kvzip.vllm_bridge.fp8_cache import (
     running_cache_dtype,
 )
 from vllm_kvzip.vllm_bridge.platforms import running_platform, unserved_device
-from vllm_kvzip.vllm_bridge.start.cache_plan import plan_cache
+from vllm_kvzip.vllm_bridge.start.cache_plan import CachePlan, plan_cache
 from vllm_kvzip.vllm_bridge.symbols import current_platform, envs
 from vllm_kvzip.vllm_bridge.tensor_parallel import can_share
 from vllm_kvzip.vllm_bridge.versions import has_cascade_attention
@@ -35,15 +35,25 @@ STOCK_WORKERS = ("auto", "vllm.v1.worker.cpu_worker.CPUWorker", "vllm.v1.worker.
 SIZES = {"head_size", "total_num_kv_heads", "total_num_attention_heads"}
 
 
-def check_supported(vllm_config: VllmConfig) -> None:
+def check_supported(vllm_config: VllmConfig) -> CachePlan:
     """Refuse what does not work yet.
+
+    Returns:
+        what vLLM will make of the model's layers.
 
     Raises:
         UnsupportedError: names the model property or the flag, and what to do.
     """
-    for problems in (_model_problems, _engine_problems, _plan_problems):  # each needs those before
-        for problem in problems(vllm_config):
-            raise UnsupportedError(f"KV compression does not support {problem}.")
+    for problems in (_model_problems, _engine_problems):  # a plan needs what these let through
+        _refuse(problems(vllm_config))
+    plan = plan_cache(vllm_config)
+    _refuse(_plan_problems(plan))
+    return plan
+
+
+def _refuse(problems: list[str]) -> None:
+    for problem in problems:
+        raise UnsupportedError(f"KV compression does not support {problem}.")
 
 
 def check_scoring_passes(vllm_config: VllmConfig, scorer: str) -> None:
@@ -170,10 +180,9 @@ def _model_problems(vllm_config: VllmConfig) -> list[str]:
     return [text for present, text in problems if present]
 
 
-def _plan_problems(vllm_config: VllmConfig) -> list[str]:
+def _plan_problems(plan: CachePlan) -> list[str]:
     """What is known once vLLM's planner has grouped layers like those of the model."""
-    model, platform = vllm_config.model_config, running_platform()
-    plan = plan_cache(vllm_config)
+    model, platform = plan.vllm_config.model_config, running_platform()
     num_full = sum(len(group.layer_names) for group in plan.full_groups)
     left_alone = sum(layers.num_layers for layers in plan.others)
     problems = [

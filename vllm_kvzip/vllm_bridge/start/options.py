@@ -25,7 +25,6 @@ from vllm_kvzip.vllm_bridge.fingerprint import model_fingerprint
 from vllm_kvzip.vllm_bridge.fp8_cache import running_cache_dtype
 from vllm_kvzip.vllm_bridge.platforms import running_platform
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings, cache_shape
-from vllm_kvzip.vllm_bridge.start.cache_plan import plan_cache
 from vllm_kvzip.vllm_bridge.start.checks import (
     check_attention_kernel,
     check_page_code,
@@ -73,13 +72,13 @@ def configure(vllm_config: VllmConfig, config: KVzipConfig, serves: bool = False
         KVzipError: with one sentence for the user.
     """
     check_version(serves)
-    check_supported(vllm_config)
+    plan = check_supported(vllm_config)
     check_attention_kernel(config, running_cache_dtype(vllm_config))
     check_sinks(has_sinks(vllm_config.model_config.hf_text_config), config.attention_kernel)
     if warning := untested_warning():
         logger.warning(warning)
     settings = _resolve(vllm_config, config)
-    shape = cache_shape(plan_cache(vllm_config).vllm_config)
+    shape = cache_shape(plan.vllm_config)
     settings.rule(*shape)  # refuses what does not suit this cache
     check_page_code(settings.quantization(*shape))
     from vllm_kvzip.vllm_bridge.server.admission import check_requests
