@@ -138,42 +138,61 @@ def tier_checks(device: str, head_dim: int, *, small: bool) -> Iterator[Check]:
             )  # fmt: skip
 
 
-def eight_bit_checks(device: str, head_dim: int, *, small: bool) -> Iterator[Check]:
-    """Attention over a cache of 8-bit numbers, with one tier and with two."""
+def compare_with_terms(
+    what: str,
+    query_len: int,
+    head_dim: int,
+    device: str,
+    *,
+    small: bool,
+    two_tiers: bool,
+    stored: torch.dtype = torch.bfloat16,
+    **terms: Any,
+) -> Check:
+    """Attention of a compressed request and another one, with one tier or with two.
+
+    Args:
+        what: name of the check.
+        query_len: rows of each request.
+        head_dim: D.
+        device: where it runs.
+        small: whether the compressed request is a short one.
+        two_tiers: whether it has quantized pages as well.
+        stored: of the numbers in the cache.
+        terms: what :func:`compare_attention` is told besides.
+    """  # fmt: skip
     blocks = 10 if small else 300
     double = NormalFloat4(32, double_quantization=True)
     shape = Shape(2, 2, 4, head_dim, 16)
+    layout = shape.page_layout(stored, double, double) if two_tiers else None
+    batch = [
+        Asked(16 * blocks + query_len, query_len, blocks, 0.1, 0.3),
+        Asked(90 + query_len, query_len),
+    ]
+    return compare_attention(
+        f"attention {what}{' two tiers' * two_tiers} D{head_dim} q{query_len}", batch, shape,
+        dtype=torch.bfloat16, device=device, seed=query_len, poison=True, layout=layout,
+        rotated=True, **terms,
+    )  # fmt: skip
+
+
+def eight_bit_checks(device: str, head_dim: int, *, small: bool) -> Iterator[Check]:
+    """Attention over a cache of 8-bit numbers, with one tier and with two."""
     for two_tiers in (False, True):
-        layout = shape.page_layout(torch.uint8, double, double) if two_tiers else None
         for query_len in (1, 40):
-            batch = [
-                Asked(16 * blocks + query_len, query_len, blocks, 0.1, 0.3),
-                Asked(90 + query_len, query_len),
-            ]
-            yield compare_attention(
-                f"attention 8 bits{' two tiers' * two_tiers} D{head_dim} q{query_len}", batch,
-                shape, dtype=torch.bfloat16, device=device, seed=query_len, poison=True,
-                layout=layout, rotated=True, eight_bits="queries too",
+            yield compare_with_terms(
+                "8 bits", query_len, head_dim, device, small=small, two_tiers=two_tiers,
+                stored=torch.uint8, eight_bits="queries too",
             )  # fmt: skip
 
 
 def sink_and_cap_checks(device: str, head_dim: int, *, small: bool) -> Iterator[Check]:
     """Attention with learned logits and capped ones, with one tier and with two."""
-    blocks = 10 if small else 300
-    double = NormalFloat4(32, double_quantization=True)
-    shape = Shape(2, 2, 4, head_dim, 16)
     for two_tiers in (False, True):
-        layout = shape.page_layout(torch.bfloat16, double, double) if two_tiers else None
         for query_len, terms in ((1, "sinks cap"), (40, "sinks cap"), (1, "sinks"), (1, "cap")):
-            batch = [
-                Asked(16 * blocks + query_len, query_len, blocks, 0.1, 0.3),
-                Asked(90 + query_len, query_len),
-            ]
-            yield compare_attention(
-                f"attention {terms}{' two tiers' * two_tiers} D{head_dim} q{query_len}", batch,
-                shape, dtype=torch.bfloat16, device=device, seed=query_len, poison=True,
-                layout=layout, rotated=True, sinks="sinks" in terms,
-                soft_cap=2.0 if "cap" in terms else None,
+            yield compare_with_terms(
+                terms, query_len, head_dim, device, small=small, two_tiers=two_tiers,
+                sinks="sinks" in terms, soft_cap=2.0 if "cap" in terms else None,
             )  # fmt: skip
 
 
