@@ -30,7 +30,8 @@ def lay_out(
     offsets, boundaries, slots, block_table, seq_lens, flat, lengths,
     width, num_rows, first_page, layer_stride, block_stride,
     table_stride, flat_layer_stride, flat_row_stride,
-    HEADS: tl.constexpr, PAIRS: tl.constexpr, N: tl.constexpr, COLUMNS: tl.constexpr,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, N: tl.constexpr, PER_HEAD: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Some columns of one pair's row in one layer; grid ``(tiles of columns, R * H, L)``."""
     row = tl.program_id(1)
@@ -42,11 +43,11 @@ def lay_out(
     )
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     wanted = columns < tl.cdiv(num_tokens, N)
-    tail_page = first_page + layer.to(tl.int64) * layer_stride + head
+    tail_page = first_page + layer.to(tl.int64) * layer_stride + head * PER_HEAD
     table_row = block_table + request.to(tl.int64) * table_stride
     pages = find_pages(
         columns, wanted, begin, num_pages, boundary, table_row, tail_page, first_page,
-        layer_stride, block_stride, HEADS, PAIRS,
+        layer_stride, block_stride, HEADS, PAIRS, PER_HEAD,
     )  # fmt: skip
     place = flat + layer.to(tl.int64) * flat_layer_stride + row.to(tl.int64) * flat_row_stride
     tl.store(place + columns, pages.to(tl.int32), mask=wanted & (columns < width))
@@ -72,10 +73,10 @@ def flatten_tables(tables: PageTables, flat: torch.Tensor, lengths: torch.Tensor
     num_layers, num_pairs, width = flat.shape
     place = tables.place
     lay_out[triton.cdiv(width, COLUMNS), num_pairs, num_layers](
-        tables.offsets, tables.boundary_blocks, tables.slots, tables.block_table, tables.seq_lens,
+        tables.offsets, tables.boundary_pages, tables.slots, tables.block_table, tables.seq_lens,
         flat, lengths,
         width, num_pairs, place.first_page, place.layer_stride, place.block_stride,
         tables.block_table.stride(0), flat.stride(0), flat.stride(1),
-        HEADS=tables.num_kv_heads, PAIRS=tables.pages_per_block, N=tables.page_tokens,
-        COLUMNS=COLUMNS, num_warps=4,
+        HEADS=tables.num_kv_heads, PAIRS=tables.num_pairs, N=tables.page_tokens,
+        PER_HEAD=place.pages_per_head, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip

@@ -89,7 +89,7 @@ def attend_runs(
     run_stride, output_token_stride, output_head_stride, sums_run_stride, sums_token_stride,
     table_stride,
     HEADS: tl.constexpr, PAIRS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    D_PADDED: tl.constexpr, N: tl.constexpr,
+    D_PADDED: tl.constexpr, N: tl.constexpr, PER_HEAD: tl.constexpr,
     ROWS: tl.constexpr, TOKENS: tl.constexpr, LEAST: tl.constexpr,
     ONE_TILE: tl.constexpr, ONE_RUN: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     quantized_offsets=None, quantized_pages=None, code_book=None, rotation=None,
@@ -157,7 +157,7 @@ def attend_runs(
         key_log2_scale = log2_scale * tl.load(stored_scales + HEADS + head)
         value_scale = tl.load(stored_scales + 2 * HEADS + head)
     table_row = block_table + request.to(tl.int64) * table_stride
-    tail_page = layer_page + head
+    tail_page = layer_page + head * PER_HEAD
 
     best, total, acc = start_softmax(sink_logits, query_head, run == 0, ROWS, D_PADDED)
     if quantized_offsets is not None:
@@ -168,7 +168,8 @@ def attend_runs(
                 quantized_begin, key_transforms + transform_row * ((2 + FIRST) * D),
                 quantized_pages, quantized_stride, code_book,
                 rotation, table_row, first_page, layer_stride, block_stride, log2_scale, log2_cap,
-                HEADS, PAIRS, D, D_PADDED, QUANTIZED_TOKENS, UPCAST, PRECISION, Q, SPLIT, FIRST,
+                HEADS, PAIRS, PER_HEAD, D, D_PADDED, QUANTIZED_TOKENS, UPCAST, PRECISION,
+                Q, SPLIT, FIRST,
                 KEY_LOAD, KEY_CODES, KEY_GROUP, KEY_SCALES, KEY_BLOCK,
                 VALUE_LOAD, VALUE_CODES, VALUE_GROUP, VALUE_SCALES, VALUE_BLOCK,
             )  # fmt: skip
@@ -182,7 +183,7 @@ def attend_runs(
         wanted = tokens < end
         page = find_pages(
             tokens // N, wanted, begin, num_pages, boundary, table_row, tail_page, first_page,
-            layer_stride, block_stride, HEADS, PAIRS,
+            layer_stride, block_stride, HEADS, PAIRS, PER_HEAD,
         )  # fmt: skip
         in_page = tokens % N
         kv_mask = wanted[:, None] & in_head[None, :]
@@ -314,7 +315,7 @@ def head_page_attention(
         parts = query.new_empty((num_runs, *query.shape), dtype=torch.float32)
         log_sums = query.new_empty((num_runs, num_tokens, num_query_heads), dtype=torch.float32)
     sizes = {
-        "PAIRS": tables.pages_per_block,
+        "PAIRS": tables.num_pairs,
         "GROUP": group,
         "D": head_dim,
         "D_PADDED": triton.next_power_of_2(head_dim),
@@ -329,22 +330,22 @@ def head_page_attention(
     log2_cap = soft_cap * LOG2_E.value if soft_cap else None
     attend_runs[tiles, num_runs, num_heads](
         query, key_pages, value_pages, parts, log_sums,
-        tables.offsets, tables.boundary_blocks, tables.slots, tables.seq_lens,
+        tables.offsets, tables.boundary_pages, tables.slots, tables.seq_lens,
         tables.block_table, query_start_loc,
         scale * LOG2_E.value, num_requests, first_pair,
         place.first_page + layer * place.layer_stride,
         place.first_page, place.layer_stride, place.block_stride,
         query.stride(0), query.stride(1), *key_pages.stride(), *value_pages.stride(),
         *parts.stride()[:3], *log_sums.stride()[:2], tables.block_table.stride(0),
-        HEADS=num_heads, ROWS=rows, ONE_TILE=one_tile, ONE_RUN=num_runs == 1,
-        UPCAST=INTERPRETED, PRECISION=dot_precision(dtype), **sizes, **tier, **stored,
-        sink_logits=sink_logits, log2_cap=log2_cap,
+        HEADS=num_heads, PER_HEAD=place.pages_per_head, ROWS=rows, ONE_TILE=one_tile,
+        ONE_RUN=num_runs == 1, UPCAST=INTERPRETED, PRECISION=dot_precision(dtype),
+        **sizes, **tier, **stored, sink_logits=sink_logits, log2_cap=log2_cap,
         num_warps=num_warps, num_stages=num_stages,
     )  # fmt: skip
     if num_runs > 1:
         join_runs[max_query_len, num_requests, num_query_heads](
             parts, log_sums, output,
-            tables.offsets, tables.boundary_blocks, tables.slots, tables.seq_lens,
+            tables.offsets, tables.boundary_pages, tables.slots, tables.seq_lens,
             query_start_loc, first_pair, num_runs,
             *parts.stride()[:3], *log_sums.stride()[:2], *output.stride()[:2],
             RUNS=MOST_RUNS, **sizes, num_warps=2,

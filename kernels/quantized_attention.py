@@ -128,9 +128,9 @@ def attend_quantized(
     q, best, total, acc, start, end, begin, key_transform,
     quantized_pages, quantized_stride, code_book, rotation, table_row, first_page, layer_stride,
     block_stride, log2_scale, log2_cap,
-    HEADS: tl.constexpr, PAIRS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
-    TOKENS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr,
-    SPLIT: tl.constexpr, FIRST: tl.constexpr,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, PER_HEAD: tl.constexpr, D: tl.constexpr,
+    D_PADDED: tl.constexpr, TOKENS: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    Q: tl.constexpr, SPLIT: tl.constexpr, FIRST: tl.constexpr,
     KEY_LOAD: tl.constexpr, KEY_CODES: tl.constexpr,
     KEY_GROUP: tl.constexpr, KEY_SCALES: tl.constexpr, KEY_BLOCK: tl.constexpr,
     VALUE_LOAD: tl.constexpr, VALUE_CODES: tl.constexpr,
@@ -155,7 +155,7 @@ def attend_quantized(
         wanted = tokens < end
         page = find_quantized_pages(
             tokens // Q, wanted, begin, table_row, first_page, layer_stride, block_stride,
-            HEADS, PAIRS, SPLIT,
+            HEADS, PAIRS, PER_HEAD, SPLIT,
         )  # fmt: skip
         in_page = tokens % Q
         k = KEY_LOAD(

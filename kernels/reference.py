@@ -45,9 +45,11 @@ def dealt_pages(tables: PageTables, request: int, index: torch.Tensor) -> torch.
     """Page ids, int64, of the pages number ``index`` of a request's prefix; see ``PageTables``."""
     place = tables.place
     row = tables.block_table[request].long()
-    local = index % tables.pages_per_block
-    owner = local // tables.num_kv_heads * place.layer_stride + local % tables.num_kv_heads
-    return row[index // tables.pages_per_block] * place.block_stride + owner + place.first_page
+    of_layer = tables.num_kv_heads * place.pages_per_head
+    of_block = tables.num_layers * of_layer
+    local = index % of_block
+    owner = local // of_layer * place.layer_stride + local % of_layer
+    return row[index // of_block] * place.block_stride + owner + place.first_page
 
 
 def pages_of(tables: PageTables, layer: int, request: int, head: int) -> tuple[torch.Tensor, int]:
@@ -60,11 +62,14 @@ def pages_of(tables: PageTables, layer: int, request: int, head: int) -> tuple[t
     slot, place = int(tables.slots[request]), tables.place
     pair = layer * tables.num_kv_heads + head
     begin, end = tables.offsets[slot, pair : pair + 2].tolist()
-    boundary = int(tables.boundary_blocks[slot])
+    boundary = int(tables.boundary_pages[slot])
     tail_tokens = int(tables.seq_lens[request]) - boundary * tables.page_tokens
     num_tail = -(-tail_tokens // tables.page_tokens)
-    blocks = tables.block_table[request].long()[boundary : boundary + num_tail]
-    tail = blocks * place.block_stride + layer * place.layer_stride + head + place.first_page
+    per_head = place.pages_per_head
+    number = torch.arange(boundary, boundary + num_tail, device=tables.block_table.device)
+    blocks = tables.block_table[request].long()[number // per_head]
+    own = layer * place.layer_stride + head * per_head + number % per_head
+    tail = blocks * place.block_stride + own + place.first_page
     dealt = dealt_pages(tables, request, torch.arange(begin, end, device=tail.device))
     pages = torch.cat([dealt, tail])
     return pages, (end - begin) * tables.page_tokens + tail_tokens
@@ -83,7 +88,7 @@ def quantized_pages_of(
     pair = layer * tables.num_kv_heads + head
     first, last = tables.offsets[slot, pair : pair + 2].tolist()
     begin, end = tables.quantized_offsets[slot, pair : pair + 2].tolist()
-    room = (int(tables.boundary_blocks[slot]) - (last - first)) * tables.page_tokens
+    room = (int(tables.boundary_pages[slot]) - (last - first)) * tables.page_tokens
     num_tokens = max(0, min((end - begin) * quantized_page_tokens, room))
     index = torch.arange(begin, end, device=tables.block_table.device)
     pages = dealt_pages(tables, request, index // tables.split)

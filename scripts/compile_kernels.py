@@ -120,13 +120,12 @@ def resources(kernel: Any) -> dict[str, int]:
     }
 
 
-def attention_case(dtype: torch.dtype, head_dim: int, page_tokens: int, query_len: int) -> Case:
-    shape = Shape(2, 2, 4, head_dim, page_tokens)
-    return make_case(
-        [Asked(20 * page_tokens + query_len, query_len, 16, 0.5), Asked(query_len + 40, query_len)],
-        shape,
-        dtype=dtype,
-    )
+def attention_case(
+    dtype: torch.dtype, head_dim: int, page_tokens: int, query_len: int, pages_per_head: int = 1
+) -> Case:
+    shape = Shape(2, 2, 4, head_dim, page_tokens, pages_per_head)
+    compressed = Asked(20 * shape.block_tokens + query_len, query_len, 16, 0.5)
+    return make_case([compressed, Asked(query_len + 40, query_len)], shape, dtype=dtype)
 
 
 def tier_case(
@@ -136,15 +135,17 @@ def tier_case(
     *,
     rotated: bool = True,
     eight_bits: Literal["none", "queries too"] = "none",
+    pages_per_head: int = 1,
 ) -> Case:
     """As :func:`attention_case`, bfloat16, pages of 16, with a quantized tier if it has a name."""
-    shape = Shape(2, 2, 4, head_dim)
+    shape = Shape(2, 2, 4, head_dim, pages_per_head=pages_per_head)
     layout = None
     if name is not None:
         stored = torch.bfloat16 if eight_bits == "none" else torch.uint8
         layout = shape.page_layout(stored, FORMATS[name], FORMATS[name])
+    compressed = Asked(20 * shape.block_tokens + query_len, query_len, 16, 0.5, 0.2)
     return make_case(
-        [Asked(320 + query_len, query_len, 16, 0.5, 0.2), Asked(query_len + 40, query_len)],
+        [compressed, Asked(query_len + 40, query_len)],
         shape,
         dtype=torch.bfloat16,
         layout=layout,
@@ -209,7 +210,22 @@ def launches(*, every: bool) -> dict[str, Callable[[], object]]:
                     )
     for page in pages:
         found[f"pages of {page}"] = lambda p=page: lay_out_tables(p)  # type: ignore[misc]
-    return found | two_tier_launches(every=every)
+    return found | large_block_launches(every=every) | two_tier_launches(every=every)
+
+
+def large_block_launches(*, every: bool) -> dict[str, Callable[[], object]]:
+    """As :func:`launches`, where a head has 34 pages in a block; ``every`` adds sizes."""
+    found: dict[str, Callable[[], object]] = {}
+    name, per_head = "nf4 with double quantization", 34
+    for head_dim, query_len in product(HEAD_DIMS, (1, 6, 64)) if every else [(256, 1), (128, 64)]:
+        about = f"blocks of {16 * per_head}, head size {head_dim}, {query_len} query tokens"
+        found[about] = lambda h=head_dim, q=query_len: (  # type: ignore[misc]
+            attend(attention_case(torch.bfloat16, h, 16, q, per_head), 1, num_runs=4)
+        )
+        found[f"{about}, {name}"] = lambda h=head_dim, q=query_len: (  # type: ignore[misc]
+            attend(tier_case(h, q, name, pages_per_head=per_head), 1, num_runs=4)
+        )
+    return found
 
 
 def pairwise(formats: Sequence[T]) -> list[tuple[int, int, T]]:

@@ -1,6 +1,7 @@
 """The values that cross rooms. Letters: L layers, H KV heads, G query group, D head dim, T tokens.
 
-``N`` is the block size in tokens, and ``nb`` the number of blocks before the boundary.
+``N`` is the size of a head page in tokens. A block holds one page of every KV head of every layer,
+or more than one where vLLM makes blocks so large that they hold the state of another layer.
 """
 
 from __future__ import annotations
@@ -20,18 +21,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CacheGeometry:
-    """Shape of the compressed layers on one worker."""
+    """Shape of the compressed layers on one worker.
+
+    Attributes:
+        num_layers, num_kv_heads, group_size, head_dim: L, H, G, D.
+        block_size: tokens per block.
+        pages_per_head: head pages of one KV head of one layer in a block.
+    """
 
     num_layers: int
     num_kv_heads: int
     group_size: int
     head_dim: int
     block_size: int
+    pages_per_head: int = 1
+
+    @property
+    def page_tokens(self) -> int:
+        """N, tokens of a head page."""
+        return self.block_size // self.pages_per_head
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads of all layers, L * H."""
+        return self.num_layers * self.num_kv_heads
 
     @property
     def pages_per_block(self) -> int:
-        """Head pages in one block: one per layer and KV head."""
-        return self.num_layers * self.num_kv_heads
+        """Head pages in one block."""
+        return self.num_heads * self.pages_per_head
 
 
 @dataclass(frozen=True)
@@ -43,17 +61,19 @@ class Tier:
         num_blocks: how many.
         page_tokens: tokens of a page.
         split: pages of a head page; 1 for KV pairs as they are.
+        pages_per_head: head pages of a head in one block.
     """
 
     quantized: bool
     num_blocks: int
     page_tokens: int
     split: int = 1
+    pages_per_head: int = 1
 
     @property
     def num_pages(self) -> int:
         """Pages of a head, on average."""
-        return self.num_blocks * self.split
+        return self.num_blocks * self.pages_per_head * self.split
 
 
 @dataclass(frozen=True)
@@ -79,6 +99,7 @@ class PrefixPlan:
         num_recent_tokens: last tokens before the boundary, which every head keeps; fewer than the
             setting where the sink tokens leave no room for more.
         min_pages_per_head: ordinary head pages that a head needs for both, at least one.
+        pages_per_head: head pages of a head in one block.
     """
 
     boundary_tokens: int
@@ -95,6 +116,7 @@ class PrefixPlan:
     num_sink_tokens: int = 0
     num_recent_tokens: int = 0
     min_pages_per_head: int = 1
+    pages_per_head: int = 1
 
     @property
     def num_protected_tokens(self) -> int:
@@ -109,16 +131,18 @@ class PrefixPlan:
     @property
     def tiers(self) -> tuple[Tier, ...]:
         """From the most precise one on; the first one, of KV pairs as they are, may be empty."""
-        full = Tier(False, self.num_full_blocks, self.boundary_tokens // self.num_prefix_blocks)
+        in_block = self.pages_per_head
+        page_tokens = self.boundary_tokens // (self.num_prefix_blocks * in_block)
+        full = Tier(False, self.num_full_blocks, page_tokens, pages_per_head=in_block)
         if not self.num_quantized_blocks:
             return (full,)
         page_tokens, split = self.quantized_page_tokens, self.quantized_split
-        return full, Tier(True, self.num_quantized_blocks, page_tokens, split)
+        return full, Tier(True, self.num_quantized_blocks, page_tokens, split, in_block)
 
     @property
     def num_quantized_pages(self) -> int:
         """Quantized pages of a head, on average."""
-        return self.num_quantized_blocks * self.quantized_split
+        return self.num_quantized_blocks * self.pages_per_head * self.quantized_split
 
     @property
     def quantized_tokens(self) -> int:

@@ -131,7 +131,7 @@ class Compressor:
         """
         stages = Stopwatch(self._clock, STAGES)
         geometry = self._geometry
-        sources = self._pool.page_ids(self._on_device(source_blocks))  # [L, H, nb]
+        sources = self._pool.page_ids(self._on_device(source_blocks))  # [L, H, pages]
         with stages.stage("score"):
             scores, transform, sound = self._score(
                 sources, plan, observation_queries, reconstruction, scale, seed
@@ -140,7 +140,7 @@ class Compressor:
             available = None
             if earlier is not None:
                 available = earlier.pages + sources.shape[2]
-                sources, scores = _with_earlier(earlier, sources, scores, geometry.block_size)
+                sources, scores = _with_earlier(earlier, sources, scores, geometry.page_tokens)
             keeps = self._choose(scores, plan, available)
             kept_scores = None
             if self._rule.prefill_blocks is not None:
@@ -184,7 +184,7 @@ class Compressor:
             pages = self._allocator.pages(tier, ranking, taken, plan, available)
             taken = taken + pages * tier.page_tokens
             full_tokens = full_tokens if tier.quantized else taken
-            pages, total = self._to_device(pages), tier.num_pages * geometry.pages_per_block
+            pages, total = self._to_device(pages), tier.num_pages * geometry.num_heads
             keeps.append(take(ranking, first_rank, pages, tier.page_tokens, total))
             first_rank = first_rank + pages * tier.page_tokens
         if taken.device.type == "cpu":
@@ -281,7 +281,7 @@ def _scores_of(scores: torch.Tensor, keep: KeepPlan) -> torch.Tensor:
 
 
 def _with_earlier(
-    earlier: CompressedPrefix, sources: torch.Tensor, scores: torch.Tensor, block_size: int
+    earlier: CompressedPrefix, sources: torch.Tensor, scores: torch.Tensor, page_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Candidates of a later compression: what was kept before, then what is new.
 
@@ -292,7 +292,7 @@ def _with_earlier(
         earlier: what was kept, with its scores.
         sources: int64 ``[L, H, n]``, pages of the new blocks.
         scores: float32 ``[L, H, n * N]``.
-        block_size: N.
+        page_tokens: N.
 
     Returns:
         pages ``[L, H, w + n]`` and scores ``[L, H, (w + n) * N]``, w being the most pages a head
@@ -303,8 +303,8 @@ def _with_earlier(
     width = old_pages.shape[2]
     device = scores.device
     filled = torch.arange(width, device=device) < earlier.pages[:, :, None]
-    old_scores = torch.full((*old_pages.shape, block_size), float("-inf"), device=device)
-    old_scores[filled] = earlier.scores.view(-1, block_size)
+    old_scores = torch.full((*old_pages.shape, page_tokens), float("-inf"), device=device)
+    old_scores[filled] = earlier.scores.view(-1, page_tokens)
     return (
         torch.cat([old_pages, sources], dim=2),
         torch.cat([old_scores.flatten(2), scores], dim=2),

@@ -83,13 +83,16 @@ def attention_checks(device: str, head_dim: int, *, small: bool) -> Iterator[Che
         for dtype in (torch.bfloat16, *more):
             for query_len in (1, 4, 70) if head_dim == 128 and not small else (1, 40):
                 yield check_attention(shape, dtype, query_len, length, device)
+    large = Shape(2, 2, 4, head_dim, 16, 3 if small else 34)  # blocks of a model with states
+    for query_len in (1, 40):
+        yield check_attention(large, torch.bfloat16, query_len, length, device)
 
 
 def check_attention(
     shape: Shape, dtype: torch.dtype, query_len: int, length: int, device: str
 ) -> Check:
     """One batch: compressed unevenly, wholly kept, not compressed, and one of other length."""
-    blocks = length // shape.page_tokens
+    blocks = length // shape.block_tokens
     batch = [
         Asked(length + query_len, query_len, blocks, 0.3),
         Asked(length // 2 + query_len + 3, query_len, blocks // 2, 1.0),
@@ -98,11 +101,16 @@ def check_attention(
     ]
     name = (
         f"attention {str(dtype)[6:]} D{shape.head_dim} G{shape.group_size} "
-        f"N{shape.page_tokens} q{query_len}"
+        f"N{shape.page_tokens}{in_large_blocks(shape)} q{query_len}"
     )
     return compare_attention(
         name, batch, shape, dtype=dtype, device=device, seed=query_len, poison=True
     )
+
+
+def in_large_blocks(shape: Shape) -> str:
+    """Part of a check's name."""
+    return f" in blocks of {shape.block_tokens}" if shape.pages_per_head > 1 else ""
 
 
 def compare_attention(name: str, batch: list[Asked], shape: Shape, **how: Any) -> Check:
@@ -121,18 +129,20 @@ def tier_checks(device: str, head_dim: int, *, small: bool) -> Iterator[Check]:
     double = NormalFloat4(32, double_quantization=True)
     formats = ((double, double), (Int8(), Int8()), (Int8(), Int4(32)))
     blocks = 10 if small else 300
-    shape = Shape(2, 2, 4, head_dim, 16)
-    for key_format, value_format in formats[: 1 if small else None]:
+    large, small_blocks = Shape(2, 2, 4, head_dim, 16, 3), Shape(2, 2, 4, head_dim, 16)
+    cases = [(small_blocks, *pair) for pair in formats[: 1 if small else None]]
+    for shape, key_format, value_format in [*cases, (large, double, double)]:
         layout = shape.page_layout(torch.bfloat16, key_format, value_format)
         for query_len in (1, 40):
+            tokens = shape.block_tokens * blocks + query_len
             batch = [
-                Asked(16 * blocks + query_len, query_len, blocks, 0.1, 0.3),
-                Asked(16 * blocks + 9 + query_len, query_len, blocks, None, 1.0),
+                Asked(tokens, query_len, blocks, 0.1, 0.3),
+                Asked(tokens + 9, query_len, blocks, None, 1.0),
                 Asked(90 + query_len, query_len),
             ]
-            formats_of = f"{key_format.name} {value_format.name}"
+            about = f"{key_format.name} {value_format.name}{in_large_blocks(shape)}"
             yield compare_attention(
-                f"attention two tiers {formats_of} D{head_dim} q{query_len}", batch, shape,
+                f"attention two tiers {about} D{head_dim} q{query_len}", batch, shape,
                 dtype=torch.bfloat16, device=device, seed=query_len, poison=True, layout=layout,
                 rotated=True,
             )  # fmt: skip

@@ -28,13 +28,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shape:
-    """L, H, G, D, N of a case."""
+    """L, H, G, D, N, M of a case."""
 
     num_layers: int = 1
     num_kv_heads: int = 2
     group_size: int = 4
     head_dim: int = 64
     page_tokens: int = 16
+    pages_per_head: int = 1
+
+    @property
+    def num_pairs(self) -> int:
+        """L * H."""
+        return self.num_layers * self.num_kv_heads
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a block."""
+        return self.page_tokens * self.pages_per_head
 
     def page_layout(
         self,
@@ -100,7 +111,7 @@ class Case:
 
     def as_float64(self) -> Case:
         """The same on the CPU, for references, but for what :meth:`decoded` gives."""
-        names = ["offsets", "boundary_blocks", "slots", "block_table", "seq_lens"]
+        names = ["offsets", "boundary_pages", "slots", "block_table", "seq_lens"]
         if self.tables.quantized_offsets is not None:
             names += ["quantized_offsets", "key_transforms"]
         moved = {name: getattr(self.tables, name).cpu() for name in names}
@@ -171,12 +182,12 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def kept_pages(asked: Asked, shape: Shape, generator: torch.Generator) -> torch.Tensor:
     """Pages of each head, int64 ``[L, H]``: uneven, with the wanted mean as far as it goes."""
     size = (shape.num_layers, shape.num_kv_heads)
-    whole = asked.boundary_blocks
+    whole = asked.boundary_blocks * shape.pages_per_head
     if not asked.keep_ratio or not whole:
         return torch.zeros(size, dtype=torch.int64)
     if asked.keep_ratio >= 1:
         return torch.full(size, whole)
-    total = max(1, round(asked.keep_ratio * whole * shape.num_layers * shape.num_kv_heads))
+    total = max(1, round(asked.keep_ratio * whole * shape.num_pairs))
     weight = torch.rand(size, generator=generator).square() + 0.05
     pages = (weight / weight.sum() * total).floor().long().clamp(0, whole)
     flat = pages.view(-1)
@@ -190,9 +201,10 @@ def quantized_pages(
 ) -> torch.Tensor:
     """Quantized pages of each head, int64 ``[L, H]``; ``kept`` are the others, alike."""
     size = (shape.num_layers, shape.num_kv_heads)
-    most = 2 * asked.quantized_ratio * asked.boundary_blocks
+    whole = asked.boundary_blocks * shape.pages_per_head
+    most = 2 * asked.quantized_ratio * whole
     wanted = (torch.rand(size, generator=generator) * most).round().long()
-    return wanted.minimum(asked.boundary_blocks - kept)
+    return wanted.minimum(whole - kept)
 
 
 def make_case(
@@ -228,7 +240,8 @@ def make_case(
         soft_cap: of all other logits.
     """
     generator = torch.Generator().manual_seed(seed)
-    page_tokens, per_block = shape.page_tokens, shape.num_layers * shape.num_kv_heads
+    page_tokens, num_pairs, per_head = shape.page_tokens, shape.num_pairs, shape.pages_per_head
+    per_block = num_pairs * per_head
     kept = [kept_pages(asked, shape, generator) for asked in requests]
     quantized = [torch.zeros_like(pages) for pages in kept]
     if layout is not None:
@@ -236,7 +249,7 @@ def make_case(
             quantized_pages(asked, pages, shape, generator)
             for asked, pages in zip(requests, kept, strict=True)
         ]
-    tails = [-(-a.seq_len // page_tokens) - a.boundary_blocks for a in requests]
+    tails = [-(-a.seq_len // shape.block_tokens) - a.boundary_blocks for a in requests]
     split = 1
     if layout is not None:
         whole = 2 * page_tokens * shape.head_dim * (1 if eight_bits != "none" else dtype.itemsize)
@@ -246,7 +259,8 @@ def make_case(
         for pages, more in zip(kept, quantized, strict=True)
     ]
     num_blocks = 1 + sum(tails) + sum(dealt)
-    place = PagePlace(num_blocks * shape.num_kv_heads, shape.num_kv_heads)
+    of_layer = shape.num_kv_heads * per_head
+    place = PagePlace(num_blocks * of_layer, of_layer, pages_per_head=per_head)
     free = (1 + torch.randperm(num_blocks - 1, generator=generator)).split(
         [count for pair in zip(tails, dealt, strict=True) for count in pair]
     )
@@ -255,7 +269,7 @@ def make_case(
     )
     block_table = torch.zeros(len(requests), width, dtype=torch.int32)
     slots = torch.randperm(len(requests) + 2, generator=generator)[: len(requests)]
-    offsets = torch.zeros(len(requests) + 2, per_block + 1, dtype=torch.int32)
+    offsets = torch.zeros(len(requests) + 2, num_pairs + 1, dtype=torch.int32)
     quantized_offsets = torch.zeros_like(offsets)
     boundaries = torch.zeros(len(requests) + 2, dtype=torch.int32)
     for row, asked in enumerate(requests):
@@ -265,15 +279,15 @@ def make_case(
         offsets[slots[row], 1:] = kept[row].flatten().cumsum(0).int()
         quantized_offsets[slots[row]] = split * int(kept[row].sum())
         quantized_offsets[slots[row], 1:] += quantized[row].flatten().cumsum(0).int()
-        boundaries[slots[row]] = asked.boundary_blocks
-    transforms = torch.full((len(offsets), per_block, 2 + num_first, shape.head_dim), float("nan"))
-    in_use = (len(slots), per_block, shape.head_dim)
+        boundaries[slots[row]] = asked.boundary_blocks * per_head
+    transforms = torch.full((len(offsets), num_pairs, 2 + num_first, shape.head_dim), float("nan"))
+    in_use = (len(slots), num_pairs, shape.head_dim)
     for row in range(2 + num_first):
         transforms[slots, :, row] = 3 * torch.randn(in_use, generator=generator)
     transforms[slots, :, 1] = 2.0 ** torch.randint(4, in_use, generator=generator)
     lens = torch.tensor([asked.seq_len for asked in requests], dtype=torch.int32)
     tables = PageTables(
-        offsets=offsets.to(device), boundary_blocks=boundaries.to(device),
+        offsets=offsets.to(device), boundary_pages=boundaries.to(device),
         slots=slots.int().to(device), block_table=block_table.to(device), seq_lens=lens.to(device),
         place=place, num_kv_heads=shape.num_kv_heads, page_tokens=page_tokens,
         quantized_offsets=None if layout is None else quantized_offsets.to(device),

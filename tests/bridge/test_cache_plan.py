@@ -10,7 +10,6 @@ from startup import ON, engine_config, refusal
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_kvzip.config import KVzipConfig
-from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.model.cache_shares import AlikeLayers
 from vllm_kvzip.vllm_bridge import platforms
 from vllm_kvzip.vllm_bridge.cache.cache_spec import HeadPageSpec
@@ -148,22 +147,27 @@ def on_a_card(monkeypatch):
     pretend_a_card(monkeypatch)
 
 
-@pytest.mark.parametrize("model", ["Gemma 3 27B", "LFM2 1.2B", "Qwen3-Next 80B"])
-def test_states_that_need_large_blocks_are_refused_on_gpus(tmp_path, on_a_card, model):
+@pytest.mark.parametrize(
+    ("model", "block_size", "pages_per_head"),
+    [("Gemma 3 27B", 16, 1), ("LFM2 1.2B", 16, 1), ("Qwen3-Next 80B", 1056, 66)],
+)
+def test_large_blocks_hold_small_pages_on_gpus(
+    tmp_path, on_a_card, model, block_size, pages_per_head
+):
     folder = write(tmp_path, PUBLISHED[model])
     config = EngineArgs(
         str(folder), skip_tokenizer_init=True, dtype="bfloat16", block_size=16
     ).create_engine_config()
-    if model != "Qwen3-Next 80B":
-        options.configure(config, KVzipConfig())
-        assert config.parallel_config.worker_cls == platforms.GPU.worker_class
-        return
-    with pytest.raises(
-        UnsupportedError,
-        match=r"blocks of \d+ tokens on GPUs, which vLLM makes so large that they hold the states "
-        r"of Qwen3NextForCausalLM; run it on CPUs, or without --kv-compression\.",
-    ):
-        options.configure(config, KVzipConfig())
+    options.configure(config, KVzipConfig(mode="mixed", keep_bytes_ratio=0.3))
+    assert config.parallel_config.worker_cls == platforms.GPU.worker_class
+    plan = plan_cache(config)
+    assert plan.block_size == block_size
+    rule = Settings.from_vllm_config(config).rule(*cache_shape(plan.vllm_config))
+    assert rule.pages_per_head == pages_per_head
+    tiers = rule.plan(32 * 1056).tiers
+    assert tiers[0].page_tokens == 16
+    assert tiers[1].page_tokens * tiers[1].split > 16
+    assert tiers[1].num_pages == tiers[1].num_blocks * pages_per_head * tiers[1].split
 
 
 def test_the_table_of_families_is_that_of_the_script():

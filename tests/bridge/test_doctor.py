@@ -34,8 +34,8 @@ def test_all_is_well(capsys):
         "compressed_layers": None, "left_alone": {}, "window": None, "shares": {"2048": 1.0},
         "num_kv_heads": 4, "head_size": 32, "attention": "full attention", "num_ranks": 1,
         "builds_profile": False, "scorer": "surrogate", "budget": "adaptive", "mode": "evict",
-        "keep_ratio": 0.5, "counts": "KV pairs", "block_size": 32, "cache_dtype": "float32",
-        "max_model_len": 2048,
+        "keep_ratio": 0.5, "counts": "KV pairs", "block_size": 32, "pages_per_head": 1,
+        "cache_dtype": "float32", "max_model_len": 2048,
     }  # fmt: skip
     blocks = 2**28 // (4 * 4 * 2 * 32 * 32 * 4) - 1  # layers, heads, K and V, tokens, size, bytes
     assert found["cache_blocks"] == blocks == 2047

@@ -8,6 +8,7 @@ Triton attention takes seconds a step here, so prompts are few and short.
 import numpy as np
 import pytest
 from engine_job import RUNNER_V2, Request, run_job
+from random_model import KINDS, make_random_model
 
 from vllm_kvzip.evaluation.tasks.retrieval_task import make_context
 
@@ -24,9 +25,10 @@ def requests():
     return [*(Request(prompt, 5) for prompt in prompts), Request(question, 4, arrives=6)]
 
 
-def on_the_gpus_path(kernel, **settings):
+def on_the_gpus_path(kernel, asked=None, engine=None, **settings):
     kvzip = {**SETTINGS, **settings, "attention_kernel": kernel}
-    return run_job(requests(), kvzip, RUNNER_V2, gpu_path=True, **ENGINE)
+    engine = {**ENGINE, **(engine or {})}
+    return run_job(asked or requests(), kvzip, RUNNER_V2, gpu_path=True, **engine)
 
 
 def on_the_cpus_path(**settings):
@@ -65,6 +67,36 @@ def test_what_is_kept_is_kept_and_read_as_on_the_cpu(stock, kernel, scorer):
         assert no_hits == (found == 0)
     assert gpus.metrics["vllm_kvzip_attention_seconds_count/decode"] > 0
     assert gpus.free_blocks[-1] == gpus.free_blocks[0]
+
+
+@pytest.fixture(scope="module")
+def with_states(tmp_path_factory):
+    """A model whose states make blocks large, and requests for it."""
+    rng = np.random.default_rng(7)
+    prompts = [rng.integers(3, 500, length).tolist() for length in (190, 350, 20)]
+    question = prompts[1] + rng.integers(3, 500, 21).tolist()
+    asked = [*(Request(prompt, 4) for prompt in prompts), Request(question, 3, arrives=8)]
+    engine = {
+        "model": make_random_model("qwen3-next", tmp_path_factory.mktemp("models")),
+        "max_num_batched_tokens": 128, "num_gpu_blocks_override": 60, "skip_tokenizer_init": True,
+        **KINDS["qwen3-next"].engine,
+    }  # fmt: skip
+    return asked, engine
+
+
+def test_pages_inside_the_large_blocks_of_a_model_with_states(with_states):
+    """By vLLM's kernel, whose numbers of 16 bits are the same over head pages and over blocks."""
+    raw, whole = (
+        on_the_gpus_path("vllm", *with_states, keep_ratio=1.0, min_prompt_tokens=least)
+        for least in (999, 32)
+    )
+    assert whole.pages_per_head == 10
+    assert whole.outputs == raw.outputs
+    assert raw.metrics["vllm_kvzip_requests_compressed_total"] == 0
+    assert whole.metrics["vllm_kvzip_requests_compressed_total"] == 2
+    assert whole.metrics["vllm_kvzip_prefix_hits_total"] == 1
+    for report in (raw, whole):
+        assert report.free_blocks[-1] == report.free_blocks[0]
 
 
 def test_runner_v1_reads_the_same_with_our_kernel():

@@ -15,14 +15,14 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are i
 
 
 @st.composite
-def requests(draw, page_tokens):
+def requests(draw, block_tokens):
     query_len = draw(st.sampled_from([1, 1, 2, 5, 19]))
     blocks = draw(st.integers(0, 5))
-    tail = draw(st.integers(query_len, query_len + 3 * page_tokens))
+    tail = draw(st.integers(query_len, query_len + 3 * block_tokens))
     ratio = draw(st.sampled_from([None, 0.1, 0.5, 1.0]))
     if ratio is None or not blocks:
-        return Asked(blocks * page_tokens + tail, query_len)
-    return Asked(blocks * page_tokens + tail, query_len, blocks, ratio)
+        return Asked(blocks * block_tokens + tail, query_len)
+    return Asked(blocks * block_tokens + tail, query_len, blocks, ratio)
 
 
 @settings(max_examples=15, deadline=None, phases=NO_SHRINKING)
@@ -35,8 +35,9 @@ def test_any_batch(data):
         group_size=data.draw(st.sampled_from([1, 3, 4, 8])),
         head_dim=data.draw(st.sampled_from([64, 96, 128, 256])),
         page_tokens=data.draw(st.sampled_from([16, 32, 128])),
+        pages_per_head=data.draw(st.sampled_from([1, 1, 2, 3])),
     )
-    batch = data.draw(st.lists(requests(shape.page_tokens), min_size=1, max_size=4))
+    batch = data.draw(st.lists(requests(shape.block_tokens), min_size=1, max_size=4))
     case = make_case(batch, shape, seed=data.draw(st.integers(0, 99)), poison=True)
     layer = data.draw(st.integers(0, shape.num_layers - 1))
     output = attend(

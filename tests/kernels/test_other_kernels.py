@@ -108,15 +108,16 @@ def test_scores_of_large_logits(dtype):
         num_layers=st.integers(1, 3),
         num_kv_heads=st.integers(1, 3),
         page_tokens=st.sampled_from([16, 32]),
+        pages_per_head=st.sampled_from([1, 3]),
     ),
     ratios=st.lists(st.sampled_from([None, 0.1, 0.5, 1.0]), min_size=1, max_size=4),
     seed=st.integers(0, 999),
 )
 def test_tables_of_all_layers(shape, ratios, seed):
     batch = [
-        Asked((6 + index) * shape.page_tokens + seed % 5 + 1)
+        Asked((6 + index) * shape.block_tokens + seed % 5 + 1)
         if ratio is None
-        else Asked((6 + index) * shape.page_tokens + seed % 5 + 1, 1, 3 + index, ratio)
+        else Asked((6 + index) * shape.block_tokens + seed % 5 + 1, 1, 3 + index, ratio)
         for index, ratio in enumerate(ratios)
     ]
     case = make_case(batch, shape, seed=seed)

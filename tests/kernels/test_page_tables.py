@@ -12,18 +12,20 @@ from vllm_kvzip.storage.head_pages import PagePool, deal_pages
 @given(
     num_layers=st.integers(1, 4),
     num_heads=st.integers(1, 4),
+    per_head=st.sampled_from([1, 1, 2, 3]),
     gaps=st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 5)),
     seed=st.integers(0, 999),
 )
-def test_dealt_pages_are_where_kernels_look(num_layers, num_heads, gaps, seed):
+def test_dealt_pages_are_where_kernels_look(num_layers, num_heads, per_head, gaps, seed):
     random = torch.Generator().manual_seed(seed)
-    block_stride = num_heads + gaps[0]
+    block_stride = num_heads * per_head + gaps[0]
     pool = PagePool(
         50, num_layers, num_heads, first_page=gaps[2],
         layer_stride=50 * block_stride + gaps[1], block_stride=block_stride,
+        pages_per_head=per_head,
     )  # fmt: skip
     pages = torch.randint(0, 9, (num_layers, num_heads), generator=random)
-    num_blocks = -(-int(pages.sum()) // (num_layers * num_heads))
+    num_blocks = -(-int(pages.sum()) // (num_layers * num_heads * per_head))
     blocks = torch.randperm(50, generator=random)[: num_blocks + 3]
     dealt = deal_pages(blocks[:num_blocks], int(pages.sum()), pool)
     boundary = num_blocks + 4
@@ -34,11 +36,11 @@ def test_dealt_pages_are_where_kernels_look(num_layers, num_heads, gaps, seed):
     offsets[0, 1:] = pages.flatten().cumsum(0)
     tables = PageTables(
         offsets=offsets,
-        boundary_blocks=torch.tensor([boundary]),
+        boundary_pages=torch.tensor([boundary * per_head]),
         slots=torch.tensor([0]),
         block_table=row[None],
-        seq_lens=torch.tensor([(boundary + 2) * 16 + 5]),
-        place=PagePlace(*pool.strides, pool.first_page),
+        seq_lens=torch.tensor([((boundary + 3) * per_head - 1) * 16 + 5]),
+        place=PagePlace(*pool.strides, pool.first_page, per_head),
         num_kv_heads=num_heads,
         page_tokens=16,
     )
@@ -47,8 +49,9 @@ def test_dealt_pages_are_where_kernels_look(num_layers, num_heads, gaps, seed):
         for head in range(num_heads):
             ids, num_tokens = pages_of(tables, layer, 0, head)
             kept = int(pages[layer, head])
-            assert num_tokens == kept * 16 + 2 * 16 + 5
-            tail = [pool.page_id(layer, int(block), head) for block in blocks[num_blocks:]]
+            assert num_tokens == kept * 16 + (3 * per_head - 1) * 16 + 5
+            first = [pool.page_id(layer, int(block), head) for block in blocks[num_blocks:]]
+            tail = [page + part for page in first for part in range(per_head)]
             assert ids[kept:].tolist() == tail
             found.append(ids[:kept])
     assert torch.equal(torch.cat(found), dealt)

@@ -55,15 +55,15 @@ def two_tiers(
 
 
 @st.composite
-def requests(draw, page_tokens):
+def requests(draw, block_tokens):
     query_len = draw(st.sampled_from([1, 1, 2, 5, 11]))
     blocks = draw(st.integers(0, 6))
-    tail = draw(st.integers(query_len, query_len + 2 * page_tokens))
+    tail = draw(st.integers(query_len, query_len + 2 * block_tokens))
     ratio = draw(st.sampled_from([None, 0.0, 0.1, 0.5]))
     if ratio is None or not blocks:
-        return Asked(blocks * page_tokens + tail, query_len)
+        return Asked(blocks * block_tokens + tail, query_len)
     share = draw(st.sampled_from([0.0, 0.2, 1.0]))
-    return Asked(blocks * page_tokens + tail, query_len, blocks, ratio, share)
+    return Asked(blocks * block_tokens + tail, query_len, blocks, ratio, share)
 
 
 @settings(max_examples=12, deadline=None, phases=NO_SHRINKING)
@@ -76,11 +76,12 @@ def test_any_batch(data):
         group_size=data.draw(st.sampled_from([1, 3, 4])),
         head_dim=data.draw(st.sampled_from([64, 96, 128])),
         page_tokens=data.draw(st.sampled_from([16, 32])),
+        pages_per_head=data.draw(st.sampled_from([1, 1, 3])),
     )
     split = data.draw(st.sampled_from([None, None, 1, 2]))
     layout = shape.page_layout(torch.float32, data.draw(FORMATS), data.draw(FORMATS), split)
     case = make_case(
-        data.draw(st.lists(requests(shape.page_tokens), min_size=1, max_size=3)),
+        data.draw(st.lists(requests(shape.block_tokens), min_size=1, max_size=3)),
         shape,
         seed=data.draw(st.integers(0, 99)),
         poison=True,

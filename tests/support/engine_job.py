@@ -87,6 +87,7 @@ class Report:
         compared_hashed_blocks: how many comparisons that rests on, raw and compressed.
         batches_in_flight: how many steps may be scheduled before the first has been processed.
         scribbled_blocks: blocks that the action ``scribble`` wrote to.
+        pages_per_head: head pages of a KV head in a block; 0 without compression.
     """
 
     outputs: list[list[int]]
@@ -109,6 +110,7 @@ class Report:
     compared_hashed_blocks: dict[str, int]
     scribbled_blocks: list[int]
     batches_in_flight: int
+    pages_per_head: int
 
 
 def run_job(
@@ -348,6 +350,7 @@ def execute(job: dict[str, Any]) -> Report:
         compared_hashed_blocks=watch.compared if watch else {},
         scribbled_blocks=scribbled,
         batches_in_flight=core.batch_queue_size,
+        pages_per_head=rule.pages_per_head if (rule := getattr(manager, "rule", None)) else 0,
     )
 
 

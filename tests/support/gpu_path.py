@@ -30,7 +30,9 @@ def take_gpu_path():
     """Engines made from now on take it."""
     torch.cuda.get_device_capability = lambda device=None: (9, 0)  # vLLM's cache kernel asks
     worker_class = f"{__name__}.{GPUPathWorker.__qualname__}"
-    platforms.CPU = replace(platforms.CPU, worker_class=worker_class)
+    platforms.CPU = replace(
+        platforms.CPU, worker_class=worker_class, pages_per_head=platforms.GPU.pages_per_head
+    )
     options.check_attention_kernel = lambda *choice: None
     checks._cpu_problems = lambda config: []  # cards can have caches of 8-bit numbers
     use_other_scales()

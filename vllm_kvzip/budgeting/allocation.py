@@ -101,7 +101,7 @@ class PageAllocator:
             return budgets.allocate_adaptive(
                 ranking.scores,
                 total,
-                geometry.block_size,
+                geometry.page_tokens,
                 min_pages,
                 max_pages=available,
                 per_layer=self._per_layer,
@@ -112,7 +112,7 @@ class PageAllocator:
                 self._head_importance,
                 total,
                 min_pages,
-                plan.num_prefix_blocks,
+                plan.num_prefix_blocks * geometry.pages_per_head,
                 None if available is None else available.cpu(),
             )
         return budgets.allocate_uniform(total, geometry.num_layers, geometry.num_kv_heads)
@@ -120,7 +120,7 @@ class PageAllocator:
     def quantized(self, ranking: Ranking, taken: torch.Tensor, plan: PrefixPlan) -> torch.Tensor:
         """Pages of the quantized tier, int64 ``[L, H]``; see :meth:`pages`."""
         geometry = self._geometry
-        total = plan.num_quantized_pages * geometry.pages_per_block
+        total = plan.num_quantized_pages * geometry.num_heads
         page_tokens = plan.quantized_page_tokens
         left = (max(1, plan.num_protected_tokens) - taken).clamp_min(0)
         least = (left + page_tokens - 1) // page_tokens

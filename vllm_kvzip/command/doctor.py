@@ -73,9 +73,16 @@ def _facts(it: Compression) -> list[str]:
         "profile": f"{profile}, made when the engine starts" if it.builds_profile else profile,
         "scorer": f"{it.scorer}, budget {it.budget}",
         "mode": f"{it.mode}, {it.keep_ratio:g} of the {it.counts} of a prompt are kept",
-        "KV cache": f"blocks of {it.block_size} tokens, {it.cache_dtype}",
+        "KV cache": f"blocks of {it.block_size} tokens{_pages(it)}, {it.cache_dtype}",
     }
     return [f"  {name:<10}  {fact}" for name, fact in facts.items()]
+
+
+def _pages(it: Compression) -> str:
+    """How blocks are cut, where they are."""
+    if it.pages_per_head == 1:
+        return ""
+    return f", in head pages of {it.block_size // it.pages_per_head}"
 
 
 def _left_alone(it: Compression) -> str:

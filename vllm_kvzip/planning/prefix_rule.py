@@ -45,6 +45,7 @@ class PrefixRule:
         pool_blocks: blocks of the whole pool; a prompt that would not fit into it together with
             its compressed prefix is left alone. None: not known.
         tiers: how a keep ratio becomes blocks; None: all of them hold KV pairs as they are.
+        pages_per_head: head pages of one KV head of one layer in a block.
     """
 
     keep_ratio: float
@@ -56,6 +57,7 @@ class PrefixRule:
     prefill_blocks: int | None = None
     pool_blocks: int | None = None
     tiers: TierRule | None = None
+    pages_per_head: int = 1
 
     def plan(
         self, num_prompt_tokens: int, options: RequestOptions = request_options.DEFAULT
@@ -79,7 +81,7 @@ class PrefixRule:
             plan,
             num_quantized_blocks=blocks.quantized,
             quantized_page_tokens=self.tiers.page_tokens,
-            quantized_split=self.tiers.split,
+            quantized_split=self.tiers.split // self.pages_per_head,
         )
 
     def next_plan(
@@ -234,7 +236,10 @@ class PrefixRule:
             keep_ratio=self.wanted_ratio(options),
             num_sink_tokens=num_sinks,
             num_recent_tokens=num_recent,
-            min_pages_per_head=pages_for(num_sinks + num_recent, self.block_size),
+            min_pages_per_head=pages_for(
+                num_sinks + num_recent, self.block_size // self.pages_per_head
+            ),
+            pages_per_head=self.pages_per_head,
         )
 
     def _num_prefix_blocks(self, num_prompt_tokens: int, options: RequestOptions) -> int:

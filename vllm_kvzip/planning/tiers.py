@@ -18,7 +18,7 @@ EPSILON = 1e-9  # 0.3 * 10 is 3.0000000000000004 in floating point, and must sta
 
 
 def pages_for(num_tokens: int, page_tokens: int) -> int:
-    """Head pages that some tokens of a head take, at least one."""
+    """Pages, or blocks, that some tokens of a head take, at least one."""
     return max(1, ceil(num_tokens / page_tokens))
 
 
@@ -42,9 +42,10 @@ class TierRule:
     Attributes:
         mode: ``evict`` has the full tier only, ``quantize`` the quantized tier only, ``mixed``
             both.
-        block_tokens: N, tokens of an ordinary head page.
-        page_tokens: Q, tokens of a quantized page.
-        split: S, quantized pages of a head page; together they hold more than N.
+        block_tokens: tokens of a block, which it holds of each head as they are.
+        page_tokens: tokens of a quantized page.
+        split: quantized pages that a block has for each head; together they hold more than
+            ``block_tokens``.
         full_share: blocks that hold KV pairs as they are / all blocks, in mode ``mixed``.
         by_bytes: whether the keep ratio counts bytes; it counts KV pairs otherwise.
         shares: points (keep ratio, full share) with ascending ratios. Between two points the full
@@ -62,7 +63,7 @@ class TierRule:
 
     @property
     def quantized_tokens(self) -> int:
-        """Tokens that the quantized pages of one head page hold."""
+        """Tokens of each head that one block of quantized pages holds."""
         return self.split * self.page_tokens
 
     def full_share_at(self, ratio: float) -> float:
@@ -114,7 +115,7 @@ class TierRule:
 
         Args:
             ratio, num_blocks: see :meth:`blocks`.
-            least_full: ordinary pages that hold a head's protected tokens.
+            least_full: ordinary blocks that hold every head's protected tokens.
             least: blocks of quantized pages that hold them.
         """
         share = self.full_share_at(ratio)

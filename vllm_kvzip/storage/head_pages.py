@@ -1,9 +1,10 @@
 """The arithmetic of head pages: where they lie, dealing them to heads, page tables.
 
-A head page is the part of a block that belongs to one KV head of one layer. Once a block is ours,
-nothing forces the page of (layer, head) to serve that layer and head: a request's compressed blocks
-are dealt out page by page, so budgets may differ over layers and heads while the request holds
-``ceil(total pages / (L * H))`` blocks.
+A head page is the part of a block that belongs to one KV head of one layer, or one of several equal
+parts of it where blocks are large. Once a block is ours, nothing forces the page of (layer, head)
+to serve that layer and head: a request's compressed blocks are dealt out page by page, so budgets
+may differ over layers and heads while the request holds ``ceil(total pages / pages of a block)``
+blocks.
 """
 
 from __future__ import annotations
@@ -25,8 +26,16 @@ T = TypeVar("T")
 class PagePool:
     """Where head pages lie in a flat pool; all strides are counted in head pages.
 
-    The default is the layout ``LBHNC``: layers outermost, then blocks, then KV heads. Page ids can
-    exceed 32 bits in bytes but not in pages; element offsets must be computed in 64 bits.
+    The default is the layout ``LBHNC``: layers outermost, then blocks, then KV heads, whose pages
+    in a block lie side by side. Page ids can exceed 32 bits in bytes but not in pages; element
+    offsets must be computed in 64 bits.
+
+    Attributes:
+        num_blocks: of the pool.
+        num_layers, num_kv_heads: L, H.
+        first_page, layer_stride, block_stride: where the pages of layer 0 and block 0 begin, and
+            how far those of the next layer and of the next block are.
+        pages_per_head: M, pages of one KV head of one layer in a block.
     """
 
     num_blocks: int
@@ -35,19 +44,23 @@ class PagePool:
     first_page: int = 0
     layer_stride: int | None = None
     block_stride: int | None = None
+    pages_per_head: int = 1
 
     @property
     def strides(self) -> tuple[int, int]:
         """(layer stride, block stride) in head pages."""
-        block_stride = self.num_kv_heads if self.block_stride is None else self.block_stride
+        block_stride = self.block_stride
+        if block_stride is None:
+            block_stride = self.num_kv_heads * self.pages_per_head
         if self.layer_stride is None:
             return self.num_blocks * block_stride, block_stride
         return self.layer_stride, block_stride
 
     def page_id(self, layer: int, block: int, head: int) -> int:
-        """Page of one layer, block and KV head."""
+        """First page of one layer, block and KV head."""
         layer_stride, block_stride = self.strides
-        return self.first_page + layer * layer_stride + block * block_stride + head
+        in_block = head * self.pages_per_head
+        return self.first_page + layer * layer_stride + block * block_stride + in_block
 
     def page_ids(self, blocks: torch.Tensor) -> torch.Tensor:
         """Pages of whole blocks.
@@ -56,17 +69,18 @@ class PagePool:
             blocks: int ``[n]``, block ids.
 
         Returns:
-            int64 ``[L, H, n]``, on the device of ``blocks``.
+            int64 ``[L, H, n * M]``, in the order of their tokens, on the device of ``blocks``.
         """
         layer_stride, block_stride = self.strides
         layers = torch.arange(self.num_layers, device=blocks.device) * layer_stride
-        heads = torch.arange(self.num_kv_heads, device=blocks.device)
-        in_layer = heads[:, None] + blocks.to(torch.int64)[None, :] * block_stride
-        return self.first_page + layers[:, None, None] + in_layer[None]
+        in_block = torch.arange(self.num_kv_heads * self.pages_per_head, device=blocks.device)
+        in_block = in_block.view(self.num_kv_heads, 1, self.pages_per_head)
+        in_layer = in_block + blocks.to(torch.int64)[:, None] * block_stride  # [H, n, M]
+        return self.first_page + layers[:, None, None] + in_layer.flatten(1)
 
 
 def deal_pages(blocks: torch.Tensor, total: int, pool: PagePool) -> torch.Tensor:
-    """Deal the head pages of some blocks to the heads, in (block, layer, KV head) order.
+    """Deal the head pages of some blocks to the heads, in (block, layer, KV head, part) order.
 
     Kernels rely on the order: they compute a page from its number in the prefix.
 
@@ -81,7 +95,8 @@ def deal_pages(blocks: torch.Tensor, total: int, pool: PagePool) -> torch.Tensor
     Raises:
         ValueError: if the blocks hold fewer pages than asked for.
     """
-    available = pool.page_ids(blocks).permute(2, 0, 1).flatten()
+    ids = pool.page_ids(blocks).unflatten(2, (len(blocks), pool.pages_per_head))
+    available: torch.Tensor = ids.permute(2, 0, 1, 3).flatten()
     if total > len(available):
         raise ValueError(f"{total} head pages asked of {len(blocks)} blocks with {len(available)}")
     return available[:total]
@@ -114,7 +129,7 @@ class HeadPageTable:
         self.table = table
         self.compressed_pages = compressed_pages
         self._pool = pool
-        self._num_tail_blocks = [0] * (table.shape[1] // pool.num_kv_heads)
+        self._num_tail_pages = [0] * (table.shape[1] // pool.num_kv_heads)
 
     @classmethod
     def build(
@@ -151,18 +166,18 @@ class HeadPageTable:
             old = earlier.table.view(num_layers, -1, num_heads, earlier.table.shape[2])
             table[:, list(stay), :, : old.shape[3]] = old[:, list(stay.values()), :, : shape[3]]
             for index, number in stay.items():
-                built._num_tail_blocks[index] = earlier._num_tail_blocks[number]
+                built._num_tail_pages[index] = earlier._num_tail_pages[number]
         return built
 
     def num_tail_blocks(self, request: int) -> int:
         """Tail blocks of request number ``request`` that the table knows."""
-        return self._num_tail_blocks[request]
+        return self._num_tail_pages[request] // self._pool.pages_per_head
 
     def _width(self, request: int) -> int:
         """Columns in use."""
         num_heads = self._pool.num_kv_heads
         rows = slice(request * num_heads, (request + 1) * num_heads)
-        return int(self.compressed_pages[:, rows].max()) + self._num_tail_blocks[request]
+        return int(self.compressed_pages[:, rows].max()) + self._num_tail_pages[request]
 
     def append_tail(self, request: int, blocks: torch.Tensor) -> None:
         """Put dense blocks after everything request number ``request`` has so far.
@@ -173,14 +188,15 @@ class HeadPageTable:
         """
         num_heads = self._pool.num_kv_heads
         rows = slice(request * num_heads, (request + 1) * num_heads)
-        known = self._num_tail_blocks[request]
+        known = self._num_tail_pages[request]
         first = self.compressed_pages[:, rows] + known  # [L, H]
-        needed = int(first.max()) + len(blocks)
+        ids = self._pool.page_ids(blocks).to(torch.int32)
+        num_pages = ids.shape[2]
+        needed = int(first.max()) + num_pages
         if needed > self.table.shape[2]:
             grown = torch.zeros(*self.table.shape[:2], needed + needed // 4, dtype=torch.int32)
             grown[:, :, : self.table.shape[2]] = self.table
             self.table = grown
-        columns = first[:, :, None] + torch.arange(len(blocks))
-        ids = self._pool.page_ids(blocks).to(torch.int32)
+        columns = first[:, :, None] + torch.arange(num_pages)
         self.table[:, rows].scatter_(2, columns, ids)
-        self._num_tail_blocks[request] = known + len(blocks)
+        self._num_tail_pages[request] = known + num_pages

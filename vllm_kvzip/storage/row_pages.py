@@ -26,7 +26,7 @@ class RowPages:
 
     Args:
         pages: ``[num_pages, N * 2 * D]``, the pool; written in place.
-        block_size: N.
+        page_tokens: N.
         head_dim: D.
         quantization: how :meth:`quantize` writes pages; None where it is never called.
         scales: of a pool of 8-bit numbers; None where numbers are stored as they are.
@@ -35,7 +35,7 @@ class RowPages:
     def __init__(
         self,
         pages: torch.Tensor,
-        block_size: int,
+        page_tokens: int,
         head_dim: int,
         quantization: Quantization | None = None,
         scales: StoredScales | None = None,
@@ -46,7 +46,7 @@ class RowPages:
         code_book = quantization.code_book if quantization else None
         self._code_book = None if code_book is None else code_book.to(self.device)
         self._scales = scales
-        rows = pages.view(len(pages), block_size, 2, head_dim)
+        rows = pages.view(len(pages), page_tokens, 2, head_dim)
         self._keys, self._values = rows[:, :, 0], rows[:, :, 1]
 
     def views(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,12 +99,12 @@ class RowPages:
         by_head = sources.flatten(0, 1)
         heads = torch.arange(len(by_head), device=self.device)
         heads = heads.repeat_interleave(keep.pages.flatten(), output_size=len(targets))
-        block_size = self._keys.shape[1]
+        page_tokens = self._keys.shape[1]
         for first in range(0, len(targets), PAGES_AT_ONCE):
             part = slice(first, first + PAGES_AT_ONCE)
             positions = keep.positions[part]
             index = positions.clamp(min=0)
-            pages = by_head[heads[part, None], index // block_size]
+            pages = by_head[heads[part, None], index // page_tokens]
             keys, values = (
                 self._rows(half, which, pages, index, heads[part])
                 for half, which in ((self._keys, KEYS), (self._values, VALUES))

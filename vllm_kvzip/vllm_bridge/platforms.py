@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _CPU_BLOCK_UNIT = 32
 _GPU_BLOCK_SIZES = (16, 32, 64, 128)
+_GPU_PAGE_TOKENS = 16  # of a head page in the larger blocks of models with states; divides them
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,10 @@ class ServedPlatform:
         where: the same in a sentence.
         worker_class: our worker, as vLLM wants it named.
         default_block_size: tokens per block when the user names none.
-        takes_block_size: whether a block size works.
+        takes_block_size: whether a block size that the user names works.
         block_sizes: those that do, in words.
+        pages_per_head: head pages of one KV head of a layer in a block of so many tokens, which
+            vLLM may have made larger than the user named.
         attention_backends: vLLM's names of those that a user can choose; none where there is only
             one.
         has_kernel_choice: whether setting ``attention_kernel`` means anything.
@@ -38,9 +41,14 @@ class ServedPlatform:
     default_block_size: int
     takes_block_size: Callable[[int], bool]
     block_sizes: str
+    pages_per_head: Callable[[int], int]
     attention_backends: tuple[str, ...]
     has_kernel_choice: bool
     symbols: dict[str, str]
+
+
+def _gpu_pages_per_head(block_size: int) -> int:
+    return 1 if block_size in _GPU_BLOCK_SIZES else block_size // _GPU_PAGE_TOKENS
 
 
 CPU = ServedPlatform(
@@ -50,6 +58,7 @@ CPU = ServedPlatform(
     default_block_size=_CPU_BLOCK_UNIT,
     takes_block_size=lambda size: size % _CPU_BLOCK_UNIT == 0,
     block_sizes=f"a multiple of {_CPU_BLOCK_UNIT}",
+    pages_per_head=lambda size: 1,  # the kernel packs the elements of a block as a whole
     attention_backends=(),
     has_kernel_choice=False,
     symbols=symbols.CPU,
@@ -61,6 +70,7 @@ GPU = ServedPlatform(
     default_block_size=_GPU_BLOCK_SIZES[0],
     takes_block_size=lambda size: size in _GPU_BLOCK_SIZES,
     block_sizes=f"one of {', '.join(map(str, _GPU_BLOCK_SIZES))}",
+    pages_per_head=_gpu_pages_per_head,
     attention_backends=("FLASH_ATTN", "TRITON_ATTN"),
     has_kernel_choice=True,
     symbols=symbols.GPU,

@@ -21,6 +21,7 @@ from vllm_kvzip.planning.prefix_rule import PrefixRule
 from vllm_kvzip.planning.tiers import TierRule
 from vllm_kvzip.scoring import scorer_class
 from vllm_kvzip.vllm_bridge.fp8_cache import running_cache_dtype
+from vllm_kvzip.vllm_bridge.platforms import running_platform
 from vllm_kvzip.vllm_bridge.stats_export import FOLDER_VARIABLE
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Settings:
         """How quantized pages are written; None in mode ``evict``.
 
         Args:
-            block_size: N.
+            block_size: tokens per block.
             head_dim: D.
             itemsize: bytes of a number of the KV cache.
 
@@ -105,9 +106,10 @@ class Settings:
             return None
         from vllm_kvzip.quantization import choose_quantization
 
+        page_tokens = block_size // running_platform().pages_per_head(block_size)
         try:
             chosen = choose_quantization(
-                page_bytes=2 * block_size * head_dim * itemsize,
+                page_bytes=2 * page_tokens * head_dim * itemsize,
                 head_dim=head_dim,
                 keys=config.key_format,
                 values=config.value_format,
@@ -117,7 +119,7 @@ class Settings:
             raise ConfigError(
                 f"mode {config.mode} does not work here: {error}; choose another format."
             ) from error
-        if chosen.head_page_tokens <= block_size:
+        if chosen.head_page_tokens <= page_tokens:
             raise ConfigError(
                 f"mode {config.mode}: {config.key_format} keys and {config.value_format} values "
                 f"are no smaller than the KV cache's own; choose another format."
@@ -131,6 +133,7 @@ class Settings:
             block_size, head_dim, itemsize: see :meth:`quantization`.
         """
         quantization = self.quantization(block_size, head_dim, itemsize)
+        pages_per_head = running_platform().pages_per_head(block_size)
         tiers = None
         if quantization is not None:
             by_bytes = self.config.keep_bytes_ratio is not None
@@ -139,7 +142,7 @@ class Settings:
                 self.config.mode,
                 block_size,
                 quantization.layout.page_tokens,
-                split=quantization.split,
+                split=quantization.split * pages_per_head,
                 full_share=self.config.full_share or DEFAULT_FULL_SHARE,
                 by_bytes=by_bytes,
                 shares=tuple((held if by_bytes else kept, full) for held, kept, full in points),
@@ -153,6 +156,7 @@ class Settings:
             min_output_tokens=self.config.min_output_tokens,
             prefill_blocks=self.prefill_blocks(block_size),
             tiers=tiers,
+            pages_per_head=pages_per_head,
         )
 
     def repeat_rule(self, vllm_config: VllmConfig) -> RepeatRule | None:
@@ -226,6 +230,7 @@ class Settings:
             "format": PREFIX_FORMAT,
             "version": __version__,
             "block_size": block_size,
+            "pages_per_head": running_platform().pages_per_head(block_size),
             "scorer": self.scorer,
             "budget": self.budget,
             "by_bytes": self.config.keep_bytes_ratio is not None,

@@ -202,7 +202,7 @@ class HeadSequenceBatcher:
         self._cache = cache
         self._isa = isa
         self._geometry = geometry = cache.geometry
-        shape = (-1, 1, 2 * geometry.block_size, geometry.head_dim)
+        shape = (-1, 1, 2 * geometry.page_tokens, geometry.head_dim)
         halves = cache.pages.view(shape).chunk(2, dim=2)
         self._page_halves = (halves[0], halves[1])
         self._members: _Members | None = None
@@ -297,7 +297,7 @@ class HeadSequenceBatcher:
         )
         tails = torch.tensor([table.num_tail_blocks(slot) for slot in range(len(states))])
         kept = table.compressed_pages.view(geometry.num_layers, len(states), -1)
-        surplus = kept.to(torch.int32) * geometry.block_size - boundaries[:, None]
+        surplus = kept.to(torch.int32) * geometry.page_tokens - boundaries[:, None]
         return _Members(
             request_ids=list(request_ids),
             states=states,

@@ -106,7 +106,8 @@ class KernelBatcher:
         geometry, device = cache.geometry, cache.store.device
         self._geometry = geometry
         self.layer_index = cache.layer_index
-        self.place = PagePlace(*cache.pool.strides, cache.pool.first_page)
+        pool = cache.pool
+        self.place = PagePlace(*pool.strides, pool.first_page, pool.pages_per_head)
         try:
             self.pages = cache.store.views()
         except ValueError as error:
@@ -118,7 +119,7 @@ class KernelBatcher:
             self.scales = tuple(cache.scales.factors.transpose(0, 1).contiguous())
         num_slots = 1 + max_requests
         self._offsets = torch.zeros(
-            num_slots, geometry.pages_per_block + 1, dtype=torch.int32, device=device
+            num_slots, geometry.num_heads + 1, dtype=torch.int32, device=device
         )
         self.quantized = _read_quantized(cache, self.dtype)
         self._quantized_offsets = self._key_transforms = None
@@ -128,7 +129,7 @@ class KernelBatcher:
             self.quantized_split = cache.quantization.split
             self._quantized_offsets = self._offsets.clone()
             rows = 2 + cache.num_first
-            shape = (num_slots, geometry.pages_per_block, rows, geometry.head_dim)
+            shape = (num_slots, geometry.num_heads, rows, geometry.head_dim)
             self._key_transforms = torch.zeros(shape, dtype=torch.float32, device=device)
         self._boundaries = torch.zeros(num_slots, dtype=torch.int32, device=device)
         self._slots = torch.zeros(max_requests, dtype=torch.int32, device=device)
@@ -167,13 +168,13 @@ class KernelBatcher:
         """The first rows of a batch as they were last placed; those of a dummy are uncompressed."""
         tables = PageTables(
             offsets=self._offsets,
-            boundary_blocks=self._boundaries,
+            boundary_pages=self._boundaries,
             slots=self._slots[:num_rows],
             block_table=common.block_table_tensor,
             seq_lens=common.seq_lens,
             place=self.place,
             num_kv_heads=self._geometry.num_kv_heads,
-            page_tokens=self._geometry.block_size,
+            page_tokens=self._geometry.page_tokens,
             quantized_offsets=self._quantized_offsets,
             key_transforms=self._key_transforms,
             split=self.quantized_split,
@@ -216,7 +217,8 @@ class KernelBatcher:
         if (transform := state.prefix.key_transform) is not None:
             assert self._key_transforms is not None
             self._key_transforms[slot].copy_(transform.flat.packed, non_blocking=True)
-        self._boundaries[slot].fill_(state.plan.num_prefix_blocks)
+        in_pages = state.plan.num_prefix_blocks * self._geometry.pages_per_head
+        self._boundaries[slot].fill_(in_pages)
         return slot
 
 

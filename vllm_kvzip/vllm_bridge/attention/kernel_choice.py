@@ -71,30 +71,32 @@ def make_sample_batch(
     """
     keys, _ = batcher.pages
     device, size = keys.device, geometry.block_size
-    prefix_blocks = context_tokens // size
-    kept = max(1, round(KEEP_RATIO * prefix_blocks))
+    prefix_blocks = max(1, context_tokens // size)
+    prefix_pages = prefix_blocks * geometry.pages_per_head
+    kept = max(1, round(KEEP_RATIO * prefix_blocks)) * geometry.pages_per_head
     width = prefix_blocks + -(-query_len // size)
     table = torch.arange(num_requests * width, dtype=torch.int32, device=device) % num_blocks
     table = table.view(num_requests, width)
     seq_len = prefix_blocks * size + query_len
     seq_lens = torch.full((num_requests,), seq_len, dtype=torch.int32, device=device)
     starts = torch.arange(num_requests + 1, dtype=torch.int32) * query_len
-    heads = torch.arange(geometry.pages_per_block + 1, dtype=torch.int32, device=device)
+    heads = torch.arange(geometry.num_heads + 1, dtype=torch.int32, device=device)
     quantized = transforms = None  # what else they have
     if batcher.quantized is not None:
-        rest = -(-(prefix_blocks - kept) * size // batcher.quantized.layout.page_tokens)
-        quantized = (batcher.quantized_split * kept * geometry.pages_per_block + rest * heads)[None]
-        shape = (1, geometry.pages_per_block, 2 + batcher.num_first, geometry.head_dim)
+        left = (prefix_pages - kept) * geometry.page_tokens
+        rest = -(-left // batcher.quantized.layout.page_tokens)
+        quantized = (batcher.quantized_split * kept * geometry.num_heads + rest * heads)[None]
+        shape = (1, geometry.num_heads, 2 + batcher.num_first, geometry.head_dim)
         transforms = torch.ones(shape, dtype=torch.float32, device=device)
     tables = PageTables(
         offsets=kept * heads[None],
-        boundary_blocks=torch.full((1,), prefix_blocks, dtype=torch.int32, device=device),
+        boundary_pages=torch.full((1,), prefix_pages, dtype=torch.int32, device=device),
         slots=torch.zeros(num_requests, dtype=torch.int32, device=device),
         block_table=table,
         seq_lens=seq_lens,
         place=batcher.place,
         num_kv_heads=geometry.num_kv_heads,
-        page_tokens=size,
+        page_tokens=geometry.page_tokens,
         quantized_offsets=quantized,
         key_transforms=transforms,
         split=batcher.quantized_split,
@@ -140,7 +142,7 @@ def warm_up(
             )  # fmt: skip
             sample.batch.attend(layer.impl, layer, sample.query, sample.output)
     keys, values = batcher.pages
-    zeros = torch.zeros(geometry.block_size, dtype=torch.int32, device=keys.device)
+    zeros = torch.zeros(geometry.page_tokens, dtype=torch.int32, device=keys.device)
     stored = (half.view(torch.uint8) if batcher.scales else half for half in (keys, values))
     compact_pages(*stored, zeros[:1, None], zeros, zeros[:1], zeros[:1])
     if (chosen := batcher.quantized) is not None:

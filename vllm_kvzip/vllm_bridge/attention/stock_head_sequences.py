@@ -103,7 +103,7 @@ class StockHeadSequences:
 
 def fits(batch: KernelBatch) -> bool:
     """Whether the tables of a batch are small enough to be written."""
-    num_sequences = len(batch.tables.slots) * batch.tables.pages_per_block
+    num_sequences = len(batch.tables.slots) * batch.tables.num_pairs
     return 4 * num_sequences * _width(batch) <= MOST_TABLE_BYTES
 
 

@@ -74,7 +74,7 @@ class TieredReader:
         )
 
     def _read_full(self, ids: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        shape = (len(ids), self.geometry.block_size, self.geometry.head_dim)
+        shape = (len(ids), self.geometry.page_tokens, self.geometry.head_dim)
         store = self._store
         keys, values = store.read_keys(ids[None], layer), store.read_values(ids[None], layer)
         return keys.view(shape), values.view(shape)
@@ -97,7 +97,7 @@ class TieredReader:
                 continue
             boundary = state.plan.boundary_tokens
             num_tokens[:, number] = quantized_tokens(
-                prefix, boundary, geometry.block_size, page_tokens
+                prefix, boundary, geometry.page_tokens, page_tokens
             )
             counts = prefix.quantized.pages.flatten()
             heads = torch.arange(len(counts)).repeat_interleave(counts)
@@ -241,7 +241,7 @@ class TieredBatch:
         for head in range(num_heads):
             sequence, heads = request * num_heads + head, slice(head * group, (head + 1) * group)
             num_tokens = int(self.seq_lens[layer, sequence])
-            num_pages = -(-num_tokens // geometry.block_size)
+            num_pages = -(-num_tokens // geometry.page_tokens)
             attended = attention.attend_causally(
                 query[rows, heads].transpose(0, 1),
                 tier.ids[tier.owners == sequence],
@@ -265,7 +265,7 @@ class TieredBatch:
 
     def _full_pages(self, layer: int, sequences: torch.Tensor, seq_lens: torch.Tensor) -> TierPages:
         """Ordinary pages of some head sequences."""
-        size = self.reader.geometry.block_size
+        size = self.reader.geometry.page_tokens
         tables = self.tables[layer, sequences]
         columns = torch.arange(tables.shape[1])
         filled = columns < (seq_lens[:, None] + size - 1) // size

@@ -1,8 +1,9 @@
 """Where the head pages are in vLLM's cache.
 
 vLLM allocates one buffer for all layers, and places the layers of each KV cache group in it. Under
-the layout ``LBHNC`` the page of one KV head in one block of one layer is a contiguous run of
-``2 * block_size * head_dim`` elements.
+the layout ``LBHNC`` what one KV head has in one block of one layer is a contiguous run of
+``2 * block_size * head_dim`` elements: one head page, or several equal ones where a row of it is a
+token's key and value.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def map_head_pages(
     spec: HeadPageSpec,
     layer_caches: Sequence[torch.Tensor],
     layout: KVCacheLayout,
+    pages_per_head: int = 1,
 ) -> tuple[torch.Tensor, PagePool]:
     """View vLLM's cache as one flat pool of head pages, without a copy.
 
@@ -38,10 +40,11 @@ def map_head_pages(
         spec: of the group.
         layer_caches: vLLM's view of each layer, ``[B, H, N, 2 * D]``, in the group's order.
         layout: the resolved layout.
+        pages_per_head: head pages that one KV head of a layer has in a block.
 
     Returns:
-        ``[num_pages, 2 * block_size * head_dim]`` over the whole buffer, and the arithmetic that
-        finds a page in it.
+        ``[num_pages, 2 * N * head_dim]``, N tokens of a page, over the whole buffer, and the
+        arithmetic that finds a page in it.
 
     Raises:
         UnsupportedError: when the buffer is not laid out page by page.
@@ -60,8 +63,13 @@ def map_head_pages(
         )
     (placement,) = placements
     first = layer_caches[0]
+    if first.shape[2] != spec.block_size:
+        raise UnsupportedError(
+            f"KV compression needs blocks of {spec.block_size} tokens whole, but vLLM's attention "
+            f"kernel takes them in parts of {first.shape[2]}; set --attention-backend TRITON_ATTN."
+        )
     num_heads = spec.num_kv_heads
-    page_elements = 2 * spec.block_size * spec.head_size
+    page_elements = 2 * spec.block_size // pages_per_head * spec.head_size
     page_bytes = page_elements * first.element_size()
     strides = (placement.layer_stride, placement.block_stride, placement.offset)
     if any(stride % page_bytes for stride in strides):
@@ -76,6 +84,7 @@ def map_head_pages(
         first_page=placement.offset // page_bytes,
         layer_stride=placement.layer_stride // page_bytes,
         block_stride=placement.block_stride // page_bytes,
+        pages_per_head=pages_per_head,
     )
     num_pages = first.untyped_storage().nbytes() // page_bytes
     pages = first.as_strided((num_pages, page_elements), (page_elements, 1), 0)

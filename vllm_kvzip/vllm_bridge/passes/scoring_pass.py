@@ -274,7 +274,7 @@ class ReconstructionPass:
             self._store,
             self._layer_index,
             self._num_sinks,
-            self._geometry.block_size,
+            self._geometry.page_tokens,
             self._score_columns,
         )
         return dict.fromkeys(self._layer_index, metadata)

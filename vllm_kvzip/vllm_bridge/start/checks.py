@@ -182,24 +182,15 @@ def _model_problems(vllm_config: VllmConfig) -> list[str]:
 
 def _plan_problems(plan: CachePlan) -> list[str]:
     """What is known once vLLM's planner has grouped layers like those of the model."""
-    model, platform = plan.vllm_config.model_config, running_platform()
+    if len(plan.full_groups) <= 1:
+        return []
     num_full = sum(len(group.layer_names) for group in plan.full_groups)
     left_alone = sum(layers.num_layers for layers in plan.others)
-    problems = [
-        (
-            len(plan.full_groups) > 1,
-            f"{num_full} layers of full attention beside {left_alone} others, which vLLM splits "
-            f"into {len(plan.full_groups)} KV cache groups of full attention; run "
-            f"{model.architecture} without --kv-compression",
-        ),
-        (
-            not platform.takes_block_size(plan.block_size),
-            f"blocks of {plan.block_size} tokens {platform.where}, which vLLM makes so large that "
-            f"they hold the states of {model.architecture}; run it on CPUs, or without "
-            f"--kv-compression",
-        ),
+    return [
+        f"{num_full} layers of full attention beside {left_alone} others, which vLLM splits into "
+        f"{len(plan.full_groups)} KV cache groups of full attention; run "
+        f"{plan.vllm_config.model_config.architecture} without --kv-compression"
     ]
-    return [text for present, text in problems if present]
 
 
 def is_mixed(vllm_config: VllmConfig) -> bool:

@@ -26,6 +26,7 @@ from vllm_kvzip.model.attention_kinds import (
 from vllm_kvzip.model.cache_shares import compressed_share
 from vllm_kvzip.vllm_bridge.fingerprint import compressed_layers, model_fingerprint
 from vllm_kvzip.vllm_bridge.fp8_cache import running_cache_dtype
+from vllm_kvzip.vllm_bridge.platforms import running_platform
 from vllm_kvzip.vllm_bridge.settings import Settings, cache_shape
 from vllm_kvzip.vllm_bridge.start.cache_plan import CachePlan, plan_cache
 from vllm_kvzip.vllm_bridge.start.options import profile_path
@@ -68,6 +69,7 @@ class Compression:
         keep_ratio: kept / all.
         counts: what the ratio counts, ``KV pairs`` or ``bytes``.
         block_size: tokens per block.
+        pages_per_head: head pages of a KV head in a block.
         cache_dtype: of the KV cache.
         max_model_len: tokens of the longest request.
     """
@@ -91,6 +93,7 @@ class Compression:
     keep_ratio: float
     counts: str
     block_size: int
+    pages_per_head: int
     cache_dtype: str
     max_model_len: int
 
@@ -210,6 +213,7 @@ def _compression(plan: CachePlan) -> Compression:
         keep_ratio=config.ratio,
         counts="KV pairs" if config.keep_bytes_ratio is None else "bytes",
         block_size=plan.block_size,
+        pages_per_head=running_platform().pages_per_head(plan.block_size),
         cache_dtype=str(model.dtype).removeprefix("torch.") if dtype == "auto" else dtype,
         max_model_len=model.max_model_len,
     )

@@ -26,6 +26,7 @@ from vllm_kvzip.vllm_bridge.fp8_cache import read_scales
 from vllm_kvzip.vllm_bridge.outcomes import WorkerOutcomes
 from vllm_kvzip.vllm_bridge.passes.model_rotary import find_rotary, num_positions
 from vllm_kvzip.vllm_bridge.passes.scoring_pass import ReconstructionPass, RepeatPrompt
+from vllm_kvzip.vllm_bridge.platforms import running_platform
 from vllm_kvzip.vllm_bridge.stats_export import WorkerRecorder
 from vllm_kvzip.vllm_bridge.symbols import (
     Attention,
@@ -183,28 +184,32 @@ def view_cache(
     """
     settings, spec = worker.kvzip_settings, layers.spec
     config = settings.config
+    pages_per_head = running_platform().pages_per_head(spec.block_size)
     pages, pool = map_head_pages(
         kv_cache_config,
         layers.group,
         spec,
         [layer.kv_cache for layer in layers.by_name.values()],
         worker.cache_config.get_resolved_kv_cache_layout(),
+        pages_per_head,
     )
     check_capped_logits(bool(layers.first.impl.logits_soft_cap), settings.scorer)
     quantization = settings.quantization(spec.block_size, spec.head_size, spec.dtype.itemsize)
     attention_layers = list(layers.by_name.values())
     scales = read_scales(attention_layers, spec.num_kv_heads, worker.model_config.dtype)
+    geometry = CacheGeometry(
+        num_layers=layers.group.num_layers,
+        num_kv_heads=spec.num_kv_heads,
+        group_size=layers.first.num_heads // spec.num_kv_heads,
+        head_dim=spec.head_size,
+        block_size=spec.block_size,
+        pages_per_head=pages_per_head,
+    )
     return HeadPageCache(
-        geometry=CacheGeometry(
-            num_layers=layers.group.num_layers,
-            num_kv_heads=spec.num_kv_heads,
-            group_size=layers.first.num_heads // spec.num_kv_heads,
-            head_dim=spec.head_size,
-            block_size=spec.block_size,
-        ),
+        geometry=geometry,
         pool=pool,
         pages=pages,
-        store=worker.page_store(pages, spec, layers.builders, quantization, scales),
+        store=worker.page_store(pages, geometry, layers.builders, quantization, scales),
         layer_index={name: index for index, name in enumerate(layers.group.layer_names)},
         quantization=quantization,
         scales=scales,

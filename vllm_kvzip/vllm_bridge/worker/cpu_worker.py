@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     import torch
 
     from vllm_kvzip.clocks import Clock
+    from vllm_kvzip.core import CacheGeometry
     from vllm_kvzip.quantization import Quantization
     from vllm_kvzip.storage.page_store import PageStore
     from vllm_kvzip.storage.stored_scales import StoredScales
     from vllm_kvzip.vllm_bridge.attention.batches import Batcher
-    from vllm_kvzip.vllm_bridge.cache.cache_spec import HeadPageSpec
     from vllm_kvzip.vllm_bridge.cache.head_page_cache import HeadPageCache
 
 
@@ -35,15 +35,16 @@ class HeadPageCPUWorker(HeadPageWorker, CPUWorker):
     def page_store(
         self,
         pages: torch.Tensor,
-        spec: HeadPageSpec,
+        geometry: CacheGeometry,
         builders: list[Any],
         quantization: Quantization | None,
         scales: StoredScales | None,
     ) -> PageStore:
         """See :class:`HeadPageWorker`; the kernel packs elements in an order that is found out."""
         assert scales is None  # refused at start-up
-        codec = discover_codec(spec.block_size, spec.head_size, spec.dtype, builders[0].isa)
-        return PackedPages(pages, codec, spec.block_size, spec.head_size, quantization)
+        shape = geometry.page_tokens, geometry.head_dim
+        codec = discover_codec(*shape, pages.dtype, builders[0].isa)
+        return PackedPages(pages, codec, *shape, quantization)
 
     def attach(self, cache: HeadPageCache, builders: list[Any]) -> Batcher:
         """See :class:`HeadPageWorker`."""

@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     import torch
 
     from vllm_kvzip.clocks import Clock
+    from vllm_kvzip.core import CacheGeometry
     from vllm_kvzip.quantization import Quantization
     from vllm_kvzip.storage.page_store import PageStore
     from vllm_kvzip.storage.stored_scales import StoredScales
     from vllm_kvzip.vllm_bridge.attention.batches import Batcher
-    from vllm_kvzip.vllm_bridge.cache.cache_spec import HeadPageSpec
     from vllm_kvzip.vllm_bridge.cache.head_page_cache import HeadPageCache
 
 
@@ -144,13 +144,13 @@ class TritonPath(HeadPageWorker):
     def page_store(
         self,
         pages: torch.Tensor,
-        spec: HeadPageSpec,
+        geometry: CacheGeometry,
         builders: list[Any],
         quantization: Quantization | None,
         scales: StoredScales | None,
     ) -> PageStore:
         """See :class:`HeadPageWorker`; a row holds a token's key and value."""
-        return RowPages(pages, spec.block_size, spec.head_size, quantization, scales)
+        return RowPages(pages, geometry.page_tokens, geometry.head_dim, quantization, scales)
 
     def attach(self, cache: HeadPageCache, builders: list[Any]) -> Batcher:
         """See :class:`HeadPageWorker`; chooses whose kernel attends over compressed prefixes."""
@@ -160,7 +160,7 @@ class TritonPath(HeadPageWorker):
         layers = get_layers_from_vllm_config(self.vllm_config, Attention, list(cache.layer_index))
         layer = layers[next(iter(cache.layer_index))]
         has_sinks = any(some.impl.sinks is not None for some in layers.values())
-        pages = cache.pages.view(-1, 1, geometry.block_size, 2 * geometry.head_dim)
+        pages = cache.pages.view(-1, 1, geometry.page_tokens, 2 * geometry.head_dim)
         kernel = self.kvzip_settings.config.attention_kernel
         check_sinks(has_sinks, kernel)
         tokens = min(CONTEXT_TOKENS, self.model_config.max_model_len)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from vllm_kvzip.vllm_bridge.cache.cache_spec import HeadPageSpec, as_head_page_specs
+from vllm_kvzip.vllm_bridge.cache.cache_spec import as_head_page_specs
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings
 from vllm_kvzip.vllm_bridge.symbols import (
     AttentionLayerBase,
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from vllm_kvzip.clocks import Clock
+    from vllm_kvzip.core import CacheGeometry
     from vllm_kvzip.quantization import Quantization
     from vllm_kvzip.storage.page_store import PageStore
     from vllm_kvzip.storage.stored_scales import StoredScales
@@ -78,7 +79,7 @@ class HeadPageWorker(WorkerBase):
     def page_store(
         self,
         pages: torch.Tensor,
-        spec: HeadPageSpec,
+        geometry: CacheGeometry,
         builders: list[Any],
         quantization: Quantization | None,
         scales: StoredScales | None,
@@ -87,7 +88,7 @@ class HeadPageWorker(WorkerBase):
 
         Args:
             pages: ``[num_pages, 2 * N * D]``.
-            spec: of the KV cache group.
+            geometry: of the compressed layers.
             builders: vLLM's metadata builders.
             quantization: how quantized pages are written; None where there are none.
             scales: of a cache of 8-bit numbers.
