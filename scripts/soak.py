@@ -16,6 +16,7 @@ Stops at the first thing that does not add up, and says how to see it again.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -59,7 +60,7 @@ def main() -> int:
         "max_num_batched_tokens": arguments.max_num_batched_tokens,
         # Scorer kvzip asks for the context in words.
         "skip_tokenizer_init": arguments.scorer != "kvzip",
-        "scheduling_policy": arguments.scheduling_policy,
+        "scheduling_policy": arguments.scheduling_policy, **arguments.engine,
     }  # fmt: skip
     stock = stock_answers(workload.requests, options) if arguments.identity else None
 
@@ -116,6 +117,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--budget", default="adaptive")
     parser.add_argument("--max-num-batched-tokens", type=int, default=256)
     parser.add_argument("--scheduling-policy", choices=["fcfs", "priority"], default="fcfs")
+    parser.add_argument(
+        "--engine", type=json.loads, default={}, help="more arguments of vLLM's LLM, as JSON"
+    )
     parser.add_argument(
         "--identity", action="store_true", help="keep ratio 1.0; compare with stock vLLM"
     )

@@ -9,7 +9,11 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "soak.py"
 PRIORITY = ("--scheduling-policy", "priority")
-WINDOWED = str(SCRIPT.parent.parent / "tests" / "models" / "tiny-windowed")
+WINDOWED, CONVOLVED = (
+    str(SCRIPT.parent.parent / "tests" / "models" / name)
+    for name in ("tiny-windowed", "tiny-convolved")
+)
+RIGHT_NORMS = '{"compilation_config": {"custom_ops": ["none"]}}'  # docs/limits.md, LFM2 on CPUs
 SHORT_STEPS = ("--max-num-batched-tokens", "128")
 RUNS = {  # requests, seed, flags
     "evict": (120, 3),
@@ -17,6 +21,7 @@ RUNS = {  # requests, seed, flags
     "mixed": (120, 3, "--mode", "mixed"),
     "quantize, priority": (120, 3, "--mode", "quantize", *PRIORITY),
     "sliding windows": (200, 8, "--model", WINDOWED, "--pool-blocks", "38", *SHORT_STEPS),
+    "states": (100, 3, "--model", CONVOLVED, "--engine", RIGHT_NORMS),
     "identity, priority": (120, 5, "--identity", *PRIORITY),
 }
 
