@@ -13,9 +13,11 @@ from vllm_kvzip.planning.reconstruction import Chunk, scores_from_normaliser
 from vllm_kvzip.vllm_bridge.passes.calibration_pass import (
     CaughtCache,
     ReadingMetadata,
-    WindowMetadata,
+    WindowReadingMetadata,
 )
+from vllm_kvzip.vllm_bridge.passes.last_token import last_token_metadata
 from vllm_kvzip.vllm_bridge.passes.scoring_pass import RepeatedContext, ScoringMetadata, Segment
+from vllm_kvzip.vllm_bridge.passes.window_pass import WindowMetadata
 
 pytestmark = pytest.mark.vllm
 
@@ -110,10 +112,10 @@ def test_a_window_is_kept_over_the_context_and_what_repeats_it(
     key, value = torch.randn(2, read + 12, HEADS, DIM)
     output = torch.empty_like(query)
     parts = [part[:read] for part in (query, key, value, output)]
-    WindowMetadata(cache).attend(LAYER, impl, *parts)
+    WindowReadingMetadata(cache).attend(LAYER, impl, *parts)
     segments = [Segment(rows.start, rows.stop, None, None) for rows in repeated]
     parts = [part[read:] for part in (query, key, value, output)]
-    WindowMetadata(cache, segments).attend(LAYER, impl, *parts)
+    WindowMetadata(segments, cache).attend(LAYER, impl, *parts)
     for rows in (slice(0, 0), *repeated):  # first the context alone, then what is read after it
         order = [*range(read), *range(read + rows.start, read + rows.stop)]
         own = slice(read if rows.stop else 0, None)
@@ -123,3 +125,32 @@ def test_a_window_is_kept_over_the_context_and_what_repeats_it(
             keys, values = key[order, member // GROUP], value[order, member // GROUP]
             wanted = weights(query[order, member], keys, impl, member, hidden) @ values
             torch.testing.assert_close(output[order, member][own], wanted[own])
+
+
+@TERMS
+def test_the_last_token_of_a_context_sees_what_it_sees_in_a_step(soft_cap, has_sinks):
+    """All tokens before it in a full layer, the last ones in a layer with a window."""
+    torch.manual_seed(3)
+    impl, window, num_tokens = implementation(soft_cap, has_sinks), 6, 20
+    cache = CaughtCache(GEOMETRY, {"layer": 0}, torch.device("cpu"), {"narrow": window})
+    keys, values = torch.randn(2, HEADS, num_tokens, DIM)
+    seen = slice(num_tokens - window, num_tokens - 1)
+    cache.layers[0], cache.window_ends["narrow"] = (keys, values), (keys[:, seen], values[:, seen])
+    pages = cache.page_ids(torch.arange(num_tokens))
+    context = RepeatedContext(range(num_tokens), pages, torch.zeros(0), [])
+    metadata, (found,) = last_token_metadata([context], cache, cache.layer_index, cache)
+    query = torch.randn(1, HEADS * GROUP, DIM)
+    key, value = torch.randn(2, 1, HEADS, DIM)
+    for name, first in (("layer", 0), ("narrow", num_tokens - window)):
+        output = torch.empty_like(query)
+        metadata[name].attend(SimpleNamespace(layer_name=name), impl, query, key, value, output)
+        for member in range(HEADS * GROUP):
+            head = member // GROUP
+            all_keys = torch.cat([keys[head, first:-1], key[:, head]])
+            all_values = torch.cat([values[head, first:-1], value[:, head]])
+            hidden = torch.zeros(1, len(all_keys), dtype=torch.bool)
+            wanted = weights(query[:, member], all_keys, impl, member, hidden) @ all_values
+            torch.testing.assert_close(output[:, member], wanted)
+    assert list(found) == ["narrow"]
+    assert torch.equal(found["narrow"][0], key.transpose(0, 1))
+    assert torch.equal(found["narrow"][1], value.transpose(0, 1))

@@ -46,6 +46,19 @@ def test_block_ids_are_those_of_the_compressed_group():
     assert tracker.get("a").block_ids == [1, 2, 3]
 
 
+def test_rows_of_other_groups_are_kept_where_the_model_repeats_contexts():
+    tracker = RequestTracker(RULE, CompressedGroup(1, ("a layer",), (16, 16, 16)), repeats=True)
+    new = replace(new_request("a", 60, []), block_ids=([0, 7], [1, 2], [0, 9]))
+    run(tracker, output(new=[new], scheduled={"a": 32}))
+    step = output(running=[("a", 32, [])], scheduled={"a": 16})
+    step.scheduled_cached_reqs.new_block_ids = [([8], [3], [])]
+    run(tracker, step)
+    assert tracker.get("a").block_ids == [1, 2, 3]
+    assert tracker.get("a").rows_of_others == {0: [0, 7, 8], 2: [0, 9]}
+    run(tracker, output(preempted=["a"]))
+    assert tracker.get("a").rows_of_others == {}
+
+
 def test_short_prompts_are_not_tracked():
     tracker = RequestTracker(RULE, GROUP)
     assert run(tracker, output(new=[new_request("a", 31, [1, 2])], scheduled={"a": 31})) == ([], [])

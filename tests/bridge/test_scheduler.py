@@ -8,7 +8,12 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
@@ -20,24 +25,27 @@ pytestmark = pytest.mark.vllm
 
 MODEL = Path(__file__).parent.parent / "models" / "tiny-retriever"
 BLOCK = 32
+SHAPE = {"block_size": BLOCK, "num_kv_heads": 4, "head_size": 32, "dtype": torch.float32}
 
 
-def build_scheduler(num_blocks, **engine):
+def build_scheduler(num_blocks, window=None, kvzip=None, **engine):
     """The scheduler that vLLM would make for an engine of this plugin."""
     config = EngineArgs(
-        model=str(MODEL), skip_tokenizer_init=True, max_model_len=256, max_num_seqs=8,
-        block_size=BLOCK, additional_config={"kvzip": {"keep_ratio": 0.5}}, **engine,
+        model=str(MODEL), max_model_len=256, max_num_seqs=8, block_size=BLOCK,
+        additional_config={"kvzip": {"keep_ratio": 0.5, **(kvzip or {})}}, **engine,
     ).create_engine_config()  # fmt: skip
     config.cache_config.num_gpu_blocks = num_blocks
     spec = HeadPageSpec.from_full_attention(
-        FullAttentionSpec(block_size=BLOCK, num_kv_heads=4, head_size=32, dtype=torch.float32),
-        Settings.from_vllm_config(config),
-        vllm_config=config,
+        FullAttentionSpec(**SHAPE), Settings.from_vllm_config(config), vllm_config=config
     )
+    groups = [KVCacheGroupSpec(["layer"], spec)]
+    if window is not None:
+        narrow = SlidingWindowSpec(**SHAPE, sliding_window=window)
+        groups.append(KVCacheGroupSpec(["narrow layer"], narrow))
     init_none_hash(sha256)
     return config.scheduler_config.get_scheduler_cls()(
         vllm_config=config,
-        kv_cache_config=KVCacheConfig(num_blocks, [], [KVCacheGroupSpec(["layer"], spec)]),
+        kv_cache_config=KVCacheConfig(num_blocks, [], groups),
         structured_output_manager=StructuredOutputManager(config),
         block_size=BLOCK,
     )
@@ -78,3 +86,24 @@ def test_what_a_preempted_request_did_not_compute_is_not_found():
     assert unimportant.num_preemptions == 1
     _, found, *_ = scheduler.kv_cache_manager.get_computed_blocks(unimportant)
     assert found == 160
+
+
+@pytest.mark.parametrize(("scorer", "is_kept"), [("kvzip", True), ("keydiff", False)])
+def test_a_window_keeps_the_end_of_a_context_that_is_to_be_repeated(scorer, is_kept):
+    scheduler = build_scheduler(
+        64,
+        window=34,
+        kvzip={"scorer": scorer, "min_prompt_tokens": 64},
+        async_scheduling=False,
+        max_num_batched_tokens=256,
+        long_prefill_token_threshold=65,
+    )
+    scheduler.add_request(request("b", 32))
+    scheduler.add_request(request("a", 223))
+    blocks = scheduler.kv_cache_manager.coordinator.single_type_managers[1].req_to_blocks["a"]
+    assert [step(scheduler)["a"] for _ in range(3)] == [65] * 3
+    # What comes after token 191 sees tokens from 159 on, and the next step those from 162 on.
+    assert step(scheduler) == {"a": 28, "b": 1}
+    assert [not block.is_null for block in blocks] == [False] * 4 + [is_kept, True, True]
+    step(scheduler)  # the context is repeated before this step
+    assert [not block.is_null for block in blocks] == [False] * 5 + [True] * 2

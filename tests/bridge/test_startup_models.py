@@ -206,10 +206,8 @@ def test_windows_beside_full_attention_need_groups_of_their_own(capsys, tmp_path
     assert "remove --disable-hybrid-kv-cache-manager." in refusal(
         capsys, *flags, "--disable-hybrid-kv-cache-manager", model=tmp_path
     )
-    assert (
-        "Scorer kvzip does not work with sliding windows beside full attention yet; choose "
-        "surrogate with a profile of `vllm-kvzip profile`, or contrast or keydiff without one."
-    ) in refusal(capsys, *flags, "--kv-compression-config.scorer", "kvzip", model=tmp_path)
+    repeating = (*ON, "--tokenizer", str(MODEL), "--kv-compression-config.scorer", "kvzip")
+    assert Settings.from_vllm_config(engine_config(*repeating, model=tmp_path)).repeat_ids
     specs = {"narrow": sliding(128), "full": full_attention()}
     made = as_head_page_specs(
         specs, dict.fromkeys(specs, Layer()), Settings.from_vllm_config(settings), settings

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from engine_job import MODEL, engine_scores
+from engine_job import MODEL
+from engine_scores import engine_scores
 from transformers import AutoModelForCausalLM
 
 from vllm_kvzip.evaluation.tasks.retrieval_task import make_context

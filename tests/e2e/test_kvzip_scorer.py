@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from engine_job import MODEL, Request, engine_scores, run_job
+from engine_job import MODEL, Request, run_job
+from engine_scores import engine_scores
 from faults import REPEAT_FAULT
 
 from vllm_kvzip.evaluation.quality.rows import settings_of

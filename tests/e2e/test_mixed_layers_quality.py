@@ -15,6 +15,7 @@ MODELS = {  # what its engine needs, and how scorer surrogate shares the pages
     "tiny-windowed": ({}, "profile"),
     "tiny-convolved": (KINDS["lfm2"].engine, "adaptive"),
 }
+REPEATING = "tiny-windowed"  # scorer kvzip is refused beside states
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
@@ -27,6 +28,8 @@ def answered(request):
         "surrogate at 0.3": {"keep_ratio": 0.3, "scorer": "surrogate", "budget": budget},
         "random at 0.3": {"keep_ratio": 0.3, **RANDOM},
     }
+    if request.param == REPEATING:
+        settings["kvzip at 0.3"] = {"keep_ratio": 0.3, "scorer": "kvzip"}
     rng = np.random.default_rng(9)
     documents = [TASKS["multi-key"](rng, CONTEXT, 8) for _ in range(6)]
     declared = {"extra_args": {"kvzip_context_tokens": CONTEXT}}
@@ -59,3 +62,9 @@ def test_answers_survive_compression(answered):
 
 def test_random_eviction_loses_more(answered):
     assert answered["random at 0.3"] < 0.85 * answered["surrogate at 0.3"]
+
+
+@pytest.mark.parametrize("answered", [REPEATING], indirect=True)
+def test_answers_survive_when_the_model_has_repeated_the_context(answered):
+    assert answered["kvzip at 0.3"] >= 0.95 * answered["full"]
+    assert answered["random at 0.3"] < 0.8 * answered["kvzip at 0.3"]

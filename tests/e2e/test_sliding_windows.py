@@ -11,11 +11,13 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 @pytest.fixture(scope="module", params=["gemma3", "olmo3", "gemma2", "gpt-oss"])
 def runs(request, tmp_path_factory):
-    return run_mixed(request.param, tmp_path_factory.mktemp("models"))
+    return run_mixed(request.param, tmp_path_factory.mktemp("models"), repeats=True)
 
 
 def test_keep_ratio_one_is_token_identical(runs):
     check_identity(runs)
+    assert runs.whole.metrics["vllm_kvzip_compress_seconds_sum/score"] > 0.01  # it has repeated
+    assert runs.whole.metrics.get("vllm_kvzip_requests_skipped_total/failed", 0) == 0
 
 
 def test_every_block_of_every_group_is_back_and_none_of_the_cache_is_written(runs):

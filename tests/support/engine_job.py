@@ -183,32 +183,6 @@ def run_job(
         return Report(**json.loads(answer.read_text()))
 
 
-def engine_scores(
-    folder: Path, prompts: list[list[int]], kvzip: dict[str, Any], **engine: Any
-) -> tuple[dict[int, Any], list[int]]:
-    """Scores ``[L, H, T]`` by the prefix's seed as a fresh engine computes them.
-
-    Also how many segments each repeating pass had. ``folder`` takes files of the job.
-    """
-    import torch
-
-    arguments = {
-        "model": str(MODEL), "dtype": "float32", "enforce_eager": True, "block_size": 32,
-        "gpu_memory_utilization": 0.3, "additional_config": {"kvzip": kvzip}, **engine,
-    }  # fmt: skip
-    job, answer = folder / "job.json", folder / "answer.pt"
-    job.write_text(json.dumps({"engine": arguments, "prompts": prompts}))
-    done = run_script(
-        Path(__file__).with_name("scoring_job.py"),
-        str(job),
-        str(answer),
-        environment={**ENGINES, "TMPDIR": str(folder)},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = torch.load(answer)
-    return found["scores"], found["passes"]
-
-
 def execute(job: dict[str, Any]) -> Report:
     """The other side: run the job in this process."""
     sys.path.append(str(Path(__file__).parent.parent.parent / "scripts"))

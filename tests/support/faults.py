@@ -76,8 +76,8 @@ def break_repeats(repeats, faults):
     begin, go_on = repeats._begin, repeats.reconstruction.go_on
     broken = []
 
-    def remembering_begin(request):
-        found = begin(request)
+    def remembering_begin(request, **how):
+        found = begin(request, **how)
         if faults.get(request.request_id.split("-")[0]) == REPEAT_FAULT:
             broken.append(found.context)
         return found

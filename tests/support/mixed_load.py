@@ -5,10 +5,11 @@ from math import ceil
 from pathlib import Path
 
 import numpy as np
-from engine_job import Report, Request, run_job
+from engine_job import MODEL, Report, Request, run_job
 from random_model import KINDS, make_random_model
 
 BLOCK = 32
+REPEATS = {"scorer": "kvzip", "repeat_prompt": "repeat", "profile": "none"}
 CONTEXT, LONG, OUTPUT = 400, 700, 40
 
 
@@ -52,30 +53,34 @@ class MixedRuns:
     quarter: Report
 
 
-def run_mixed(kind: str, folder: Path) -> MixedRuns:
-    """Run the load on a random model of one kind."""
+def run_mixed(kind: str, folder: Path, repeats: bool = False) -> MixedRuns:
+    """Run the load on a random model of one kind; whether it repeats contexts at ratio 1.0."""
     model = make_random_model(kind, folder)
     engine = {
-        "skip_tokenizer_init": True, "model": model, "max_num_batched_tokens": 256,
+        "tokenizer": str(MODEL), "model": model, "max_num_batched_tokens": 256,
         "num_gpu_blocks_override": 240, **KINDS[kind].engine,
     }  # fmt: skip
-    asked = {"min_prompt_tokens": 64, "scorer": "random"}
+    scorers = {1.0: REPEATS if repeats else {"scorer": "random"}, 0.25: {"scorer": "random"}}
     return MixedRuns(
         model,
         engine,
         run_job(load(), **engine),
         *(
             run_job(
-                load(), kvzip={"keep_ratio": ratio, **asked}, watch_hashed_blocks=True, **engine
+                load(),
+                kvzip={"keep_ratio": ratio, "min_prompt_tokens": 64, **scorer},
+                watch_hashed_blocks=True,
+                **engine,
             )
-            for ratio in (1.0, 0.25)
+            for ratio, scorer in scorers.items()
         ),
     )
 
 
 def check_identity(runs: MixedRuns) -> None:
     """At keep ratio 1.0 every token is stock vLLM's; and tokens depend on their contexts."""
-    assert runs.whole.outputs == runs.stock.outputs
+    for request, got, wanted in zip(load(), runs.whole.outputs, runs.stock.outputs, strict=True):
+        assert got == (wanted if request.aborts is None else wanted[: len(got)])
     assert runs.whole.metrics["vllm_kvzip_requests_compressed_total"] >= 3
     assert runs.whole.classes["manager"] == "HeadPageManager"
     assert runs.whole.classes["backend"] == "HeadPageCPUBackend"

@@ -2,8 +2,9 @@
 
     python scoring_job.py JOB ANSWER
 
-JOB is JSON: engine arguments and prompts; ANSWER a file of `torch.save` with the scores by the seed
-of the prefix, as many as were scored, and how many segments each repeating pass had.
+JOB is JSON: engine arguments, prompts and their options; ANSWER a file of `torch.save` with the
+scores by the seed of the prefix, as many as were scored, and how many segments each repeating pass
+had.
 """
 
 import json
@@ -40,8 +41,15 @@ def main():
             return original_forward(segments)
 
         reconstruction._forward = forward
-    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, detokenize=False)
-    llm.generate([{"prompt_token_ids": p} for p in job["prompts"]], params, use_tqdm=False)
+    for prompts, options in (job["before"], job["prompts"]):
+        params = [
+            SamplingParams(
+                temperature=0, max_tokens=4, ignore_eos=True, detokenize=False, extra_args=asked
+            )
+            for asked in options
+        ]
+        if prompts:
+            llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     scores = {seed: torch.stack(layers) for seed, layers in found.items()}
     torch.save({"scores": scores, "passes": passes}, sys.argv[2])
 

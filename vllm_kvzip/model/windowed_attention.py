@@ -7,6 +7,7 @@ import torch
 from vllm_kvzip.model.capped_attention import cap_logits_
 
 ROWS_AT_ONCE = 256
+LOGITS_AT_ONCE = 2**24
 
 
 def attend_within_window(
@@ -22,24 +23,29 @@ def attend_within_window(
     """Softmax attention of each query to its own token and some tokens before it, in float32.
 
     Args:
-        queries: ``[H, M, D]``, of the last M tokens.
+        queries: ``[H * G, M, D]``, of the last M tokens; the queries of a group share a head.
         keys, values: ``[H, K, D]``, of all tokens.
         scale: softmax scale.
         window: how many tokens a query sees, its own among them.
         soft_cap: scaled logits become ``soft_cap * tanh(logits / soft_cap)``; None or 0: they stay.
-        sink_logits: float32 ``[H, 1]``, a logit of each head that joins its softmax and has no
-            value.
+        sink_logits: float32 ``[H * G, 1]``, a logit of each query head that joins its softmax and
+            has no value.
 
     Returns:
-        ``[H, M, D]``, like the queries.
+        ``[H * G, M, D]``, like the queries.
     """
     attended = torch.empty_like(queries)
-    num_rows, before = queries.shape[1], keys.shape[1] - queries.shape[1]
-    for first in range(0, num_rows, ROWS_AT_ONCE):
-        last = min(first + ROWS_AT_ONCE, num_rows)
+    num_members, num_rows, _ = queries.shape
+    num_heads, num_keys, _ = keys.shape
+    before = num_keys - num_rows
+    widest = num_members * min(num_keys, window + ROWS_AT_ONCE)
+    step = max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // widest))
+    for first in range(0, num_rows, step):
+        last = min(first + step, num_rows)
         seen = slice(max(0, before + first - window + 1), before + last)
-        logits = torch.bmm(queries[:, first:last].float(), keys[:, seen].float().transpose(1, 2))
-        logits = cap_logits_(logits.mul_(scale), soft_cap)
+        rows = queries[:, first:last].float().reshape(num_heads, -1, queries.shape[2])
+        logits = torch.bmm(rows, keys[:, seen].float().transpose(1, 2))
+        logits = cap_logits_(logits.mul_(scale), soft_cap).view(num_members, last - first, -1)
         row = torch.arange(before + first, before + last, device=keys.device)[:, None]
         distance = row - torch.arange(seen.start, seen.stop, device=keys.device)
         logits.masked_fill_((distance < 0) | (distance >= window), float("-inf"))
@@ -47,5 +53,6 @@ def attend_within_window(
         if sink_logits is not None:
             log_normaliser = log_normaliser.logaddexp(sink_logits)
         weights = logits.sub_(log_normaliser[..., None]).exp_()
-        attended[:, first:last] = torch.bmm(weights, values[:, seen].float()).to(attended.dtype)
+        found = torch.bmm(weights.view(num_heads, -1, weights.shape[2]), values[:, seen].float())
+        attended[:, first:last] = found.view(num_members, last - first, -1).to(attended.dtype)
     return attended

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 Entry = TypeVar("Entry")
 
+NULL_BLOCK = 0
+"""vLLM's block that fills rows where a group holds nothing."""
+
 
 def block_bytes(kv_cache_config: KVCacheConfig) -> int:
     """Bytes of one block of a worker: groups share the pool, and the largest of them sizes it."""
@@ -93,3 +96,7 @@ class CompressedGroup:
             block_ids: one sequence per KV cache group.
         """
         return block_ids[self.group_id]
+
+    def rows_of_others(self, block_ids: Sequence[Sequence[Entry]]) -> dict[int, Sequence[Entry]]:
+        """The same of all other groups, by their index."""
+        return {index: row for index, row in enumerate(block_ids) if index != self.group_id}

@@ -8,7 +8,7 @@ import torch
 
 from vllm_kvzip.vllm_bridge.attention.batches import HeadPageWork
 from vllm_kvzip.vllm_bridge.fp8_cache import queries_of_model
-from vllm_kvzip.vllm_bridge.passes.scoring_pass import PassMetadata
+from vllm_kvzip.vllm_bridge.passes.pass_metadata import PassMetadata
 from vllm_kvzip.vllm_bridge.symbols import AttentionImpl
 
 if TYPE_CHECKING:

@@ -15,13 +15,16 @@ import torch
 
 from vllm_kvzip.model.fused_attention import attend_with_normaliser
 from vllm_kvzip.model.windowed_attention import attend_within_window
-from vllm_kvzip.vllm_bridge.passes.scoring_pass import PassMetadata, ReconstructionPass, Segment
+from vllm_kvzip.vllm_bridge.passes.pass_metadata import PassMetadata, logit_terms
+from vllm_kvzip.vllm_bridge.passes.scoring_pass import ReconstructionPass
 from vllm_kvzip.vllm_bridge.symbols import set_forward_context
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vllm_kvzip.core import CacheGeometry
+    from vllm_kvzip.vllm_bridge.passes.scoring_pass import RepeatedContext, Segment
+    from vllm_kvzip.vllm_bridge.passes.window_pass import KeysAndValues
 
 CHECKED_TOKENS = 256  # of each chunk; logits of a large vocabulary are large
 
@@ -48,7 +51,7 @@ class CaughtCache:
         self.device = device
         self.windows = windows or {}
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.window_ends: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.window_ends: dict[str, KeysAndValues] = {}
         self.pool = self.store = self
 
     def page_ids(self, blocks: torch.Tensor) -> torch.Tensor:
@@ -62,6 +65,10 @@ class CaughtCache:
     def read_values(self, pages: torch.Tensor, layer: int) -> torch.Tensor:
         """Values; see :meth:`read_keys`."""
         return self.layers[layer][1][:, pages[0]]
+
+    def read_end(self, name: str, context: RepeatedContext) -> KeysAndValues:
+        """See :class:`~vllm_kvzip.vllm_bridge.passes.window_pass.WindowEnds`."""
+        return self.window_ends[name]
 
 
 @dataclass(frozen=True)
@@ -92,22 +99,16 @@ class ReadingMetadata(PassMetadata):
             values.repeat_interleave(group, dim=0),
             impl.scale,
             causal=True,
-            **_logit_terms(impl),
+            **logit_terms(impl),
         )
         output.copy_(attended.transpose(0, 1))
 
 
 @dataclass(frozen=True)
-class WindowMetadata(PassMetadata):
-    """Attention metadata of layers with a sliding window.
-
-    Attributes:
-        cache: keys and values of the context's last tokens go there while it is read.
-        segments: whose chunk lies in which rows; None while the context is read.
-    """
+class WindowReadingMetadata(PassMetadata):
+    """The same of layers with a sliding window; ``cache`` keeps the context's last tokens."""
 
     cache: CaughtCache
-    segments: list[Segment] | None = None
 
     def attend(
         self,
@@ -119,39 +120,20 @@ class WindowMetadata(PassMetadata):
         output: torch.Tensor,
     ) -> None:
         """Within the window; see :class:`PassMetadata`."""
-        name, group = layer.layer_name, query.shape[1] // key.shape[1]
+        name = layer.layer_name
         window = self.cache.windows[name]
-        halves = key.transpose(0, 1), value.transpose(0, 1)
-        places = [slice(None)]
-        if self.segments is not None:
-            places = [slice(segment.start, segment.end) for segment in self.segments]
-        for rows in places:
-            keys, values = (half[:, rows] for half in halves)
-            if self.segments is not None:
-                ends = self.cache.window_ends[name]
-                keys, values = torch.cat([ends[0], keys], 1), torch.cat([ends[1], values], 1)
-            attended = attend_within_window(
-                query[rows].transpose(0, 1),
-                keys.repeat_interleave(group, dim=0),
-                values.repeat_interleave(group, dim=0),
-                impl.scale,
-                window,
-                **_logit_terms(impl),
-            )
-            output[rows] = attended.transpose(0, 1)
-        if self.segments is None:
-            first = max(0, key.shape[0] - window + 1)
-            ends = halves[0][:, first:].clone(), halves[1][:, first:].clone()
-            self.cache.window_ends[name] = ends
-
-
-def _logit_terms(impl: Any) -> dict[str, Any]:
-    """What an attention implementation of vLLM's adds to its logits, as our torch attention has it.
-
-    One row a query head: ``attend_with_normaliser`` and ``attend_within_window`` take both.
-    """
-    sinks = None if impl.sinks is None else impl.sinks.float()[:, None]
-    return {"soft_cap": impl.logits_soft_cap, "sink_logits": sinks}
+        attended = attend_within_window(
+            query.transpose(0, 1),
+            key.transpose(0, 1),
+            value.transpose(0, 1),
+            impl.scale,
+            window,
+            **logit_terms(impl),
+        )
+        output.copy_(attended.transpose(0, 1))
+        last = slice(max(0, len(key) - window + 1), None)
+        ends = key[last].transpose(0, 1).clone(), value[last].transpose(0, 1).clone()
+        self.cache.window_ends[name] = ends
 
 
 class CalibrationPass(ReconstructionPass):
@@ -171,7 +153,7 @@ class CalibrationPass(ReconstructionPass):
         positions = torch.arange(len(token_ids), device=cache.device)
         by_layer: dict[str, PassMetadata] = {
             **dict.fromkeys(cache.layer_index, ReadingMetadata(cache)),
-            **dict.fromkeys(cache.windows, WindowMetadata(cache)),
+            **dict.fromkeys(cache.windows, WindowReadingMetadata(cache)),
         }
         with set_forward_context(
             by_layer, self._vllm_config, num_tokens=len(token_ids), skip_compiled=True
@@ -180,11 +162,6 @@ class CalibrationPass(ReconstructionPass):
         context = self.begin(token_ids, range(len(token_ids)))
         self.go_on([(context, context.num_left)])
         return context.scores
-
-    def _metadata(self, segments: list[Segment]) -> dict[str, PassMetadata]:
-        cache: CaughtCache = self._store
-        windows = dict.fromkeys(cache.windows, WindowMetadata(cache, segments))
-        return {**super()._metadata(segments), **windows}
 
     @property
     def repeated_share(self) -> float:

@@ -314,6 +314,7 @@ def _calibration_pass(
         max_tokens=max_tokens,
         max_positions=max_positions,
         score_columns=score_columns,
+        windows=cache if windows else None,
         skip_compiled=True,
     )
     return watch, cache

@@ -4,19 +4,21 @@ The passes run between vLLM's steps, over the prompt's blocks as they lie in the
 attention metadata is ours, so nothing is written: no slot, no block, no output, no random number.
 Chunks of several prompts share a pass. A chunk is repeated looking at the sinks and itself, not at
 the rest of the context, so that the cost is linear in the context, and the chunks of one context
-can be repeated in different steps.
+can be repeated in different steps. Layers with a sliding window see the end of the whole context
+(:mod:`.window_pass`).
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_kvzip.model.fused_attention import attend_with_normaliser
 from vllm_kvzip.planning.reconstruction import Chunk, iter_chunks
+from vllm_kvzip.vllm_bridge.passes.last_token import last_token_metadata
+from vllm_kvzip.vllm_bridge.passes.pass_metadata import PassMetadata, attend_over_both
+from vllm_kvzip.vllm_bridge.passes.window_pass import WindowMetadata
 from vllm_kvzip.vllm_bridge.symbols import async_tensor_h2d, set_forward_context
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
     from vllm_kvzip.planning.reconstruction import RepeatRule
     from vllm_kvzip.storage.page_store import PageStore
+    from vllm_kvzip.vllm_bridge.passes.window_caches import ContextEnd
+    from vllm_kvzip.vllm_bridge.passes.window_pass import WindowEnds
     from vllm_kvzip.vllm_bridge.symbols import VllmConfig
 
     ScoreColumns = Callable[
@@ -48,6 +52,8 @@ class RepeatedContext:
         pages: int64 ``[L, H, nb]``, where they lie.
         scores: float32 ``[L, H, T]``, filled chunk by chunk.
         chunks: all of them.
+        end: where its end lies in layers with a sliding window; None where no layer has one, or
+            where it is kept elsewhere.
         num_done: how many have been repeated.
     """
 
@@ -55,6 +61,7 @@ class RepeatedContext:
     pages: torch.Tensor
     scores: torch.Tensor
     chunks: list[Chunk]
+    end: ContextEnd | None = None
     num_done: int = 0
 
     @property
@@ -65,6 +72,12 @@ class RepeatedContext:
     def next_chunks(self, count: int) -> list[Chunk]:
         """The chunks that come next."""
         return self.chunks[self.num_done : self.num_done + count]
+
+    @property
+    def lacks_last_token(self) -> bool:
+        """Whether windows would have to see a last token that is neither cached nor known."""
+        end = self.end
+        return end is not None and end.num_cached < len(self.token_ids) and not end.last_token
 
 
 @dataclass(frozen=True)
@@ -77,30 +90,6 @@ class Segment:
     chunk: Chunk
 
 
-class PassMetadata(ABC):
-    """Attention metadata of a pass that is ours and not one of vLLM's steps."""
-
-    @abstractmethod
-    def attend(
-        self,
-        layer: Any,
-        impl: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
-    ) -> None:
-        """Attention of one layer.
-
-        Args:
-            layer: vLLM's attention layer.
-            impl: vLLM's attention implementation; holds scale, soft cap and learned logits.
-            query: ``[num_tokens, H * G, D]``.
-            key, value: ``[num_tokens, H, D]``.
-            output: like ``query``; written.
-        """
-
-
 @dataclass(frozen=True)
 class ScoringMetadata(PassMetadata):
     """Attention metadata of a scoring pass.
@@ -110,7 +99,7 @@ class ScoringMetadata(PassMetadata):
         store: the pool of head pages.
         layer_index: vLLM layer name -> layer.
         num_sinks: first tokens of a context that every softmax includes.
-        block_size: tokens per page.
+        page_tokens: tokens per page.
         score_columns: queries ``[H, M, D]``, keys ``[H, C, D]``, log normalisers ``[H, M]``,
             scale and soft cap to the highest weight of each key, float32 ``[H, C]``.
     """
@@ -119,7 +108,7 @@ class ScoringMetadata(PassMetadata):
     store: PageStore
     layer_index: dict[str, int]
     num_sinks: int
-    block_size: int
+    page_tokens: int
     score_columns: ScoreColumns
 
     def attend(
@@ -139,7 +128,7 @@ class ScoringMetadata(PassMetadata):
             keys, values = self._sinks_and_chunk(segment, index)
             # [H, G * R, D]: the queries of a group share their head's keys.
             queries = query[rows].unflatten(1, (num_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
-            attended, log_normaliser = _attend(
+            attended, log_normaliser = attend_over_both(
                 queries, keys, values, key[rows].transpose(0, 1), value[rows].transpose(0, 1), impl
             )
             chunk = segment.chunk
@@ -153,7 +142,7 @@ class ScoringMetadata(PassMetadata):
     def _sinks_and_chunk(self, segment: Segment, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cached keys and values ``[H, S + C, D]`` that a segment looks at."""
         chunk, pages = segment.chunk, segment.context.pages[layer]
-        size = self.block_size
+        size = self.page_tokens
         first, last = chunk.start // size, -(-chunk.end // size)
         inside = slice(chunk.start - first * size, chunk.end - first * size)
         num_sinks = min(self.num_sinks, chunk.start)
@@ -178,6 +167,8 @@ class ReconstructionPass:
         max_tokens: tokens of one pass.
         max_positions: positions the model has; see :func:`.rotary.num_positions`.
         score_columns: see :class:`ScoringMetadata`.
+        windows: reads the ends of contexts in layers with a sliding window; None where no layer
+            has one.
         skip_compiled: whether the model runs as it was written, for passes before vLLM compiles it.
     """
 
@@ -193,8 +184,10 @@ class ReconstructionPass:
         max_tokens: int,
         max_positions: int,
         score_columns: ScoreColumns,
+        windows: WindowEnds | None = None,
         skip_compiled: bool = False,
     ) -> None:
+        self._windows = windows
         self._skip_compiled = skip_compiled
         self._model = model
         self._vllm_config = vllm_config
@@ -209,12 +202,15 @@ class ReconstructionPass:
         self._max_tokens = max_tokens
         self._max_positions = max_positions
 
-    def begin(self, token_ids: Sequence[int], blocks: Sequence[int]) -> RepeatedContext:
+    def begin(
+        self, token_ids: Sequence[int], blocks: Sequence[int], end: ContextEnd | None = None
+    ) -> RepeatedContext:
         """Make ready to score the prefix of a prompt.
 
         Args:
             token_ids: the tokens before the boundary.
             blocks: where they lie.
+            end: see :class:`RepeatedContext`.
         """
         geometry, device = self._geometry, self._store.device
         return RepeatedContext(
@@ -224,6 +220,7 @@ class ReconstructionPass:
             list(
                 iter_chunks(token_ids, self._chunk_tokens, self._repeat.first, self._repeat.later)
             ),
+            end,
         )
 
     def go_on(self, work: Sequence[tuple[RepeatedContext, int]]) -> None:
@@ -232,6 +229,8 @@ class ReconstructionPass:
         Args:
             work: contexts, and how many chunks of each.
         """
+        if incomplete := [context for context, _ in work if context.lacks_last_token]:
+            self._read_last_tokens(incomplete)
         for batch in self._batches(work):
             self._forward(batch)
         for context, count in work:
@@ -254,14 +253,32 @@ class ReconstructionPass:
     def _forward(self, segments: list[Segment]) -> torch.Tensor:
         """One pass; returns the model's hidden states, ``[num_tokens, hidden size]``."""
         tokens = [token for segment in segments for token in segment.chunk.input_ids]
+        positions = torch.cat([self._positions(segment) for segment in segments])
+        return self._run(tokens, positions, self._metadata(segments))
+
+    def _read_last_tokens(self, contexts: list[RepeatedContext]) -> None:
+        """Compute what windows see of contexts whose last token has not been computed."""
+        assert self._windows is not None
+        tokens = [context.token_ids[-1] for context in contexts]
+        places = [len(context.token_ids) - 1 for context in contexts]
+        metadata, found = last_token_metadata(
+            contexts, self._store, self._layer_index, self._windows
+        )
+        self._run(tokens, async_tensor_h2d(places, self._store.device, torch.int64), metadata)
+        for context, last_token in zip(contexts, found, strict=True):
+            assert context.end is not None
+            context.end.last_token = last_token
+
+    def _run(
+        self, tokens: list[int], positions: torch.Tensor, metadata: dict[str, PassMetadata]
+    ) -> torch.Tensor:
+        """Run the model; returns its hidden states, ``[num_tokens, hidden size]``."""
         device = self._store.device
         input_ids = async_tensor_h2d(tokens, device, torch.int32)  # as vLLM compiled the model
-        positions = torch.cat([self._positions(segment) for segment in segments])
-        num_tokens = len(input_ids)
         with set_forward_context(
-            self._metadata(segments),
+            metadata,
             self._vllm_config,
-            num_tokens=num_tokens,
+            num_tokens=len(tokens),
             skip_compiled=self._skip_compiled,
         ):
             hidden: torch.Tensor = self._model(input_ids=input_ids, positions=positions)
@@ -269,7 +286,7 @@ class ReconstructionPass:
 
     def _metadata(self, segments: list[Segment]) -> dict[str, PassMetadata]:
         """Attention metadata of a pass, by vLLM's layer name."""
-        metadata = ScoringMetadata(
+        scoring = ScoringMetadata(
             segments,
             self._store,
             self._layer_index,
@@ -277,7 +294,11 @@ class ReconstructionPass:
             self._geometry.page_tokens,
             self._score_columns,
         )
-        return dict.fromkeys(self._layer_index, metadata)
+        metadata: dict[str, PassMetadata] = dict.fromkeys(self._layer_index, scoring)
+        if self._windows is not None:
+            ends = WindowMetadata(segments, self._windows)
+            metadata |= dict.fromkeys(self._windows.windows, ends)
+        return metadata
 
     def _positions(self, segment: Segment) -> torch.Tensor:
         """Behind the context, as if it were asked to go on; a model looks in vain for what is said
@@ -287,45 +308,3 @@ class ReconstructionPass:
         length = len(segment.chunk.input_ids)
         first = max(0, min(len(segment.context.token_ids), self._max_positions - length))
         return torch.arange(first, first + length, device=self._store.device)
-
-
-def _attend(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    own_keys: torch.Tensor,
-    own_values: torch.Tensor,
-    impl: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over cached tokens, and causally over the repeated tokens themselves.
-
-    Args:
-        queries: ``[H, G * R, D]``, group member after group member.
-        keys, values: ``[H, K, D]``, cached; every query sees them.
-        own_keys, own_values: ``[H, R, D]``.
-        impl: holds scale, soft cap and learned logits.
-
-    Returns:
-        ``[H, G * R, D]``, and the log of each softmax's normaliser, float32 ``[H, G * R]``.
-    """
-    num_heads, num_rows, _ = own_keys.shape
-    group = queries.shape[1] // num_rows
-    sinks = None
-    if impl.sinks is not None:
-        sinks = impl.sinks.float().view(num_heads, group).repeat_interleave(num_rows, dim=1)
-    how: dict[str, Any] = {"scale": impl.scale, "soft_cap": impl.logits_soft_cap}
-    cached, cached_log = attend_with_normaliser(
-        queries, keys, values, causal=False, sink_logits=sinks, **how
-    )
-    own, own_log = attend_with_normaliser(
-        queries.reshape(num_heads * group, num_rows, -1),
-        own_keys.repeat_interleave(group, dim=0),
-        own_values.repeat_interleave(group, dim=0),
-        causal=True,
-        **how,
-    )
-    own_log = own_log.reshape(cached_log.shape)
-    log_normaliser = torch.logaddexp(cached_log, own_log)
-    share = (own_log - log_normaliser).exp()[..., None]
-    attended = torch.lerp(cached.float(), own.reshape(cached.shape).float(), share)
-    return attended.to(queries.dtype), log_normaliser

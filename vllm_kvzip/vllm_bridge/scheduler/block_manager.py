@@ -54,7 +54,7 @@ class HeadPageManager(FullAttentionManager):
         self.unconfirmed = UnconfirmedRuns(self.prefixes, self._recorder)
         self.request: Request | None = None
         self.rows: dict[str, RowState] = {}
-        self.others = OtherGroups(self.prefixes, self.rows)
+        self.others = OtherGroups(self.prefixes, self.rows, kv_cache_spec.repeat is not None)
         self.share_pool(self.block_pool.num_gpu_blocks, kv_cache_spec.block_bytes)
         self._changed: list[RowState] = []  # in the step that is being scheduled
         self._last_hit: tuple[Request, PrefixRun] | None = None  # of the last prefix cache lookup

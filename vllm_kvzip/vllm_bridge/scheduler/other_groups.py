@@ -1,12 +1,14 @@
 """Scheduler side: KV cache groups that are not compressed, beside the one that is.
 
 A model that mixes full attention with sliding windows has a KV cache group for each kind. Only the
-group of full attention is compressed; the others hold what vLLM lets them hold. Two things follow:
+group of full attention is compressed; the others hold what vLLM lets them hold. So:
 
 * A compressed prefix can only be used where the other groups have what a request needs after it,
   such as the blocks of the last window. So they keep these blocks at each boundary.
 * What the other layers compute over a compressed prefix differs from what they compute over the raw
   one. So it is published under keys of the run, and never under the raw hash.
+* Where the model repeats a context before it is compressed, sliding windows see the end of the
+  context then. So it is kept until that has been done.
 """
 
 from __future__ import annotations
@@ -34,11 +36,18 @@ class OtherGroups:
     Args:
         prefixes: cached compressed prefixes.
         rows: state of each request's row in the compressed group, by request id.
+        keeps_ends: whether the model repeats contexts.
     """
 
-    def __init__(self, prefixes: CompressedPrefixCache, rows: Mapping[str, RowState]) -> None:
+    def __init__(
+        self,
+        prefixes: CompressedPrefixCache,
+        rows: Mapping[str, RowState],
+        keeps_ends: bool = False,
+    ) -> None:
         self._prefixes = prefixes
         self._rows = rows
+        self._keeps_ends = keeps_ends
         self._managers: dict[int, SingleTypeKVCacheManager] = {}
 
     def add(self, manager: SingleTypeKVCacheManager) -> None:
@@ -75,6 +84,28 @@ class OtherGroups:
             vllms(request, num_tokens, *args, replay_boundaries=boundaries, **kwargs)
 
         manager.cache_blocks = _watched
+        if self._keeps_ends:
+            self._keep_ends(manager)
+
+    def _keep_ends(self, manager: SingleTypeKVCacheManager) -> None:
+        """Let a block manager free no block that a token at the boundary of a prefix sees.
+
+        Symptom without it: a prompt ends after its boundary, and a step that begins between the two
+        gives a block to another request of which the model needs a token when it repeats the
+        prefix. The reserve is there in the step after the one that completes the prefix, and what
+        is freed then is read before anybody writes to it. One method of this one object is wrapped.
+        Remove when vLLM asks how long a block is needed.
+        """
+        vllms = manager.remove_skipped_blocks
+
+        @functools.wraps(vllms)
+        def _kept(request_id: str, num_processed_tokens: int, *args: Any, **kwargs: Any) -> None:
+            row = self._rows.get(request_id)
+            if row is not None and row.plan is not None and row.reservation is None:
+                num_processed_tokens = min(num_processed_tokens, row.plan.boundary_tokens)
+            vllms(request_id, num_processed_tokens, *args, **kwargs)
+
+        manager.remove_skipped_blocks = _kept
 
     def all_managers(self) -> Sequence[SingleTypeKVCacheManager]:
         """Those that were added."""

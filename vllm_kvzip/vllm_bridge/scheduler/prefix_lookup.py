@@ -70,7 +70,9 @@ class PrefixLookup:
 
         With a prefill budget, the raw prefix must end before the first round. Where the model
         repeats the context in several chunks, the request waits one token before the context's end
-        until they are repeated; it must have a token to compute before it waits.
+        until they are repeated; it must have a token to compute before it waits. Where layers have
+        a sliding window, whatever it takes must not end behind the context: the windows then see
+        its end.
 
         Args:
             request: it looks for a cached prefix.
@@ -85,6 +87,8 @@ class PrefixLookup:
             plan = self._rule.plan(request.num_prompt_tokens, asked)
             if plan is not None and plan.boundary_tokens > self._repeat.chunk_tokens:
                 return min(max_length, plan.ready_tokens - 2)
+            if plan is not None and self._others.all_managers():
+                return min(max_length, plan.boundary_tokens)
         return max_length
 
     def find(

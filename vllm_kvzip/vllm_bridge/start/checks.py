@@ -62,11 +62,11 @@ def check_scoring_passes(vllm_config: VllmConfig, scorer: str) -> None:
     Raises:
         UnsupportedError: names the model property or the flag, and what to do.
     """
-    if is_mixed(vllm_config):
-        what = "layers that hold a state" if _has_states(vllm_config) else "sliding windows"
+    if _has_states(vllm_config):
         raise UnsupportedError(
-            f"Scorer {scorer} does not work with {what} beside full attention yet; choose "
-            f"surrogate with a profile of `vllm-kvzip profile`, or contrast or keydiff without one."
+            f"Scorer {scorer} does not work with layers that hold a state beside full attention "
+            f"yet; choose surrogate with a profile of `vllm-kvzip profile`, or contrast or keydiff "
+            f"without one."
         )
     for what in _pass_problems(vllm_config):
         raise UnsupportedError(

@@ -42,6 +42,7 @@ from vllm_kvzip.vllm_bridge.worker.prefixes import WorkerPrefixes
 from vllm_kvzip.vllm_bridge.worker.repeats import Repeats
 from vllm_kvzip.vllm_bridge.worker.requests import RequestTracker
 from vllm_kvzip.vllm_bridge.worker.runners import adapt
+from vllm_kvzip.vllm_bridge.worker.windows import find_windows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,7 +100,7 @@ def assemble_runtime(worker: HeadPageWorker, kv_cache_config: KVCacheConfig) -> 
     rule = replace(layers.spec.rule, pool_blocks=room)
     scorer, rotary = make_scorer(worker, layers)
     compressor = make_compressor(worker, layers, cache, rule, scorer, rotary)
-    repeats = make_repeats(worker, cache)
+    repeats = make_repeats(worker, kv_cache_config, layers, cache)
     recorder, timer = make_recorder(worker)
     prefixes = WorkerPrefixes(settings.config.reuse_ttl_seconds)
     observation = QueryObservation(cache.geometry, cache.layer_index, settings.observation_tokens)
@@ -116,7 +117,7 @@ def assemble_runtime(worker: HeadPageWorker, kv_cache_config: KVCacheConfig) -> 
     )
     runtime = HeadPageRuntime(
         cache=cache,
-        tracker=RequestTracker(rule, layers.group, keep_tokens=repeats is not None),
+        tracker=RequestTracker(rule, layers.group, repeats=repeats is not None),
         rows=adapt(worker.model_runner, layers.group),
         batcher=worker.attach(cache, layers.builders),
         prefixes=prefixes,
@@ -277,14 +278,24 @@ def make_compressor(
     )
 
 
-def make_repeats(worker: HeadPageWorker, cache: HeadPageCache) -> Repeats | None:
-    """What lets the model repeat contexts; None where the scorer does not ask for it."""
+def make_repeats(
+    worker: HeadPageWorker,
+    kv_cache_config: KVCacheConfig,
+    layers: CompressedLayers,
+    cache: HeadPageCache,
+) -> Repeats | None:
+    """What lets the model repeat contexts; None where the scorer does not ask for it.
+
+    Raises:
+        UnsupportedError: if the cache of layers with a sliding window is not laid out page by page.
+    """
     settings, vllm_config = worker.kvzip_settings, worker.vllm_config
     repeat_rule = settings.repeat_rule(vllm_config)
     if repeat_rule is None:
         return None
     assert settings.repeat_ids is not None
     model = worker.model_runner.get_model()
+    windows = find_windows(worker, kv_cache_config, layers.group)
     reconstruction = ReconstructionPass(
         model=model,
         vllm_config=vllm_config,
@@ -295,8 +306,10 @@ def make_repeats(worker: HeadPageWorker, cache: HeadPageCache) -> Repeats | None
         max_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
         max_positions=num_positions(model, worker.model_config),
         score_columns=worker.score_columns,
+        windows=windows,
     )
-    return Repeats(reconstruction, worker.clock, worker.parallel_config.tensor_parallel_size)
+    num_ranks = worker.parallel_config.tensor_parallel_size
+    return Repeats(reconstruction, worker.clock, num_ranks, windows)
 
 
 def make_recorder(worker: HeadPageWorker) -> tuple[WorkerRecorder | None, AttentionTimer | None]:

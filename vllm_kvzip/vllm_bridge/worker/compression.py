@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_kvzip.errors import NotFiniteError
+from vllm_kvzip.vllm_bridge.compressed_group import NULL_BLOCK
 from vllm_kvzip.vllm_bridge.outcomes import FAILED, NOT_FINITE, log_failure
 
 if TYPE_CHECKING:
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from vllm_kvzip.vllm_bridge.worker.prefixes import WorkerPrefixes
     from vllm_kvzip.vllm_bridge.worker.repeats import Repeated, Repeats
     from vllm_kvzip.vllm_bridge.worker.requests import TrackedRequest
-
-NULL_BLOCK = 0
 
 
 class PrefixCompression:

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_kvzip.storage.head_pages import fold_row
 from vllm_kvzip.vllm_bridge.attention.batches import QuerySpan, StepDescription
+from vllm_kvzip.vllm_bridge.compressed_group import NULL_BLOCK
 from vllm_kvzip.vllm_bridge.step_message import StepPrefixes, attached
-from vllm_kvzip.vllm_bridge.worker.compression import NULL_BLOCK
 
 if TYPE_CHECKING:
     import torch

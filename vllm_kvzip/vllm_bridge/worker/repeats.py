@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from vllm_kvzip.clocks import Clock, Stopwatch
     from vllm_kvzip.vllm_bridge.passes.scoring_pass import ReconstructionPass, RepeatedContext
+    from vllm_kvzip.vllm_bridge.passes.window_caches import ContextEnd, WindowCaches
     from vllm_kvzip.vllm_bridge.worker.requests import TrackedRequest
 
 
@@ -50,13 +51,22 @@ class Repeats:
     Args:
         reconstruction: runs the model.
         clock: measures the passes.
+        windows: where the ends of contexts lie in layers with a sliding window; None where no
+            layer has one.
         num_ranks: of tensor parallelism. With several of them an error goes on upwards and ends
             the engine, as one in vLLM's own step does: the other ranks may be waiting for this one
             inside the model, where nothing can be agreed upon.
     """
 
-    def __init__(self, reconstruction: ReconstructionPass, clock: Clock, num_ranks: int) -> None:
+    def __init__(
+        self,
+        reconstruction: ReconstructionPass,
+        clock: Clock,
+        num_ranks: int,
+        windows: WindowCaches | None = None,
+    ) -> None:
         self.reconstruction = reconstruction
+        self._windows = windows
         self._clock = clock
         self._num_ranks = num_ranks
         self._found: dict[str, Repeated | None] = {}  # by request; None: it failed
@@ -71,7 +81,7 @@ class Repeats:
         for request, wanted in orders:
             key = request.request_id
             if key not in self._found:
-                self._found[key] = self._begin(request)
+                self._found[key] = self._begin(request, is_complete=wanted is None)
             if repeated := self._found[key]:
                 left = repeated.context.num_left
                 if count := left if wanted is None else min(wanted, left):
@@ -87,16 +97,27 @@ class Repeats:
         """Nobody will ask for a request's prefix."""
         self._found.pop(request_id, None)
 
-    def _begin(self, request: TrackedRequest) -> Repeated | None:
+    def _begin(self, request: TrackedRequest, is_complete: bool) -> Repeated | None:
         assert request.plan is not None
         blocks = request.block_ids[: request.plan.num_prefix_blocks]
         try:
-            return Repeated(self.reconstruction.begin(request.token_ids, blocks))
+            end = self._find_end(request, is_complete)
+            return Repeated(self.reconstruction.begin(request.token_ids, blocks, end))
         except Exception as error:
             if self._num_ranks > 1:
                 raise
             log_failure(request.request_id, error)
             return None
+
+    def _find_end(self, request: TrackedRequest, is_complete: bool) -> ContextEnd | None:
+        """A request that waits has one token less in the cache than completes its context."""
+        plan = request.plan
+        if self._windows is None or plan is None:
+            return None
+        num_computed = plan.ready_tokens - (not is_complete)
+        return self._windows.find_end(
+            min(num_computed, plan.boundary_tokens), request.rows_of_others
+        )
 
     def _repeat(self, work: list[tuple[str, Repeated, int]]) -> None:
         begin = self._clock.mark()

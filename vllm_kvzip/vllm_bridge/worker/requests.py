@@ -37,6 +37,8 @@ class TrackedRequest:
         crossed: the prefix is complete in the cache and the reserve is at the row's end.
         folded: the prefix is compressed, and nothing is compressed any more.
         token_ids: the tokens before the boundary, when the scorer lets the model repeat them.
+        rows_of_others: its rows in the other KV cache groups, by group, in the same case. Blocks
+            stay in them that the scheduler has freed since.
         kept_as: serial of the run that later requests may start from, once it is compressed.
         serial: of that run, whether or not it is kept.
     """
@@ -55,6 +57,7 @@ class TrackedRequest:
     kept_as: int | None = None
     serial: int | None = None
     token_ids: Sequence[int] = ()
+    rows_of_others: dict[int, list[int]] = field(default_factory=dict)
 
 
 class RequestTracker:
@@ -63,12 +66,13 @@ class RequestTracker:
     Args:
         rule: the rule the scheduler's block manager uses as well.
         group: the KV cache group of the compressed layers.
-        keep_tokens: whether a request's token ids are kept until it is compressed.
+        repeats: whether the model repeats contexts, so that a request's token ids and its rows in
+            other groups are kept.
     """
 
-    def __init__(self, rule: PrefixRule, group: CompressedGroup, keep_tokens: bool = False) -> None:
+    def __init__(self, rule: PrefixRule, group: CompressedGroup, repeats: bool = False) -> None:
         self._rule = rule
-        self._keep_tokens = keep_tokens
+        self._repeats = repeats
         self._group = group
         self._requests: dict[str, TrackedRequest] = {}
 
@@ -101,6 +105,7 @@ class RequestTracker:
                 request.plan = request.first_plan
                 request.kept_as = None
                 request.block_ids = []
+                request.rows_of_others = {}
         return sorted(dropped)
 
     @staticmethod
@@ -158,9 +163,16 @@ class RequestTracker:
             request.num_computed_tokens = running.num_computed_tokens[index]
             new_block_ids = running.new_block_ids[index]
             if new_block_ids is not None:
-                request.block_ids.extend(self._group.row(new_block_ids))
+                self._append(request, new_block_ids)
             if rid in hits:
                 self._go_on(request, hits[rid])
+
+    def _append(self, request: TrackedRequest, block_ids: Sequence[Sequence[int]]) -> None:
+        """Append new blocks to a request's rows."""
+        request.block_ids.extend(self._group.row(block_ids))
+        if self._repeats:
+            for group_id, blocks in self._group.rows_of_others(block_ids).items():
+                request.rows_of_others.setdefault(group_id, []).extend(blocks)
 
     def folded(self, request: TrackedRequest, row: list[int]) -> None:
         """A request's prefix has been compressed, and its row folded to ``row``."""
@@ -198,10 +210,11 @@ class RequestTracker:
             num_prompt_tokens=new.prompt_len,
             options=options,
             seed=prefix_seed(token_ids, boundary),
-            block_ids=list(self._group.row(new.block_ids)),
+            block_ids=[],
             num_computed_tokens=new.num_computed_tokens,
-            token_ids=token_ids[:boundary] if self._keep_tokens else (),
+            token_ids=token_ids[:boundary] if self._repeats else (),
         )
+        self._append(request, new.block_ids)
         self._requests[new.req_id] = request
         if hit is not None:
             self._go_on(request, hit)
