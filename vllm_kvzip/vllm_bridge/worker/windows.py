@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm_kvzip.core import CacheGeometry
 from vllm_kvzip.vllm_bridge.cache.cache_view import map_head_pages
 from vllm_kvzip.vllm_bridge.compressed_group import CompressedGroup
 from vllm_kvzip.vllm_bridge.fp8_cache import read_scales
@@ -62,11 +63,18 @@ def _window_group(
         for builder in attn_group.metadata_builders
     ]
     scales = read_scales(layers, spec.num_kv_heads, worker.model_config.dtype)
+    geometry = CacheGeometry(
+        num_layers=len(names),
+        num_kv_heads=spec.num_kv_heads,
+        group_size=layers[0].num_heads // spec.num_kv_heads,
+        head_dim=spec.head_size,
+        block_size=spec.block_size,
+    )
     return WindowGroup(
         group_id=group_id,
         window=spec.sliding_window,
         block_size=spec.block_size,
         pool=pool,
-        store=worker.page_store(pages, spec, builders, None, scales),
+        store=worker.page_store(pages, geometry, builders, None, scales),
         layer_index={name: index for index, name in enumerate(names)},
     )
