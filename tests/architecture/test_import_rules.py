@@ -24,7 +24,7 @@ FLOORS = (
     {"kernels", "model"},
     {"root"},
     {"planning", "quantization"},
-    {"head_profiles", "storage", "budgeting"},
+    {"head_profiles", "storage", "budgeting", "contexts"},
     {"scoring"},
     {"pipeline"},
     {"vllm_bridge"},
