@@ -32,6 +32,10 @@ class NoContextFileError(ContextFileError):
     """There is no such file, or no such context."""
 
 
+class NotYetError(ContextFileError):
+    """The engine must make a step first."""
+
+
 class NotFiniteError(ValueError):
     """A prompt's keys, values or scores are NaN or infinite, so they cannot be ranked."""
 

@@ -35,6 +35,7 @@ from vllm_kvzip.vllm_bridge.symbols import (
 )
 from vllm_kvzip.vllm_bridge.tensor_parallel import first_kv_head
 from vllm_kvzip.vllm_bridge.worker.compression import PrefixCompression
+from vllm_kvzip.vllm_bridge.worker.context_pages import ContextPages
 from vllm_kvzip.vllm_bridge.worker.head_page_runtime import HeadPageRuntime
 from vllm_kvzip.vllm_bridge.worker.observation import QueryObservation
 from vllm_kvzip.vllm_bridge.worker.prefixes import WorkerPrefixes
@@ -123,6 +124,7 @@ def assemble_runtime(worker: HeadPageWorker, kv_cache_config: KVCacheConfig) -> 
         compression=compression,
         unclean=unclean,
         timer=timer,
+        contexts=ContextPages(cache, prefixes, unclean),
     )
     for builder in layers.builders:
         builder.describer = runtime
