@@ -17,6 +17,7 @@ NO_TORCH = (
     "registry",
     "planning.request_options",
     "head_profiles.head_profile",
+    "command.contexts",
     "command.main",
     "evaluation.quality.command",
 )

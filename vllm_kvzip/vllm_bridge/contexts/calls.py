@@ -155,7 +155,7 @@ def _ask_llm(llm: Any, method: str, *args: Any) -> dict[str, Any]:
     is_here = not hasattr(client, "call_utility")
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
-        found = getattr(client.engine_core, method)(*args) if is_here else None
+        found: Any = getattr(client.engine_core, method)(*args) if is_here else None
         if isinstance(found, Future):
             found = found.result()
         try:
