@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from engine_job import MODEL
 
+from vllm_kvzip.command.main import main
 from vllm_kvzip.contexts.context_file import read_context, write_context
 from vllm_kvzip.evaluation.local_server import LocalServer
 from vllm_kvzip.evaluation.tasks.retrieval_task import make_context, question_prompt
@@ -112,6 +113,19 @@ def test_the_other_server_answers_alike_and_reads_nothing(servers, exported):
     assert hits(there) - before == QUESTIONS
     assert done(there, "/import", name="a.document.safetensors")["was_cached"]
     assert there.blocks_held() == 0
+
+
+def test_the_command_does_the_same(servers, exported, capsys):
+    here, _ = servers
+    _, told, _ = exported
+    assert main(["contexts", "export", told["id"], "by-command", "--server", here.url]) == 0
+    assert main(["contexts", "import", "by-command", "--server", here.url]) == 0
+    assert main(["contexts", "list", "--server", here.url]) == 0
+    shown = capsys.readouterr().out
+    assert f"by-command was cached already: context {told['id']}, 1024 tokens" in shown
+    assert shown.count(told["id"]) >= 4
+    assert main(["contexts", "import", "nothing", "--server", here.url]) == 1
+    assert "There is no context file nothing.safetensors" in capsys.readouterr().err
 
 
 def test_it_is_a_fraction_of_the_bytes_and_in_the_list(servers, exported, folder):

@@ -50,7 +50,9 @@ def _ask(args: argparse.Namespace) -> dict[str, Any]:
     return _call(args, "/export", given)
 
 
-def _call(args: argparse.Namespace, path: str, body: dict[str, Any] | None = None) -> Any:
+def _call(
+    args: argparse.Namespace, path: str, body: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """JSON of a server's answer.
 
     Raises:
@@ -64,7 +66,8 @@ def _call(args: argparse.Namespace, path: str, body: dict[str, Any] | None = Non
     try:
         request = urllib.request.Request(url, data, headers)
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-            return json.load(response)
+            answer: dict[str, Any] = json.load(response)
+            return answer
     except urllib.error.HTTPError as error:
         raise _Refused(_sentence(error, url)) from error
     except (OSError, ValueError) as error:

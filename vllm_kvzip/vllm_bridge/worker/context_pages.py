@@ -99,10 +99,10 @@ class ContextPages:
         device = self._cache.store.device
         blocks = torch.tensor(block_ids, dtype=torch.int64, device=device)
         per_block = self._cache.pool.page_ids(blocks[:1]).numel()
-        if len(block_ids) != plan.num_compressed_blocks or (
-            refusal := self._refusal(plan, tensors, per_block)
-        ):
-            return refusal or "it names another number of blocks"
+        if len(block_ids) != plan.num_compressed_blocks:
+            return "it names another number of blocks"
+        if (refusal := self._refusal(plan, tensors, per_block)) is not None:
+            return refusal
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         targets = deal_pages(blocks, plan.num_compressed_blocks * per_block, self._cache.pool)
         full, rest = targets.split(
