@@ -16,6 +16,7 @@ from vllm_kvzip.storage.page_store import PackedPages, PageCodec
 from vllm_kvzip.storage.row_pages import RowPages
 from vllm_kvzip.storage.stored_scales import StoredScales
 from vllm_kvzip.vllm_bridge.cache.head_page_cache import HeadPageCache
+from vllm_kvzip.vllm_bridge.worker import context_pages
 from vllm_kvzip.vllm_bridge.worker.context_pages import ContextPages
 from vllm_kvzip.vllm_bridge.worker.prefixes import KeptRun, WorkerPrefixes
 
@@ -30,9 +31,12 @@ QUANTIZATION = choose_quantization(
 )  # fmt: skip
 FULL_PAGES = torch.tensor([[3, 1], [0, 4]])
 EVICT = PrefixPlan(8 * BLOCK, 8, 2, ready_tokens=300, keep_ratio=0.25)
-MIXED = PrefixPlan(
-    8 * BLOCK, 8, 3, ready_tokens=300, keep_ratio=0.4, num_quantized_blocks=1,
-    quantized_page_tokens=QUANTIZATION.layout.page_tokens, quantized_split=QUANTIZATION.split,
+MIXED, QUANTIZE = (
+    PrefixPlan(
+        8 * BLOCK, 8, 1 + num_full, ready_tokens=300, keep_ratio=0.4, num_quantized_blocks=1,
+        quantized_page_tokens=QUANTIZATION.layout.page_tokens, quantized_split=QUANTIZATION.split,
+    )
+    for num_full in (2, 0)
 )  # fmt: skip
 
 
@@ -68,7 +72,8 @@ class World:
         """A compressed prefix that lies there already."""
         targets = deal_pages(torch.tensor(blocks), len(blocks) * PER_BLOCK, self.cache.pool)
         full = targets[: plan.num_full_blocks * PER_BLOCK]
-        tiers, transform = [StoredTier(full, FULL_PAGES)], None
+        pages = FULL_PAGES if plan.num_full_blocks else FULL_PAGES * 0
+        tiers, transform = [StoredTier(full, pages)], None
         if plan.num_quantized_blocks:
             ids = QUANTIZATION.page_ids(targets[len(full) :])
             counts = torch.zeros(LAYERS, HEADS, dtype=torch.int64)
@@ -92,12 +97,13 @@ class World:
         return found
 
 
-@pytest.mark.parametrize("plan", [EVICT, MIXED], ids=["evict", "mixed"])
+@pytest.mark.parametrize("plan", [EVICT, MIXED, QUANTIZE], ids=["evict", "mixed", "quantize"])
 @pytest.mark.parametrize(
     ("here", "there"),
     [("packed", "packed"), ("packed", "rows"), ("rows", "packed"), ("eight bits", "eight bits")],
 )
-def test_what_is_read_here_is_read_there(here, there, plan):
+def test_what_is_read_here_is_read_there(here, there, plan, monkeypatch):
+    monkeypatch.setattr(context_pages, "PAGES_AT_ONCE", 3)
     if here == "eight bits":
         plan = EVICT
     left, came = World(here, 1), World(there, 2)

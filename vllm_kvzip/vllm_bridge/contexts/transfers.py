@@ -126,6 +126,7 @@ class ContextTransfers:
         """
         name = name or context_id
         file_name(name)  # before anything is copied
+        self._check_awake()
         run = self._find(context_id, keep_ratio)
         tensors = None
         if self._runs.is_compressed(run):
@@ -172,8 +173,8 @@ class ContextTransfers:
         return self._thread.submit(self._list)
 
     def _place(self, entry: FileEntry, context: StoredContext) -> dict[str, Any]:
-        name = entry.name
-        plan = context.plan
+        self._check_awake()
+        name, plan = entry.name, context.plan
         if plan.boundary_tokens >= self._longest:
             raise ContextFileError(
                 f"{name} has a context of {plan.boundary_tokens} tokens, too many for this "
@@ -187,6 +188,15 @@ class ContextTransfers:
             source = RunSource(context.token_ids)
             self._runs.adopt(plan, prefix_hash, source, self._filler(name, context))
         return {**self._told(entry, context), "was_cached": cached}
+
+    def _check_awake(self) -> None:
+        """Refuse while vLLM's sleep mode has given the KV cache's memory away.
+
+        Raises:
+            ContextFileError: in one sentence.
+        """
+        if self._workers.is_sleeping:
+            raise ContextFileError("The engine sleeps; wake it up first.")
 
     def _find(self, context_id: str, keep_ratio: float | None) -> Any:
         """A cached run.

@@ -26,7 +26,7 @@ from vllm_kvzip.storage.head_pages import deal_pages
 from vllm_kvzip.vllm_bridge.worker.prefixes import KeptRun
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from vllm_kvzip.core import PrefixPlan
     from vllm_kvzip.vllm_bridge.cache.head_page_cache import HeadPageCache
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 FULL, QUANTIZED, SCORES = "full", "quantized", "scores"
 TRANSFORM = ("key.mean", "key.scale", "key.first")
+PAGES_AT_ONCE = 4096
+"""Pages that are copied by one call; bounds what lies on the device beside the cache."""
 
 
 class _WritablePages(Protocol):
@@ -71,7 +73,9 @@ class ContextPages:
             found[SCORES] = prefix.scores
         if (tier := prefix.quantized) is not None:
             found[f"{QUANTIZED}.pages"] = tier.pages
-            found[f"{QUANTIZED}.bytes"] = self._quantized_pages()[tier.page_ids]
+            stored = self._quantized_pages()
+            parts = [stored[some].cpu() for some in tier.page_ids.split(PAGES_AT_ONCE)]
+            found[f"{QUANTIZED}.bytes"] = torch.cat(parts)
         if (of_keys := prefix.key_transform) is not None:
             found |= zip(TRANSFORM, (of_keys.mean, of_keys.scale, of_keys.first), strict=True)
         return {name: tensor.cpu() for name, tensor in found.items()}
@@ -103,22 +107,28 @@ class ContextPages:
             return "it names another number of blocks"
         if (refusal := self._refusal(plan, tensors, per_block)) is not None:
             return refusal
-        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        small = {
+            name: tensor.to(device)
+            for name, tensor in tensors.items()
+            if name.endswith(".pages") or name in (SCORES, *TRANSFORM)
+        }
         targets = deal_pages(blocks, plan.num_compressed_blocks * per_block, self._cache.pool)
         full, rest = targets.split(
             [plan.num_full_blocks * per_block, plan.num_quantized_blocks * per_block]
         )
         self._write(full, tensors[f"{FULL}.keys"], tensors[f"{FULL}.values"])
-        tiers = [StoredTier(full, tensors[f"{FULL}.pages"])]
+        tiers = [StoredTier(full, small[f"{FULL}.pages"])]
         transform = None
         if plan.num_quantized_blocks:
             assert self._cache.quantization is not None
             self._unclean.add(block_ids[plan.num_full_blocks :])
             pages = self._cache.quantization.page_ids(rest)
-            self._quantized_pages()[pages] = tensors[f"{QUANTIZED}.bytes"]
-            tiers.append(StoredTier(pages, tensors[f"{QUANTIZED}.pages"], plan.quantized_split))
-            transform = KeyTransform(*(tensors[name] for name in TRANSFORM))
-        prefix = CompressedPrefix(tuple(tiers), tensors.get(SCORES), transform)
+            stored = self._quantized_pages()
+            for some, of_file in _parts(pages, tensors[f"{QUANTIZED}.bytes"]):
+                stored[some] = of_file.to(device)
+            tiers.append(StoredTier(pages, small[f"{QUANTIZED}.pages"], plan.quantized_split))
+            transform = KeyTransform(*(small[name] for name in TRANSFORM))
+        prefix = CompressedPrefix(tuple(tiers), small.get(SCORES), transform)
         self._prefixes.keep(serial, KeptRun(prefix, plan, seed))
         return None
 
@@ -183,21 +193,35 @@ class ContextPages:
         return self._cache.quantization.pages_of(self._cache.pages)
 
     def _read(self, page_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values as they are stored, ``[n, N, D]`` each, copies."""
+        """Keys and values as they are stored, ``[n, N, D]`` each, copies on the CPU."""
+        parts = [self._read_some(some) for some in page_ids.split(PAGES_AT_ONCE)]
+        keys, values = (torch.cat(halves) for halves in zip(*parts, strict=True))
+        return keys, values
+
+    def _read_some(self, page_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         shape = (len(page_ids), self._page_tokens, self._cache.geometry.head_dim)
+        store = self._cache.store
         if self._cache.scales is None:
-            store = self._cache.store
-            halves = (store.read_keys(page_ids[None], 0), store.read_values(page_ids[None], 0))
-            keys, values = (half.reshape(shape) for half in halves)
+            keys, values = (
+                read(page_ids[None], 0).reshape(shape).cpu()
+                for read in (store.read_keys, store.read_values)
+            )
             return keys, values
-        keys, values = (half.view(torch.uint8)[page_ids] for half in self._cache.store.views())
+        keys, values = (half.view(torch.uint8)[page_ids].cpu() for half in store.views())
         return keys, values
 
     def _write(self, page_ids: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Fill whole pages; see :meth:`_read`."""
         store = self._cache.store
-        if hasattr(store, "write"):
-            cast("_WritablePages", store).write(page_ids, keys, values)
-            return
-        for half, logical in zip(store.views(), (keys, values), strict=True):
-            half.view(logical.dtype)[page_ids] = logical
+        for some, of_keys, of_values in _parts(page_ids, keys, values):
+            halves = of_keys.to(store.device), of_values.to(store.device)
+            if hasattr(store, "write"):
+                cast("_WritablePages", store).write(some, *halves)
+                continue
+            for half, logical in zip(store.views(), halves, strict=True):
+                half.view(logical.dtype)[some] = logical
+
+
+def _parts(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Tensors of as many pages, some pages at a time."""
+    return zip(*(tensor.split(PAGES_AT_ONCE) for tensor in tensors), strict=True)
