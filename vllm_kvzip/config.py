@@ -13,7 +13,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+)
 
 from vllm_kvzip.errors import ConfigError, suggest
 from vllm_kvzip.registry import FORMATS
@@ -146,6 +154,18 @@ class KVzipConfig(BaseModel):
     )
     reuse_ttl_seconds: float | None = Field(
         None, gt=0, description="a compressed prefix that nobody used for so long is forgotten"
+    )
+    contexts_dir: str | None = Field(
+        None,
+        min_length=1,
+        description="folder of exported contexts; see [A context on another "
+        "server](contexts.md#a-context-on-another-server)",
+    )
+    contexts_bytes: ByteSize | None = Field(
+        None,
+        gt=0,
+        description="bytes of all files in `contexts_dir`, such as `20GiB`; least recently used "
+        "ones go first",
     )
     repeat_prompt: str | None = Field(
         None,
@@ -328,6 +348,10 @@ def _refuse_contradictions(config: KVzipConfig, origin: Mapping[str, str]) -> No
     for name in ("profile_text", "profile_build_seconds"):
         if name in origin and config.profile != "build":
             raise ConfigError(f"{origin[name]}: {name} has no effect; set profile to build.")
+    if "contexts_bytes" in origin and config.contexts_dir is None:
+        raise ConfigError(
+            f"{origin['contexts_bytes']}: contexts_bytes has no effect; name a contexts_dir."
+        )
     idle = [name for name in QUANTIZED_SETTINGS if config.mode == "evict"]
     idle += ["full_share"] if config.mode != "mixed" else []
     for name in idle:

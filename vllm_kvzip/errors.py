@@ -24,6 +24,18 @@ class RequestError(KVzipError):
     """A request asks for something that cannot be; the client gets the message."""
 
 
+class ContextFileError(KVzipError):
+    """A context cannot be written to a file, or a file cannot be used."""
+
+
+class NoContextFileError(ContextFileError):
+    """There is no such file, or no such context."""
+
+
+class NotYetError(ContextFileError):
+    """The engine must make a step first."""
+
+
 class NotFiniteError(ValueError):
     """A prompt's keys, values or scores are NaN or infinite, so they cannot be ranked."""
 

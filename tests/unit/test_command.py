@@ -1,7 +1,11 @@
 """The installed command: its help, its subcommands' flags, and where the model may stand."""
 
+import json
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import ClassVar
 
 import pytest
 
@@ -39,6 +43,7 @@ def test_help_and_version_load_nothing(flag):
         ("import-scores", ["--model", "--scores", "--out"]),
         ("evaluate", ["--model", "--text", "--max-loss", "--keep-bytes-ratios", "--settings"]),
         ("doctor", ["--model", "--memory-gib", "--prompt-tokens", "--json", "vllm serve"]),
+        ("contexts", ["export", "import", "list"]),
     ],
 )
 def test_subcommands_know_their_flags(capsys, subcommand, flags):
@@ -67,3 +72,75 @@ def test_a_model_given_twice_is_refused(capsys):
     code, text = said(capsys, "evaluate", "a", "--model=b")
     assert code == 2
     assert "the model is given twice" in text
+
+
+class Server(BaseHTTPRequestHandler):
+    """Answers what a test put into ``answers``; keeps what it was asked in ``asked``."""
+
+    answers: ClassVar = []
+    asked: ClassVar = []
+
+    def do_POST(self):
+        length = int(self.headers.get("Content-Length") or 0)
+        body = json.loads(self.rfile.read(length)) if length else None
+        self.asked.append((self.path, body, self.headers.get("Authorization")))
+        status, answer = self.answers.pop(0)
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    do_GET = do_POST
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server():
+    Server.answers.clear()
+    Server.asked.clear()
+    with HTTPServer(("127.0.0.1", 0), Server) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}/"
+        running.shutdown()
+        thread.join()
+
+
+FILE = {
+    "name": "report", "id": "0a1b2c3d", "compressed_tokens": 1024, "blocks_held": 8, "bytes": 999,
+    "seconds": 0.5, "send": {"vllm_xargs": {"kvzip_context_tokens": 1024}}, "last_used": 86400,
+}  # fmt: skip
+
+
+def test_contexts_are_exported_imported_and_listed(capsys, server, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    Server.answers += [(200, FILE), (200, FILE), (200, {"contexts": [FILE]})]
+    Server.answers += [(200, {"files": [FILE], "bytes": 999, "most_bytes": 5000})]
+    assert command.main(["contexts", "export", "0a1b2c3d", "report", "--server", server]) == 0
+    assert "report was written: context 0a1b2c3d, 1024 tokens" in capsys.readouterr().out
+    assert command.main(["contexts", "import", "report", "--server", server]) == 0
+    assert '"kvzip_context_tokens": 1024' in capsys.readouterr().out
+    assert command.main(["contexts", "list", "--server", server, "--api-key", "other"]) == 0
+    shown = capsys.readouterr().out
+    assert "1970-01-02 00:00 | report" in shown
+    assert "999 of 5000 bytes in all." in shown
+    path = "/v1/kvzip/contexts"
+    assert Server.asked == [
+        (f"{path}/export", {"id": "0a1b2c3d", "name": "report"}, "Bearer secret"),
+        (f"{path}/import", {"name": "report"}, "Bearer secret"),
+        (path, None, "Bearer other"),
+        (f"{path}/files", None, "Bearer other"),
+    ]
+
+
+def test_what_a_server_refuses_is_one_line(capsys, server):
+    Server.answers += [(400, {"error": {"message": "There is no room."}})]
+    Server.answers += [(404, {"error": {"message": "Not Found"}})]
+    arguments = ["contexts", "import", "report", "--server"]
+    sentences = ["There is no room.", "start the server with VLLM_PLUGINS=kvzip.", "does not ans"]
+    for url, sentence in zip((server, server, "http://127.0.0.1:9"), sentences, strict=True):
+        assert command.main([*arguments, url]) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("vllm-kvzip contexts: error: ")
+        assert sentence in line

@@ -23,8 +23,13 @@ SUBCOMMANDS = {
         "say what `vllm serve` would do with a model and its flags, without loading it",
         "vllm_kvzip.command.doctor",
     ),
+    "contexts": (
+        "export, import and list compressed contexts of a running server",
+        "vllm_kvzip.command.contexts",
+    ),
 }
 """Name -> what it does, and the module whose ``main`` does it."""
+WITHOUT_MODEL = ("contexts",)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     name = parser.parse_args(given[:1]).subcommand
     run = import_module(SUBCOMMANDS[name][1]).main
-    code: int = run(name_model(parser, given[1:]), f"{PROGRAM} {name}")
+    rest = given[1:] if name in WITHOUT_MODEL else name_model(parser, given[1:])
+    code: int = run(rest, f"{PROGRAM} {name}")
     return code
 
 
@@ -63,13 +69,16 @@ def name_model(parser: argparse.ArgumentParser, given: list[str]) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         PROGRAM,
-        description="Head profiles, quality and start-up of vLLM with a compressed KV cache.",
+        description="Head profiles, quality, start-up and contexts of vLLM with a compressed KV "
+        "cache.",
         epilog=f"`{PROGRAM} SUBCOMMAND --help` lists its flags.",
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     chosen = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
     for name, (summary, _) in SUBCOMMANDS.items():
-        chosen.add_parser(name, help=summary, add_help=False, usage=f"{PROGRAM} {name} MODEL ...")
+        first = "" if name in WITHOUT_MODEL else "MODEL "
+        usage = f"{PROGRAM} {name} {first}..."
+        chosen.add_parser(name, help=summary, add_help=False, usage=usage)
     return parser
 
 

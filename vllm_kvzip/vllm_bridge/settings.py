@@ -220,13 +220,13 @@ class Settings:
         full, kept = (interpolate(self.head_tiers[name], bytes_ratio) for name in ("full", "kept"))
         return full, kept
 
-    def fingerprint(self, block_size: int) -> str:
-        """Hexadecimal digest of everything that shapes a compressed prefix but its keep ratio.
+    def shape(self, block_size: int) -> dict[str, Any]:
+        """Everything that shapes a compressed prefix but its keep ratio, as plain values.
 
         Args:
             block_size: tokens per block.
         """
-        shape = {
+        return {
             "format": PREFIX_FORMAT,
             "version": __version__,
             "block_size": block_size,
@@ -241,7 +241,15 @@ class Settings:
             "surrogate": self.surrogate_digest,
             **{name: getattr(self.config, name) for name in SHAPING_SETTINGS},
         }
-        return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:32]
+
+    def fingerprint(self, block_size: int) -> str:
+        """Hexadecimal digest of :meth:`shape`.
+
+        Args:
+            block_size: tokens per block.
+        """
+        text = json.dumps(self.shape(block_size), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def to_additional_config(self) -> dict[str, Any]:
         """Plain JSON values, the inverse of :meth:`from_vllm_config`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from vllm_kvzip.errors import ContextFileError
 from vllm_kvzip.metrics import FAILURES
 from vllm_kvzip.storage.head_pages import fold_row
 from vllm_kvzip.vllm_bridge.scheduler.other_groups import OtherGroups
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Container, Sequence
 
     from vllm_kvzip.core import PrefixPlan
+    from vllm_kvzip.vllm_bridge.contexts.source import RunSource
     from vllm_kvzip.vllm_bridge.scheduler.terms import CompressionTerms
     from vllm_kvzip.vllm_bridge.step_message import StepPrefixes
     from vllm_kvzip.vllm_bridge.symbols import KVCacheBlock, Request
@@ -248,6 +250,54 @@ class HeadPageManager(FullAttentionManager):
         if row is not None and row.run is not None:
             return row.run.plan.as_told()
         return {"left_alone": self._skip_reason(request) or "ended_before_decode"}
+
+    # What the transfer of contexts calls, between two steps.
+
+    def cached_runs(self) -> list[PrefixRun]:
+        """Runs in the prefix cache."""
+        return self.prefixes.whole_runs()
+
+    def is_compressed(self, run: PrefixRun) -> bool:
+        """Whether the workers have said that they compressed a run."""
+        return run not in self.unconfirmed
+
+    def has_run(self, prefix_hash: bytes, keep_ratio: float) -> bool:
+        """Whether a run of that key is cached."""
+        return any(run.key == (prefix_hash, keep_ratio) for run in self.prefixes.whole_runs())
+
+    def adopt(
+        self,
+        plan: PrefixPlan,
+        prefix_hash: bytes,
+        source: RunSource,
+        fill: Callable[[int, list[int]], None],
+    ) -> None:
+        """Cache a compressed prefix that comes from elsewhere; nobody uses it yet.
+
+        Args:
+            plan: of its compression.
+            prefix_hash: vLLM's hash, in this engine, of the tokens before the boundary.
+            source: these tokens.
+            fill: lets the workers write its pages; gets the run's serial number and its block ids.
+
+        Raises:
+            ContextFileError: if there is no room; or what ``fill`` raises. The pool is as it was
+                then, but for cached blocks that had to make room.
+        """
+        needed, free = plan.num_compressed_blocks, self.block_pool.get_num_free_blocks()
+        if needed > free:
+            raise ContextFileError(
+                f"There is no room for the context: it needs {needed} blocks, and requests leave "
+                f"{free} of the pool."
+            )
+        blocks = self.block_pool.get_new_blocks(needed)
+        self.prefixes.blocks_taken(blocks)
+        run = PrefixRun(plan, blocks, prefix_hash, source=source)
+        try:
+            fill(run.serial, [block.block_id for block in blocks])
+            self.prefixes.add(run)
+        finally:
+            self.block_pool.free_blocks(reversed(blocks))
 
     def close(self) -> None:
         """The engine ends: its metrics no longer count what it held."""

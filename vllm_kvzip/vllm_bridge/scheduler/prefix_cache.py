@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from vllm_kvzip.core import PrefixPlan
     from vllm_kvzip.planning.reuse_rule import ReuseRule
+    from vllm_kvzip.vllm_bridge.contexts.source import RunSource
     from vllm_kvzip.vllm_bridge.stats_export import SchedulerRecorder
     from vllm_kvzip.vllm_bridge.symbols import (
         BlockHashWithGroupId,
@@ -48,6 +49,7 @@ class PrefixRun:
         serial: number of the run; no other run ever has it, even if it gets the same blocks.
         users: how many rows begin with the run.
         last_used: when a request last used it, in seconds on the cache's clock.
+        source: its tokens; None unless it has been cached.
     """
 
     plan: PrefixPlan
@@ -56,6 +58,7 @@ class PrefixRun:
     serial: int = field(default_factory=lambda: next(_serials))
     users: int = 0
     last_used: float = 0.0
+    source: RunSource | None = None
 
     @property
     def key(self) -> tuple[bytes, float]:
@@ -150,6 +153,11 @@ class CompressedPrefixCache:
                 return run
             self.drop(run, "reset")
         return None
+
+    def whole_runs(self) -> list[PrefixRun]:
+        """All cached runs, least recently used first."""
+        self.expire()
+        return [run for run in self._runs.values() if self._is_whole(run)]
 
     def owner(self, blocks: Sequence[KVCacheBlock]) -> PrefixRun | None:
         """The cached run that begins with the first of ``blocks``; None when no run does.

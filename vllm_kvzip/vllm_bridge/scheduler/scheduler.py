@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import functools
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvzip.planning.request_options import LEFT_ALONE, has_options
 from vllm_kvzip.vllm_bridge.compressed_group import CompressedGroup, block_bytes
+from vllm_kvzip.vllm_bridge.contexts.calls import install_calls
 from vllm_kvzip.vllm_bridge.outcomes import NOT_FINITE, told
 from vllm_kvzip.vllm_bridge.scheduler.block_manager import HeadPageManager
 from vllm_kvzip.vllm_bridge.scheduler.idle_expiry import IdleExpiry
@@ -45,7 +46,7 @@ from vllm_kvzip.vllm_bridge.symbols import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
     from vllm_kvzip.vllm_bridge.symbols import (
@@ -119,6 +120,7 @@ class _HeadPageScheduling:
         self._kvzip_expiry = None
         if ttl is not None:
             self._kvzip_expiry = IdleExpiry(self._kvzip_manager.prefixes, ttl, self._kvzip_lock)
+        install_calls()
         self._kvzip_repeats = None
         if (repeat := self._kvzip_manager.kv_cache_spec.repeat) is not None:
             tokens = self.scheduler_config.max_num_batched_tokens
@@ -219,6 +221,12 @@ class _HeadPageScheduling:
         """vLLM's; the lock keeps prefixes from expiring during the call."""
         with self._kvzip_lock:
             return super().finish_requests(*args, **kwargs)  # type: ignore[misc]
+
+    @contextmanager
+    def kvzip_runs(self) -> Iterator[HeadPageManager]:
+        """Compressed prefixes for the transfer of contexts; none expires meanwhile."""
+        with self._kvzip_lock:
+            yield self._kvzip_manager
 
     def shutdown(self) -> None:
         """vLLM's; our thread and our metrics end with the engine."""

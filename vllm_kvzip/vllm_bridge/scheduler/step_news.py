@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm_kvzip.vllm_bridge.contexts.source import RunSource
 from vllm_kvzip.vllm_bridge.step_message import StepPrefixes
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def publish_step(
             unconfirmed.add(run, row.request)
             if run.prefix_hash and prefixes.add(run):
                 kept[request_id] = run.serial
+                run.source = RunSource.of(row.request, run.plan.boundary_tokens)
         row.has_hit = row.has_crossed = False
     news = kept, hits, prefixes.take_dropped(), reserved, unconfirmed.take_left_alone(), repeats
     return StepPrefixes(*news) if any(news) else None

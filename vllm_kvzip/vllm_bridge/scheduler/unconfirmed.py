@@ -53,6 +53,9 @@ class UnconfirmedRuns:
     def __len__(self) -> int:
         return len(self._runs)
 
+    def __contains__(self, run: PrefixRun) -> bool:
+        return run.serial in self._runs
+
     def add(self, run: PrefixRun, owner: Request) -> None:
         """Remember a compression: the step that completes its prefix has been scheduled."""
         self._runs[run.serial] = _Unconfirmed(run, owner)

@@ -20,8 +20,10 @@ from vllm_kvzip.planning.chat_contexts import common_prefix, continuations
 from vllm_kvzip.planning.prefix_rule import PrefixRule
 from vllm_kvzip.planning.prefix_seed import checksum, prefix_seed
 from vllm_kvzip.planning.request_options import CONTEXT_TOKENS, KEEP_RATIO, RequestOptions
+from vllm_kvzip.vllm_bridge.server import context_files
+from vllm_kvzip.vllm_bridge.server.context_files import PATH, engine_of
 from vllm_kvzip.vllm_bridge.server.data_parallel import call_workers, on_each
-from vllm_kvzip.vllm_bridge.settings import KEY, Settings, cache_shape
+from vllm_kvzip.vllm_bridge.settings import KEY, cache_shape
 from vllm_kvzip.vllm_bridge.symbols import (
     EngineClient,
     ModelConfig,
@@ -30,7 +32,6 @@ from vllm_kvzip.vllm_bridge.symbols import (
     TokenizeCompletionRequest,
     TokenizeParams,
     VLLMClientError,
-    VLLMNotFoundError,
     VLLMServerError,
     VLLMValidationError,
     random_uuid,
@@ -38,8 +39,6 @@ from vllm_kvzip.vllm_bridge.symbols import (
     validate_json_request,
     with_cancellation,
 )
-
-PATH = "/v1/kvzip/contexts"
 
 # The prefix is compacted at the start of the step after the one that completes it.
 OUTPUT_TOKENS = 2
@@ -98,8 +97,9 @@ class ContextsEndpoint:
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the two routes."""
+        """Add the routes."""
         app.include_router(router)
+        app.include_router(context_files.router)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
@@ -122,7 +122,7 @@ async def compress_context(body: ContextRequest, raw_request: Request) -> JSONRe
     an ``id`` to find it in the list.
     """
     begin = time.perf_counter()
-    engine, settings = _engine(raw_request)
+    engine, settings = engine_of(raw_request)
     cache = engine.vllm_config.cache_config
     rule = settings.rule(*cache_shape(engine.vllm_config))
     rule = dataclasses.replace(rule, pool_blocks=cache.num_gpu_blocks)
@@ -192,7 +192,7 @@ async def list_contexts(raw_request: Request) -> JSONResponse:
 
     Of several data-parallel engines an entry tells the ``data_parallel_rank``.
     """
-    engine, _ = _engine(raw_request)
+    engine, _ = engine_of(raw_request)
     of_engines = await call_workers(engine, "kvzip_contexts")
     contexts = [
         entry if len(of_engines) == 1 else {**entry, "data_parallel_rank": rank}
@@ -201,14 +201,6 @@ async def list_contexts(raw_request: Request) -> JSONResponse:
     ]
     held = sum(context["blocks_held"] for context in contexts)
     return JSONResponse({"contexts": contexts, "blocks_held": held})
-
-
-def _engine(raw_request: Request) -> tuple[EngineClient, Settings]:
-    """The engine and its settings; an HTTP 404 when it does not compress."""
-    engine = getattr(raw_request.app.state, "kvzip_engine", None)
-    if engine is None or KEY not in (engine.vllm_config.additional_config or {}):
-        raise VLLMNotFoundError("KV compression is off; start vLLM with --kv-compression kvzip.")
-    return engine, Settings.from_vllm_config(engine.vllm_config)
 
 
 def _to_send(body: ContextRequest, num_tokens: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllm_kvzip.contexts.folder import check_folder
 from vllm_kvzip.errors import ConfigError
 from vllm_kvzip.head_profiles.head_profile import (
     check_matches,
@@ -77,6 +78,8 @@ def configure(vllm_config: VllmConfig, config: KVzipConfig, serves: bool = False
     check_sinks(has_sinks(vllm_config.model_config.hf_text_config), config.attention_kernel)
     if warning := untested_warning():
         logger.warning(warning)
+    if config.contexts_dir is not None:
+        check_folder(Path(config.contexts_dir).expanduser())
     settings = _resolve(vllm_config, config)
     shape = cache_shape(plan.vllm_config)
     settings.rule(*shape)  # refuses what does not suit this cache

@@ -26,6 +26,7 @@ from vllm_kvzip.vllm_bridge.fp8_cache import read_scales
 from vllm_kvzip.vllm_bridge.outcomes import WorkerOutcomes
 from vllm_kvzip.vllm_bridge.passes.model_rotary import find_rotary, num_positions
 from vllm_kvzip.vllm_bridge.passes.scoring_pass import ReconstructionPass, RepeatPrompt
+from vllm_kvzip.vllm_bridge.passes.window_caches import find_windows
 from vllm_kvzip.vllm_bridge.platforms import running_platform
 from vllm_kvzip.vllm_bridge.stats_export import WorkerRecorder
 from vllm_kvzip.vllm_bridge.symbols import (
@@ -36,13 +37,13 @@ from vllm_kvzip.vllm_bridge.symbols import (
 )
 from vllm_kvzip.vllm_bridge.tensor_parallel import first_kv_head
 from vllm_kvzip.vllm_bridge.worker.compression import PrefixCompression
+from vllm_kvzip.vllm_bridge.worker.context_pages import ContextPages
 from vllm_kvzip.vllm_bridge.worker.head_page_runtime import HeadPageRuntime
 from vllm_kvzip.vllm_bridge.worker.observation import QueryObservation
 from vllm_kvzip.vllm_bridge.worker.prefixes import WorkerPrefixes
 from vllm_kvzip.vllm_bridge.worker.repeats import Repeats
 from vllm_kvzip.vllm_bridge.worker.requests import RequestTracker
 from vllm_kvzip.vllm_bridge.worker.runners import adapt
-from vllm_kvzip.vllm_bridge.worker.windows import find_windows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -125,6 +126,7 @@ def assemble_runtime(worker: HeadPageWorker, kv_cache_config: KVCacheConfig) -> 
         compression=compression,
         unclean=unclean,
         timer=timer,
+        contexts=ContextPages(cache, prefixes, unclean),
     )
     for builder in layers.builders:
         builder.describer = runtime

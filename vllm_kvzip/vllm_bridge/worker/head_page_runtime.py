@@ -24,6 +24,8 @@ from vllm_kvzip.vllm_bridge.compressed_group import NULL_BLOCK
 from vllm_kvzip.vllm_bridge.step_message import StepPrefixes, attached
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     import torch
 
     from vllm_kvzip.vllm_bridge.attention.attention_timer import AttentionTimer
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from vllm_kvzip.vllm_bridge.cache.unclean_blocks import UncleanBlocks
     from vllm_kvzip.vllm_bridge.symbols import CommonAttentionMetadata, SchedulerOutput
     from vllm_kvzip.vllm_bridge.worker.compression import PrefixCompression
+    from vllm_kvzip.vllm_bridge.worker.context_pages import ContextPages
     from vllm_kvzip.vllm_bridge.worker.observation import QueryObservation
     from vllm_kvzip.vllm_bridge.worker.prefixes import WorkerPrefixes
     from vllm_kvzip.vllm_bridge.worker.requests import RequestTracker, TrackedRequest
@@ -51,9 +54,10 @@ class HeadPageRuntime:
         compression: compresses one prefix.
         unclean: blocks that may hold NaN.
         timer: of attention; None where another rank records the same.
+        contexts: reads and writes prefixes that travel.
 
     Attributes:
-        cache, prefixes: see above; also for checks of a running engine.
+        cache, prefixes, contexts: see above.
     """
 
     def __init__(
@@ -68,9 +72,11 @@ class HeadPageRuntime:
         compression: PrefixCompression,
         unclean: UncleanBlocks,
         timer: AttentionTimer | None,
+        contexts: ContextPages,
     ) -> None:
         self.cache = cache
         self.prefixes = prefixes
+        self.contexts = contexts
         self._tracker = tracker
         self._rows = rows
         self._batcher = batcher
@@ -136,6 +142,13 @@ class HeadPageRuntime:
     ) -> None:
         """Keep the queries of one layer for the scorer; see :meth:`QueryObservation.keep`."""
         self._observation.keep(layer, query, spans, dtype)
+
+    def will_read(self, block_ids: Collection[int]) -> bool:
+        """Whether the next step compresses what lies in one of some blocks.
+
+        The scheduler may have given them away: see above.
+        """
+        return any(not set(due.block_ids).isdisjoint(block_ids) for due in self._complete)
 
     def _compress_complete(self, output: SchedulerOutput, message: StepPrefixes) -> None:
         """Compress what the last step completed, and repeat what later compressions need."""

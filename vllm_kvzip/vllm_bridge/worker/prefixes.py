@@ -48,6 +48,15 @@ class WorkerPrefixes:
             self._runs[request.kept_as] = KeptRun(prefix, plan, request.seed)
             self._uses.starts(request.request_id, request.kept_as)
 
+    def keep(self, serial: int, run: KeptRun) -> None:
+        """A run has come from elsewhere; no request uses it yet."""
+        self._runs[serial] = run
+        self._uses.use(serial)
+
+    def kept(self, serial: int) -> KeptRun | None:
+        """A run that later requests may start from; None where there is none."""
+        return self._runs.get(serial)
+
     def start(self, hits: Mapping[str, int]) -> dict[str, PrefixPlan]:
         """Give requests the prefix that they start from.
 
@@ -113,6 +122,10 @@ class UseTimes:
     def starts(self, request_id: str, serial: int) -> None:
         """A request has the prefix from now on."""
         self._users[request_id] = serial
+        self.use(serial)
+
+    def use(self, serial: int) -> None:
+        """The prefix is used now."""
         self._last[serial] = self._clock()
 
     def ends(self, request_id: str) -> None:

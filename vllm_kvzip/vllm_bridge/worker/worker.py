@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from vllm_kvzip.vllm_bridge.cache.cache_spec import as_head_page_specs
+from vllm_kvzip.vllm_bridge.contexts.transfers import NOT_YET
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings
 from vllm_kvzip.vllm_bridge.symbols import (
     AttentionLayerBase,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from vllm_kvzip.clocks import Clock
-    from vllm_kvzip.core import CacheGeometry
+    from vllm_kvzip.core import CacheGeometry, PrefixPlan
     from vllm_kvzip.quantization import Quantization
     from vllm_kvzip.storage.page_store import PageStore
     from vllm_kvzip.storage.stored_scales import StoredScales
@@ -131,6 +132,21 @@ class HeadPageWorker(WorkerBase):
     def kvzip_contexts(self) -> list[dict[str, Any]]:
         """For ``collective_rpc``: see :meth:`WorkerPrefixes.cached`."""
         return [] if self._kvzip is None else self._kvzip.prefixes.cached()
+
+    @torch.inference_mode()
+    def kvzip_read_context(self, serial: int) -> dict[str, torch.Tensor] | None:
+        """For ``collective_rpc``: see :meth:`ContextPages.read`."""
+        return None if self._kvzip is None else self._kvzip.contexts.read(serial)
+
+    @torch.inference_mode()
+    def kvzip_write_context(
+        self, serial: int, plan: PrefixPlan, seed: int, block_ids: list[int], tensors: Any
+    ) -> str | None:
+        """For ``collective_rpc``: see :meth:`ContextPages.write`; or ``NOT_YET``."""
+        assert self._kvzip is not None
+        if self._kvzip.will_read(block_ids):
+            return NOT_YET
+        return self._kvzip.contexts.write(serial, plan, seed, block_ids, tensors)
 
     @torch.inference_mode()
     @with_gpu_sync_check

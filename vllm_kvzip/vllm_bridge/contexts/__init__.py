@@ -1,0 +1,1 @@
+"""Compressed contexts that leave an engine as files, and come into one."""
