@@ -237,6 +237,7 @@ class ContextTransfers:
         """Lets workers write a context's pages into blocks, as a run of some serial number."""
 
         def fill(serial: int, block_ids: list[int]) -> None:
+            """What :meth:`CachedRuns.adopt` calls."""
             args = (serial, context.plan, context.seed, block_ids, context.tensors)
             (refusal,) = self._workers.collective_rpc("kvzip_write_context", args=args)
             if refusal == NOT_YET:
