@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,6 +24,10 @@ for name in [name for name in os.environ if name.startswith("LLM_KVZIP_")]:
 
 sys.path.insert(0, str(ROOT / "scripts"))  # scripts import each other by name
 sys.path.insert(0, str(ROOT / "tests" / "support"))
+
+# Machines are noisy: how long an example takes decides no test.
+settings.register_profile("kvzip", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("kvzip")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
