@@ -111,8 +111,11 @@ class _HeadPageScheduling:
         group = CompressedGroup.find(groups, CompressionTerms)
         self._kvzip_manager = introduce_requests(self.kv_cache_manager, group)
         num_ranks = self.vllm_config.parallel_config.tensor_parallel_size
+        # vLLM shows the layers of one pipeline stage; the spec counts those of all of them.
+        of_stages = self._kvzip_manager.kv_cache_spec.block_bytes
         self._kvzip_manager.share_pool(
-            group.share_of_pool(groups, self.vllm_config), block_bytes(groups) * num_ranks
+            group.share_of_pool(groups, self.vllm_config),
+            max(block_bytes(groups) * num_ranks, of_stages),
         )
         ttl = self._kvzip_manager.kv_cache_spec.reuse.ttl_seconds
         self._kvzip_lock: AbstractContextManager[object] = nullcontext() if ttl is None else RLock()
