@@ -158,10 +158,6 @@ def test_registering_twice_is_harmless():
             ["--kv-cache-dtype", "turboquant_4bit_nc"],
             "--kv-cache-dtype turboquant_4bit_nc for a model that runs in float32; set it to auto",
         ),
-        (
-            ["--kv-events-config", '{"enable_kv_cache_events": true, "publisher": "null"}'],
-            "KV cache events, which know nothing of compressed prefixes; remove --kv-events-config",
-        ),
         (["--scheduler-cls", "my.Scheduler"], "--scheduler-cls my.Scheduler; remove the flag"),
         (["--kv-compression-config.prefix_reuse", "never"], "prefix_reuse='never' is wrong"),
         (["--kv-compression-config.reuse_ttl_seconds", "0"], "reuse_ttl_seconds=0 is wrong"),

@@ -228,10 +228,6 @@ def _engine_problems(vllm_config: VllmConfig) -> list[str]:
             "KV connectors; remove --kv-transfer-config and --kv-offloading-size",
         ),
         (
-            bool(getattr(vllm_config.kv_events_config, "enable_kv_cache_events", False)),
-            "KV cache events, which know nothing of compressed prefixes; remove --kv-events-config",
-        ),
-        (
             speculative is not None and speculative.method != "ngram",
             f"speculative method {getattr(speculative, 'method', None)} yet; use ngram or none",
         ),
