@@ -172,13 +172,7 @@ def find_layers(worker: HeadPageWorker, kv_cache_config: KVCacheConfig) -> Compr
         worker.parallel_config.tensor_parallel_size,
         worker.model_config.get_total_num_kv_heads(),
     )
-    stages = rows_of_stages(worker.vllm_config)
-    rows = stages[get_pp_group().rank_in_group]
-    if rows.stop - rows.start != group.num_layers:
-        raise UnsupportedError(
-            f"KV compression expects {rows.stop - rows.start} layers on this pipeline stage, but "
-            f"vLLM made {group.num_layers}; set --pipeline-parallel-size to 1."
-        )
+    rows, num_rows = _own_rows(worker, group)
     return CompressedLayers(
         group=group,
         spec=spec,
@@ -186,8 +180,26 @@ def find_layers(worker: HeadPageWorker, kv_cache_config: KVCacheConfig) -> Compr
         builders=builders,
         heads=slice(heads_before, heads_before + spec.num_kv_heads),
         rows=rows,
-        num_rows=stages[-1].stop,
+        num_rows=num_rows,
     )
+
+
+def _own_rows(worker: HeadPageWorker, group: CompressedGroup) -> tuple[slice, int]:
+    """This stage's layers among the compressed ones of all stages, and how many these are.
+
+    Raises:
+        UnsupportedError: if vLLM gave this stage other layers than its configuration says.
+    """
+    stages = rows_of_stages(worker.vllm_config)
+    if len(stages) == 1:
+        return slice(0, group.num_layers), group.num_layers
+    rows = stages[get_pp_group().rank_in_group]
+    if rows.stop - rows.start != group.num_layers:
+        raise UnsupportedError(
+            f"KV compression expects {rows.stop - rows.start} layers on this pipeline stage, but "
+            f"vLLM made {group.num_layers}; set --pipeline-parallel-size to 1."
+        )
+    return rows, stages[-1].stop
 
 
 def view_cache(
