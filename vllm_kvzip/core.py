@@ -217,7 +217,7 @@ class LayerInputs:
     """What a scorer sees of one layer.
 
     Attributes:
-        layer, num_layers: which layer of how many.
+        layer, num_layers: which layer of how many, among all that are compressed in the model.
         keys: float32 ``[H, T, D]``, keys of the prefix after rotary embedding, T = boundary.
         values: float32 ``[H, T, D]``; None unless the scorer asks for them.
         observation_queries: float32 ``[W, H, G, D]``, queries of the last W context tokens after

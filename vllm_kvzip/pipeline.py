@@ -60,6 +60,8 @@ class Compressor:
             of each layer.
         seed: mixed into each prompt's seed.
         clock: measures the stages.
+        first_layer, layers_of_model: where the first of these layers is among the compressed layers
+            of the model, and how many these are; None: there are no others.
 
     Raises:
         ValueError: for fractions that are missing or of another shape.
@@ -82,8 +84,12 @@ class Compressor:
         sink_logits: Sequence[torch.Tensor | None] | None = None,
         seed: int = 0,
         clock: Clock | None = None,
+        first_layer: int = 0,
+        layers_of_model: int | None = None,
     ) -> None:
         self._clock = clock or HostClock()
+        self._first_layer = first_layer
+        self._layers_of_model = layers_of_model or geometry.num_layers
         self._scorer = scorer
         self._rotary = rotary or [None] * geometry.num_layers
         self._soft_cap = soft_cap
@@ -224,8 +230,8 @@ class Compressor:
         scores = torch.empty(shape, device=store.device)
         for layer in range(geometry.num_layers):
             inputs = LayerInputs(
-                layer=layer,
-                num_layers=geometry.num_layers,
+                layer=self._first_layer + layer,
+                num_layers=self._layers_of_model,
                 keys=store.read_keys(sources[layer], layer).float(),
                 values=store.read_values(sources[layer], layer).float()
                 if self._scorer.needs_values

@@ -8,6 +8,7 @@ from engine_job import MODEL
 from vllm_kvzip.command.doctor import main
 
 SETTING = "--kv-compression-config."
+STAGES = ["--pipeline-parallel-size", "2"]
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,8 @@ def test_all_is_well(capsys):
     assert compression == {
         "architecture": "LlamaForCausalLM", "num_layers": 4, "num_attention_layers": 4,
         "compressed_layers": None, "left_alone": {}, "window": None, "shares": {"2048": 1.0},
-        "num_kv_heads": 4, "head_size": 32, "attention": "full attention", "num_ranks": 1,
+        "num_kv_heads": 4, "head_size": 32, "attention": "full attention",
+        "num_ranks": 1, "num_stages": 1,
         "builds_profile": False, "scorer": "surrogate", "budget": "adaptive", "mode": "evict",
         "keep_ratio": 0.5, "counts": "KV pairs", "block_size": 32, "pages_per_head": 1,
         "cache_dtype": "float32", "max_model_len": 2048,
@@ -46,6 +48,31 @@ def test_all_is_well(capsys):
         "tokens": 63 * 1024, "tokens_compressed": 127 * 1024,
     }  # fmt: skip
     assert (ragged["blocks"], ragged["blocks_compressed"]) == (33, 17)  # one holds the tail
+
+
+def test_blocks_of_pipeline_stages(capsys):
+    """A stage's cache holds blocks of its own layers; the stage with the most has the fewest."""
+    code, found = doctor(capsys, *STAGES, "--memory-gib", "0.25")
+    assert code == 0
+    assert found["compression"]["num_stages"] == 2
+    assert found["compression"]["num_attention_layers"] == 4
+    assert found["compression"]["profile"].endswith("tiny-retriever.json")
+    assert found["cache_blocks"] == 2**28 // (2 * 4 * 2 * 32 * 32 * 4) - 1
+    assert main(["--model", str(MODEL), *STAGES]) == 0
+    assert "4 of 4 layers in 2 pipeline stages, 4 KV heads of size 32" in capsys.readouterr().out
+
+
+def test_layers_that_stages_share_unevenly(capsys, monkeypatch):
+    monkeypatch.setenv("VLLM_PP_LAYER_PARTITION", "3,1")
+    _, found = doctor(capsys, *STAGES, "--memory-gib", "0.25")
+    assert found["cache_blocks"] == 2**28 // (3 * 4 * 2 * 32 * 32 * 4) - 1
+
+
+def test_layers_that_differ_and_pipeline_stages(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MIXED))
+    code = main(["--model", str(tmp_path), "--skip-tokenizer-init", *STAGES])
+    assert code == 1
+    assert "--pipeline-parallel-size 2 for models whose layers differ" in capsys.readouterr().out
 
 
 def test_bytes_of_quantized_pages_count(capsys):
@@ -118,7 +145,10 @@ def test_layers_that_are_left_alone_in_words(capsys, tmp_path):
     ("arguments", "sentence"),
     [
         (["--block-size", "16"], "does not support --block-size 16 on the CPU; use a multiple"),
-        (["--pipeline-parallel-size", "2"], "does not support --pipeline-parallel-size 2 yet"),
+        (
+            [*STAGES, "--enforce-eager"],
+            "does not support --pipeline-parallel-size 2 with --enforce-eager on the CPU",
+        ),
         ([f"{SETTING}keep_ratio", "7"], "keep_ratio=7 is wrong"),
         ([f"{SETTING}keep_ration", "0.3"], "did you mean keep_ratio?"),
         ([f"{SETTING}scorer", "best"], "scorer: "),

@@ -29,6 +29,9 @@ from vllm_kvzip.vllm_bridge.start import options, plugin
 
 pytestmark = pytest.mark.vllm
 
+STAGES = ["--pipeline-parallel-size", "2", "--no-enforce-eager"]
+NGRAM = '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}'
+
 
 def test_flag_sets_worker_block_size_and_settings():
     flags = ("--kv-compression-config", '{"keep_ratio": 0.3, "scorer": "profile"}')
@@ -123,7 +126,25 @@ def test_registering_twice_is_harmless():
             "no scorer keydif; did you mean keydiff",
         ),
         (["--kv-compression-config.profile", "/none.json"], "/none.json cannot be read"),
-        (["--pipeline-parallel-size", "2"], "--pipeline-parallel-size 2 yet; set it to 1"),
+        (
+            ["--pipeline-parallel-size", "2"],
+            "--pipeline-parallel-size 2 with --enforce-eager on the CPU, where vLLM itself fails; "
+            "remove --enforce-eager",
+        ),
+        (
+            [*STAGES, "--kv-compression-config.scorer", "kvzip"],
+            "Scorer kvzip does not work with --pipeline-parallel-size 2 yet; choose surrogate with "
+            "a profile of `vllm-kvzip profile`, or contrast or keydiff without one",
+        ),
+        (
+            [*STAGES, "--kv-compression-config.profile", "build"],
+            "profile build does not work with --pipeline-parallel-size 2 yet; build the profile "
+            "with `vllm-kvzip profile`",
+        ),
+        (
+            [*STAGES, "--speculative-config", NGRAM],
+            "speculative decoding with --pipeline-parallel-size 2 yet; remove one of them",
+        ),
         (["--block-size", "16"], "--block-size 16 on the CPU; use a multiple of 32"),
         (
             ["--kv-cache-dtype", "fp8"],
@@ -136,10 +157,6 @@ def test_registering_twice_is_harmless():
         (
             ["--kv-cache-dtype", "turboquant_4bit_nc"],
             "--kv-cache-dtype turboquant_4bit_nc for a model that runs in float32; set it to auto",
-        ),
-        (
-            ["--kv-events-config", '{"enable_kv_cache_events": true, "publisher": "null"}'],
-            "KV cache events, which know nothing of compressed prefixes; remove --kv-events-config",
         ),
         (["--scheduler-cls", "my.Scheduler"], "--scheduler-cls my.Scheduler; remove the flag"),
         (["--kv-compression-config.prefix_reuse", "never"], "prefix_reuse='never' is wrong"),

@@ -10,7 +10,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from engine_job import Request, run_job
+from engine_job import TWO_STAGES, Request, run_job
 from faults import FAULTS
 
 from vllm_kvzip.evaluation.tasks.retrieval_task import copy_prompt, make_context
@@ -57,7 +57,11 @@ TWO_RANKS = {  # of which the last one fails
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=[{}, TWO_RANKS], ids=["one rank", "two, asynchronous"])
+# Of two pipeline stages the first one fails; several steps are on their way then.
+ENGINES = {"one rank": {}, "two, asynchronous": TWO_RANKS, "two stages": TWO_STAGES}
+
+
+@pytest.fixture(scope="module", params=ENGINES.values(), ids=ENGINES.keys())
 def job(request):
     requests, asked = history()
     report = run_job(

@@ -21,6 +21,13 @@ from forked_script import ENGINES, run_script
 
 MODEL = Path(__file__).parent.parent / "models" / "tiny-retriever"
 MAX_SECONDS = 300
+TWO_STAGES = {
+    "pipeline_parallel_size": 2,
+    "distributed_executor_backend": "mp",
+    "enforce_eager": False,  # vLLM's stages need some compilation on the CPU: this is the least
+    "compilation_config": {"mode": 2, "backend": "eager"},
+}
+"""Arguments of ``LLM`` for two pipeline stages."""
 RUNNER_V2 = {
     "TRITON_INTERPRET": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "1",

@@ -20,15 +20,15 @@ def inject_faults(worker, faults):
     """Let a worker fail; for ``collective_rpc``.
 
     Args:
-        worker: ours; of several ranks the last one fails.
+        worker: ours; of several ranks the last one fails, of several pipeline stages the first.
         faults: request number, as it begins the request's id, to one of :data:`FAULTS`, or to
             :data:`REPEAT_FAULT`.
     """
     import torch
-    from vllm.distributed import get_tensor_model_parallel_rank
+    from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 
     last = worker.parallel_config.tensor_parallel_size - 1
-    if get_tensor_model_parallel_rank() != last:
+    if get_tensor_model_parallel_rank() != last or not get_pp_group().is_first_rank:
         return
     compression = worker._kvzip._compression
     compressor = compression._compressor

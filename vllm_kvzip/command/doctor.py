@@ -65,10 +65,11 @@ def _facts(it: Compression) -> list[str]:
     profile = it.profile or "none"
     left_alone = {"others": _left_alone(it), "share": _shares(it)} if it.left_alone else {}
     ranks = f", over {it.num_ranks} ranks" if it.num_ranks > 1 else ""
+    stages = f" in {it.num_stages} pipeline stages" if it.num_stages > 1 else ""
     facts = {
         "model": it.architecture,
-        "compressed": f"{it.num_attention_layers} of {it.num_layers} layers, {it.num_kv_heads} KV "
-        f"heads of size {it.head_size}{ranks}: {it.attention}",
+        "compressed": f"{it.num_attention_layers} of {it.num_layers} layers{stages}, "
+        f"{it.num_kv_heads} KV heads of size {it.head_size}{ranks}: {it.attention}",
         **left_alone,
         "profile": f"{profile}, made when the engine starts" if it.builds_profile else profile,
         "scorer": f"{it.scorer}, budget {it.budget}",

@@ -1,7 +1,8 @@
-"""What tells whether a head profile belongs to an engine's model."""
+"""What tells whether a head profile belongs to an engine's model, and who has which of its rows."""
 
 from __future__ import annotations
 
+from copy import copy
 from typing import TYPE_CHECKING
 
 from vllm_kvzip.head_profiles.head_profile import ModelFingerprint
@@ -22,6 +23,23 @@ def compressed_layers(vllm_config: VllmConfig) -> list[int] | None:
     return full_attention_layers(model.hf_text_config, longest)
 
 
+def rows_of_stages(vllm_config: VllmConfig) -> list[slice]:
+    """Rows of a head profile, by pipeline stage: one for each of its layers that is compressed."""
+    model, full = vllm_config.model_config, compressed_layers(vllm_config)
+    rows, begin = [], 0
+    for stage in range(vllm_config.parallel_config.pipeline_parallel_size):
+        parallel = copy(vllm_config.parallel_config)  # vLLM asks it which stage is meant
+        parallel.rank = stage * parallel.tensor_parallel_size
+        if full:
+            first, end = model.get_layers_start_end_indices(parallel)
+            count = sum(first <= layer < end for layer in full)
+        else:
+            count = model.get_num_layers_by_block_type(parallel)
+        rows.append(slice(begin, begin + count))
+        begin += count
+    return rows
+
+
 def model_fingerprint(vllm_config: VllmConfig) -> ModelFingerprint:
     """What a head profile must match: the whole model, on however many ranks it runs.
 
@@ -31,12 +49,9 @@ def model_fingerprint(vllm_config: VllmConfig) -> ModelFingerprint:
     architecture = model.architecture
     if model.using_transformers_backend():  # the profile names the model, not who runs it
         architecture = next(iter(model.architectures), architecture)
-    num_layers = model.get_num_layers_by_block_type(vllm_config.parallel_config)
-    if full := compressed_layers(vllm_config):
-        num_layers = len(full)
     return ModelFingerprint(
         architecture=architecture,
-        num_layers=num_layers,
+        num_layers=rows_of_stages(vllm_config)[-1].stop,
         num_query_heads=model.model_arch_config.total_num_attention_heads,
         num_kv_heads=model.get_total_num_kv_heads(),
         head_dim=model.get_head_size(),

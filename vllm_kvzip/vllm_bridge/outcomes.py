@@ -4,7 +4,8 @@ The scheduler folds a row before anybody can know whether its prompt could be co
 blocks are free in time. Where it could not, the scheduler learns it with the output of the same
 step, takes that output back, and lets the request start again, uncompressed. On a GPU nobody waits
 for that: whether all numbers were finite is a tensor of its own, copied behind the compression and
-read when the step's tokens are.
+read when the step's tokens are. The scheduler gets the output of the last pipeline stage, so the
+stages before it hand their outcomes on.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_kvzip.metrics import FAILURES
+from vllm_kvzip.vllm_bridge.pipeline_stages import add_up_over_stages
 from vllm_kvzip.vllm_bridge.symbols import (
     AsyncModelRunnerOutput,
     get_tensor_model_parallel_world_size,
@@ -23,7 +25,7 @@ from vllm_kvzip.vllm_bridge.symbols import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from vllm_kvzip.vllm_bridge.symbols import ModelRunnerOutput
 
@@ -47,8 +49,20 @@ class WorkerOutcomes:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._ordered: tuple[int, ...] = ()
         self._of_step: dict[int, Outcome | torch.Tensor] = {}
         self._read: Callable[[], dict[int, Outcome]] | None = None
+
+    def order(self, serials: Iterable[int]) -> None:
+        """Compressions that the scheduler ordered with a step; they are settled in the next one.
+
+        Ranks take the order from the scheduler's message, which is the same for all of them. What
+        one of them has tried may differ: after a failure it knows nothing more of that request.
+
+        Args:
+            serials: of their runs.
+        """
+        self._ordered = tuple(serials)
 
     def add(self, serial: int, outcome: Outcome | torch.Tensor) -> None:
         """Note what became of a compression.
@@ -60,19 +74,24 @@ class WorkerOutcomes:
         self._of_step[serial] = outcome
 
     def settle(self) -> None:
-        """All compressions of a step have been asked for: agree with the other ranks.
+        """All compressions of a step have been tried: agree with the other ranks.
 
-        Every rank compresses the same prompts in the same step, in the same order. What one of
+        Every rank settles the same compressions in the same step, in the same order. What one of
         them could not compress, all leave alone.
         """
         found, self._of_step = self._of_step, {}
-        if not found:
+        ordered, self._ordered = self._ordered, ()
+        if not ordered:
             return
-        codes = _as_codes(list(found.values()), self._device)
+        own = [found.get(serial, FAILED) for serial in ordered]
+        codes = _as_codes(own, self._device)
         if get_tensor_model_parallel_world_size() > 1:
             codes = tensor_model_parallel_all_reduce(codes)
-        read = _read_later(codes)
-        self._read = lambda: dict(zip(found, map(_as_outcome, read()), strict=True))
+        of_all = add_up_over_stages(codes)
+        if of_all is None:  # the last stage tells the scheduler
+            return
+        read = _read_later(of_all)
+        self._read = lambda: dict(zip(ordered, map(_as_outcome, read()), strict=True))
 
     def attach(
         self, output: ModelRunnerOutput | AsyncModelRunnerOutput

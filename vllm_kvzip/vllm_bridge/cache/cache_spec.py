@@ -42,7 +42,7 @@ class HeadPageSpec(FullAttentionSpec):
             crossing step: a request that asks for a higher keep ratio than the server's may need
             up to twice its prompt's blocks.
         num_layers: layers that the spec is for: 1, or the layers of the KV cache group once vLLM
-            has merged their specs.
+            has merged their specs, those of all pipeline stages.
         num_ranks: tensor-parallel workers, each of which holds a part of every block.
         metrics_directory: where the engine's metric files go.
         reuse: which compressed prefixes later requests start from.

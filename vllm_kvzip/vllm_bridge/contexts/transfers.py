@@ -301,7 +301,7 @@ def _check_engine(core: EngineCore) -> None:
         ContextFileError: in one sentence.
     """
     parallel = core.vllm_config.parallel_config
-    for name in ("tensor_parallel_size", "data_parallel_size"):
+    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
         if getattr(parallel, name) > 1:
             raise ContextFileError(
                 f"Context files do not work with {name} {getattr(parallel, name)} yet; they need "

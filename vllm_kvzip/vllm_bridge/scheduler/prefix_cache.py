@@ -328,6 +328,10 @@ class CompressedPrefixCache:
         published = zip(self._keys(run), run.blocks, strict=True)
         return all(block.block_hash == key for key, block in published)
 
+    def made(self, key: bytes) -> bool:
+        """Whether a key of vLLM's block pool is one of ours, not the hash of a raw block."""
+        return bool(self._fingerprint) and self._fingerprint in key
+
     def _keys(self, run: PrefixRun) -> list[BlockHashWithGroupId]:
         prefix_hash, keep_ratio = run.key
         stem = prefix_hash + struct.pack(">d", keep_ratio) + self._fingerprint

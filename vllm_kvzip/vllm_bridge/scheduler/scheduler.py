@@ -1,6 +1,6 @@
 """vLLM's scheduler, which tells the block manager and the workers what only it knows.
 
-``scheduler_config.scheduler_cls`` is vLLM's own way to name a scheduler. vLLM schedules; eight
+``scheduler_config.scheduler_cls`` is vLLM's own way to name a scheduler. vLLM schedules; nine
 things are added:
 
 1. The block manager learns which request it works for.
@@ -11,6 +11,7 @@ things are added:
 6. Requests that could not be compressed start again, uncompressed.
 7. Blocks that a preempted request did not compute leave the prefix cache.
 8. A client whose request has options of ours is told what became of its prompt.
+9. Events about the KV cache tell of raw blocks only.
 """
 
 from __future__ import annotations
@@ -46,10 +47,11 @@ from vllm_kvzip.vllm_bridge.symbols import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from vllm_kvzip.vllm_bridge.symbols import (
+        KVCacheBlock,
         KVCacheManager,
         ModelRunnerOutput,
         Request,
@@ -90,7 +92,42 @@ def introduce_requests(cache: KVCacheManager, group: CompressedGroup) -> HeadPag
     cache.get_computed_blocks = wrap(cache.get_computed_blocks)
     cache.allocate_slots = wrap(cache.allocate_slots)
     introduce_groups(coordinator, manager.others, group.group_id, manager.longest_hit)
+    tell_of_raw_blocks(cache, manager)
     return manager
+
+
+def tell_of_raw_blocks(cache: KVCacheManager, manager: HeadPageManager) -> None:
+    """Let vLLM's events about its KV cache tell of raw blocks only.
+
+    Subscribers, such as a router, look for hashes of tokens. Compressed prefixes, and what is
+    computed over them, are published without an event, under keys that no subscriber can know.
+
+    Symptoms without it: when blocks of a compressed prefix are evicted, an event says that hashes
+    were removed which nobody was told of; and when a request that asks for ``kv_cache_report_mode``
+    ``full`` starts from a compressed prefix, an event says that the raw blocks of its prompt are
+    stored. One method of either object is wrapped; both pass everything else on. Remove when vLLM
+    tells events of raw blocks apart from those of others itself.
+
+    Args:
+        cache: vLLM's, of all KV cache groups.
+        manager: of the compressed group.
+    """
+    pool, coordinator = cache.block_pool, cache.coordinator
+    if not pool.enable_kv_cache_events:
+        return
+    removed, reused = pool._emit_block_removed_events, coordinator.emit_cached_block_events
+
+    @functools.wraps(removed)
+    def emit_removed(block_hashes: Sequence[Any]) -> None:
+        removed([key for key in block_hashes if not manager.prefixes.made(key)])
+
+    @functools.wraps(reused)
+    def emit_reused(request: Request, computed_blocks: tuple[list[KVCacheBlock], ...]) -> None:
+        if manager.prefixes.owner(computed_blocks[manager.kv_cache_group_id]) is None:
+            reused(request, computed_blocks)
+
+    pool._emit_block_removed_events = emit_removed
+    coordinator.emit_cached_block_events = emit_reused
 
 
 class _HeadPageScheduling:
@@ -112,8 +149,11 @@ class _HeadPageScheduling:
         group = CompressedGroup.find(groups, CompressionTerms)
         self._kvzip_manager = introduce_requests(self.kv_cache_manager, group)
         num_ranks = self.vllm_config.parallel_config.tensor_parallel_size
+        # vLLM shows the layers of one pipeline stage; the spec counts those of all of them.
+        of_stages = self._kvzip_manager.kv_cache_spec.block_bytes
         self._kvzip_manager.share_pool(
-            group.share_of_pool(groups, self.vllm_config), block_bytes(groups) * num_ranks
+            group.share_of_pool(groups, self.vllm_config),
+            max(block_bytes(groups) * num_ranks, of_stages),
         )
         ttl = self._kvzip_manager.kv_cache_spec.reuse.ttl_seconds
         self._kvzip_lock: AbstractContextManager[object] = nullcontext() if ttl is None else RLock()

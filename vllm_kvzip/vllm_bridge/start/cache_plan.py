@@ -20,7 +20,11 @@ from vllm_kvzip.model.attention_kinds import (
 )
 from vllm_kvzip.model.cache_shares import AlikeLayers
 from vllm_kvzip.vllm_bridge.compressed_group import CompressedGroup, block_bytes
-from vllm_kvzip.vllm_bridge.fingerprint import compressed_layers, model_fingerprint
+from vllm_kvzip.vllm_bridge.fingerprint import (
+    compressed_layers,
+    model_fingerprint,
+    rows_of_stages,
+)
 from vllm_kvzip.vllm_bridge.fp8_cache import running_cache_dtype
 from vllm_kvzip.vllm_bridge.platforms import running_platform
 from vllm_kvzip.vllm_bridge.symbols import (
@@ -75,8 +79,10 @@ class CachePlan:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block on one rank."""
-        return block_bytes(self._of_blocks(1))
+        """Bytes of one block on one rank, of the pipeline stage that has the most layers."""
+        rows = rows_of_stages(self.vllm_config)
+        most = max(of_stage.stop - of_stage.start for of_stage in rows)
+        return block_bytes(self._of_blocks(1)) * most // rows[-1].stop
 
     def pool_blocks(self, num_blocks: int) -> int:
         """Blocks that the compressed group can have, of a pool of ``num_blocks``."""

@@ -22,8 +22,8 @@ from vllm_kvzip.vllm_bridge.fp8_cache import (
 )
 from vllm_kvzip.vllm_bridge.platforms import running_platform, unserved_device
 from vllm_kvzip.vllm_bridge.start.cache_plan import CachePlan, plan_cache
+from vllm_kvzip.vllm_bridge.start.parallel_checks import parallel_problems
 from vllm_kvzip.vllm_bridge.symbols import current_platform, envs
-from vllm_kvzip.vllm_bridge.tensor_parallel import can_share
 from vllm_kvzip.vllm_bridge.versions import has_cascade_attention
 
 if TYPE_CHECKING:
@@ -62,11 +62,11 @@ def check_scoring_passes(vllm_config: VllmConfig, scorer: str) -> None:
     Raises:
         UnsupportedError: names the model property or the flag, and what to do.
     """
-    if _has_states(vllm_config):
+    states = ["layers that hold a state beside full attention"] if _has_states(vllm_config) else []
+    for what in states + _stages(vllm_config):
         raise UnsupportedError(
-            f"Scorer {scorer} does not work with layers that hold a state beside full attention "
-            f"yet; choose surrogate with a profile of `vllm-kvzip profile`, or contrast or keydiff "
-            f"without one."
+            f"Scorer {scorer} does not work with {what} yet; choose surrogate with a profile of "
+            f"`vllm-kvzip profile`, or contrast or keydiff without one."
         )
     for what in _pass_problems(vllm_config):
         raise UnsupportedError(
@@ -81,11 +81,17 @@ def check_profile_build(vllm_config: VllmConfig) -> None:
         UnsupportedError: names the model property or the flag, and what to do.
     """
     states = ["layers that hold a state"] if _has_states(vllm_config) else []
-    for what in states + _pass_problems(vllm_config):
+    for what in states + _stages(vllm_config) + _pass_problems(vllm_config):
         raise UnsupportedError(
             f"profile build does not work with {what} yet; build the profile with "
             f"`vllm-kvzip profile`, or set profile to auto."
         )
+
+
+def _stages(vllm_config: VllmConfig) -> list[str]:
+    """Pipeline stages, if there are any: none of them can run the whole model."""
+    size = vllm_config.parallel_config.pipeline_parallel_size
+    return [f"--pipeline-parallel-size {size}"] if size > 1 else []
 
 
 def _pass_problems(vllm_config: VllmConfig) -> list[str]:
@@ -215,26 +221,11 @@ def _engine_problems(vllm_config: VllmConfig) -> list[str]:
     parallel = vllm_config.parallel_config
     cache = vllm_config.cache_config
     speculative = vllm_config.speculative_config
-    sizes = {
-        "--pipeline-parallel-size": parallel.pipeline_parallel_size,
-        "--decode-context-parallel-size": parallel.decode_context_parallel_size,
-        "--prefill-context-parallel-size": parallel.prefill_context_parallel_size,
-    }
-    problems = [(size > 1, f"{flag} {size} yet; set it to 1") for flag, size in sizes.items()]
-    num_kv_heads = vllm_config.model_config.get_total_num_kv_heads()
+    problems = parallel_problems(vllm_config, is_mixed(vllm_config))
     problems += [
-        (
-            not can_share(parallel.tensor_parallel_size, num_kv_heads),
-            f"--tensor-parallel-size {parallel.tensor_parallel_size} for {num_kv_heads} KV heads; "
-            f"choose a divisor or a multiple of {num_kv_heads}",
-        ),
         (
             vllm_config.kv_transfer_config is not None,
             "KV connectors; remove --kv-transfer-config and --kv-offloading-size",
-        ),
-        (
-            bool(getattr(vllm_config.kv_events_config, "enable_kv_cache_events", False)),
-            "KV cache events, which know nothing of compressed prefixes; remove --kv-events-config",
         ),
         (
             speculative is not None and speculative.method != "ngram",

@@ -63,6 +63,7 @@ class Compression:
         num_kv_heads, head_size: of each of these, over all ranks.
         attention: their kind.
         num_ranks: tensor-parallel processes.
+        num_stages: pipeline stages, each of which has so many processes.
         profile: path of the head profile; None: there is none.
         builds_profile: whether the engine makes it first.
         scorer, budget, mode: what is used, where the user left it open.
@@ -85,6 +86,7 @@ class Compression:
     head_size: int
     attention: str
     num_ranks: int
+    num_stages: int
     profile: str | None
     builds_profile: bool
     scorer: str
@@ -205,6 +207,7 @@ def _compression(plan: CachePlan) -> Compression:
         head_size=shape.head_dim,
         attention=_attention(text_config, SLIDING_KIND in left_alone),
         num_ranks=vllm_config.parallel_config.tensor_parallel_size,
+        num_stages=vllm_config.parallel_config.pipeline_parallel_size,
         profile=None if profile is None else str(profile),
         builds_profile=settings.profile_to_build is not None,
         scorer=settings.scorer,

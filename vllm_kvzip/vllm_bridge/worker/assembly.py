@@ -22,6 +22,7 @@ from vllm_kvzip.vllm_bridge.cache.head_page_cache import HeadPageCache
 from vllm_kvzip.vllm_bridge.cache.layer_checks import check_capped_logits
 from vllm_kvzip.vllm_bridge.cache.unclean_blocks import UncleanBlocks
 from vllm_kvzip.vllm_bridge.compressed_group import CompressedGroup
+from vllm_kvzip.vllm_bridge.fingerprint import rows_of_stages
 from vllm_kvzip.vllm_bridge.fp8_cache import read_scales
 from vllm_kvzip.vllm_bridge.outcomes import WorkerOutcomes
 from vllm_kvzip.vllm_bridge.passes.model_rotary import find_rotary, num_positions
@@ -32,6 +33,7 @@ from vllm_kvzip.vllm_bridge.stats_export import WorkerRecorder
 from vllm_kvzip.vllm_bridge.symbols import (
     Attention,
     get_layers_from_vllm_config,
+    get_pp_group,
     get_tensor_model_parallel_rank,
     init_logger,
 )
@@ -70,6 +72,8 @@ class CompressedLayers:
         by_name: vLLM's attention layers.
         builders: vLLM's metadata builders of the group.
         heads: this rank's KV heads, among those of all ranks.
+        rows: this pipeline stage's layers, among the compressed ones of all stages.
+        num_rows: these of all stages.
     """
 
     group: CompressedGroup
@@ -77,6 +81,8 @@ class CompressedLayers:
     by_name: dict[str, Any]
     builders: list[Any]
     heads: slice
+    rows: slice
+    num_rows: int
 
     @property
     def first(self) -> Any:
@@ -168,13 +174,34 @@ def find_layers(worker: HeadPageWorker, kv_cache_config: KVCacheConfig) -> Compr
         worker.parallel_config.tensor_parallel_size,
         worker.model_config.get_total_num_kv_heads(),
     )
+    rows, num_rows = _own_rows(worker, group)
     return CompressedLayers(
         group=group,
         spec=spec,
         by_name=get_layers_from_vllm_config(worker.vllm_config, Attention, group.layer_names),
         builders=builders,
         heads=slice(heads_before, heads_before + spec.num_kv_heads),
+        rows=rows,
+        num_rows=num_rows,
     )
+
+
+def _own_rows(worker: HeadPageWorker, group: CompressedGroup) -> tuple[slice, int]:
+    """This stage's layers among the compressed ones of all stages, and how many these are.
+
+    Raises:
+        UnsupportedError: if vLLM gave this stage other layers than its configuration says.
+    """
+    stages = rows_of_stages(worker.vllm_config)
+    if len(stages) == 1:
+        return slice(0, group.num_layers), group.num_layers
+    rows = stages[get_pp_group().rank_in_group]
+    if rows.stop - rows.start != group.num_layers:
+        raise UnsupportedError(
+            f"KV compression expects {rows.stop - rows.start} layers on this pipeline stage, but "
+            f"vLLM made {group.num_layers}; set --pipeline-parallel-size to 1."
+        )
+    return rows, stages[-1].stop
 
 
 def view_cache(
@@ -260,7 +287,7 @@ def make_compressor(
     scorer: Scorer,
     rotary: list[RotaryTables | None] | None,
 ) -> Compressor:
-    """What compresses one prompt, with this rank's part of the budgets by head."""
+    """What compresses one prompt, with this worker's part of the budgets by head."""
     settings = worker.kvzip_settings
     return Compressor(
         geometry=cache.geometry,
@@ -269,14 +296,16 @@ def make_compressor(
         rule=rule,
         scorer=scorer,
         budget=settings.budget,
-        head_fractions=_own_fractions(settings, layers.heads),
-        head_importance=_own_heads(settings.head_importance, layers.heads),
-        tier_fractions=_own_tiers(settings, layers.heads),
+        head_fractions=_own_fractions(settings, layers),
+        head_importance=_own_part(settings.head_importance, layers),
+        tier_fractions=_own_tiers(settings, layers),
         rotary=rotary,
         soft_cap=layers.first.impl.logits_soft_cap,
         sink_logits=[layers.by_name[name].impl.sinks for name in layers.group.layer_names],
         seed=settings.config.seed,
         clock=worker.clock,
+        first_layer=layers.rows.start,
+        layers_of_model=layers.num_rows,
     )
 
 
@@ -315,21 +344,26 @@ def make_repeats(
 
 
 def make_recorder(worker: HeadPageWorker) -> tuple[WorkerRecorder | None, AttentionTimer | None]:
-    """Metrics and the timer of attention, on the first rank; the others would record the same."""
-    if get_tensor_model_parallel_rank() != 0:
+    """Metrics and the timer of attention, on the first rank of the first pipeline stage.
+
+    The other ranks would record the same, and the other stages the like for layers of their own.
+    """
+    if get_tensor_model_parallel_rank() != 0 or not get_pp_group().is_first_rank:
         return None, None
     recorder = WorkerRecorder(worker.kvzip_settings.metrics_directory)
     return recorder, AttentionTimer(recorder, worker.clock)
 
 
-def _own_fractions(settings: Settings, own: slice) -> Callable[[float], list[list[float]]] | None:
-    """Keep ratio -> share of its KV pairs each of this rank's heads keeps, for budgets by head."""
+def _own_fractions(
+    settings: Settings, own: CompressedLayers
+) -> Callable[[float], list[list[float]]] | None:
+    """Keep ratio -> share of its KV pairs each of this worker's heads keeps, if they differ."""
     if settings.head_importance is None:
         return None
 
     @functools.lru_cache(maxsize=64)
     def at(keep_ratio: float) -> list[list[float]]:
-        fractions = _own_heads(settings.head_fractions(keep_ratio), own)
+        fractions = _own_part(settings.head_fractions(keep_ratio), own)
         assert fractions is not None
         return fractions
 
@@ -337,7 +371,7 @@ def _own_fractions(settings: Settings, own: slice) -> Callable[[float], list[lis
 
 
 def _own_tiers(
-    settings: Settings, own: slice
+    settings: Settings, own: CompressedLayers
 ) -> Callable[[float], tuple[list[list[float]], list[list[float]]]] | None:
     """The same of either tier, by bytes ratio."""
     if settings.head_tiers is None:
@@ -345,13 +379,13 @@ def _own_tiers(
 
     @functools.lru_cache(maxsize=64)
     def at(bytes_ratio: float) -> tuple[list[list[float]], list[list[float]]]:
-        full, kept = (_own_heads(grid, own) for grid in settings.tier_fractions(bytes_ratio))
+        full, kept = (_own_part(grid, own) for grid in settings.tier_fractions(bytes_ratio))
         assert full is not None and kept is not None
         return full, kept
 
     return at
 
 
-def _own_heads(grid: list[list[float]] | None, own: slice) -> list[list[float]] | None:
-    """The columns of this rank's KV heads."""
-    return None if grid is None else [row[own] for row in grid]
+def _own_part(grid: list[list[float]] | None, own: CompressedLayers) -> list[list[float]] | None:
+    """The rows of this stage's layers, and in them the columns of this rank's KV heads."""
+    return None if grid is None else [row[own.heads] for row in grid[own.rows]]

@@ -21,12 +21,13 @@ from vllm_kvzip.vllm_bridge.attention.kernel_choice import (
     warm_up,
 )
 from vllm_kvzip.vllm_bridge.cache.layer_checks import check_sinks
-from vllm_kvzip.vllm_bridge.fingerprint import model_fingerprint
+from vllm_kvzip.vllm_bridge.fingerprint import rows_of_stages
 from vllm_kvzip.vllm_bridge.settings import cache_shape
 from vllm_kvzip.vllm_bridge.symbols import (
     Attention,
     AttentionBackendEnum,
     get_layers_from_vllm_config,
+    get_pp_group,
     init_logger,
 )
 from vllm_kvzip.vllm_bridge.symbols import GPUWorker as Worker
@@ -113,7 +114,8 @@ class TritonPath(HeadPageWorker):
             return available
         model, parallel = self.model_config, self.parallel_config
         quantization = self.kvzip_settings.quantization(*cache_shape(self.vllm_config))
-        num_layers = model_fingerprint(self.vllm_config).num_layers
+        rows = rows_of_stages(self.vllm_config)[get_pp_group().rank_in_group]
+        num_layers = rows.stop - rows.start
         needed = compression_bytes(
             num_layers,
             model.get_num_kv_heads(parallel),

@@ -117,6 +117,7 @@ class HeadPageRuntime:
         if self._timer is not None:
             self._timer.step_ends()
         message = attached(output)
+        self._compression.outcomes.order(message.reserved.values())
         for request in self._tracker.crossing(output):
             request.kept_as = message.kept.get(request.request_id)
             request.serial = message.reserved.get(request.request_id)
@@ -162,8 +163,6 @@ class HeadPageRuntime:
             if (waiting := self._tracker.get(request_id)) is not None:
                 due.append((waiting, count))
         self._compression.repeat(due)
-        if not complete:
-            return
         for request in complete:
             if request.serial is not None:
                 self._compression.outcomes.add(request.serial, None)
