@@ -22,6 +22,7 @@ from vllm_kvzip.vllm_bridge.fp8_cache import (
 )
 from vllm_kvzip.vllm_bridge.platforms import running_platform, unserved_device
 from vllm_kvzip.vllm_bridge.start.cache_plan import CachePlan, plan_cache
+from vllm_kvzip.vllm_bridge.start.speculation import has_draft_layers, speculation_problems
 from vllm_kvzip.vllm_bridge.symbols import current_platform, envs
 from vllm_kvzip.vllm_bridge.tensor_parallel import can_share
 from vllm_kvzip.vllm_bridge.versions import has_cascade_attention
@@ -81,7 +82,8 @@ def check_profile_build(vllm_config: VllmConfig) -> None:
         UnsupportedError: names the model property or the flag, and what to do.
     """
     states = ["layers that hold a state"] if _has_states(vllm_config) else []
-    for what in states + _pass_problems(vllm_config):
+    drafts = ["a draft model"] if has_draft_layers(vllm_config) else []
+    for what in states + drafts + _pass_problems(vllm_config):
         raise UnsupportedError(
             f"profile build does not work with {what} yet; build the profile with "
             f"`vllm-kvzip profile`, or set profile to auto."
@@ -214,7 +216,6 @@ def _within_window(text_config: Any) -> str:
 def _engine_problems(vllm_config: VllmConfig) -> list[str]:
     parallel = vllm_config.parallel_config
     cache = vllm_config.cache_config
-    speculative = vllm_config.speculative_config
     sizes = {
         "--pipeline-parallel-size": parallel.pipeline_parallel_size,
         "--decode-context-parallel-size": parallel.decode_context_parallel_size,
@@ -236,10 +237,7 @@ def _engine_problems(vllm_config: VllmConfig) -> list[str]:
             bool(getattr(vllm_config.kv_events_config, "enable_kv_cache_events", False)),
             "KV cache events, which know nothing of compressed prefixes; remove --kv-events-config",
         ),
-        (
-            speculative is not None and speculative.method != "ngram",
-            f"speculative method {getattr(speculative, 'method', None)} yet; use ngram or none",
-        ),
+        *speculation_problems(vllm_config, is_mixed(vllm_config)),
         (
             unserved_device() is not None,
             f"{unserved_device()}; it runs on NVIDIA GPUs and on CPUs",

@@ -15,6 +15,7 @@ from vllm_kvzip.model.key_transform import num_first
 from vllm_kvzip.pipeline import Compressor
 from vllm_kvzip.scoring import ScorerSettings, create_scorer
 from vllm_kvzip.vllm_bridge.attention.attention_timer import AttentionTimer
+from vllm_kvzip.vllm_bridge.attention.draft_layers import DraftDescriber, draft_builders
 from vllm_kvzip.vllm_bridge.attention.metadata_builder import HeadPageBuilder
 from vllm_kvzip.vllm_bridge.cache.cache_spec import HeadPageSpec
 from vllm_kvzip.vllm_bridge.cache.cache_view import map_head_pages
@@ -69,6 +70,7 @@ class CompressedLayers:
         by_name: vLLM's attention layers.
         builders: vLLM's metadata builders of the group.
         heads: this rank's KV heads, among those of all ranks.
+        num_drafts: of the layers the last ones, which are a draft model's.
     """
 
     group: CompressedGroup
@@ -76,6 +78,12 @@ class CompressedLayers:
     by_name: dict[str, Any]
     builders: list[Any]
     heads: slice
+    num_drafts: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """vLLM's names of the layers that are compressed: all but a draft model's."""
+        return self.group.layer_names[: self.group.num_layers - self.num_drafts]
 
     @property
     def first(self) -> Any:
@@ -103,7 +111,8 @@ def assemble_runtime(worker: HeadPageWorker, kv_cache_config: KVCacheConfig) -> 
     repeats = make_repeats(worker, kv_cache_config, layers, cache)
     recorder, timer = make_recorder(worker)
     prefixes = WorkerPrefixes(settings.config.reuse_ttl_seconds)
-    observation = QueryObservation(cache.geometry, cache.layer_index, settings.observation_tokens)
+    scored = replace(cache.geometry, num_layers=len(layers.names))
+    observation = QueryObservation(scored, cache.layer_index, settings.observation_tokens)
     unclean = UncleanBlocks(cache)
     compression = PrefixCompression(
         compressor=compressor,
@@ -115,11 +124,12 @@ def assemble_runtime(worker: HeadPageWorker, kv_cache_config: KVCacheConfig) -> 
         outcomes=WorkerOutcomes(cache.pages.device),
         recorder=recorder,
     )
+    drafting = draft_builders(worker.model_runner) if layers.num_drafts else []
     runtime = HeadPageRuntime(
         cache=cache,
         tracker=RequestTracker(rule, layers.group, repeats=repeats is not None),
         rows=adapt(worker.model_runner, layers.group),
-        batcher=worker.attach(cache, layers.builders),
+        batcher=worker.attach(cache, [*layers.builders, *drafting]),
         prefixes=prefixes,
         observation=observation,
         compression=compression,
@@ -128,8 +138,10 @@ def assemble_runtime(worker: HeadPageWorker, kv_cache_config: KVCacheConfig) -> 
     )
     for builder in layers.builders:
         builder.describer = runtime
-    for layer in layers.by_name.values():
-        layer.impl.timer = timer
+    for builder in drafting:
+        builder.describer = DraftDescriber(prefixes.states, runtime.split)
+    for name in layers.names:
+        layers.by_name[name].impl.timer = timer
     logger.info(
         "KV compression is on: mode %s, keep ratio %s, scorer %s, budget %s, prompts from %d "
         "tokens.",
@@ -172,6 +184,7 @@ def find_layers(worker: HeadPageWorker, kv_cache_config: KVCacheConfig) -> Compr
         by_name=get_layers_from_vllm_config(worker.vllm_config, Attention, group.layer_names),
         builders=builders,
         heads=slice(heads_before, heads_before + spec.num_kv_heads),
+        num_drafts=spec.rule.num_dense_layers,
     )
 
 
@@ -236,7 +249,7 @@ def make_scorer(
         return scorer, None
     model, text_config = worker.model_runner.get_model(), worker.model_config.hf_text_config
     try:
-        return scorer, find_rotary(model, layers.group.layer_names, text_config)
+        return scorer, find_rotary(model, layers.names, text_config)
     except UnsupportedError:
         if config.scorer is not None:
             raise
@@ -272,9 +285,10 @@ def make_compressor(
         tier_fractions=_own_tiers(settings, layers.heads),
         rotary=rotary,
         soft_cap=layers.first.impl.logits_soft_cap,
-        sink_logits=[layers.by_name[name].impl.sinks for name in layers.group.layer_names],
+        sink_logits=[layers.by_name[name].impl.sinks for name in layers.names],
         seed=settings.config.seed,
         clock=worker.clock,
+        num_dense_layers=layers.num_drafts,
     )
 
 
