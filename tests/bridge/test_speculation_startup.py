@@ -12,6 +12,9 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.vllm_bridge.attention.draft_layers import DraftDescriber
 from vllm_kvzip.vllm_bridge.cache.layer_checks import check_draft_layers
+from vllm_kvzip.vllm_bridge.drafts import rule_with_drafts
+from vllm_kvzip.vllm_bridge.settings import Settings
+from vllm_kvzip.vllm_bridge.start.cache_plan import plan_cache
 from vllm_kvzip.vllm_bridge.start.speculation import speculation_problems
 
 pytestmark = pytest.mark.vllm
@@ -105,3 +108,15 @@ def test_a_scorer_never_sees_a_drafts_queries():
     assert describer.describe_step("mixed").split is split
     assert describer.describe_step("mixed").spans == ()
     assert describer.describe_step("dense") is None
+
+
+@pytest.mark.parametrize(("values", "drafts"), [(NGRAM, 0), (ITSELF, 4)])
+def test_the_plan_knows_of_a_drafts_layers(values, drafts):
+    """So the doctor and the endpoint of contexts tell the blocks that the workers will hold."""
+    config = engine_config(*ON, "--kv-compression-config.keep_ratio", "0.3", *speculation(**values))
+    (group,) = plan_cache(config).groups
+    assert len(group.layer_names) == 4 + drafts
+    rule = rule_with_drafts(Settings.from_vllm_config(config).rule(32, 32, 4), config)
+    plan = rule.plan(640)  # 20 blocks, of which a model alone keeps 6
+    assert plan.num_compressed_blocks == (13 if drafts else 6)
+    assert plan.num_full_blocks == 6

@@ -14,6 +14,7 @@ from vllm_kvzip.model.attention_kinds import (
     unknown_kinds,
     unusual_attention,
 )
+from vllm_kvzip.vllm_bridge.drafts import has_draft_layers
 from vllm_kvzip.vllm_bridge.fingerprint import compressed_layers
 from vllm_kvzip.vllm_bridge.fp8_cache import (
     FP8_CACHES,
@@ -22,7 +23,7 @@ from vllm_kvzip.vllm_bridge.fp8_cache import (
 )
 from vllm_kvzip.vllm_bridge.platforms import running_platform, unserved_device
 from vllm_kvzip.vllm_bridge.start.cache_plan import CachePlan, plan_cache
-from vllm_kvzip.vllm_bridge.start.speculation import has_draft_layers, speculation_problems
+from vllm_kvzip.vllm_bridge.start.speculation import speculation_problems
 from vllm_kvzip.vllm_bridge.symbols import current_platform, envs
 from vllm_kvzip.vllm_bridge.tensor_parallel import can_share
 from vllm_kvzip.vllm_bridge.versions import has_cascade_attention

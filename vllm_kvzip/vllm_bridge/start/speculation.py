@@ -5,22 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_kvzip.errors import ConfigError
+from vllm_kvzip.vllm_bridge.drafts import DRAFTS, FROM_TOKENS, has_draft_layers
 
 if TYPE_CHECKING:
     from vllm_kvzip.config import Mode
     from vllm_kvzip.vllm_bridge.symbols import VllmConfig
-
-FROM_TOKENS = ("ngram", "suffix")
-"""Methods that guess from the tokens of a request alone, and hold nothing in the KV cache."""
-
-DRAFTS = ("draft_model", "eagle", "eagle3", "mtp")
-"""Methods whose draft has layers in the KV cache, which keep every KV pair of a prefix."""
-
-
-def has_draft_layers(vllm_config: VllmConfig) -> bool:
-    """Whether a draft model's layers are in the KV cache."""
-    speculative = vllm_config.speculative_config
-    return speculative is not None and speculative.method not in FROM_TOKENS
 
 
 def speculation_problems(vllm_config: VllmConfig, is_mixed: bool) -> list[tuple[bool, str]]:
