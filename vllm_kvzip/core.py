@@ -100,6 +100,8 @@ class PrefixPlan:
             setting where the sink tokens leave no room for more.
         min_pages_per_head: ordinary head pages that a head needs for both, at least one.
         pages_per_head: head pages of a head in one block.
+        num_dense_blocks: of the compressed blocks those that are needed because other layers have a
+            part of each block and keep every KV pair.
     """
 
     boundary_tokens: int
@@ -117,6 +119,7 @@ class PrefixPlan:
     num_recent_tokens: int = 0
     min_pages_per_head: int = 1
     pages_per_head: int = 1
+    num_dense_blocks: int = 0
 
     @property
     def num_protected_tokens(self) -> int:
@@ -125,8 +128,9 @@ class PrefixPlan:
 
     @property
     def num_full_blocks(self) -> int:
-        """Compressed blocks that hold KV pairs as they are."""
-        return self.num_compressed_blocks - self.num_quantized_blocks
+        """Compressed blocks that hold KV pairs as they are, of layers that are compressed."""
+        held = self.num_compressed_blocks - self.num_dense_blocks
+        return held - self.num_quantized_blocks
 
     @property
     def tiers(self) -> tuple[Tier, ...]:

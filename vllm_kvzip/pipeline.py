@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from vllm_kvzip.budgeting.allocation import PageAllocator
+from vllm_kvzip.budgeting.dense_layers import with_dense_layers
 from vllm_kvzip.budgeting.selection import check_budgets, rank, take
 from vllm_kvzip.clocks import HostClock, Stopwatch
 from vllm_kvzip.core import (
@@ -46,7 +48,7 @@ class Compressor:
     :attr:`~vllm_kvzip.core.CompressedPrefix.sound` will tell.
 
     Args:
-        geometry: shape of the compressed layers.
+        geometry: shape of the layers of the pool.
         pool: where head pages lie.
         store: reads and compacts them; only pages of a prompt's target blocks change.
         rule: what follows from a prompt's length.
@@ -62,6 +64,9 @@ class Compressor:
         clock: measures the stages.
         first_layer, layers_of_model: where the first of these layers is among the compressed layers
             of the model, and how many these are; None: there are no others.
+        num_dense_layers: the last layers of the pool, which keep every KV pair; what is said of
+            each layer above is said of those before them. Not with quantized pages, nor with a
+            prefill budget.
 
     Raises:
         ValueError: for fractions that are missing or of another shape.
@@ -86,8 +91,11 @@ class Compressor:
         clock: Clock | None = None,
         first_layer: int = 0,
         layers_of_model: int | None = None,
+        num_dense_layers: int = 0,
     ) -> None:
         self._clock = clock or HostClock()
+        self._num_dense_layers = num_dense_layers
+        geometry = replace(geometry, num_layers=geometry.num_layers - num_dense_layers)
         self._first_layer = first_layer
         self._layers_of_model = layers_of_model or geometry.num_layers
         self._scorer = scorer
@@ -137,10 +145,16 @@ class Compressor:
         """
         stages = Stopwatch(self._clock, STAGES)
         geometry = self._geometry
-        sources = self._pool.page_ids(self._on_device(source_blocks))  # [L, H, pages]
+        sources = self._pool.page_ids(self._on_device(source_blocks))  # [all layers, H, pages]
+        num_pages = sources.shape[2]
         with stages.stage("score"):
             scores, transform, sound = self._score(
-                sources, plan, observation_queries, reconstruction, scale, seed
+                sources[: geometry.num_layers],
+                plan,
+                observation_queries,
+                reconstruction,
+                scale,
+                seed,
             )
         with stages.stage("select"):
             available = None
@@ -151,13 +165,20 @@ class Compressor:
             kept_scores = None
             if self._rule.prefill_blocks is not None:
                 kept_scores = _scores_of(scores, keeps[0])
-            total = plan.num_compressed_blocks * geometry.pages_per_block
+            num_dense = self._num_dense_layers * geometry.num_kv_heads * num_pages
+            kept_blocks = plan.num_compressed_blocks - plan.num_dense_blocks
+            total = kept_blocks * geometry.pages_per_block + num_dense
             targets = deal_pages(self._on_device(target_blocks), total, self._pool)
             if transform is not None:  # the first tokens of other heads are not quantized
                 transform = transform.where_first(keeps[0].pages == 0)
-        tiers = []
+            keeps[0] = with_dense_layers(
+                keeps[0], self._num_dense_layers, num_pages, geometry.page_tokens
+            )
+        tiers: list[StoredTier] = []
         for tier, keep in zip(plan.tiers, keeps, strict=True):
             count = tier.num_blocks * geometry.pages_per_block
+            if not tiers:
+                count += num_dense
             own, targets = targets[:count], targets[count:]
             with stages.stage("quantize" if tier.quantized else "compact"):
                 if tier.quantized:

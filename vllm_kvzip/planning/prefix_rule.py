@@ -46,6 +46,8 @@ class PrefixRule:
             its compressed prefix is left alone. None: not known.
         tiers: how a keep ratio becomes blocks; None: all of them hold KV pairs as they are.
         pages_per_head: head pages of one KV head of one layer in a block.
+        num_layers, num_dense_layers: layers that have a part of each block, and those of them that
+            keep every KV pair: the layers of a draft model.
     """
 
     keep_ratio: float
@@ -58,6 +60,8 @@ class PrefixRule:
     pool_blocks: int | None = None
     tiers: TierRule | None = None
     pages_per_head: int = 1
+    num_layers: int = 1
+    num_dense_layers: int = 0
 
     def plan(
         self, num_prompt_tokens: int, options: RequestOptions = request_options.DEFAULT
@@ -75,6 +79,8 @@ class PrefixRule:
         plan = self._plan_of(num_blocks, blocks.total, options)
         if options.context_tokens is None:
             plan = replace(plan, ready_tokens=num_prompt_tokens)
+        if blocks.dense:
+            plan = replace(plan, num_dense_blocks=blocks.dense)
         if self.tiers is None or not blocks.quantized:
             return plan
         return replace(
@@ -251,8 +257,21 @@ class PrefixRule:
         num_protected = sum(self._protected_in_prefix(num_blocks * self.block_size))
         blocks = tiers.blocks(self.wanted_ratio(options), num_blocks, num_protected)
         if self.prefill_blocks is None:
-            return blocks
+            return replace(blocks, dense=self._dense_blocks(num_blocks, blocks.total))
         return TierBlocks(min(blocks.full, self.prefill_blocks), blocks.quantized)
+
+    def _dense_blocks(self, num_blocks: int, num_compressed: int) -> int:
+        """Blocks that must be added so that some layers keep every KV pair.
+
+        Head pages of all layers are dealt out together. So what these layers keep beyond their part
+        of the compressed blocks is spread over all layers' parts of the added ones.
+
+        Args:
+            num_blocks: before compression.
+            num_compressed: that the other layers need.
+        """
+        beyond = max(0, num_blocks - num_compressed) * self.num_dense_layers
+        return ceil(beyond / self.num_layers)
 
 
 @functools.lru_cache(maxsize=8)

@@ -24,15 +24,19 @@ def pages_for(num_tokens: int, page_tokens: int) -> int:
 
 @dataclass(frozen=True)
 class TierBlocks:
-    """Blocks of a compressed prefix: of KV pairs as they are, and of quantized ones."""
+    """Blocks of a compressed prefix: of KV pairs as they are, and of quantized ones.
+
+    ``dense`` more are needed where other layers in the same blocks keep every KV pair.
+    """
 
     full: int
     quantized: int
+    dense: int = 0
 
     @property
     def total(self) -> int:
         """Blocks of the prefix."""
-        return self.full + self.quantized
+        return self.full + self.quantized + self.dense
 
 
 @dataclass(frozen=True)

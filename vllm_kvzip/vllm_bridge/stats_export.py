@@ -165,7 +165,7 @@ class HeldBytes:
 
     def add(self, plan: PrefixPlan, count: int) -> None:
         """Add ``count`` prefixes of that plan to those in use (negative: take them away)."""
-        self._full_blocks += count * plan.num_full_blocks
+        self._full_blocks += count * (plan.num_compressed_blocks - plan.num_quantized_blocks)
         self._quantized_blocks += count * plan.num_quantized_blocks
         self._tokens_before += count * plan.boundary_tokens
         self._tokens_kept += count * plan.kept_tokens

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from vllm_kvzip.planning.prefix_rule import PrefixRule
 from vllm_kvzip.planning.reuse_rule import ReuseRule
-from vllm_kvzip.vllm_bridge.cache.layer_checks import check_layers
+from vllm_kvzip.vllm_bridge.cache.layer_checks import check_draft_layers, check_layers
 from vllm_kvzip.vllm_bridge.scheduler.block_manager import HeadPageManager
 from vllm_kvzip.vllm_bridge.symbols import (
     FullAttentionSpec,
@@ -23,7 +23,7 @@ from vllm_kvzip.vllm_bridge.symbols import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from vllm_kvzip.planning.reconstruction import RepeatRule
     from vllm_kvzip.vllm_bridge.settings import Settings
@@ -58,14 +58,27 @@ class HeadPageSpec(FullAttentionSpec):
 
     @classmethod
     def from_full_attention(
-        cls, spec: FullAttentionSpec, settings: Settings, vllm_config: VllmConfig
+        cls,
+        spec: FullAttentionSpec,
+        settings: Settings,
+        vllm_config: VllmConfig,
+        sharing: tuple[int, int] = (1, 0),
     ) -> HeadPageSpec:
-        """The same layer cache as ``spec``, with the compression rule of ``settings``."""
+        """The same layer cache as ``spec``, with the compression rule of ``settings``.
+
+        Args:
+            spec: vLLM's.
+            settings: of this engine.
+            vllm_config: of the engine.
+            sharing: layers that have a part of each block, and those of them that keep every KV
+                pair.
+        """
         config = settings.config
+        rule = settings.rule(spec.block_size, spec.head_size, spec.dtype.itemsize)
         return replace_as(
             spec,
             cls,
-            rule=settings.rule(spec.block_size, spec.head_size, spec.dtype.itemsize),
+            rule=replace(rule, num_layers=sharing[0], num_dense_layers=sharing[1]),
             num_ranks=vllm_config.parallel_config.tensor_parallel_size,
             metrics_directory=settings.metrics_directory,
             repeat=settings.repeat_rule(vllm_config),
@@ -131,6 +144,7 @@ def as_head_page_specs(
     layers: Mapping[str, Any],
     settings: Settings,
     vllm_config: VllmConfig,
+    drafts: Collection[str] = (),
 ) -> dict[str, KVCacheSpec]:
     """The spec of every layer that attends to the whole context as :class:`HeadPageSpec`.
 
@@ -139,14 +153,18 @@ def as_head_page_specs(
         layers: vLLM's attention layers by name.
         settings: resolved settings of this engine.
         vllm_config: of the engine.
+        drafts: names of the layers of a draft model, which keep every KV pair.
 
     Raises:
         UnsupportedError: see :func:`~vllm_kvzip.vllm_bridge.cache.layer_checks.check_layers`.
     """
     found = {name: _without_window(spec, vllm_config) for name, spec in specs.items()}
     check_layers(found, layers, vllm_config)
+    check_draft_layers(found, drafts)
+    num_full = sum(isinstance(spec, FullAttentionSpec) for spec in found.values())
+    sharing = (num_full, len(drafts))
     return {
-        name: HeadPageSpec.from_full_attention(spec, settings, vllm_config)
+        name: HeadPageSpec.from_full_attention(spec, settings, vllm_config, sharing)
         if isinstance(spec, FullAttentionSpec)
         else spec
         for name, spec in found.items()

@@ -8,7 +8,7 @@ from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.vllm_bridge.symbols import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from vllm_kvzip.vllm_bridge.symbols import KVCacheSpec, VllmConfig
 
@@ -60,6 +60,27 @@ def check_layers(
                 f"KV compression does not support layer {name}: it has {what}; run "
                 f"{vllm_config.model_config.architecture} without --kv-compression."
             )
+
+
+def check_draft_layers(specs: Mapping[str, KVCacheSpec], drafts: Collection[str]) -> None:
+    """Refuse layers of a draft model that cannot keep their KV pairs in the target's blocks.
+
+    Args:
+        specs: by layer name, in the order of vLLM's KV cache group; of layers that passed
+            :func:`check_layers`.
+        drafts: names of the draft model's layers.
+
+    Raises:
+        UnsupportedError: naming the setting.
+    """
+    if not drafts:
+        return
+    names = [name for name, spec in specs.items() if not is_left_alone(spec)]
+    if len(names) < len(specs) or set(names[len(names) - len(drafts) :]) != set(drafts):
+        raise UnsupportedError(
+            "KV compression does not support a draft model beside layers with a sliding window or "
+            "a state; remove --speculative-config, or use method ngram."
+        )
 
 
 def is_left_alone(spec: KVCacheSpec) -> bool:

@@ -21,6 +21,7 @@ from vllm_kvzip.planning.prefix_seed import checksum
 from vllm_kvzip.planning.request_options import CONTEXT_TOKENS, KEEP_RATIO, RequestOptions
 from vllm_kvzip.vllm_bridge.contexts.identity import context_identity
 from vllm_kvzip.vllm_bridge.contexts.source import RunSource
+from vllm_kvzip.vllm_bridge.drafts import has_draft_layers
 from vllm_kvzip.vllm_bridge.settings import Settings
 from vllm_kvzip.vllm_bridge.symbols import Request, SamplingParams, init_logger
 
@@ -307,6 +308,11 @@ def _check_engine(core: EngineCore) -> None:
                 f"Context files do not work with {name} {getattr(parallel, name)} yet; they need "
                 f"a server of one rank."
             )
+    if has_draft_layers(core.vllm_config):
+        raise ContextFileError(
+            "Context files do not work with a draft model yet; start the server without "
+            "--speculative-config, or with method ngram."
+        )
     if len(core.scheduler.kv_cache_manager.kv_cache_config.kv_cache_groups) > 1:
         raise ContextFileError(
             "Context files do not work for models whose layers differ: those that are not "

@@ -45,7 +45,11 @@ class HeadPageManager(FullAttentionManager):
         prefixes: cached compressed prefixes.
         others: KV cache groups that are not compressed.
         unconfirmed: compressions that the workers have not yet reported on.
+        drops_last_block: whether a draft's KV pair of a block's last token depends on the token
+            after it, so that the last block that is found must be computed anew.
     """
+
+    drops_last_block = False
 
     def __init__(self, kv_cache_spec: CompressionTerms, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
@@ -109,7 +113,9 @@ class HeadPageManager(FullAttentionManager):
         assert request is not None
         raw = vllms(block_hashes, self._lookup.most_raw_tokens(request, max_length))
         by_group, raw_tokens, *_ = raw
-        hit = self._lookup.find(request, block_hashes, max_length, raw_tokens)
+        hit = self._lookup.find(
+            request, block_hashes, max_length, raw_tokens, drops_last=self.drops_last_block
+        )
         if hit is None:
             return raw
         self._last_hit = (request, hit.run)

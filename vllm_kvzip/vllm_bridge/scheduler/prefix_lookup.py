@@ -92,7 +92,12 @@ class PrefixLookup:
         return max_length
 
     def find(
-        self, request: Request, block_hashes: Sequence[Any], max_length: int, raw_tokens: int
+        self,
+        request: Request,
+        block_hashes: Sequence[Any],
+        max_length: int,
+        raw_tokens: int,
+        drops_last: bool = False,
     ) -> Hit | None:
         """The compressed prefix that a request starts from.
 
@@ -101,6 +106,8 @@ class PrefixLookup:
             block_hashes: vLLM's hashes of its blocks.
             max_length: the most tokens that may be found.
             raw_tokens: tokens that vLLM found in the raw prefix cache.
+            drops_last: whether the last dense block that is found must be computed anew. A
+                compressed prefix is never cut: only guesses depend on it.
 
         Returns:
             None when the raw prefix is better.
@@ -120,6 +127,8 @@ class PrefixLookup:
         if following is not None:  # a step must come before the next compression
             max_blocks = min(max_blocks, following.num_prefix_blocks - 1)
         tail = self._prefixes.cached_tail(run, block_hashes, max_blocks)
+        if drops_last:
+            tail = tail[:-1]
         longest = run.plan.num_prefix_blocks + len(tail)
         served = self._others.serve(run, block_hashes, longest)
         if served is None:

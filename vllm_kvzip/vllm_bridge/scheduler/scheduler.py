@@ -89,6 +89,7 @@ def introduce_requests(cache: KVCacheManager, group: CompressedGroup) -> HeadPag
 
         return wrapped
 
+    manager.drops_last_block = group.group_id in coordinator.eagle_group_ids
     cache.get_computed_blocks = wrap(cache.get_computed_blocks)
     cache.allocate_slots = wrap(cache.allocate_slots)
     introduce_groups(coordinator, manager.others, group.group_id, manager.longest_hit)

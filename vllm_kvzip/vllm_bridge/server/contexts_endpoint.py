@@ -20,6 +20,7 @@ from vllm_kvzip.planning.chat_contexts import common_prefix, continuations
 from vllm_kvzip.planning.prefix_rule import PrefixRule
 from vllm_kvzip.planning.prefix_seed import checksum, prefix_seed
 from vllm_kvzip.planning.request_options import CONTEXT_TOKENS, KEEP_RATIO, RequestOptions
+from vllm_kvzip.vllm_bridge.drafts import rule_with_drafts
 from vllm_kvzip.vllm_bridge.server import context_files
 from vllm_kvzip.vllm_bridge.server.context_files import PATH, engine_of
 from vllm_kvzip.vllm_bridge.server.data_parallel import call_workers, on_each
@@ -125,6 +126,7 @@ async def compress_context(body: ContextRequest, raw_request: Request) -> JSONRe
     engine, settings = engine_of(raw_request)
     cache = engine.vllm_config.cache_config
     rule = settings.rule(*cache_shape(engine.vllm_config))
+    rule = rule_with_drafts(rule, engine.vllm_config)
     rule = dataclasses.replace(rule, pool_blocks=cache.num_gpu_blocks)
     if not cache.enable_prefix_caching:
         raise VLLMValidationError(

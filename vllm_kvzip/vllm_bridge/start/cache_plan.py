@@ -20,6 +20,7 @@ from vllm_kvzip.model.attention_kinds import (
 )
 from vllm_kvzip.model.cache_shares import AlikeLayers
 from vllm_kvzip.vllm_bridge.compressed_group import CompressedGroup, block_bytes
+from vllm_kvzip.vllm_bridge.drafts import num_draft_layers
 from vllm_kvzip.vllm_bridge.fingerprint import (
     compressed_layers,
     model_fingerprint,
@@ -134,6 +135,7 @@ def _layer_specs(
     specs: dict[str, KVCacheSpec] = {}
     full = FullAttentionSpec(**shape)
     specs |= {f"full.{index}": full for index in range(num_full)}
+    specs |= {f"draft.{index}": full for index in range(num_draft_layers(vllm_config))}
     if num_sliding:
         window = sliding_window(model.hf_text_config)
         narrow = SlidingWindowSpec(**shape, sliding_window=window)

@@ -14,6 +14,7 @@ from vllm_kvzip.model.attention_kinds import (
     unknown_kinds,
     unusual_attention,
 )
+from vllm_kvzip.vllm_bridge.drafts import has_draft_layers
 from vllm_kvzip.vllm_bridge.fingerprint import compressed_layers
 from vllm_kvzip.vllm_bridge.fp8_cache import (
     FP8_CACHES,
@@ -23,6 +24,7 @@ from vllm_kvzip.vllm_bridge.fp8_cache import (
 from vllm_kvzip.vllm_bridge.platforms import running_platform, unserved_device
 from vllm_kvzip.vllm_bridge.start.cache_plan import CachePlan, plan_cache
 from vllm_kvzip.vllm_bridge.start.parallel_checks import parallel_problems
+from vllm_kvzip.vllm_bridge.start.speculation import speculation_problems
 from vllm_kvzip.vllm_bridge.symbols import current_platform, envs
 from vllm_kvzip.vllm_bridge.versions import has_cascade_attention
 
@@ -81,7 +83,8 @@ def check_profile_build(vllm_config: VllmConfig) -> None:
         UnsupportedError: names the model property or the flag, and what to do.
     """
     states = ["layers that hold a state"] if _has_states(vllm_config) else []
-    for what in states + _stages(vllm_config) + _pass_problems(vllm_config):
+    drafts = ["a draft model"] if has_draft_layers(vllm_config) else []
+    for what in states + drafts + _stages(vllm_config) + _pass_problems(vllm_config):
         raise UnsupportedError(
             f"profile build does not work with {what} yet; build the profile with "
             f"`vllm-kvzip profile`, or set profile to auto."
@@ -220,17 +223,13 @@ def _within_window(text_config: Any) -> str:
 def _engine_problems(vllm_config: VllmConfig) -> list[str]:
     parallel = vllm_config.parallel_config
     cache = vllm_config.cache_config
-    speculative = vllm_config.speculative_config
     problems = parallel_problems(vllm_config, is_mixed(vllm_config))
     problems += [
         (
             vllm_config.kv_transfer_config is not None,
             "KV connectors; remove --kv-transfer-config and --kv-offloading-size",
         ),
-        (
-            speculative is not None and speculative.method != "ngram",
-            f"speculative method {getattr(speculative, 'method', None)} yet; use ngram or none",
-        ),
+        *speculation_problems(vllm_config, is_mixed(vllm_config)),
         (
             unserved_device() is not None,
             f"{unserved_device()}; it runs on NVIDIA GPUs and on CPUs",

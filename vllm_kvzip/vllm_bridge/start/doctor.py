@@ -24,6 +24,7 @@ from vllm_kvzip.model.attention_kinds import (
     sliding_window,
 )
 from vllm_kvzip.model.cache_shares import compressed_share
+from vllm_kvzip.vllm_bridge.drafts import rule_with_drafts
 from vllm_kvzip.vllm_bridge.fingerprint import compressed_layers, model_fingerprint
 from vllm_kvzip.vllm_bridge.fp8_cache import running_cache_dtype
 from vllm_kvzip.vllm_bridge.platforms import running_platform
@@ -164,6 +165,7 @@ def diagnose(
             plan = plan_cache(made)
             compression = _compression(plan)
             rule = Settings.from_vllm_config(made).rule(*cache_shape(plan.vllm_config))
+            rule = rule_with_drafts(rule, made)
         except KVzipError as error:
             return Diagnosis(str(error), warnings)
         except Exception as error:  # whatever vLLM says of a model or a flag

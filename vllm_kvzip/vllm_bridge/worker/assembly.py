@@ -15,6 +15,7 @@ from vllm_kvzip.model.key_transform import num_first
 from vllm_kvzip.pipeline import Compressor
 from vllm_kvzip.scoring import ScorerSettings, create_scorer
 from vllm_kvzip.vllm_bridge.attention.attention_timer import AttentionTimer
+from vllm_kvzip.vllm_bridge.attention.draft_layers import DraftDescriber, draft_builders
 from vllm_kvzip.vllm_bridge.attention.metadata_builder import HeadPageBuilder
 from vllm_kvzip.vllm_bridge.cache.cache_spec import HeadPageSpec
 from vllm_kvzip.vllm_bridge.cache.cache_view import map_head_pages
@@ -74,6 +75,7 @@ class CompressedLayers:
         heads: this rank's KV heads, among those of all ranks.
         rows: this pipeline stage's layers, among the compressed ones of all stages.
         num_rows: these of all stages.
+        num_drafts: of the layers the last ones, which are a draft model's.
     """
 
     group: CompressedGroup
@@ -83,6 +85,12 @@ class CompressedLayers:
     heads: slice
     rows: slice
     num_rows: int
+    num_drafts: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """vLLM's names of the layers that are compressed: all but a draft model's."""
+        return self.group.layer_names[: self.group.num_layers - self.num_drafts]
 
     @property
     def first(self) -> Any:
@@ -110,7 +118,8 @@ def assemble_runtime(worker: HeadPageWorker, kv_cache_config: KVCacheConfig) -> 
     repeats = make_repeats(worker, kv_cache_config, layers, cache)
     recorder, timer = make_recorder(worker)
     prefixes = WorkerPrefixes(settings.config.reuse_ttl_seconds)
-    observation = QueryObservation(cache.geometry, cache.layer_index, settings.observation_tokens)
+    scored = replace(cache.geometry, num_layers=len(layers.names))
+    observation = QueryObservation(scored, cache.layer_index, settings.observation_tokens)
     unclean = UncleanBlocks(cache)
     compression = PrefixCompression(
         compressor=compressor,
@@ -122,11 +131,12 @@ def assemble_runtime(worker: HeadPageWorker, kv_cache_config: KVCacheConfig) -> 
         outcomes=WorkerOutcomes(cache.pages.device),
         recorder=recorder,
     )
+    drafting = draft_builders(worker.model_runner) if layers.num_drafts else []
     runtime = HeadPageRuntime(
         cache=cache,
         tracker=RequestTracker(rule, layers.group, repeats=repeats is not None),
         rows=adapt(worker.model_runner, layers.group),
-        batcher=worker.attach(cache, layers.builders),
+        batcher=worker.attach(cache, [*layers.builders, *drafting]),
         prefixes=prefixes,
         observation=observation,
         compression=compression,
@@ -136,8 +146,10 @@ def assemble_runtime(worker: HeadPageWorker, kv_cache_config: KVCacheConfig) -> 
     )
     for builder in layers.builders:
         builder.describer = runtime
-    for layer in layers.by_name.values():
-        layer.impl.timer = timer
+    for builder in drafting:
+        builder.describer = DraftDescriber(prefixes.states, runtime.split)
+    for name in layers.names:
+        layers.by_name[name].impl.timer = timer
     logger.info(
         "KV compression is on: mode %s, keep ratio %s, scorer %s, budget %s, prompts from %d "
         "tokens.",
@@ -174,7 +186,8 @@ def find_layers(worker: HeadPageWorker, kv_cache_config: KVCacheConfig) -> Compr
         worker.parallel_config.tensor_parallel_size,
         worker.model_config.get_total_num_kv_heads(),
     )
-    rows, num_rows = _own_rows(worker, group)
+    num_drafts = spec.rule.num_dense_layers
+    rows, num_rows = _own_rows(worker, group.num_layers - num_drafts)
     return CompressedLayers(
         group=group,
         spec=spec,
@@ -183,23 +196,28 @@ def find_layers(worker: HeadPageWorker, kv_cache_config: KVCacheConfig) -> Compr
         heads=slice(heads_before, heads_before + spec.num_kv_heads),
         rows=rows,
         num_rows=num_rows,
+        num_drafts=num_drafts,
     )
 
 
-def _own_rows(worker: HeadPageWorker, group: CompressedGroup) -> tuple[slice, int]:
+def _own_rows(worker: HeadPageWorker, num_layers: int) -> tuple[slice, int]:
     """This stage's layers among the compressed ones of all stages, and how many these are.
+
+    Args:
+        worker: ours.
+        num_layers: that vLLM gave this stage to compress.
 
     Raises:
         UnsupportedError: if vLLM gave this stage other layers than its configuration says.
     """
     stages = rows_of_stages(worker.vllm_config)
     if len(stages) == 1:
-        return slice(0, group.num_layers), group.num_layers
+        return slice(0, num_layers), num_layers
     rows = stages[get_pp_group().rank_in_group]
-    if rows.stop - rows.start != group.num_layers:
+    if rows.stop - rows.start != num_layers:
         raise UnsupportedError(
             f"KV compression expects {rows.stop - rows.start} layers on this pipeline stage, but "
-            f"vLLM made {group.num_layers}; set --pipeline-parallel-size to 1."
+            f"vLLM made {num_layers}; set --pipeline-parallel-size to 1."
         )
     return rows, stages[-1].stop
 
@@ -265,7 +283,7 @@ def make_scorer(
         return scorer, None
     model, text_config = worker.model_runner.get_model(), worker.model_config.hf_text_config
     try:
-        return scorer, find_rotary(model, layers.group.layer_names, text_config)
+        return scorer, find_rotary(model, layers.names, text_config)
     except UnsupportedError:
         if config.scorer is not None:
             raise
@@ -301,11 +319,12 @@ def make_compressor(
         tier_fractions=_own_tiers(settings, layers),
         rotary=rotary,
         soft_cap=layers.first.impl.logits_soft_cap,
-        sink_logits=[layers.by_name[name].impl.sinks for name in layers.group.layer_names],
+        sink_logits=[layers.by_name[name].impl.sinks for name in layers.names],
         seed=settings.config.seed,
         clock=worker.clock,
         first_layer=layers.rows.start,
         layers_of_model=layers.num_rows,
+        num_dense_layers=layers.num_drafts,
     )
 
 

@@ -73,8 +73,8 @@ class PrefixCompression:
         """Compress one prefix and note what became of it; None when it could not be."""
         plan, row = request.plan, request.block_ids
         assert plan is not None
-        first_quantized = request.reserve_start + plan.num_full_blocks
         end = request.reserve_start + plan.num_compressed_blocks
+        first_quantized = end - plan.num_quantized_blocks
         self._unclean.add(row[first_quantized:end])  # also where only some are filled
         outcome: str | torch.Tensor | None
         prefix = None

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
 
     from vllm_kvzip.vllm_bridge.attention.attention_timer import AttentionTimer
-    from vllm_kvzip.vllm_bridge.attention.batches import Batcher
+    from vllm_kvzip.vllm_bridge.attention.batches import Batcher, SplitBatch
     from vllm_kvzip.vllm_bridge.cache.head_page_cache import HeadPageCache
     from vllm_kvzip.vllm_bridge.cache.unclean_blocks import UncleanBlocks
     from vllm_kvzip.vllm_bridge.symbols import CommonAttentionMetadata, SchedulerOutput
@@ -135,8 +135,16 @@ class HeadPageRuntime:
         """
         request_ids = self._rows.request_ids(common)
         spans = self._observation.spans(request_ids, common.query_start_loc_cpu)
-        split = self._batcher.split(request_ids, common, self.prefixes.states)
+        split = self.split(common)
         return StepDescription(split, spans) if split or spans else None
+
+    def split(self, common: CommonAttentionMetadata) -> SplitBatch | None:
+        """The batch in compressed and other requests; None when nobody is compressed.
+
+        Args:
+            common: vLLM's metadata of the batch.
+        """
+        return self._batcher.split(self._rows.request_ids(common), common, self.prefixes.states)
 
     def observe(
         self, layer: Any, query: torch.Tensor, spans: tuple[QuerySpan, ...], dtype: torch.dtype

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from vllm_kvzip.vllm_bridge.attention.draft_layers import draft_layer_names
 from vllm_kvzip.vllm_bridge.cache.cache_spec import as_head_page_specs
 from vllm_kvzip.vllm_bridge.contexts.transfers import NOT_YET
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings
@@ -116,7 +117,8 @@ class HeadPageWorker(WorkerBase):
         """vLLM's specs, each as :class:`HeadPageSpec`."""
         specs = super().get_kv_cache_spec()
         layers = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)
-        return as_head_page_specs(specs, layers, self.kvzip_settings, self.vllm_config)
+        drafts = draft_layer_names(self.model_runner)
+        return as_head_page_specs(specs, layers, self.kvzip_settings, self.vllm_config, drafts)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Let vLLM allocate the cache, then put the head-page runtime over it."""

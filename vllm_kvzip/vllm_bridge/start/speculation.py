@@ -1,0 +1,95 @@
+"""Which methods of speculative decoding go together with KV compression, said at start-up."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm_kvzip.errors import ConfigError
+from vllm_kvzip.vllm_bridge.drafts import DRAFTS, FROM_TOKENS, has_draft_layers
+
+if TYPE_CHECKING:
+    from vllm_kvzip.config import Mode
+    from vllm_kvzip.vllm_bridge.symbols import VllmConfig
+
+
+def speculation_problems(vllm_config: VllmConfig, is_mixed: bool) -> list[tuple[bool, str]]:
+    """What is refused of speculative decoding: whether it is there, and the words for it.
+
+    Args:
+        vllm_config: of the engine.
+        is_mixed: whether some layers of the model are compressed and others are left alone.
+    """
+    speculative = vllm_config.speculative_config
+    if speculative is None or speculative.method in FROM_TOKENS:
+        return []
+    method = speculative.method
+    if method not in DRAFTS:
+        known = ", ".join((*FROM_TOKENS, *DRAFTS))
+        return [(True, f"speculative method {method} yet; use one of {known}, or none")]
+    return [
+        (
+            bool(speculative.parallel_drafting),
+            f"speculative method {method} with parallel drafting yet; set parallel_drafting to "
+            f"false",
+        ),
+        (
+            bool(vllm_config.use_v2_model_runner),
+            f"speculative method {method} on vLLM's model runner V2 yet; set "
+            f"VLLM_USE_V2_MODEL_RUNNER to 0",
+        ),
+        (
+            is_mixed,
+            f"speculative method {method} beside layers with a sliding window or a state yet; use "
+            f"ngram or none",
+        ),
+        *_shape_problems(vllm_config),
+    ]
+
+
+def _shape_problems(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
+    """A draft's layers have their part of the same blocks, so their heads must be the target's."""
+    speculative = vllm_config.speculative_config
+    draft = speculative.draft_model_config
+    if draft is None:
+        return []
+    target, parallel = vllm_config.model_config, vllm_config.parallel_config
+    shapes = [
+        (
+            model.get_num_attention_heads(ranks),
+            model.get_num_kv_heads(ranks),
+            model.get_head_size(),
+        )
+        for model, ranks in (
+            (draft, speculative.draft_parallel_config or parallel),
+            (target, parallel),
+        )
+    ]
+    return [
+        (
+            shapes[0] != shapes[1],
+            "a draft model whose layers have {} query heads and {} KV heads of size {}".format(
+                *shapes[0]
+            )
+            + ", where the model's have {}, {} and {}; use another draft model, or ngram".format(
+                *shapes[1]
+            ),
+        )
+    ]
+
+
+def check_drafts(vllm_config: VllmConfig, mode: Mode) -> None:
+    """Refuse modes that a draft model's layers do not go together with.
+
+    Args:
+        vllm_config: of the engine.
+        mode: of compression.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if mode != "evict" and has_draft_layers(vllm_config):
+        method = vllm_config.speculative_config.method
+        raise ConfigError(
+            f"mode {mode} does not work with speculative method {method} yet; set mode to "
+            f"evict, or use ngram."
+        )
