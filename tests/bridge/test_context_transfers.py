@@ -1,5 +1,6 @@
 """Contexts between the cache and files, on the scheduler's side: what comes in, what may leave."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
@@ -157,6 +158,9 @@ def test_what_differs_is_named(flags, what):
     assert what in [name for name in plain if plain[name] != other[name]]
 
 
+DRAFT = json.dumps({"method": "draft_model", "model": str(MODEL), "num_speculative_tokens": 2})
+
+
 def core(*flags, groups=1, hasher=object()):  # noqa: B008
     config = engine_config(*ON, *flags)
     cache = SimpleNamespace(kv_cache_config=SimpleNamespace(kv_cache_groups=[None] * groups))
@@ -174,6 +178,7 @@ def test_engines_whose_contexts_cannot_travel_say_why(tmp_path):
     for wrong, sentence in (
         (core(*flags, "--tensor-parallel-size", "2"), "do not work with tensor_parallel_size 2"),
         (core(*flags, groups=2), "models whose layers differ"),
+        (core(*flags, "--speculative-config", DRAFT), "do not work with a draft model"),
         (core(*flags, hasher=None), "Prefix caching is off"),
     ):
         with pytest.raises(ContextFileError, match=sentence):

@@ -6,7 +6,7 @@ from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor import parameter
 from vllm.model_executor.layers import linear
 
-from vllm_kvzip.vllm_bridge.tensor_parallel import can_share, first_kv_head
+from vllm_kvzip.vllm_bridge.parallelism import can_share, first_kv_head
 
 pytestmark = pytest.mark.vllm
 

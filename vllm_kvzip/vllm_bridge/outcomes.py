@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_kvzip.metrics import FAILURES
-from vllm_kvzip.vllm_bridge.pipeline_stages import add_up_over_stages
+from vllm_kvzip.vllm_bridge.parallelism import add_up_over_stages
 from vllm_kvzip.vllm_bridge.symbols import (
     AsyncModelRunnerOutput,
     get_tensor_model_parallel_world_size,

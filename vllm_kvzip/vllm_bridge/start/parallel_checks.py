@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_kvzip.vllm_bridge.fingerprint import rows_of_stages
+from vllm_kvzip.vllm_bridge.parallelism import can_share
 from vllm_kvzip.vllm_bridge.platforms import running_platform
 from vllm_kvzip.vllm_bridge.symbols import CompilationMode, envs
-from vllm_kvzip.vllm_bridge.tensor_parallel import can_share
 
 if TYPE_CHECKING:
     from vllm_kvzip.vllm_bridge.symbols import VllmConfig

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from vllm_kvzip.core import CacheGeometry
 from vllm_kvzip.errors import UnsupportedError
@@ -19,6 +19,7 @@ from vllm_kvzip.vllm_bridge.attention.draft_layers import DraftDescriber, draft_
 from vllm_kvzip.vllm_bridge.attention.metadata_builder import HeadPageBuilder
 from vllm_kvzip.vllm_bridge.cache.cache_spec import HeadPageSpec
 from vllm_kvzip.vllm_bridge.cache.cache_view import map_head_pages
+from vllm_kvzip.vllm_bridge.cache.compressed_layers import CompressedLayers
 from vllm_kvzip.vllm_bridge.cache.head_page_cache import HeadPageCache
 from vllm_kvzip.vllm_bridge.cache.layer_checks import check_capped_logits
 from vllm_kvzip.vllm_bridge.cache.unclean_blocks import UncleanBlocks
@@ -26,6 +27,7 @@ from vllm_kvzip.vllm_bridge.compressed_group import CompressedGroup
 from vllm_kvzip.vllm_bridge.fingerprint import rows_of_stages
 from vllm_kvzip.vllm_bridge.fp8_cache import read_scales
 from vllm_kvzip.vllm_bridge.outcomes import WorkerOutcomes
+from vllm_kvzip.vllm_bridge.parallelism import first_kv_head
 from vllm_kvzip.vllm_bridge.passes.model_rotary import find_rotary, num_positions
 from vllm_kvzip.vllm_bridge.passes.scoring_pass import ReconstructionPass, RepeatPrompt
 from vllm_kvzip.vllm_bridge.passes.window_caches import find_windows
@@ -38,7 +40,6 @@ from vllm_kvzip.vllm_bridge.symbols import (
     get_tensor_model_parallel_rank,
     init_logger,
 )
-from vllm_kvzip.vllm_bridge.tensor_parallel import first_kv_head
 from vllm_kvzip.vllm_bridge.worker.compression import PrefixCompression
 from vllm_kvzip.vllm_bridge.worker.context_pages import ContextPages
 from vllm_kvzip.vllm_bridge.worker.head_page_runtime import HeadPageRuntime
@@ -61,41 +62,6 @@ if TYPE_CHECKING:
 logger = init_logger("vllm." + __name__)
 
 SCORER_WITHOUT_ROTARY = "keydiff"  # where the default scorer finds no rotary embedding
-
-
-@dataclass(frozen=True)
-class CompressedLayers:
-    """The layers that are compressed, as vLLM made them in this worker.
-
-    Attributes:
-        group: their KV cache group, whose order is the order of layers everywhere.
-        spec: of the group.
-        by_name: vLLM's attention layers.
-        builders: vLLM's metadata builders of the group.
-        heads: this rank's KV heads, among those of all ranks.
-        rows: this pipeline stage's layers, among the compressed ones of all stages.
-        num_rows: these of all stages.
-        num_drafts: of the layers the last ones, which are a draft model's.
-    """
-
-    group: CompressedGroup
-    spec: HeadPageSpec
-    by_name: dict[str, Any]
-    builders: list[Any]
-    heads: slice
-    rows: slice
-    num_rows: int
-    num_drafts: int = 0
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """vLLM's names of the layers that are compressed: all but a draft model's."""
-        return self.group.layer_names[: self.group.num_layers - self.num_drafts]
-
-    @property
-    def first(self) -> Any:
-        """Any of them; they are all alike."""
-        return next(iter(self.by_name.values()))
 
 
 def assemble_runtime(worker: HeadPageWorker, kv_cache_config: KVCacheConfig) -> HeadPageRuntime:
@@ -315,7 +281,7 @@ def make_compressor(
         scorer=scorer,
         budget=settings.budget,
         head_fractions=_own_fractions(settings, layers),
-        head_importance=_own_part(settings.head_importance, layers),
+        head_importance=layers.part_of(settings.head_importance),
         tier_fractions=_own_tiers(settings, layers),
         rotary=rotary,
         soft_cap=layers.first.impl.logits_soft_cap,
@@ -382,7 +348,7 @@ def _own_fractions(
 
     @functools.lru_cache(maxsize=64)
     def at(keep_ratio: float) -> list[list[float]]:
-        fractions = _own_part(settings.head_fractions(keep_ratio), own)
+        fractions = own.part_of(settings.head_fractions(keep_ratio))
         assert fractions is not None
         return fractions
 
@@ -398,13 +364,8 @@ def _own_tiers(
 
     @functools.lru_cache(maxsize=64)
     def at(bytes_ratio: float) -> tuple[list[list[float]], list[list[float]]]:
-        full, kept = (_own_part(grid, own) for grid in settings.tier_fractions(bytes_ratio))
+        full, kept = map(own.part_of, settings.tier_fractions(bytes_ratio))
         assert full is not None and kept is not None
         return full, kept
 
     return at
-
-
-def _own_part(grid: list[list[float]] | None, own: CompressedLayers) -> list[list[float]] | None:
-    """The rows of this stage's layers, and in them the columns of this rank's KV heads."""
-    return None if grid is None else [row[own.heads] for row in grid[own.rows]]
