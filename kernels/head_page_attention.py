@@ -298,6 +298,7 @@ def head_page_attention(
         group * max_query_len,
         two_tiers=quantized is not None,
         eight_bits=stored_scales is not None,
+        large_blocks=tables.place.pages_per_head > 1,
     )
     rows, tokens = rows or tile.rows, tokens or tile.tokens
     if num_warps is None:

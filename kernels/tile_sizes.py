@@ -40,6 +40,7 @@ def choose_tile(
     *,
     two_tiers: bool = False,
     eight_bits: bool = False,
+    large_blocks: bool = False,
 ) -> Tile:
     """A tile for which registers do not spill and 99 KiB of shared memory suffice.
 
@@ -54,6 +55,7 @@ def choose_tile(
         num_rows: (token, query head of the group) rows of the longest query.
         two_tiers: there are quantized pages.
         eight_bits: pages hold 8-bit numbers, which are turned into ``dtype`` in registers.
+        large_blocks: a head has several pages in a block, and finding them takes registers, too.
     """
     wide = head_dim > 128
     if dtype is torch.float32 and not INTERPRETED:
@@ -69,6 +71,8 @@ def choose_tile(
         tokens = min(tokens, 32 if wide else 64)
         if wide and rows > 16:
             rows, num_warps = 32, 8
+        if large_blocks and head_dim > 64:
+            num_warps = 8
     return Tile(rows, tokens, 32, num_warps)
 
 
