@@ -68,15 +68,17 @@ def test_keep_one_equals_stock():
 
 
 def test_each_stage_has_the_networks_of_its_layers():
-    keep_the_same(copy_requests(), {"keep_ratio": 0.4, "scorer": "surrogate", "budget": "uniform"})
+    check_the_same_is_kept(
+        copy_requests(), {"keep_ratio": 0.4, "scorer": "surrogate", "budget": "uniform"}
+    )
 
 
 def test_each_stage_has_its_rows_of_a_profile(tmp_path):
     by_profile = {"budget": "profile", "profile": balanced_profile(tmp_path)}
-    keep_the_same(whole_quarters(), {"keep_ratio": 0.5, "scorer": "keydiff", **by_profile})
+    check_the_same_is_kept(whole_quarters(), {"keep_ratio": 0.5, "scorer": "keydiff", **by_profile})
 
 
-def keep_the_same(requests, settings):
+def check_the_same_is_kept(requests, settings):
     one = run_job(requests, kvzip=settings)
     two = run_job(requests, kvzip=settings, **TWO_STAGES)
     assert two.outputs == one.outputs
