@@ -29,9 +29,10 @@ BLOCK, NUM_BLOCKS, TOKENS = 16, 20, list(range(1, 129))
 class World:
     """vLLM's cache manager with ours inside."""
 
-    def __init__(self, directory):
+    def __init__(self, directory, keeps_tokens=True):
         self.cache, self.manager, self.hasher = build_cache(
-            directory, BLOCK, NUM_BLOCKS, ReuseRule("00" * 16), keep_ratio=0.25,
+            directory, BLOCK, NUM_BLOCKS, ReuseRule("00" * 16, keeps_tokens=keeps_tokens),
+            keep_ratio=0.25,
             min_prompt_tokens=64,
         )  # fmt: skip
         self.plan = self.manager.rule.plan(len(TOKENS), RequestOptions(context_tokens=len(TOKENS)))
@@ -119,6 +120,15 @@ def test_what_is_still_being_compressed_does_not_leave(world):
     assert world.manager.is_compressed(run)
     assert list(run.source.token_ids) == TOKENS
     assert run.source.stays is None
+
+
+def test_no_tokens_are_kept_where_contexts_stay(tmp_path):
+    world = World(tmp_path, keeps_tokens=False)
+    asked = world.request([*TOKENS, 500])
+    assert world.cache.allocate_slots(asked, asked.num_tokens) is not None
+    assert world.manager.end_of_schedule({"a"}).kept
+    (run,) = world.manager.cached_runs()
+    assert run.source is None
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from copy_load import copy_requests
 from engine_job import TWO_STAGES, Request, run_job
 
 from vllm_kvzip.evaluation.tasks.retrieval_task import copy_prompt, make_context
@@ -15,15 +16,6 @@ from vllm_kvzip.head_profiles.head_profile import profile_folders
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 OF_STEPS = "attention_seconds"  # steps are other ones where two are on their way
-
-
-def copy_requests():
-    rng = np.random.default_rng(6)
-    contexts = [make_context(rng, n) for n in (400, 70, 700, 512)]
-    return [
-        Request(copy_prompt(context, 20)[0], 24, arrives=2 * i)
-        for i, context in enumerate(contexts)
-    ]
 
 
 def whole_quarters():

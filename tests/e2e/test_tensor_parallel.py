@@ -5,24 +5,16 @@ import shutil
 
 import numpy as np
 import pytest
+from copy_load import copy_requests
 from engine_job import MODEL, Request, run_job
 from safetensors.torch import load_file, save_file
 
-from vllm_kvzip.evaluation.tasks.retrieval_task import copy_prompt, make_context, question_prompt
+from vllm_kvzip.evaluation.tasks.retrieval_task import make_context, question_prompt
 from vllm_kvzip.head_profiles.head_profile import profile_folders
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 TWO = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-
-
-def copy_requests():
-    rng = np.random.default_rng(6)
-    contexts = [make_context(rng, n) for n in (400, 70, 700, 512)]
-    return [
-        Request(copy_prompt(context, 20)[0], 24, arrives=2 * i)
-        for i, context in enumerate(contexts)
-    ]
 
 
 def test_keep_one_equals_stock():

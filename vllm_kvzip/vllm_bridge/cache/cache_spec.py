@@ -87,6 +87,7 @@ class HeadPageSpec(FullAttentionSpec):
                 prefer_raw=config.prefix_reuse == "raw",
                 ttl_seconds=config.reuse_ttl_seconds,
                 observation_tokens=settings.observation_tokens,
+                keeps_tokens=config.contexts_dir is not None,
             ),
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from vllm_kvzip.planning.prefix_seed import checksum, prefix_seed
@@ -38,7 +39,7 @@ class RunSource:
         stays = next((reason for reason, found in reasons.items() if found), None)
         return cls(array("i", request.all_token_ids[:boundary_tokens]), stays)
 
-    @property
+    @cached_property
     def context_id(self) -> str:
         """By which the contexts endpoint lists it."""
         return checksum(prefix_seed(self.token_ids, len(self.token_ids)))

@@ -49,7 +49,7 @@ class PrefixRun:
         serial: number of the run; no other run ever has it, even if it gets the same blocks.
         users: how many rows begin with the run.
         last_used: when a request last used it, in seconds on the cache's clock.
-        source: its tokens; None unless it has been cached.
+        source: its tokens, once it has been cached where such prefixes travel; else None.
     """
 
     plan: PrefixPlan
@@ -100,6 +100,11 @@ class CompressedPrefixCache:
 
     def __len__(self) -> int:
         return len(self._runs)
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether cached runs have a source; see :class:`ReuseRule`."""
+        return self._rule.keeps_tokens
 
     def add(self, run: PrefixRun) -> bool:
         """Publish a run, unless a run of the same key is cached already.

@@ -48,7 +48,8 @@ def publish_step(
             unconfirmed.add(run, row.request)
             if run.prefix_hash and prefixes.add(run):
                 kept[request_id] = run.serial
-                run.source = RunSource.of(row.request, run.plan.boundary_tokens)
+                if prefixes.keeps_tokens:
+                    run.source = RunSource.of(row.request, run.plan.boundary_tokens)
         row.has_hit = row.has_crossed = False
     news = kept, hits, prefixes.take_dropped(), reserved, unconfirmed.take_left_alone(), repeats
     return StepPrefixes(*news) if any(news) else None

@@ -135,7 +135,7 @@ class HeadPageRuntime:
         """
         request_ids = self._rows.request_ids(common)
         spans = self._observation.spans(request_ids, common.query_start_loc_cpu)
-        split = self.split(common)
+        split = self._batcher.split(request_ids, common, self.prefixes.states)
         return StepDescription(split, spans) if split or spans else None
 
     def split(self, common: CommonAttentionMetadata) -> SplitBatch | None:
