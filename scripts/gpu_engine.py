@@ -223,9 +223,9 @@ def judge(found: dict[str, dict[str, Any]]) -> list[str]:
         eight_bits = numbers == EIGHT_BITS and what.startswith("keep 1.0")
         if (eight_bits or what == "quantize int8") and equal_share(answer, stock) < LEAST_EQUAL:
             faults.append(f"{name}: {equal_share(answer, stock):.1%} of stock's tokens")
-        is_mixed = numbers.endswith(MIXED)  # other layers hold blocks of the same pool
-        most = (1.0 if is_mixed else MOST_HELD.get(what, float("inf"))) * stock["least_held"]
-        if what in MOST_HELD and not answer["least_held"] < most:
+        if (most := MOST_HELD.get(what)) is not None and numbers.endswith(MIXED):
+            most = 1.0  # other layers hold blocks of the same pool
+        if most is not None and not answer["least_held"] < most * stock["least_held"]:
             faults.append(f"{name}: holds {answer['least_held']} of {stock['least_held']} blocks")
     return faults
 
