@@ -75,7 +75,7 @@ def test_page_table_lists_compressed_pages_then_the_tail(num_layers, num_heads, 
         cut = len(tail) // 2
         for part in (tail[:cut], tail[cut:]):
             if part:
-                table.append_tail(request, torch.tensor(part))
+                table.append_tails(torch.tensor([request]), torch.tensor([part]))
         assert table.num_tail_blocks(request) == len(tail)
     for request, (prefix, tail) in enumerate(zip(prefixes, tails, strict=True)):
         start = 0
@@ -112,7 +112,7 @@ def test_requests_that_stay_keep_their_rows(num_layers, num_heads, data):
     def append(table, members, only=range(6)):
         for row, member in enumerate(members):
             if member in only and len(tails[member]):
-                table.append_tail(row, tails[member])
+                table.append_tails(torch.tensor([row]), tails[member][None])
 
     before = build(first)
     append(before, first)

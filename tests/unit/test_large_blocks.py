@@ -107,6 +107,7 @@ def test_what_is_kept_is_the_same(budget, mode, ratio):
     plan = rule.plan(len(SOURCE) * N * PER_HEAD)
     large, small = Side(LARGE, budget, rule), Side(SMALL, budget, rule)
     halves = torch.randn(2, 4, len(SOURCE) * N * PER_HEAD, D)
+    halves[0] *= torch.tensor([1.0, 1.3, 1.2, 0.9])[:, None, None]  # heads need unlike numbers
     large.write(SOURCE, halves)
     small.write(small_blocks(SOURCE), halves)
     target = TARGET[: plan.num_compressed_blocks]
@@ -166,8 +167,8 @@ def test_tables_go_on_with_the_pages_of_whole_blocks():
     side.write(SOURCE, torch.randn(2, 4, len(SOURCE) * N * PER_HEAD, D))
     prefix = side.compress(SOURCE, TARGET[: plan.num_compressed_blocks], plan)
     table = HeadPageTable.build([prefix], side.pool)
-    table.append_tail(0, torch.tensor([10]))
-    table.append_tail(0, torch.tensor([6, 11]))
+    table.append_tails(torch.tensor([0]), torch.tensor([[10]]))
+    table.append_tails(torch.tensor([0]), torch.tensor([[6, 11]]))
     assert table.num_tail_blocks(0) == 3
     tail = side.pool.page_ids(torch.tensor([10, 6, 11]))
     for layer in range(2):

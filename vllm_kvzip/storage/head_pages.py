@@ -129,7 +129,7 @@ class HeadPageTable:
         self.table = table
         self.compressed_pages = compressed_pages
         self._pool = pool
-        self._num_tail_pages = [0] * (table.shape[1] // pool.num_kv_heads)
+        self._num_tail_pages = torch.zeros(table.shape[1] // pool.num_kv_heads, dtype=torch.int64)
 
     @classmethod
     def build(
@@ -165,38 +165,41 @@ class HeadPageTable:
         if earlier is not None and stay:
             old = earlier.table.view(num_layers, -1, num_heads, earlier.table.shape[2])
             table[:, list(stay), :, : old.shape[3]] = old[:, list(stay.values()), :, : shape[3]]
-            for index, number in stay.items():
-                built._num_tail_pages[index] = earlier._num_tail_pages[number]
+            built._num_tail_pages[list(stay)] = earlier._num_tail_pages[list(stay.values())]
         return built
 
     def num_tail_blocks(self, request: int) -> int:
         """Tail blocks of request number ``request`` that the table knows."""
-        return self._num_tail_pages[request] // self._pool.pages_per_head
+        return int(self._num_tail_pages[request]) // self._pool.pages_per_head
 
     def _width(self, request: int) -> int:
         """Columns in use."""
         num_heads = self._pool.num_kv_heads
         rows = slice(request * num_heads, (request + 1) * num_heads)
-        return int(self.compressed_pages[:, rows].max()) + self._num_tail_pages[request]
+        return int(self.compressed_pages[:, rows].max() + self._num_tail_pages[request])
 
-    def append_tail(self, request: int, blocks: torch.Tensor) -> None:
-        """Put dense blocks after everything request number ``request`` has so far.
+    def append_tails(self, requests: torch.Tensor, blocks: torch.Tensor) -> None:
+        """Put dense blocks after everything that some requests have so far.
 
         Args:
-            request: index in the batch.
-            blocks: int ``[n]``, block ids in logical order.
+            requests: int64 ``[k]``, numbers of requests in the batch, each once.
+            blocks: int ``[k, n]``, block ids in logical order, as many of each request.
         """
-        num_heads = self._pool.num_kv_heads
-        rows = slice(request * num_heads, (request + 1) * num_heads)
-        known = self._num_tail_pages[request]
-        first = self.compressed_pages[:, rows] + known  # [L, H]
-        ids = self._pool.page_ids(blocks).to(torch.int32)
-        num_pages = ids.shape[2]
+        pool = self._pool
+        in_table = (pool.num_layers, len(self._num_tail_pages), pool.num_kv_heads)
+        known = self._num_tail_pages[requests]
+        kept = self.compressed_pages.view(in_table)[:, requests]
+        first = kept + known[:, None]  # [L, k, H]
+        ids = pool.page_ids(blocks.flatten()).to(torch.int32)
+        ids = ids.unflatten(2, (len(requests), -1)).transpose(1, 2)  # [L, k, H, pages]
+        num_pages = ids.shape[3]
         needed = int(first.max()) + num_pages
         if needed > self.table.shape[2]:
             grown = torch.zeros(*self.table.shape[:2], needed + needed // 4, dtype=torch.int32)
             grown[:, :, : self.table.shape[2]] = self.table
             self.table = grown
-        columns = first[:, :, None] + torch.arange(num_pages)
-        self.table[:, rows].scatter_(2, columns, ids)
-        self._num_tail_pages[request] = known + num_pages
+        columns = first[..., None] + torch.arange(num_pages)
+        layers, heads = torch.arange(in_table[0]), torch.arange(in_table[2])
+        places = layers[:, None, None, None], requests[:, None, None], heads[:, None], columns
+        self.table.view(*in_table, -1)[places] = ids
+        self._num_tail_pages[requests] = known + num_pages

@@ -78,8 +78,6 @@ def _phase(output: SchedulerOutput) -> str:
     """``decode`` when every request computes one token, speculated ones aside."""
     if output.scheduled_new_reqs:
         return "prefill"
-    speculated = output.scheduled_spec_decode_tokens
-    for request_id, count in output.num_scheduled_tokens.items():
-        if count - len(speculated.get(request_id, ())) > 1:
-            return "prefill"
-    return "decode"
+    speculated = sum(map(len, output.scheduled_spec_decode_tokens.values()))
+    own = output.total_num_scheduled_tokens - speculated
+    return "prefill" if own > len(output.num_scheduled_tokens) else "decode"

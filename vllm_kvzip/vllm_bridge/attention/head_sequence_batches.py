@@ -167,6 +167,7 @@ class _Members:
 
     Attributes:
         request_ids: of the whole batch, in row order.
+        found: the state of each of them; None of those that are not compressed.
         states: of the compressed ones.
         rows: int64 ``[R]``, their rows.
         dense_rows: int64, the other rows; None when there are none.
@@ -180,6 +181,7 @@ class _Members:
     """
 
     request_ids: list[str]
+    found: tuple[PrefixState | None, ...]
     states: tuple[PrefixState, ...]
     rows: torch.Tensor
     dense_rows: torch.Tensor | None
@@ -221,13 +223,12 @@ class HeadSequenceBatcher:
             common: vLLM's metadata of the batch; tensors are on the CPU.
             states: of compressed requests, by id; others may be named as well.
         """
-        rows = [row for row, rid in enumerate(request_ids) if rid in states]
-        if not rows:
-            return None
+        found = tuple(map(states.get, request_ids))
         members = self._members
-        chosen = tuple(states[request_ids[row]] for row in rows)
-        if members is None or members.states != chosen or members.request_ids != request_ids:
-            members = self._members = self._describe(request_ids, rows, chosen)
+        if members is None or members.found != found or members.request_ids != request_ids:
+            if not any(found):
+                return None
+            members = self._members = self._describe(request_ids, found)
         lengths = common.seq_lens[: len(request_ids)]
         if members.dense_rows is not None:
             lengths = lengths[members.rows]
@@ -277,10 +278,10 @@ class HeadSequenceBatcher:
             dense_tokens = torch.cat(_token_rows(starts, members.dense_rows))
         return SplitBatch(batch, members.dense_rows, dense_tokens)
 
-    def _describe(
-        self, request_ids: list[str], rows: list[int], states: tuple[PrefixState, ...]
-    ) -> _Members:
+    def _describe(self, request_ids: list[str], found: tuple[PrefixState | None, ...]) -> _Members:
         geometry = self._geometry
+        rows = [row for row, state in enumerate(found) if state is not None]
+        states = tuple(state for state in found if state is not None)
         dense_rows = None
         if len(rows) < len(request_ids):
             others = torch.ones(len(request_ids), dtype=torch.bool)
@@ -300,6 +301,7 @@ class HeadSequenceBatcher:
         surplus = kept.to(torch.int32) * geometry.page_tokens - boundaries[:, None]
         return _Members(
             request_ids=list(request_ids),
+            found=found,
             states=states,
             rows=torch.tensor(rows),
             dense_rows=dense_rows,
@@ -313,11 +315,18 @@ class HeadSequenceBatcher:
         self, members: _Members, lengths: torch.Tensor, block_table: torch.Tensor
     ) -> None:
         """Put blocks that are new since the last step into the page table."""
-        for slot in (lengths > members.room).nonzero().flatten().tolist():
-            block_size = self._geometry.block_size
-            known, end = int(members.room[slot]) // block_size, -(-int(lengths[slot]) // block_size)
-            members.table.append_tail(slot, block_table[members.rows[slot], known:end])
-            members.room[slot] = end * block_size
+        slots = (lengths > members.room).nonzero().flatten()
+        if not len(slots):
+            return
+        block_size = self._geometry.block_size
+        known = members.room[slots].long() // block_size
+        new = (lengths[slots].long() + block_size - 1) // block_size - known
+        for count in new.unique().tolist():
+            alike = new == count
+            some, columns = slots[alike], known[alike][:, None] + torch.arange(count)
+            blocks = block_table[members.rows[some][:, None], columns]
+            members.table.append_tails(some, blocks)
+            members.room[some] = ((known[alike] + count) * block_size).to(members.room.dtype)
 
     def _queries(
         self, members: _Members, query_starts: torch.Tensor, *, single: bool

@@ -149,7 +149,7 @@ class KernelBatcher:
             common: vLLM's metadata of the batch.
             states: compressed requests.
         """
-        members = [states.get(request_id) for request_id in request_ids]
+        members = list(map(states.get, request_ids))
         while members and members[-1] is None:
             members.pop()
         num_rows = len(members)
@@ -198,19 +198,30 @@ class KernelBatcher:
             return
         alive = set(states.values())
         self._slot_of = {state: slot for state, slot in self._slot_of.items() if state in alive}
-        for state in members:
-            if state is not None and state not in self._slot_of:
-                self._slot_of[state] = self._write(state, members)
+        new = [state for state in members if state is not None and state not in self._slot_of]
+        if new:
+            for state, slot in zip(new, self._free_slots(len(new), members), strict=True):
+                self._write(state, slot)
         slots = [_UNCOMPRESSED if state is None else self._slot_of[state] for state in members]
         slots += [_UNCOMPRESSED] * (len(self._members) - len(members))
         async_tensor_h2d(slots, out=self._slots[: len(slots)])
         self._members = members
 
-    def _write(self, state: PrefixState, members: list[PrefixState | None]) -> int:
-        """Put a prefix in a slot that nobody of the batch uses."""
-        in_batch = {self._slot_of[s] for s in members if s is not None and s in self._slot_of}
-        slot = next(slot for slot in range(1, len(self._offsets)) if slot not in in_batch)
-        self._slot_of = {s: used for s, used in self._slot_of.items() if used != slot}
+    def _free_slots(self, count: int, members: list[PrefixState | None]) -> list[int]:
+        """Slots that nobody of the batch uses; requests outside of it lose theirs if need be."""
+        slots = range(1, len(self._offsets))
+        taken = set(self._slot_of.values())
+        free = [slot for slot in slots if slot not in taken]
+        if len(free) < count:
+            in_batch = set(members)
+            self._slot_of = {s: used for s, used in self._slot_of.items() if s in in_batch}
+            taken = set(self._slot_of.values())
+            free = [slot for slot in slots if slot not in taken]
+        return free[:count]
+
+    def _write(self, state: PrefixState, slot: int) -> None:
+        """Put a prefix in a slot."""
+        self._slot_of[state] = slot
         self._offsets[slot].copy_(state.prefix.offsets, non_blocking=True)
         if self._quantized_offsets is not None:
             self._quantized_offsets[slot].copy_(state.prefix.offsets_of(1), non_blocking=True)
@@ -219,7 +230,6 @@ class KernelBatcher:
             self._key_transforms[slot].copy_(transform.flat.packed, non_blocking=True)
         in_pages = state.plan.num_prefix_blocks * self._geometry.pages_per_head
         self._boundaries[slot].fill_(in_pages)
-        return slot
 
 
 def _read_quantized(cache: HeadPageCache, dtype: torch.dtype) -> QuantizedPages | None:

@@ -60,6 +60,8 @@ class HeadPageManager(FullAttentionManager):
         self.unconfirmed = UnconfirmedRuns(self.prefixes, self._recorder)
         self.request: Request | None = None
         self.rows: dict[str, RowState] = {}
+        self._crossing: dict[str, RowState] = {}  # those of them that hold reserved blocks
+        self._has_whole_hashes = self.block_size == self.block_pool.hash_block_size
         self.others = OtherGroups(self.prefixes, self.rows, kv_cache_spec.repeat is not None)
         self.share_pool(self.block_pool.num_gpu_blocks, kv_cache_spec.block_bytes)
         self._changed: list[RowState] = []  # in the step that is being scheduled
@@ -88,11 +90,10 @@ class HeadPageManager(FullAttentionManager):
         out, which is often the one that has just completed its prompt.
         """
         super().new_step_starts()
-        for request_id, row in self.rows.items():
-            if row.reservation is not None:
-                request = row.request
-                if row.can_fold(request.num_computed_tokens - request.num_in_flight_tokens):
-                    self._fold(request_id, row)
+        for request_id, row in list(self._crossing.items()):
+            request = row.request
+            if row.can_fold(request.num_computed_tokens - request.num_in_flight_tokens):
+                self._fold(request_id, row)
 
     def longest_hit(
         self, vllms: Callable[..., Any], block_hashes: Sequence[Any], max_length: int
@@ -127,7 +128,7 @@ class HeadPageManager(FullAttentionManager):
         self, request_id: str, processed_computed_tokens: int, *args: Any, **kwargs: Any
     ) -> None:
         """Fold the row and free blocks, once the prefix is processed."""
-        row = self.rows.get(request_id)
+        row = self._crossing.get(request_id)
         if row is not None and row.can_fold(processed_computed_tokens):
             self._fold(request_id, row)
 
@@ -144,7 +145,12 @@ class HeadPageManager(FullAttentionManager):
     ) -> int:
         """vLLM's count, and the blocks to reserve for the compressed prefix."""
         row = self.rows.get(request_id)
-        if row is None:  # the row that it would begin
+        if row is not None and num_tokens_main_model < row.busy_from:
+            if not new_computed_blocks and not apply_admission_cap:
+                # vLLM's count of a running request, without asking it: most calls are these.
+                missing = num_tokens - len(self.req_to_blocks[request_id]) * self.block_size
+                return 0 if missing <= 0 else -(-missing // self.block_size)
+        elif row is None:  # the row that it would begin
             request = self._introduced(request_id)
             row = RowState(
                 request, self._next_plan(request, self.prefixes.owner(new_computed_blocks))
@@ -184,7 +190,10 @@ class HeadPageManager(FullAttentionManager):
     ) -> list[KVCacheBlock]:
         """Blocks for the next tokens; in the crossing step the reserve follows them in the row."""
         row = self.rows.get(request_id) or self._begin_row(request_id)
-        if row.reservation is not None:
+        if num_tokens_main_model < row.busy_from and not self._partial_hit_reqs:
+            if num_tokens <= len(self.req_to_blocks[request_id]) * self.block_size:
+                return []
+        elif row.reservation is not None:
             num_tokens += len(row.reservation.run.blocks) * self.block_size
         blocks = list(super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model))
         if row.reservation is None and row.num_reserved_blocks(num_tokens_main_model):
@@ -196,11 +205,13 @@ class HeadPageManager(FullAttentionManager):
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Publish raw prompt blocks as vLLM does, and dense blocks under keys of the row's run."""
         row = self.rows[request.request_id]
+        first = self.num_cached_block.get(request.request_id, 0)
+        if num_tokens // self.block_size <= first and self._has_whole_hashes:
+            return
         if row.num_raw_tokens is not None:
             num_tokens = min(num_tokens, request.num_prompt_tokens, row.num_raw_tokens)
         elif row.run is not None:
             row_blocks = self.req_to_blocks[request.request_id]
-            first = self.num_cached_block.get(request.request_id, 0)
             self.num_cached_block[request.request_id] = self.prefixes.cache_tail(
                 row.run, request.block_hashes, row_blocks, first, num_tokens
             )
@@ -211,6 +222,7 @@ class HeadPageManager(FullAttentionManager):
         """End the row (the request ends, is aborted or preempted) and hand over its blocks."""
         row = self.rows.pop(request_id, None)
         if row is not None:
+            self._crossing.pop(request_id, None)
             if row.reservation is not None and row.request.is_finished():
                 self._recorder.skipped("ended_before_decode")
             if row.run is not None:
@@ -352,6 +364,7 @@ class HeadPageManager(FullAttentionManager):
         row_blocks = self.req_to_blocks[request_id]
         row.reserve(Reservation(len(row_blocks), PrefixRun(plan, blocks, prefix_hash)), num_tokens)
         row_blocks.extend(blocks)
+        self._crossing[request_id] = row
         self._changed.append(row)
         return blocks
 
@@ -359,6 +372,7 @@ class HeadPageManager(FullAttentionManager):
         """Let the row begin with its reserved blocks; give back the blocks that they replace."""
         reservation, earlier = row.reservation, row.run
         assert reservation is not None
+        del self._crossing[request_id]
         run = reservation.run
         row_blocks = self.req_to_blocks[request_id]
         replaced = row_blocks[: run.plan.num_prefix_blocks]

@@ -18,6 +18,7 @@ a prefill budget a folded row crosses again each time its dense tail has grown b
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,9 @@ class RowState:
             first blocks are reserved; None before, and in a row that began with a run.
         has_hit: it began with a run in the step that is being scheduled.
         has_crossed: blocks were reserved in the step that is being scheduled.
+        busy_from: while fewer tokens than that are computed, the row needs nothing but blocks for
+            its next tokens; 0 while it is crossing. What is asked for each running request in each
+            step is decided by this one number.
     """
 
     request: Request
@@ -67,6 +71,10 @@ class RowState:
     num_raw_tokens: int | None = None
     has_hit: bool = False
     has_crossed: bool = False
+    busy_from: int = 0
+
+    def __post_init__(self) -> None:
+        self._rest()
 
     def start_from(self, run: PrefixRun) -> None:
         """The row begins with a compressed prefix from the prefix cache."""
@@ -90,6 +98,7 @@ class RowState:
             self.num_raw_tokens = num_tokens
         self.reservation = reservation
         self.has_crossed = True
+        self.busy_from = 0
 
     def can_fold(self, num_processed_tokens: int) -> bool:
         """Whether the step that completes the prefix has been processed.
@@ -107,3 +116,7 @@ class RowState:
         self.run = self.reservation.run
         self.reservation = None
         self.plan = next_plan
+        self._rest()
+
+    def _rest(self) -> None:
+        self.busy_from = sys.maxsize if self.plan is None else self.plan.ready_tokens

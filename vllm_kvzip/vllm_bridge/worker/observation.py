@@ -54,10 +54,9 @@ class QueryObservation:
         self._tokens_of = {}
         if not self._window:
             return
-        for rid, num_scheduled in output.num_scheduled_tokens.items():
-            request = tracker.get(rid)
-            if request is None or request.crossed or request.plan is None:
-                continue
+        for request, num_scheduled in tracker.in_prefill(output):
+            assert request.plan is not None
+            rid = request.request_id
             to_end = request.plan.ready_tokens - request.num_computed_tokens
             if to_end <= 0:
                 self._tokens_of[rid] = (0, min(num_scheduled, self._window))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -117,11 +118,15 @@ class UseTimes:
     ) -> None:
         self._ttl, self._clock = ttl_seconds, clock
         self._users: dict[str, int] = {}  # request -> serial
+        self._counts: Counter[int] = Counter()  # of users, by serial
         self._last: dict[int, float] = {}
+        self._last_step = -math.inf
 
     def starts(self, request_id: str, serial: int) -> None:
         """A request has the prefix from now on."""
+        self.ends(request_id)
         self._users[request_id] = serial
+        self._counts[serial] += 1
         self.use(serial)
 
     def use(self, serial: int) -> None:
@@ -130,7 +135,14 @@ class UseTimes:
 
     def ends(self, request_id: str) -> None:
         """The request has ended."""
-        self._users.pop(request_id, None)
+        serial = self._users.pop(request_id, None)
+        if serial is None:
+            return
+        if serial in self._last:
+            self._last[serial] = max(self._last[serial], self._last_step)
+        self._counts[serial] -= 1
+        if not self._counts[serial]:
+            del self._counts[serial]
 
     def drop(self, serial: int) -> None:
         """The prefix is gone."""
@@ -139,13 +151,13 @@ class UseTimes:
     def step(self) -> None:
         """A step begins; whoever has a prefix uses it."""
         if self._ttl is not None:
-            now = self._clock()
-            for serial in self._users.values():
-                if serial in self._last:
-                    self._last[serial] = now
+            self._last_step = self._clock()
 
     def is_over(self, serial: int) -> bool:
         """Whether nobody has used the prefix for its time to live."""
         if self._ttl is None:
             return False
-        return self._clock() - self._last.get(serial, -math.inf) >= self._ttl
+        last = self._last.get(serial, -math.inf)
+        if serial in self._last and serial in self._counts:
+            last = max(last, self._last_step)
+        return self._clock() - last >= self._ttl

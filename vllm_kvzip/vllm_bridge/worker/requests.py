@@ -63,6 +63,9 @@ class TrackedRequest:
 class RequestTracker:
     """Requests that have, or will have, a compressed prefix; all others are forgotten at once.
 
+    A step looks only at those that something is still to be compressed of: most requests of a busy
+    server decode, and have nothing left to wait for.
+
     Args:
         rule: the rule the scheduler's block manager uses as well.
         group: the KV cache group of the compressed layers.
@@ -75,6 +78,7 @@ class RequestTracker:
         self._repeats = repeats
         self._group = group
         self._requests: dict[str, TrackedRequest] = {}
+        self._open: dict[str, TrackedRequest] = {}  # those of them that are not folded
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -86,6 +90,7 @@ class RequestTracker:
     def forget(self, request_id: str) -> None:
         """Nothing of a request is compressed any more."""
         self._requests.pop(request_id, None)
+        self._open.pop(request_id, None)
 
     def drop_ended(self, output: SchedulerOutput) -> list[str]:
         """Forget what was kept for requests that ended or lost their blocks; returns their ids.
@@ -97,11 +102,13 @@ class RequestTracker:
         dropped = set(output.finished_req_ids)
         for rid in self.finished(output):
             if self._requests.pop(rid, None):
+                self._open.pop(rid, None)
                 dropped.add(rid)
         for rid in self.suspended(output):
             dropped.add(rid)
             if request := self._requests.get(rid):
                 request.crossed = request.folded = False
+                self._open[rid] = request
                 request.plan = request.first_plan
                 request.kept_as = None
                 request.block_ids = []
@@ -155,10 +162,12 @@ class RequestTracker:
         hits = hits or {}
         for new in output.scheduled_new_reqs:
             self._add(new, hits.get(new.req_id))
+        if not self._open:
+            return
         running = output.scheduled_cached_reqs
         for index, rid in enumerate(running.req_ids):
-            request = self._requests.get(rid)
-            if request is None or request.folded:
+            request = self._open.get(rid)
+            if request is None:
                 continue
             request.num_computed_tokens = running.num_computed_tokens[index]
             new_block_ids = running.new_block_ids[index]
@@ -184,13 +193,29 @@ class RequestTracker:
         """After a compression, or from a compressed prefix."""
         request.plan = self._rule.next_plan(request.num_prompt_tokens, request.options, done)
         request.folded = request.crossed = request.plan is None
+        if request.folded:
+            self._open.pop(request.request_id, None)
+
+    def in_prefill(self, output: SchedulerOutput) -> list[tuple[TrackedRequest, int]]:
+        """Requests of a step whose prefix is not complete before it.
+
+        Args:
+            output: the step.
+
+        Returns:
+            each of them, and how many of its tokens the step computes.
+        """
+        found = []
+        for request_id, request in self._open.items():
+            num_tokens = output.num_scheduled_tokens.get(request_id)
+            if num_tokens is not None and not request.crossed and request.plan is not None:
+                found.append((request, num_tokens))
+        return found
 
     def crossing(self, output: SchedulerOutput) -> Iterator[TrackedRequest]:
         """Requests whose prefix is complete once the step of ``output`` has run; marks them."""
-        for rid, num_scheduled in output.num_scheduled_tokens.items():
-            request = self._requests.get(rid)
-            if request is None or request.crossed or request.plan is None:
-                continue
+        for request, num_scheduled in self.in_prefill(output):
+            assert request.plan is not None
             if request.num_computed_tokens + num_scheduled >= request.plan.ready_tokens:
                 request.crossed = True
                 request.reserve_start = len(request.block_ids) - request.plan.num_compressed_blocks
@@ -215,6 +240,6 @@ class RequestTracker:
             token_ids=token_ids[:boundary] if self._repeats else (),
         )
         self._append(request, new.block_ids)
-        self._requests[new.req_id] = request
+        self._requests[new.req_id] = self._open[new.req_id] = request
         if hit is not None:
             self._go_on(request, hit)

@@ -1,0 +1,109 @@
+"""What a worker does in a decode step beside the model's forward pass.
+
+Real engines in this process with the tiny model: stock vLLM, and the plugin with every prompt
+compressed. They take turns step by step. What is timed is all that the worker does with the
+scheduler's message, sampling included; the model's forward pass is taken out. On a CPU an operator
+has run when it returns, so the clock needs no synchronisation.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from benchmarks.scheduler_steps import KEEP_RATIO, MODEL, WARM_UP
+from vllm_kvzip.evaluation.engines import BLOCK_SIZE
+
+FIRST_TOKEN, LAST_TOKEN = 5, 200  # of made-up prompts
+
+
+class WorkerSteps:
+    """An engine whose requests decode.
+
+    Args:
+        num_requests: how many run.
+        prompt_tokens: of each of them.
+        num_steps: that will be timed.
+        compress: with the plugin.
+    """
+
+    def __init__(
+        self, num_requests: int, prompt_tokens: int, num_steps: int, *, compress: bool
+    ) -> None:
+        from vllm import LLM, SamplingParams
+
+        kvzip = {"kvzip": {"keep_ratio": KEEP_RATIO, "min_prompt_tokens": 0}}
+        longest = prompt_tokens + 2 * num_steps + 2 * WARM_UP
+        self._engine = LLM(
+            model=str(MODEL),
+            dtype="float32",
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            gpu_memory_utilization=0.3,
+            block_size=BLOCK_SIZE,
+            max_model_len=longest,
+            max_num_seqs=num_requests,
+            max_num_batched_tokens=max(8192, num_requests),
+            num_gpu_blocks_override=num_requests * (2 * prompt_tokens + longest) // BLOCK_SIZE + 64,
+            disable_log_stats=True,
+            async_scheduling=False,
+            additional_config=kvzip if compress else {},
+        ).llm_engine
+        core = self._engine.engine_core.engine_core
+        self.worker = core.model_executor.driver_worker.worker
+        self._seconds = self._in_model = 0.0
+        for name in ("execute_model", "sample_tokens"):
+            self._time(self.worker, name)
+        self._leave_out(self.worker.model_runner, "_model_forward")
+        rng = np.random.default_rng(0)
+        sampling = SamplingParams(
+            temperature=0, max_tokens=longest - prompt_tokens, ignore_eos=True, detokenize=False
+        )
+        for number in range(num_requests):
+            prompt = rng.integers(FIRST_TOKEN, LAST_TOKEN, prompt_tokens).tolist()
+            self._engine.add_request(str(number), {"prompt_token_ids": prompt}, sampling.clone())
+        running = core.scheduler.running
+        while len(running) < num_requests or any(
+            request.num_computed_tokens < prompt_tokens for request in running
+        ):
+            self._engine.step()
+        for _ in range(WARM_UP):
+            self._engine.step()
+
+    @property
+    def num_compressed(self) -> int:
+        """Running requests whose prefix is compressed."""
+        runtime = getattr(self.worker, "_kvzip", None)
+        return 0 if runtime is None else len(runtime.prefixes.states)
+
+    def step(self) -> float:
+        """One step of the engine; returns the worker's seconds without the forward pass."""
+        self._seconds = self._in_model = 0.0
+        self._engine.step()
+        return self._seconds - self._in_model
+
+    def _time(self, owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._seconds += time.perf_counter() - begin
+
+        setattr(owner, name, timed)
+
+    def _leave_out(self, owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._in_model += time.perf_counter() - begin
+
+        setattr(owner, name, timed)
