@@ -103,9 +103,12 @@ class PrefixRule:
             options: what the request asks for.
             done: the compression that its row begins with: its own, or one of the prefix cache.
         """
+        is_once = self.prefill_blocks is None or options.is_off
+        if is_once and done is not None:
+            return None
         last = self.plan(num_prompt_tokens, options)
-        if self.prefill_blocks is None or options.is_off:
-            return None if done else last
+        if is_once:
+            return last
         start, held = (done.num_prefix_blocks, done.num_compressed_blocks) if done else (0, 0)
         end = self._next_round(start, held)
         may_end = last is not None and (done is None or done.is_round)
