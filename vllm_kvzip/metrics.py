@@ -117,7 +117,12 @@ EVICTION_RATIO = Metric(
 PREFILL_ROUNDS = Metric(
     "vllm_kvzip_prefill_rounds_total",
     "counter",
-    "Times a request was compressed because it had filled its prefill budget.",
+    "Times a request was compressed because its prompt had filled its prefill budget.",
+)
+DECODE_ROUNDS = Metric(
+    "vllm_kvzip_decode_rounds_total",
+    "counter",
+    "Times a request was compressed because its answer had filled its decode or prefill budget.",
 )
 KEEP_RATIO = Metric(
     "vllm_kvzip_keep_ratio",
@@ -174,6 +179,7 @@ METRICS = (
     KV_BYTES_SAVED,
     KV_BYTES_HELD,
     PREFILL_ROUNDS,
+    DECODE_ROUNDS,
     EVICTION_RATIO,
     KEEP_RATIO,
     COMPRESS_SECONDS,

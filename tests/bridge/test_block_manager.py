@@ -31,9 +31,12 @@ BLOCK, NUM_BLOCKS, CHUNK, TTL_STEPS = 16, 56, 48, 60
 class World:
     """Scheduler, pool and worker of one random history."""
 
-    def __init__(self, seed, directory, asynchronous, prefill_blocks=None):
+    def __init__(self, seed, directory, asynchronous, budgets):
         self.random = random.Random(seed)
+        prefill_blocks, decode_blocks = budgets
         self.longest = 300 if prefill_blocks is None else 1500  # the pool holds 880 tokens
+        self.most_output = 160 if decode_blocks is None else 500
+        self.names_budgets = decode_blocks is not None
         self.asynchronous = asynchronous  # the next step is scheduled before the last is processed
         keep_ratio = self.random.choice([0.2, 0.5, 1.0])
         reuse = ReuseRule(
@@ -50,6 +53,7 @@ class World:
             min_prompt_tokens=40,
             min_output_tokens=self.random.choice([0, 0, 20]),
             prefill_blocks=prefill_blocks,
+            decode_blocks=decode_blocks,
         )
         self.now = 0
         self.manager.prefixes._clock = lambda: self.now
@@ -81,7 +85,10 @@ class World:
         if self.random.random() < 0.1:
             options["kvzip"] = "off"
             prompt = prompt[:300]
-        params = SamplingParams(max_tokens=self.random.randint(1, 160), extra_args=options)
+        if self.names_budgets and self.random.random() < 0.3:
+            options["kvzip_decode_budget"] = self.random.choice([48, 80, 160])
+        output = self.random.randint(1, 160 if "kvzip" in options else self.most_output)
+        params = SamplingParams(max_tokens=output, extra_args=options)
         request = Request(
             str(self.number), prompt, params, None, block_hasher=self.hasher,
             cache_salt=self.random.choice([None, None, None, "salt"]),
@@ -311,15 +318,31 @@ class World:
             assert run.users == users[run.serial]
             reserved = rows[rid].reservation
             assert sum(not block.is_null for block in row) == len(run.blocks) + tail
-            peak = self.manager.rule.peak_blocks
-            assert peak is None or len(run.blocks) + tail <= peak, (run.plan, reserved)
+            rule, request = self.manager.rule, self.requests[rid]
+            most = rule.most_blocks(request.num_prompt_tokens, options(request))
+            assert most is None or len(run.blocks) + tail <= most, (run.plan, reserved)
+            self.check_answer(rule, request, run, reserved, len(run.blocks) + tail)
+
+    def check_answer(self, rule, request, run, reserved, held):
+        """Between two rounds of an answer, its request holds the budget and half of it more."""
+        budget = rule.decode_budget(options(request))
+        if budget is None or not run.plan.is_round or reserved is not None:
+            return
+        if run.plan.boundary_tokens > request.num_prompt_tokens:
+            assert len(run.blocks) == budget
+            assert held <= budget + max(1, budget // 2) + (2 if self.asynchronous else 1)
+            self.events["answer within its budget"] += 1
 
 
-@pytest.mark.parametrize("prefill_blocks", [None, 7])
+BUDGETS = [(None, None), (7, None), (None, 6), (9, 5)]
+"""Prefill and decode budgets in blocks."""
+
+
+@pytest.mark.parametrize("budgets", BUDGETS)
 @pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("seed", range(12))
-def test_random_histories_keep_pool_and_rows_in_order(seed, asynchronous, prefill_blocks, tmp_path):
-    world = World(seed, tmp_path, asynchronous, prefill_blocks)
+@pytest.mark.parametrize("seed", range(8))
+def test_random_histories_keep_pool_and_rows_in_order(seed, asynchronous, budgets, tmp_path):
+    world = World(seed, tmp_path, asynchronous, budgets)
     for step in range(400):
         if world.random.random() < 0.25 and step < 330:
             world.add()
@@ -334,6 +357,7 @@ def test_random_histories_keep_pool_and_rows_in_order(seed, asynchronous, prefil
     assert world.events["preemption"] > 0
     assert world.events["abort"] > 0
     assert world.events["prefix hit"] > 0
+    assert world.events["answer within its budget"] > 100 or budgets[1] is None
     assert world.cache.block_pool.get_num_free_blocks() == NUM_BLOCKS - 1
     manager = world.manager
     assert not manager.rows

@@ -245,6 +245,9 @@ def test_the_scorer_is_chosen_by_what_lies_beside_the_profile(tmp_path):
     assert (settings.scorer, settings.budget) == ("contrast", "adaptive")
 
 
+QUANTIZE = ("--kv-compression-config.mode", "quantize")
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -264,13 +267,20 @@ def test_the_scorer_is_chosen_by_what_lies_beside_the_profile(tmp_path):
             "prefill_budget does not work with speculative decoding yet",
         ),
         (("--kv-compression-config.prefill_budget", "0"), "prefill_budget=0 is wrong"),
+        (("--kv-compression-config.decode_budget", "63"), "decode_budget=63 must be at least 64"),
+        (
+            ("--kv-compression-config.decode_budget", "640", *QUANTIZE),
+            "decode_budget works with mode evict only",
+        ),
+        (
+            ("--kv-compression-config.decode_budget", "640",
+             "--kv-compression-config.scorer", "window"),
+            "Scorer window does not work with decode_budget",
+        ),
     ],
 )  # fmt: skip
-def test_prefill_budgets_that_cannot_work_are_refused(capsys, flags, message):
+def test_budgets_in_tokens_that_cannot_work_are_refused(capsys, flags, message):
     assert message in refusal(capsys, *ON, *flags)
-
-
-QUANTIZE = ("--kv-compression-config.mode", "quantize")
 
 
 @pytest.mark.parametrize(

@@ -237,6 +237,8 @@ BUDGETED = st.builds(
 
 @given(BUDGETED, OPTIONS, st.integers(1, 5000), st.integers(0, 2000))
 def test_with_a_budget_no_request_holds_more(budgeted, options, num_prompt, num_generated):
+    if options.max_output_tokens is not None:
+        num_generated = min(num_generated, options.max_output_tokens)
     plans = rounds(budgeted, num_prompt, num_prompt + num_generated, options)
     if options.is_off:
         assert not plans
@@ -252,6 +254,85 @@ def test_with_a_budget_no_request_holds_more(budgeted, options, num_prompt, num_
     computed = (num_prompt + num_generated) // 16
     assert held + computed - start <= budgeted.peak_blocks
     assert sum(not plan.is_round for plan in plans) <= 1
+
+
+def test_an_answer_is_compressed_into_its_budget():
+    """The prompt is compressed as without one; eight blocks are kept after every four more."""
+    budgeted = rule(keep_ratio=0.3, decode_blocks=8)
+    plans = rounds(budgeted, 300, 800)
+    assert plans[0] == rule(keep_ratio=0.3).plan(300)
+    assert [(p.start_blocks, p.held_blocks, p.num_prefix_blocks) for p in plans] == [
+        (0, 0, 9), (9, 3, 18), (18, 8, 22),
+    ]  # fmt: skip
+    assert [p.is_round for p in plans] == [False, True, True]
+    short = rounds(budgeted, 40, 800)  # left alone until its answer is long
+    assert [(p.start_blocks, p.held_blocks, p.num_prefix_blocks) for p in short] == [
+        (0, 0, 12), (12, 8, 16), (16, 8, 20), (20, 8, 24),
+    ]  # fmt: skip
+
+
+def test_a_prompt_that_keeps_more_than_the_decode_budget_is_squeezed_behind_its_end():
+    plans = rounds(rule(keep_ratio=0.5, decode_blocks=8), 2000, 2200)
+    assert [(p.num_prefix_blocks, p.num_compressed_blocks) for p in plans] == [
+        (62, 31), (63, 8), (67, 8),
+    ]  # fmt: skip
+
+
+def test_a_request_may_name_its_own_decode_budget():
+    budgeted, ask = rule(keep_ratio=0.3, decode_blocks=8), RequestOptions
+    assert [p.num_compressed_blocks for p in rounds(budgeted, 40, 400, ask(decode_budget=128))] == [
+        4
+    ] * 4
+    assert rounds(budgeted, 40, 4000, ask(decode_budget=0)) == []
+    assert rounds(budgeted, 40, 4000, ask(is_off=True)) == []
+    assert budgeted.decode_budget(ask(decode_budget=1)) == 2
+    assert rule().decode_budget(ask(decode_budget=128)) is None
+    within = rule(prefill_blocks=6, decode_blocks=8)
+    assert within.decode_budget(ask()) == within.decode_budget(ask(decode_budget=0)) == 6
+    assert within.decode_budget(ask(decode_budget=128)) == 4
+
+
+def test_an_answer_that_ends_before_its_budget_is_full_plans_nothing():
+    budgeted = rule(keep_ratio=0.3, decode_blocks=8)
+    assert budgeted.next_plan(40, RequestOptions(max_output_tokens=344)) is None
+    assert budgeted.next_plan(40, RequestOptions(max_output_tokens=345)).num_prefix_blocks == 12
+
+
+DECODING = st.builds(
+    PrefixRule,
+    keep_ratio=st.floats(0.01, 1.0),
+    min_prompt_tokens=st.integers(0, 300),
+    sink_tokens=st.integers(0, 8),
+    recent_tokens=st.integers(0, 8),
+    block_size=st.just(16),
+    prefill_blocks=st.none() | st.integers(2, 40),
+    decode_blocks=st.integers(2, 40),
+)
+
+
+@given(DECODING, OPTIONS, st.integers(1, 2000), st.integers(0, 3000))
+def test_with_a_decode_budget_no_answer_holds_more(budgeted, options, num_prompt, num_generated):
+    if options.max_output_tokens is not None:
+        num_generated = min(num_generated, options.max_output_tokens)
+    plans = rounds(budgeted, num_prompt, num_prompt + num_generated, options)
+    most = budgeted.most_blocks(num_prompt, options)
+    if (budget := budgeted.decode_budget(options)) is None:
+        assert not any(plan.is_round for plan in plans)
+        return
+    start = held = 0
+    for plan in plans:
+        assert (plan.start_blocks, plan.held_blocks) == (start, held)
+        assert plan.num_prefix_blocks > start
+        candidates = held + plan.num_prefix_blocks - start
+        assert candidates + plan.num_compressed_blocks <= most
+        if plan.is_round and plan.ready_tokens > num_prompt:
+            assert plan.num_compressed_blocks == budget < candidates
+        start, held = plan.num_prefix_blocks, plan.num_compressed_blocks
+    computed = (num_prompt + num_generated) // 16
+    assert held + computed - start <= most
+    assert sum(not plan.is_round for plan in plans) <= 1
+    if num_generated > 16 * (budget + 2) and any(plan.is_round for plan in plans):
+        assert held + computed - start <= budget + max(1, budget // 2) + 1
 
 
 @given(BUDGETED, st.integers(1, 3000), st.integers(1, 3000))

@@ -16,6 +16,8 @@ from vllm_kvzip.planning.request_options import RequestOptions, check_request, h
         ({"kvzip_keep_ratio": 0.3}, RequestOptions(keep_ratio=0.3)),
         ({"kvzip_keep_ratio": 1}, RequestOptions(keep_ratio=1)),
         ({"kvzip": "off"}, RequestOptions(is_off=True)),
+        ({"kvzip_decode_budget": 640}, RequestOptions(decode_budget=640)),
+        ({"kvzip_decode_budget": "off"}, RequestOptions(decode_budget=0)),
         ({"kvzip": "on", "kvzip_keep_ratio": None}, RequestOptions()),
     ],
 )
@@ -36,6 +38,8 @@ def test_good_options_pass(extra_args, options):
         ({"kvzip_context_tokens": [7]}, "must be a whole number of tokens"),
         ({"kvzip_context_token": 7}, "no option kvzip_context_token; did you mean kvzip_context_t"),
         ({"kvzip_xyz": 7}, "no option kvzip_xyz; did you mean kvzip?"),
+        ({"kvzip_decode_budget": 0}, "kvzip_decode_budget=0 must be a number of tokens"),
+        ({"kvzip_decode_budget": "no"}, "kvzip_decode_budget='no' must be a number of tokens"),
         ({"kvzip": "no"}, 'kvzip=\'no\' must be "on" or "off"'),
         ({"kvzip": 0}, "kvzip=0 must be"),
         ({"kvzip": ["off"]}, 'must be "on" or "off"'),

@@ -6,11 +6,15 @@ With a prefill budget of P blocks no request ever holds much more than that. Whe
 are full, and again after each C blocks more (C is half of P), everything so far is compressed into
 P blocks: what was kept before competes with what is new. Where that happens depends on positions
 only, so equal prefixes are compressed equally whatever follows them.
+
+A decode budget of P blocks does the same behind the prompt: the prompt is compressed as the keep
+ratio says, or left alone, and rounds follow while the answer is generated.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING
@@ -42,6 +46,8 @@ class PrefixRule:
         min_output_tokens: requests that generate fewer are left alone, unless they declare a
             context that others shall reuse.
         prefill_blocks: the prefill budget in blocks; None reads every prompt raw.
+        decode_blocks: the decode budget in blocks; None lets answers grow, unless there is a
+            prefill budget, which holds for answers as well. A request may name its own.
         pool_blocks: blocks of the whole pool; a prompt that would not fit into it together with
             its compressed prefix is left alone. None: not known.
         tiers: how a keep ratio becomes blocks; None: all of them hold KV pairs as they are.
@@ -62,6 +68,7 @@ class PrefixRule:
     pages_per_head: int = 1
     num_layers: int = 1
     num_dense_layers: int = 0
+    decode_blocks: int | None = None
 
     def plan(
         self, num_prompt_tokens: int, options: RequestOptions = request_options.DEFAULT
@@ -103,19 +110,43 @@ class PrefixRule:
             options: what the request asks for.
             done: the compression that its row begins with: its own, or one of the prefix cache.
         """
-        is_once = self.prefill_blocks is None or options.is_off
-        if is_once and done is not None:
+        decode_blocks = self.decode_budget(options)
+        if done is not None and decode_blocks is None:
             return None
-        last = self.plan(num_prompt_tokens, options)
-        if is_once:
+        last = None
+        if done is None or done.is_round:
+            last = self.plan(num_prompt_tokens, options)
+        if decode_blocks is None or (self.prefill_blocks is None and last and done is None):
             return last
         start, held = (done.num_prefix_blocks, done.num_compressed_blocks) if done else (0, 0)
-        end = self._next_round(start, held)
-        may_end = last is not None and (done is None or done.is_round)
-        if last is not None and may_end and start < last.num_prefix_blocks <= end:
-            return replace(last, start_blocks=start, held_blocks=held)
-        plan = self._plan_of(end, self.prefill_blocks, options)
+        budget = self.prefill_blocks
+        if budget is not None:
+            end = self._next_round(budget, start, held)
+            if last is not None and start < last.num_prefix_blocks <= end:
+                return replace(last, start_blocks=start, held_blocks=held)
+        if budget is None or end * self.block_size > num_prompt_tokens:
+            budget = decode_blocks
+            end = self._next_decode_round(budget, start, held, num_prompt_tokens)
+            most = options.max_output_tokens
+            if most is not None and end * self.block_size >= num_prompt_tokens + most:
+                return None  # it ends before
+        plan = self._plan_of(end, budget, options)
         return replace(plan, start_blocks=start, held_blocks=held, is_round=True)
+
+    def decode_budget(self, options: RequestOptions) -> int | None:
+        """Blocks that a request holds between rounds while it generates; None: no rounds.
+
+        Args:
+            options: what the request asks for.
+        """
+        budgets = [b for b in (self.decode_blocks, self.prefill_blocks) if b is not None]
+        if options.is_off or not budgets:
+            return None
+        if (asked := options.decode_budget) is not None and self.decode_blocks is not None:
+            protected = sum(self._protected_in_prefix(sys.maxsize))
+            least = max(2, pages_for(protected, self.block_size))
+            budgets[:1] = [max(least, asked // self.block_size)] if asked else []
+        return min(budgets, default=None)
 
     def next_stop(
         self,
@@ -153,32 +184,58 @@ class PrefixRule:
         """
         if self.prefill_blocks is None:
             return None
-        return 2 * self.prefill_blocks + 2 * self._round_blocks + _SPARE_BLOCKS
+        return 2 * self.prefill_blocks + 2 * _round_blocks(self.prefill_blocks) + _SPARE_BLOCKS
+
+    def most_blocks(self, num_prompt_tokens: int, options: RequestOptions) -> int | None:
+        """The most blocks a request holds, however much it generates; None without a budget.
+
+        Args:
+            num_prompt_tokens: length of the prompt.
+            options: what the request asks for.
+        """
+        budget = self.decode_budget(options)
+        if self.prefill_blocks is not None or budget is None:
+            return None if options.is_off else self.peak_blocks
+        plan = self.plan(num_prompt_tokens, options)
+        kept = plan.num_compressed_blocks if plan else 0
+        of_prompt = ceil(num_prompt_tokens / self.block_size)
+        step = _round_blocks(budget)
+        return max(of_prompt, kept, budget + step) + max(kept, budget) + step + _SPARE_BLOCKS
 
     @property
     def first_round_tokens(self) -> int | None:
         """Where a raw prefix is compressed at the latest; None without a prefill budget."""
         if self.prefill_blocks is None:
             return None
-        return self._next_round(0, 0) * self.block_size
+        return self._next_round(self.prefill_blocks, 0, 0) * self.block_size
 
-    def _next_round(self, start_blocks: int, held_blocks: int) -> int:
-        """Blocks before the next position where more than the prefill budget is held.
+    @staticmethod
+    def _next_round(budget: int, start_blocks: int, held_blocks: int) -> int:
+        """Blocks before the next position where more than a budget is held.
 
         Args:
+            budget: in blocks.
             start_blocks: blocks that have been compressed already.
             held_blocks: blocks that hold what was kept of them.
         """
-        budget, step = self.prefill_blocks, self._round_blocks
-        assert budget is not None
+        step = _round_blocks(budget)
         # The first position at which more than the budget is held, rounded up to budget + k * step.
         full = start_blocks + budget - held_blocks
         return budget + max(1, (full - budget) // step + 1) * step
 
-    @property
-    def _round_blocks(self) -> int:
-        assert self.prefill_blocks is not None
-        return max(1, self.prefill_blocks // 2)
+    def _next_decode_round(
+        self, budget: int, start_blocks: int, held_blocks: int, num_prompt_tokens: int
+    ) -> int:
+        """Like :meth:`_next_round`, behind the prompt.
+
+        What an answer is compressed to is shared with nobody. So without a prefill budget a round
+        comes as soon as its new blocks are there, wherever that is.
+        """
+        if self.prefill_blocks is not None:
+            end = self._next_round(budget, start_blocks, held_blocks)
+        else:
+            end = start_blocks + max(1, budget + _round_blocks(budget) - held_blocks)
+        return max(end, start_blocks + 1, ceil(num_prompt_tokens / self.block_size))
 
     def skip_reason(
         self, num_prompt_tokens: int, options: RequestOptions = request_options.DEFAULT
@@ -275,6 +332,11 @@ class PrefixRule:
         """
         beyond = max(0, num_blocks - num_compressed) * self.num_dense_layers
         return ceil(beyond / self.num_layers)
+
+
+def _round_blocks(budget: int) -> int:
+    """New blocks between two rounds."""
+    return max(1, budget // 2)
 
 
 @functools.lru_cache(maxsize=8)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 SWITCH = "kvzip"
 KEEP_RATIO = "kvzip_keep_ratio"
 CONTEXT_TOKENS = "kvzip_context_tokens"
-KNOWN = (SWITCH, KEEP_RATIO, CONTEXT_TOKENS)
+DECODE_BUDGET = "kvzip_decode_budget"
+KNOWN = (SWITCH, KEEP_RATIO, CONTEXT_TOKENS, DECODE_BUDGET)
 LEFT_ALONE = "kvzip_left_alone"
 """Set by the scheduler alone, where compressing has failed: why the prompt is left alone."""
 
@@ -32,6 +33,8 @@ class RequestOptions:
         keep_ratio: kept / all KV pairs of the prefix, in (0, 1]; None: the server's.
         is_off: neither compress the prompt nor start from a compressed prefix.
         max_output_tokens: the most tokens the request generates; None: unknown.
+        decode_budget: tokens whose KV pairs it holds while it generates; 0: as many as there are;
+            None: the server's.
         left_alone: why it is off, one of ``metrics.FAILURES``; None: its client said so.
     """
 
@@ -40,6 +43,7 @@ class RequestOptions:
     is_off: bool = False
     max_output_tokens: int | None = None
     left_alone: str | None = None
+    decode_budget: int | None = None
 
     @classmethod
     def read(
@@ -51,12 +55,14 @@ class RequestOptions:
         """
         given = extra_args or {}
         context, ratio = given.get(CONTEXT_TOKENS), given.get(KEEP_RATIO)
+        budget = given.get(DECODE_BUDGET)
         return cls(
             context_tokens=context if _is_count(context) else None,
             keep_ratio=ratio if _is_ratio(ratio) else None,
             is_off=given.get(SWITCH) == "off" or LEFT_ALONE in given,
             max_output_tokens=max_output_tokens,
             left_alone=given.get(LEFT_ALONE),
+            decode_budget=0 if budget == "off" else budget if _is_budget(budget) else None,
         )
 
 
@@ -90,6 +96,11 @@ def check_request(extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) 
         raise RequestError(
             f"{KEEP_RATIO}={ratio!r} must be a number above 0 and up to 1, such as 0.5."
         )
+    budget = given.get(DECODE_BUDGET)
+    if budget not in (None, "off") and not _is_budget(budget):
+        raise RequestError(
+            f'{DECODE_BUDGET}={budget!r} must be a number of tokens, such as 4096, or "off".'
+        )
     tokens = given.get(CONTEXT_TOKENS)
     if tokens is None:
         return
@@ -106,6 +117,10 @@ def check_request(extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_budget(value: Any) -> bool:
+    return _is_count(value) and value > 0
 
 
 def _is_ratio(value: Any) -> bool:

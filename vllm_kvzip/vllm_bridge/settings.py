@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vllm_kvzip import __version__
 from vllm_kvzip.config import DEFAULT_FULL_SHARE, Budget, KVzipConfig
@@ -38,6 +38,7 @@ SHAPING_SETTINGS = (
     "scoring_chunk_tokens",
     "seed",
     "prefill_budget",
+    "decode_budget",
     "mode",
     "full_share",
     "key_format",
@@ -154,7 +155,8 @@ class Settings:
             recent_tokens=self.config.recent_tokens,
             block_size=block_size,
             min_output_tokens=self.config.min_output_tokens,
-            prefill_blocks=self.prefill_blocks(block_size),
+            prefill_blocks=self.budget_blocks("prefill_budget", block_size),
+            decode_blocks=self.budget_blocks("decode_budget", block_size),
             tiers=tiers,
             pages_per_head=pages_per_head,
         )
@@ -176,23 +178,33 @@ class Settings:
             *map(len, self.repeat_ids),
         )
 
-    def prefill_blocks(self, block_size: int) -> int | None:
-        """The prefill budget in blocks.
+    def budget_blocks(
+        self, name: Literal["prefill_budget", "decode_budget"], block_size: int
+    ) -> int | None:
+        """A budget in blocks; None where there is none.
+
+        Args:
+            name: of the setting.
+            block_size: tokens per block.
 
         Raises:
             ConfigError: if it is too small to work with.
         """
-        tokens = self.config.prefill_budget
+        tokens: int | None = getattr(self.config, name)
         if tokens is None:
             return None
-        protected = self.config.sink_tokens + self.config.recent_tokens
-        least = max(2, -(-protected // block_size)) * block_size
-        if tokens < least:
+        if tokens < (least := self.least_budget(block_size)):
+            protected = self.config.sink_tokens + self.config.recent_tokens
             raise ConfigError(
-                f"prefill_budget={tokens} must be at least {least}: two blocks of {block_size} "
+                f"{name}={tokens} must be at least {least}: two blocks of {block_size} "
                 f"tokens, and room for the {protected} tokens that every head keeps."
             )
         return tokens // block_size
+
+    def least_budget(self, block_size: int) -> int:
+        """The fewest tokens that a prefill or decode budget may have."""
+        protected = self.config.sink_tokens + self.config.recent_tokens
+        return max(2, -(-protected // block_size)) * block_size
 
     def head_fractions(self, keep_ratio: float) -> list[list[float]]:
         """Share of its KV pairs each head keeps, for budgets ``profile`` and ``retrieval``.

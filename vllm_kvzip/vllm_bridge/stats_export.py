@@ -76,6 +76,7 @@ class SchedulerRecorder:
                 metrics.KV_BYTES_SAVED,
                 metrics.KV_BYTES_HELD,
                 metrics.PREFILL_ROUNDS,
+                metrics.DECODE_ROUNDS,
                 metrics.EVICTION_RATIO,
                 metrics.KEEP_RATIO,
                 metrics.PREFIX_HITS,
@@ -116,7 +117,8 @@ class SchedulerRecorder:
         num_source_tokens = plan.num_source_blocks * block_size
         self._writer.add(metrics.TOKENS_EVICTED, num_source_tokens - plan.kept_tokens)
         if plan.is_round:
-            self._writer.add(metrics.PREFILL_ROUNDS, 1)
+            in_prompt = plan.boundary_tokens <= num_prompt_tokens
+            self._writer.add(metrics.PREFILL_ROUNDS if in_prompt else metrics.DECODE_ROUNDS, 1)
             return
         self._writer.add(metrics.TOKENS_KEPT, plan.full_tokens, "full")
         self._writer.add(metrics.TOKENS_KEPT, plan.quantized_tokens, "quantized")

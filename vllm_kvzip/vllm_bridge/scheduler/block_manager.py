@@ -166,8 +166,10 @@ class HeadPageManager(FullAttentionManager):
             apply_admission_cap=apply_admission_cap,
             **kwargs,
         )
-        peak = self.rule.peak_blocks if apply_admission_cap else None
-        return count if peak is None or options(row.request).is_off else min(count, peak)
+        if not apply_admission_cap:
+            return count
+        most = self.rule.most_blocks(row.request.num_prompt_tokens, options(row.request))
+        return count if most is None else min(count, most)
 
     def add_local_computed_blocks(
         self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kw: Any
@@ -223,7 +225,8 @@ class HeadPageManager(FullAttentionManager):
         row = self.rows.pop(request_id, None)
         if row is not None:
             self._crossing.pop(request_id, None)
-            if row.reservation is not None and row.request.is_finished():
+            is_due = row.reservation is not None and not row.reservation.run.plan.is_round
+            if is_due and row.request.is_finished():
                 self._recorder.skipped("ended_before_decode")
             if row.run is not None:
                 self._stop_using(row.run)
@@ -345,15 +348,9 @@ class HeadPageManager(FullAttentionManager):
         return row
 
     def _reserve(self, request_id: str, row: RowState, num_tokens: int) -> list[KVCacheBlock]:
-        """Put blocks for the next compressed prefix at the end of the row.
+        """Put blocks for the next compressed prefix at the end of the row, and return them.
 
-        Args:
-            request_id: the request that owns the row.
-            row: state of the row.
-            num_tokens: computed tokens once the step has run.
-
-        Returns:
-            those blocks.
+        ``num_tokens``: computed tokens of the request once the step has run.
         """
         plan = row.plan
         assert plan is not None

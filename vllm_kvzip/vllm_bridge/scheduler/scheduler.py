@@ -166,7 +166,8 @@ class _HeadPageScheduling:
         if (repeat := self._kvzip_manager.kv_cache_spec.repeat) is not None:
             tokens = self.scheduler_config.max_num_batched_tokens
             self._kvzip_repeats = RepeatSchedule(repeat, tokens, 1 + self.num_spec_tokens)
-        rounds = self._kvzip_manager.rule.prefill_blocks is not None
+        rule = self._kvzip_manager.rule
+        rounds = rule.prefill_blocks is not None or rule.decode_blocks is not None
         self._kvzip_has_states = self.need_mamba_block_aligned_split
         self._kvzip_splits = rounds or self._kvzip_repeats is not None
         if self._kvzip_splits:
@@ -283,10 +284,14 @@ class _HeadPageScheduling:
 
         vLLM calls this for models with recurrent layers, whose state exists only where a step ends:
         so a step ends at the boundary of a prefix as well. We make vLLM call it in two more cases:
-        with a prefill budget, so that equal prefixes are compressed at equal positions and a
-        request holds no more than the budget allows; and where the model repeats contexts.
+        with a prefill or decode budget, so that equal prefixes are compressed at equal positions
+        and a request holds no more than the budget allows; and where the model repeats contexts.
         """
         first = request.num_computed_tokens + local + external
+        row = self._kvzip_manager.rows.get(request.request_id)
+        if row is not None and first + num_new_tokens < row.busy_from:
+            if not self._kvzip_has_states:
+                return num_new_tokens
         plan, must_wait = self._kvzip_manager.plan_ahead(request)
         if self._kvzip_has_states:
             num_new_tokens = super()._mamba_block_aligned_split(  # type: ignore[misc]

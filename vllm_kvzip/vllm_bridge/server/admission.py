@@ -6,7 +6,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvzip.errors import RequestError
-from vllm_kvzip.planning.request_options import SWITCH, check_request, options_of
+from vllm_kvzip.planning.request_options import DECODE_BUDGET, SWITCH, check_request, options_of
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings, block_tokens
 from vllm_kvzip.vllm_bridge.symbols import (
     AsyncLLM,
@@ -93,8 +93,34 @@ def _check(vllm_config: VllmConfig, params: Any, token_ids: Any, embeds: Any) ->
     try:
         check_request(extra_args, num_prompt_tokens)
         _check_room(vllm_config, params, num_prompt_tokens)
+        _check_decode_budget(vllm_config, params)
     except RequestError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
+
+
+def _check_decode_budget(vllm_config: VllmConfig, params: Any) -> None:
+    """Refuse a decode budget of a request that the server cannot follow.
+
+    Raises:
+        RequestError: in one sentence.
+    """
+    asked = options_of(params).decode_budget
+    if asked is None:
+        return
+    settings = Settings.from_vllm_config(vllm_config)
+    if settings.config.decode_budget is None:
+        raise RequestError(
+            f"This server was started without decode_budget, so a request cannot name its own; "
+            f"leave {DECODE_BUDGET} out."
+        )
+    least = settings.least_budget(block_tokens(vllm_config))
+    if 0 < asked < least:
+        raise RequestError(f'{DECODE_BUDGET}={asked} must be at least {least}, or "off".')
+    if not asked and settings.config.prefill_budget is not None:
+        raise RequestError(
+            f'{DECODE_BUDGET}="off" does not work on a server with prefill_budget, where answers '
+            f"stay within that budget too; leave the option out."
+        )
 
 
 def _check_room(vllm_config: VllmConfig, params: Any, num_prompt_tokens: int) -> None:

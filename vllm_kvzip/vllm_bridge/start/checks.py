@@ -112,12 +112,13 @@ def _pass_problems(vllm_config: VllmConfig) -> list[str]:
     return [what for present, what in problems if present]
 
 
-def check_prefill_budget(
-    vllm_config: VllmConfig, mode: Mode, scorer: str, comparable_across_parts: bool
+def check_budget_in_tokens(
+    name: str, vllm_config: VllmConfig, mode: Mode, scorer: str, comparable_across_parts: bool
 ) -> None:
-    """Refuse what cannot be combined with a prefill budget.
+    """Refuse what cannot be combined with a prefill budget or a decode budget.
 
     Args:
+        name: of the setting.
         vllm_config: of the engine.
         mode: of compression.
         scorer: its name.
@@ -128,18 +129,18 @@ def check_prefill_budget(
     """
     if not comparable_across_parts:
         raise ConfigError(
-            f"Scorer {scorer} does not work with prefill_budget: its scores of one part of a "
+            f"Scorer {scorer} does not work with {name}: its scores of one part of a "
             f"prompt cannot be compared with those of another; choose keydiff, surrogate or "
             f"profile."
         )
     if mode != "evict":
         raise ConfigError(
-            f"prefill_budget works with mode evict only, because KV pairs that were quantized "
-            f"cannot compete with new ones; remove prefill_budget or mode {mode}."
+            f"{name} works with mode evict only, because KV pairs that were quantized "
+            f"cannot compete with new ones; remove {name} or mode {mode}."
         )
     if vllm_config.speculative_config is not None:
         raise ConfigError(
-            "prefill_budget does not work with speculative decoding yet; remove one of them."
+            f"{name} does not work with speculative decoding yet; remove one of them."
         )
 
 

@@ -28,8 +28,8 @@ from vllm_kvzip.vllm_bridge.platforms import running_platform
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings, cache_shape
 from vllm_kvzip.vllm_bridge.start.checks import (
     check_attention_kernel,
+    check_budget_in_tokens,
     check_page_code,
-    check_prefill_budget,
     check_profile_build,
     check_scoring_passes,
     check_supported,
@@ -162,8 +162,10 @@ def resolve(
         budget = "profile" if path else DEFAULT_BUDGET
     if path is None:
         _refuse_what_needs_a_profile(scorer, scorer_type, budget)
-    if config.prefill_budget is not None:
-        check_prefill_budget(vllm_config, config.mode, scorer, scorer_type.comparable_across_parts)
+    for name in ("prefill_budget", "decode_budget"):
+        if getattr(config, name) is not None:
+            comparable = scorer_type.comparable_across_parts
+            check_budget_in_tokens(name, vllm_config, config.mode, scorer, comparable)
     repeats = scorer_type.needs_reconstruction
     is_capped = caps_logits(vllm_config.model_config.hf_text_config)
     check_capped_logits(is_capped, scorer)
