@@ -4,6 +4,7 @@ import json
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -195,12 +196,17 @@ def test_no_room_is_refused_and_the_pool_goes_on(server, exported, prompts):
     """Running requests leave fewer blocks than the context needs."""
     large, told = exported["large"], exported[NAME]
     assert large["blocks_held"] > POOL - 2 * 1280 // 32
-    running = [server.stream([7 + n] * 1280, 700, vllm_xargs={"kvzip": "off"}) for n in range(2)]
-    for answer in running:
+    running = [server.stream([7 + n] * 1280, 700, vllm_xargs={"kvzip": "off"}) for n in range(6)]
+    for answer in running[:2]:
         next(answer)
+    waiting = ThreadPoolExecutor()  # for room: the pool stays full, however slow this test is
+    first_words = [waiting.submit(next, answer) for answer in running[2:]]
     message = refused(server, "/import", name="large")
     assert f"it needs {large['blocks_held']} blocks, and requests leave" in message
-    for answer in running:
+    for answer in running[:2]:
+        answer.close()
+    for answer, first_word in zip(running[2:], first_words, strict=True):
+        first_word.result()
         answer.close()
     deadline = time.monotonic() + 20
     while server.blocks_held() and time.monotonic() < deadline:
