@@ -57,6 +57,7 @@ def plugin_settings(args: argparse.Namespace) -> dict[str, dict[str, Any] | None
         "scorer": args.scorer,
         "budget": args.budget,
         "prefill_budget": args.prefill_budget,
+        "decode_budget": args.decode_budget,
     }
     given = {key: value for key, value in chosen.items() if value}
     variants: dict[str, dict[str, Any] | None] = {STOCK: None}
@@ -142,8 +143,8 @@ def report(
         f"{args.block_size} tokens ({args.pool_prompts:g} full requests, "
         f"{pool['pool_blocks'] * pool['block_bytes'] / 2**20:.0f} MiB), steps of up to "
         f"{args.max_num_batched_tokens} tokens; scorer {args.scorer or 'default'}, budget "
-        f"{args.budget or 'default'}, prefill budget {args.prefill_budget or 'none'}; "
-        f"medians of {args.rounds} rounds"
+        f"{args.budget or 'default'}, prefill budget {args.prefill_budget or 'none'}, decode "
+        f"budget {args.decode_budget or 'none'}; medians of {args.rounds} rounds"
     )
     print(f"{heading}\n\n{table(rows)}\n")
     if args.profile:
@@ -181,6 +182,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--scorer", help="default: the plugin's")
     parser.add_argument("--budget", help="default: the plugin's")
     parser.add_argument("--prefill-budget", type=int, help="tokens; compress while reading")
+    parser.add_argument("--decode-budget", type=int, help="tokens; compress while generating")
     parser.add_argument("--block-size", type=int, default=BLOCK_SIZE)
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
     parser.add_argument("--dtype", choices=list(BYTES_OF_DTYPE), default="float32")

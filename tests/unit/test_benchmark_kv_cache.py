@@ -287,7 +287,8 @@ def test_figures_and_plot_are_saved(monkeypatch, tmp_path, capsys):
     args = Namespace(
         output_dir=tmp_path / "new", ratios=[0.25], requests=8, request_rate=None, profile=True,
         prompt_tokens=256, output_tokens=16, block_size=32, pool_prompts=4.0, dtype="float32",
-        max_num_batched_tokens=512, scorer=None, budget=None, prefill_budget=None, rounds=1,
+        max_num_batched_tokens=512, scorer=None, budget=None, prefill_budget=None,
+        decode_budget=None, rounds=1,
     )  # fmt: skip
     results = {
         "stock": [run()],
