@@ -179,6 +179,15 @@ class HeadPageManager(FullAttentionManager):
         self.unconfirmed.joined(run, row.request)
         self._recorder.prefix_hit(run.plan.boundary_tokens)
 
+    def allocate_external_computed_blocks(
+        self, request_id: str, num_local: int, num_external: int, *args: Any, **kwargs: Any
+    ) -> None:
+        """vLLM's: blocks for what a KV connector loads."""
+        super().allocate_external_computed_blocks(
+            request_id, num_local, num_external, *args, **kwargs
+        )
+        self.rows[request_id].loads(num_local, num_external)
+
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
@@ -187,7 +196,7 @@ class HeadPageManager(FullAttentionManager):
         if row.reservation is not None:
             num_tokens += len(row.reservation.run.blocks) * self.block_size
         blocks = list(super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model))
-        if row.reservation is None and row.num_reserved_blocks(num_tokens_main_model):
+        if row.crosses(num_tokens_main_model):
             blocks += self._reserve(request_id, row, num_tokens_main_model)
         if blocks:
             self.prefixes.blocks_taken(blocks)
@@ -196,6 +205,7 @@ class HeadPageManager(FullAttentionManager):
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Publish raw prompt blocks as vLLM does, and dense blocks under keys of the row's run."""
         row = self.rows[request.request_id]
+        row.num_loading_tokens = 0
         if row.num_raw_tokens is not None:
             num_tokens = min(num_tokens, request.num_prompt_tokens, row.num_raw_tokens)
         elif row.run is not None:
@@ -219,6 +229,11 @@ class HeadPageManager(FullAttentionManager):
 
     # What our scheduler calls.
 
+    def hit_of(self, request: Request) -> PrefixRun | None:
+        """The compressed prefix that the last lookup found, where it was this request's."""
+        hit = self._last_hit
+        return hit[1] if hit is not None and hit[0] is request else None
+
     def plan_ahead(self, request: Request) -> tuple[PrefixPlan | None, bool]:
         """What a request compresses next, and whether its row must fold once before that.
 
@@ -227,9 +242,7 @@ class HeadPageManager(FullAttentionManager):
         """
         row = self.rows.get(request.request_id)
         if row is None:
-            hit = self._last_hit
-            run = hit[1] if hit is not None and hit[0] is request else None
-            return self._next_plan(request, run), False
+            return self._next_plan(request, self.hit_of(request)), False
         if row.reservation is not None:
             return self._next_plan(request, row.reservation.run), True
         return row.plan, False
