@@ -51,6 +51,11 @@ class Row(Protocol):
         """Tokens computed while it began with raw blocks; None before its first crossing."""
         ...
 
+    @property
+    def num_loading_tokens(self) -> int:
+        """Tokens until whose end a load fills it; 0 when none does."""
+        ...
+
 
 class Rows(Protocol):
     """The block manager of the compressed group."""
@@ -184,10 +189,25 @@ class _RawRows:
             scheduled_cached_reqs=cached,
             num_scheduled_tokens=scheduled,
             total_num_scheduled_tokens=sum(scheduled.values()),
-            preempted_req_ids={*(output.preempted_req_ids or ()), *folded},
+            preempted_req_ids=self._preempted(output) | folded,
             kv_cache_block_copies=copies or None,
             kv_connector_block_state=None,
         )
+
+    def _preempted(self, output: SchedulerOutput) -> set[str]:
+        """Requests that have been preempted, without those that wait for a load already.
+
+        Symptom without it: a request that is preempted between two steps, because it could not be
+        compressed, can start a load in the next one. vLLM's connector expects of a preempted
+        request that only stores are under way, and ends the engine. A connector begins no load
+        while stores are, so there is nothing to wait for. Remove when vLLM allows it.
+        """
+        rows = self._manager.rows
+        return {
+            request_id
+            for request_id in output.preempted_req_ids or ()
+            if request_id not in rows or not rows[request_id].num_loading_tokens
+        }
 
     def _folded(self) -> set[str]:
         """Requests whose rows have folded since the last message, and which are not over."""

@@ -180,12 +180,12 @@ class HeadPageManager(FullAttentionManager):
         self._recorder.prefix_hit(run.plan.boundary_tokens)
 
     def allocate_external_computed_blocks(
-        self, request_id: str, num_local: int, num_external: int, *args: Any, **kwargs: Any
+        self, request_id: str, num_local: int, num_external: int, *args: Any, **kw: Any
     ) -> None:
-        """vLLM's: blocks for what a KV connector loads."""
-        super().allocate_external_computed_blocks(
-            request_id, num_local, num_external, *args, **kwargs
-        )
+        """Blocks that a KV connector fills."""
+        known = len(self.req_to_blocks[request_id])
+        super().allocate_external_computed_blocks(request_id, num_local, num_external, *args, **kw)
+        self.prefixes.blocks_taken(self.req_to_blocks[request_id][known:])
         self.rows[request_id].loads(num_local, num_external)
 
     def allocate_new_blocks(
@@ -198,8 +198,7 @@ class HeadPageManager(FullAttentionManager):
         blocks = list(super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model))
         if row.crosses(num_tokens_main_model):
             blocks += self._reserve(request_id, row, num_tokens_main_model)
-        if blocks:
-            self.prefixes.blocks_taken(blocks)
+        self.prefixes.blocks_taken(blocks)
         return blocks
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
