@@ -159,3 +159,33 @@ def test_all_blocks_come_back(engine, request):
     report, _ = request.getfixturevalue(engine)
     assert report.free_blocks[-1] == report.free_blocks[0]
     assert report.free_blocks[AGAIN - 2] == report.free_blocks[0]
+
+
+def test_the_example_connector_stores_and_loads_whole_prompts(stock, tmp_path):
+    """The last request starts from the context that the second one has compressed."""
+    numbers = (0, 9, 10)
+    wanted = [load()[number] for number in numbers]
+    for place, one in enumerate(wanted):
+        one.arrives, one.aborts = 30 * place, None
+    again = [
+        Request(one.prompt, one.max_tokens, one.arrives + 160, options=one.options)
+        for one in wanted
+    ]
+    report = run_job(
+        wanted + again,
+        kvzip={"keep_ratio": 1.0},
+        actions={159: "reset"},
+        environment=ENGINE["environment"],
+        max_num_batched_tokens=2048,
+        enable_chunked_prefill=False,
+        kv_transfer_config={
+            "kv_connector": "ExampleConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"shared_storage_path": str(tmp_path)},
+        },
+    )
+    assert report.outputs == [stock[0].outputs[number] for number in numbers] * 2
+    assert report.metrics["vllm_kvzip_prefix_hits_total"] == 2
+    assert len(list(tmp_path.iterdir())) == 2
+    assert report.cached_tokens == [0, 0, 288, 288, 352, 288]
+    assert report.free_blocks[-1] == report.free_blocks[0]
