@@ -15,8 +15,11 @@ from vllm_kvzip.vllm_bridge.connectors import raw_rows
 pytestmark = pytest.mark.vllm
 
 
-def random_load(engine, rng, num_requests):
-    """Prompts with common beginnings come, end and are aborted; returns the engine at rest."""
+def random_load(engine, rng, num_requests, resets=True):
+    """Prompts with common beginnings come, end and are aborted; returns the engine at rest.
+
+    Now and then everybody is preempted, or host memory is emptied.
+    """
     contexts = [[rng.randrange(50) for _ in range(rng.choice((64, 96, 128)))] for _ in range(3)]
     waiting = []
     for number in range(num_requests):
@@ -33,12 +36,16 @@ def random_load(engine, rng, num_requests):
         params = SamplingParams(max_tokens=rng.randrange(1, 40), ignore_eos=True, extra_args=extra)
         asked.__init__(f"{number}", prompt, params, None, block_hasher=asked._block_hasher)
         engine.add(asked)
-        for _ in range(rng.randrange(4)):
+        steps = rng.randrange(4)
+        for _ in range(steps):
             engine.step()
             if rng.random() < 0.05 and engine.scheduler.requests:
                 engine.abort(rng.choice(sorted(engine.scheduler.requests)))
-        if rng.random() < 0.06 and engine.can_reset():
-            engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+        if resets and steps and rng.random() < 0.15 and engine.can_reset():
+            if rng.random() < 0.3:
+                engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+            else:
+                engine.scheduler.reset_connector_cache()  # running requests are stored anew
     for _ in range(2000):
         if not engine.scheduler.has_requests():
             break
@@ -79,6 +86,6 @@ def test_whatever_is_stored_or_loaded_is_what_its_hash_says(engine, seed):
 
 def test_this_load_tells_when_a_connector_sees_compressed_rows(monkeypatch):
     monkeypatch.setattr(raw_rows._RawRows, "shown", lambda self, output: output)
-    played = random_load(SymbolicEngine(28, max_num_batched_tokens=64), random.Random(0), 40)
+    played = random_load(SymbolicEngine(28, max_num_batched_tokens=64), random.Random(0), 40, False)
     played.check_host()
     assert any(where == "host" for where, *_ in played.wrong)
