@@ -28,7 +28,7 @@ DECLARATION = "kvzip_stores_raw_blocks"
 3. Stores that are still under way for a request in ``preempted_req_ids``, or of a block that is the
    target of one of ``kv_cache_block_copies``, end in ``handle_preemptions`` of that step.
 4. Loads come after all work that the worker's device has been given before ``start_load_kv``.
-5. No load fails after ``get_num_new_matched_tokens`` has promised it.
+5. No load that runs inside a step fails.
 """
 
 
