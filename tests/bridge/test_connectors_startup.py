@@ -52,6 +52,8 @@ def test_the_example_connector_needs_whole_prompts(capsys):
     assert config.kv_transfer_config.kv_connector == EXAMPLE
     said = refusal(capsys, *ON, *transfer(EXAMPLE), "--enable-chunked-prefill")
     assert "add --no-enable-chunked-prefill" in said
+    said = refusal(capsys, *ON, *transfer(EXAMPLE), *flags, "--enable-lora")
+    assert f"{EXAMPLE} with --enable-lora, whose adapters it does not tell apart" in said
 
 
 def test_others_are_refused_by_name():

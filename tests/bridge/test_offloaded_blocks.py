@@ -57,7 +57,13 @@ def random_load(engine, rng, num_requests, resets=True):
 
 
 @pytest.fixture(
-    params=["synchronous", "asynchronous", "chunks of two blocks", "little host memory"]
+    params=[
+        "synchronous",
+        "asynchronous",
+        "chunks of two blocks",
+        "little host memory",
+        "no prefix cache",
+    ]
 )
 def engine(request):
     lag, extra = 0, {"megabytes": 8}
@@ -68,8 +74,9 @@ def engine(request):
     elif request.param == "little host memory":
         extra["megabytes"] = 0.75
     return lambda seed: SymbolicEngine(
-        28, lag, lambda serial: (serial + seed) % 11 == 0, extra, max_num_batched_tokens=64
-    )
+        28, lag, lambda serial: (serial + seed) % 11 == 0, extra, max_num_batched_tokens=64,
+        enable_prefix_caching=request.param != "no prefix cache",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(8))

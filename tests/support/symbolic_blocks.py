@@ -19,7 +19,11 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import RequestStatus
 
 from vllm_kvzip.metrics import FAILURES
+from vllm_kvzip.storage.head_pages import fold_row
+from vllm_kvzip.vllm_bridge.compressed_group import CompressedGroup
+from vllm_kvzip.vllm_bridge.scheduler.terms import CompressionTerms
 from vllm_kvzip.vllm_bridge.step_message import attached
+from vllm_kvzip.vllm_bridge.worker.requests import RequestTracker
 
 SAMPLED = 7
 """The token that every step samples."""
@@ -58,6 +62,11 @@ class SymbolicEngine:
         self._blocks_per_chunk = spec.blocks_per_chunk
         self._connector = OffloadingConnectorWorker(spec, config, groups)
         self._connector.worker = self.host
+        self._tracker = RequestTracker(
+            self.manager.rule, CompressedGroup.find(groups, CompressionTerms)
+        )
+        self._complete: list = []
+        self._plans: dict = {}
         self._lag, self._fails = lag, fails
         self._steps: deque = deque()
         self._ordered: dict[int, tuple] = {}
@@ -129,6 +138,7 @@ class SymbolicEngine:
                 [block.block_id for block in run.blocks],
                 row.request,
             )
+            self._plans[serial] = run.plan
         return orders
 
     def _writes(self, output):
@@ -161,6 +171,7 @@ class SymbolicEngine:
             outcomes[serial] = FAILURES[1] if self._fails(serial) else None
             if outcomes[serial]:
                 self._failed.add(serial)
+        self._follow(output, orders)
         self._ordered = orders
         self._connector.handle_preemptions(meta)
         self._connector.start_kv_transfers(meta)
@@ -178,6 +189,37 @@ class SymbolicEngine:
         result = ModelRunnerOutput(ids, places, samples, kv_connector_output=told)
         result.kvzip_outcomes = outcomes
         self.scheduler.update_from_output(output, result)
+
+    def _follow(self, output, orders):
+        """A worker's own idea of rows must be the scheduler's; as ``HeadPageRuntime`` has it."""
+        message, tracker = attached(output), self._tracker
+        gone = tracker.finished(output) | tracker.suspended(output)
+        for request, serial, is_kept in self._complete:
+            if is_kept or request.request_id not in gone:
+                plan, start = request.plan, request.reserve_start
+                tracker.folded(request, fold_row(request.block_ids, plan, start, 0))
+            if serial in self._failed:
+                tracker.forget(request.request_id)
+        tracker.drop_ended(output)
+        for request_id in message.left_alone:
+            tracker.forget(request_id)
+        known = {
+            request_id: self._plans[serial]
+            for request_id, serial in message.hits.items()
+            if serial not in self._failed
+        }
+        tracker.advance(output, known)
+        for request_id in message.hits.keys() - known.keys():
+            tracker.forget(request_id)
+        crossing = {request.request_id: request for request in tracker.crossing(output)}
+        if crossing.keys() != message.reserved.keys():
+            self.wrong.append(("tracker", set(crossing), set(message.reserved), output))
+        self._complete = []
+        for request_id, serial in message.reserved.items():
+            if request := crossing.get(request_id):
+                self._complete.append((request, serial, request_id in message.kept))
+                if request.block_ids[request.reserve_start :] != orders[serial][1]:
+                    self.wrong.append(("reserve", request_id, request.block_ids, orders[serial]))
 
     def _forward(self, request, start, end, blocks, is_raw, run, is_folded):
         known = list(request.all_token_ids[:end])

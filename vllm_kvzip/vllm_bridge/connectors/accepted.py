@@ -61,6 +61,11 @@ def connector_problems(vllm_config: VllmConfig, is_mixed: bool) -> list[tuple[bo
             f"{EXAMPLE} with chunked prefill, where it stores a part of a prompt under the name of "
             f"the whole; add --no-enable-chunked-prefill",
         ),
+        (
+            name == EXAMPLE and vllm_config.lora_config is not None,
+            f"{EXAMPLE} with --enable-lora, whose adapters it does not tell apart; remove one of "
+            f"them",
+        ),
         (is_mixed, f"the KV connector {name} for models whose layers differ yet; {remove}"),
         (
             stages > 1,

@@ -204,7 +204,6 @@ class HeadPageManager(FullAttentionManager):
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Publish raw prompt blocks as vLLM does, and dense blocks under keys of the row's run."""
         row = self.rows[request.request_id]
-        row.num_loading_tokens = 0
         if row.num_raw_tokens is not None:
             num_tokens = min(num_tokens, request.num_prompt_tokens, row.num_raw_tokens)
         elif row.run is not None:
