@@ -29,7 +29,7 @@ FLOORS = (
     {"scoring"},
     {"pipeline"},
     {"vllm_bridge"},
-    {"vllm_bridge.contexts"},
+    {"vllm_bridge.contexts", "vllm_bridge.connectors"},
     {"vllm_bridge.server", "vllm_bridge.scheduler"},
     {"vllm_bridge.cache"},
     {"vllm_bridge.start"},

@@ -59,6 +59,13 @@ def test_rows_of_other_groups_are_kept_where_the_model_repeats_contexts():
     assert tracker.get("a").rows_of_others == {}
 
 
+def test_a_block_that_a_connector_has_filled_is_not_one_that_a_step_hands_out():
+    """A prompt that was loaded whole computes its last token anew, in the last loaded block."""
+    tracker = RequestTracker(RULE, GROUP)
+    loaded = output(new=[new_request("a", 32, [4, 5, 6], num_computed=31)], scheduled={"a": 1})
+    assert list(tracker.new_blocks(loaded)) == [("a", [6])]
+
+
 def test_short_prompts_are_not_tracked():
     tracker = RequestTracker(RULE, GROUP)
     assert run(tracker, output(new=[new_request("a", 31, [1, 2])], scheduled={"a": 31})) == ([], [])

@@ -161,10 +161,6 @@ def test_registering_twice_is_harmless():
         (["--scheduler-cls", "my.Scheduler"], "--scheduler-cls my.Scheduler; remove the flag"),
         (["--kv-compression-config.prefix_reuse", "never"], "prefix_reuse='never' is wrong"),
         (["--kv-compression-config.reuse_ttl_seconds", "0"], "reuse_ttl_seconds=0 is wrong"),
-        (
-            ["--kv-transfer-config", '{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}'],
-            "KV connectors; remove --kv-transfer-config",
-        ),
     ],
 )
 def test_wrong_flags_are_one_sentence(capsys, flags, message):

@@ -130,6 +130,7 @@ def run_job(
     asynchronous: bool = False,
     triton_attention: bool = False,
     gpu_path: bool = False,
+    offloaded_to: Path | None = None,
     **engine: Any,
 ) -> Report:
     """Run requests through a fresh engine.
@@ -145,6 +146,7 @@ def run_job(
         asynchronous: see :mod:`forced_async`.
         triton_attention: attend over head pages by our own kernel, interpreted.
         gpu_path: see :mod:`gpu_path`; needs :data:`RUNNER_V2`.
+        offloaded_to: file that gets what :mod:`plain_offload` keeps at the end.
         engine: more arguments of ``LLM``.
     """
     arguments: dict[str, Any] = {
@@ -169,6 +171,7 @@ def run_job(
                     "asynchronous": asynchronous,
                     "triton_attention": triton_attention,
                     "gpu_path": gpu_path,
+                    "offloaded_to": str(offloaded_to) if offloaded_to else None,
                 }
             )
         )
@@ -291,6 +294,10 @@ def execute(job: dict[str, Any]) -> Report:
     for _ in range(3):
         engine.step()
     free.append(cache.block_pool.get_num_free_blocks())
+    if job["offloaded_to"]:
+        from plain_offload import dump
+
+        dump(job["offloaded_to"])
     classes = {
         "spec": type(manager.kv_cache_spec).__name__,
         "manager": type(manager).__name__,

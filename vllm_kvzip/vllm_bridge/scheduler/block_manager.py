@@ -187,6 +187,15 @@ class HeadPageManager(FullAttentionManager):
         self.unconfirmed.joined(run, row.request)
         self._recorder.prefix_hit(run.plan.boundary_tokens)
 
+    def allocate_external_computed_blocks(
+        self, request_id: str, num_local: int, num_external: int, *args: Any, **kw: Any
+    ) -> None:
+        """Blocks that a KV connector fills."""
+        known = len(self.req_to_blocks[request_id])
+        super().allocate_external_computed_blocks(request_id, num_local, num_external, *args, **kw)
+        self.prefixes.blocks_taken(self.req_to_blocks[request_id][known:])
+        self.rows[request_id].loads(num_local, num_external)
+
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
@@ -198,10 +207,9 @@ class HeadPageManager(FullAttentionManager):
         elif row.reservation is not None:
             num_tokens += len(row.reservation.run.blocks) * self.block_size
         blocks = list(super().allocate_new_blocks(request_id, num_tokens, num_tokens_main_model))
-        if row.reservation is None and row.num_reserved_blocks(num_tokens_main_model):
+        if row.crosses(num_tokens_main_model):
             blocks += self._reserve(request_id, row, num_tokens_main_model)
-        if blocks:
-            self.prefixes.blocks_taken(blocks)
+        self.prefixes.blocks_taken(blocks)
         return blocks
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
@@ -234,6 +242,11 @@ class HeadPageManager(FullAttentionManager):
 
     # What our scheduler calls.
 
+    def hit_of(self, request: Request) -> PrefixRun | None:
+        """The compressed prefix that the last lookup found, where it was this request's."""
+        hit = self._last_hit
+        return hit[1] if hit is not None and hit[0] is request else None
+
     def plan_ahead(self, request: Request) -> tuple[PrefixPlan | None, bool]:
         """What a request compresses next, and whether its row must fold once before that.
 
@@ -242,9 +255,7 @@ class HeadPageManager(FullAttentionManager):
         """
         row = self.rows.get(request.request_id)
         if row is None:
-            hit = self._last_hit
-            run = hit[1] if hit is not None and hit[0] is request else None
-            return self._next_plan(request, run), False
+            return self._next_plan(request, self.hit_of(request)), False
         if row.reservation is not None:
             return self._next_plan(request, row.reservation.run), True
         return row.plan, False

@@ -53,7 +53,10 @@ class RowState:
         plan: the next compression; None when none follows.
         run: the compressed prefix that the row begins with; None before the first fold.
         reservation: blocks that the row holds for its next fold; None unless it is crossing.
-        num_found_raw_tokens: tokens that it took from the raw prefix cache when it began.
+        num_found_raw_tokens: tokens that it took from the raw prefix cache when it began, or that a
+            KV connector loads.
+        num_loading_tokens: tokens until whose end such a load fills it; 0 once it has.
+        begins_load: the load begins in the step that is being scheduled.
         num_raw_tokens: tokens that were computed while the row began with raw blocks. Set when the
             first blocks are reserved; None before, and in a row that began with a run.
         has_hit: it began with a run in the step that is being scheduled.
@@ -68,6 +71,8 @@ class RowState:
     run: PrefixRun | None = None
     reservation: Reservation | None = None
     num_found_raw_tokens: int = 0
+    num_loading_tokens: int = 0
+    begins_load: bool = False
     num_raw_tokens: int | None = None
     has_hit: bool = False
     has_crossed: bool = False
@@ -86,6 +91,24 @@ class RowState:
         if self.reservation is not None:
             return len(self.reservation.run.blocks)
         return 0 if self.plan is None else self.plan.num_blocks_to_reserve(num_tokens)
+
+    def crosses(self, num_tokens: int) -> bool:
+        """Whether the step that computes up to ``num_tokens`` tokens completes the next prefix.
+
+        To be asked once for each step that the row gets blocks for. A step that computes nothing
+        completes nothing: it only begins a load.
+        """
+        begins_load, self.begins_load = self.begins_load, False
+        if begins_load and num_tokens <= self.num_loading_tokens:
+            return False
+        self.num_loading_tokens = 0
+        return self.reservation is None and self.num_reserved_blocks(num_tokens) > 0
+
+    def loads(self, num_local_tokens: int, num_external_tokens: int) -> None:
+        """A KV connector loads raw blocks behind the tokens that vLLM's own cache has."""
+        self.begins_load = True
+        self.num_loading_tokens = num_local_tokens + num_external_tokens
+        self.num_found_raw_tokens = self.num_loading_tokens
 
     def reserve(self, reservation: Reservation, num_tokens: int) -> None:
         """The row is crossing from now on.

@@ -1,6 +1,6 @@
 """vLLM's scheduler, which tells the block manager and the workers what only it knows.
 
-``scheduler_config.scheduler_cls`` is vLLM's own way to name a scheduler. vLLM schedules; nine
+``scheduler_config.scheduler_cls`` is vLLM's own way to name a scheduler. vLLM schedules; ten
 things are added:
 
 1. The block manager learns which request it works for.
@@ -12,6 +12,7 @@ things are added:
 7. Blocks that a preempted request did not compute leave the prefix cache.
 8. A client whose request has options of ours is told what became of its prompt.
 9. Events about the KV cache tell of raw blocks only.
+10. A KV connector sees the raw blocks of rows only.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_kvzip.planning.request_options import LEFT_ALONE, has_options
 from vllm_kvzip.vllm_bridge.compressed_group import CompressedGroup, block_bytes
+from vllm_kvzip.vllm_bridge.connectors.raw_rows import show_raw_rows
 from vllm_kvzip.vllm_bridge.contexts.calls import install_calls
 from vllm_kvzip.vllm_bridge.outcomes import NOT_FINITE, told
 from vllm_kvzip.vllm_bridge.scheduler.block_manager import HeadPageManager
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from vllm_kvzip.vllm_bridge.symbols import (
         KVCacheBlock,
         KVCacheManager,
+        KVConnectorBase,
         ModelRunnerOutput,
         Request,
         SchedulerConfig,
@@ -135,6 +138,7 @@ class _HeadPageScheduling:
     """What is added to each of vLLM's two schedulers."""
 
     kv_cache_manager: KVCacheManager
+    connector: KVConnectorBase | None
     requests: dict[str, Request]
     running: list[Request]
     prev_step_scheduled_req_ids: set[str]
@@ -149,6 +153,8 @@ class _HeadPageScheduling:
         groups = self.kv_cache_manager.kv_cache_config
         group = CompressedGroup.find(groups, CompressionTerms)
         self._kvzip_manager = introduce_requests(self.kv_cache_manager, group)
+        if self.connector is not None:
+            show_raw_rows(self.connector, self._kvzip_manager)
         num_ranks = self.vllm_config.parallel_config.tensor_parallel_size
         # vLLM shows the layers of one pipeline stage; the spec counts those of all of them.
         of_stages = self._kvzip_manager.kv_cache_spec.block_bytes
@@ -309,15 +315,15 @@ class _HeadPageScheduling:
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """vLLM's; a client whose request has options of ours is told what became of its prompt.
 
-        ``kv_transfer_params`` is the only field of an answer that a scheduler can fill. Otherwise
-        only a KV connector fills it, which compression refuses.
+        ``kv_transfer_params`` is the only field of an answer that a scheduler can fill. A KV
+        connector may fill it as well.
         """
-        told = None
+        told: dict[str, Any] = {}
         params = request.sampling_params
         if params is not None and has_options(params.extra_args):
             told = {KEY: self._kvzip_manager.outcome(request)}
-        ours, encoder_params = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
-        return (told if ours is None else ours), encoder_params
+        connectors, encoder_params = super()._free_request(request, *args, **kwargs)  # type: ignore[misc]
+        return {**(connectors or {}), **told} or None, encoder_params
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         """vLLM's reset, which drops the compressed prefixes as well."""

@@ -14,6 +14,7 @@ from vllm_kvzip.model.attention_kinds import (
     unknown_kinds,
     unusual_attention,
 )
+from vllm_kvzip.vllm_bridge.connectors.accepted import connector_problems
 from vllm_kvzip.vllm_bridge.drafts import has_draft_layers
 from vllm_kvzip.vllm_bridge.fingerprint import compressed_layers
 from vllm_kvzip.vllm_bridge.fp8_cache import (
@@ -226,10 +227,7 @@ def _engine_problems(vllm_config: VllmConfig) -> list[str]:
     cache = vllm_config.cache_config
     problems = parallel_problems(vllm_config, is_mixed(vllm_config))
     problems += [
-        (
-            vllm_config.kv_transfer_config is not None,
-            "KV connectors; remove --kv-transfer-config and --kv-offloading-size",
-        ),
+        *connector_problems(vllm_config, is_mixed(vllm_config)),
         *speculation_problems(vllm_config, is_mixed(vllm_config)),
         (
             unserved_device() is not None,

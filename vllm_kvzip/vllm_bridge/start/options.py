@@ -22,6 +22,7 @@ from vllm_kvzip.head_profiles.head_profile import (
 )
 from vllm_kvzip.model.attention_kinds import caps_logits, has_sinks
 from vllm_kvzip.vllm_bridge.cache.layer_checks import check_capped_logits, check_sinks
+from vllm_kvzip.vllm_bridge.connectors.accepted import check_connector
 from vllm_kvzip.vllm_bridge.fingerprint import model_fingerprint
 from vllm_kvzip.vllm_bridge.fp8_cache import running_cache_dtype
 from vllm_kvzip.vllm_bridge.platforms import running_platform
@@ -169,6 +170,7 @@ def resolve(
     repeats = scorer_type.needs_reconstruction
     is_capped = caps_logits(vllm_config.model_config.hf_text_config)
     check_capped_logits(is_capped, scorer)
+    check_connector(vllm_config, config, repeats)
     if repeats:
         check_scoring_passes(vllm_config, scorer)
     surrogate = None

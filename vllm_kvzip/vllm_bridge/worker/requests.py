@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from vllm_kvzip.planning.prefix_seed import prefix_seed
 from vllm_kvzip.planning.request_options import options_of
+from vllm_kvzip.vllm_bridge.symbols import cdiv
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -142,9 +143,9 @@ class RequestTracker:
     def _after(
         self, request_id: str, blocks: Sequence[Sequence[int]], num_tokens: int
     ) -> Iterator[tuple[str, Sequence[int]]]:
-        """Each group's blocks after so many tokens."""
+        """Each group's blocks after so many tokens; a KV connector may fill a part of a block."""
         for size, of_group in zip(self._group.block_sizes, blocks, strict=True):
-            if given := of_group[num_tokens // size :]:
+            if given := of_group[cdiv(num_tokens, size) :]:
                 yield request_id, given
 
     def advance(
