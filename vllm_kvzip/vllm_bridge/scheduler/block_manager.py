@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvzip.errors import ContextFileError
 from vllm_kvzip.metrics import FAILURES
 from vllm_kvzip.storage.head_pages import fold_row
 from vllm_kvzip.vllm_bridge.scheduler.other_groups import OtherGroups
@@ -304,32 +303,8 @@ class HeadPageManager(FullAttentionManager):
         source: RunSource,
         fill: Callable[[int, list[int]], None],
     ) -> None:
-        """Cache a compressed prefix that comes from elsewhere; nobody uses it yet.
-
-        Args:
-            plan: of its compression.
-            prefix_hash: vLLM's hash, in this engine, of the tokens before the boundary.
-            source: these tokens.
-            fill: lets the workers write its pages; gets the run's serial number and its block ids.
-
-        Raises:
-            ContextFileError: if there is no room; or what ``fill`` raises. The pool is as it was
-                then, but for cached blocks that had to make room.
-        """
-        needed, free = plan.num_compressed_blocks, self.block_pool.get_num_free_blocks()
-        if needed > free:
-            raise ContextFileError(
-                f"There is no room for the context: it needs {needed} blocks, and requests leave "
-                f"{free} of the pool."
-            )
-        blocks = self.block_pool.get_new_blocks(needed)
-        self.prefixes.blocks_taken(blocks)
-        run = PrefixRun(plan, blocks, prefix_hash, source=source)
-        try:
-            fill(run.serial, [block.block_id for block in blocks])
-            self.prefixes.add(run)
-        finally:
-            self.block_pool.free_blocks(reversed(blocks))
+        """See :meth:`CompressedPrefixCache.adopt`."""
+        self.prefixes.adopt(plan, prefix_hash, source, fill)
 
     def close(self) -> None:
         """The engine ends: its metrics no longer count what it held."""

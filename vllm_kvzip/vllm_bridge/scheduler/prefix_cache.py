@@ -19,6 +19,7 @@ from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from vllm_kvzip.errors import ContextFileError
 from vllm_kvzip.vllm_bridge.symbols import BlockHash, make_block_hash_with_group_id
 
 if TYPE_CHECKING:
@@ -129,6 +130,40 @@ class CompressedPrefixCache:
         self.used(run)
         self._recorder.prefix_cached()
         return True
+
+    def adopt(
+        self,
+        plan: PrefixPlan,
+        prefix_hash: bytes,
+        source: RunSource,
+        fill: Callable[[int, list[int]], None],
+    ) -> None:
+        """Cache a compressed prefix that comes from elsewhere; nobody uses it yet.
+
+        Args:
+            plan: of its compression.
+            prefix_hash: vLLM's hash, in this engine, of the tokens before the boundary.
+            source: these tokens.
+            fill: lets the workers write its pages; gets the run's serial number and its block ids.
+
+        Raises:
+            ContextFileError: if there is no room; or what ``fill`` raises. The pool is as it was
+                then, but for cached blocks that had to make room.
+        """
+        needed, free = plan.num_compressed_blocks, self._pool.get_num_free_blocks()
+        if needed > free:
+            raise ContextFileError(
+                f"There is no room for the context: it needs {needed} blocks, and requests leave "
+                f"{free} of the pool."
+            )
+        blocks = self._pool.get_new_blocks(needed)
+        self.blocks_taken(blocks)
+        run = PrefixRun(plan, blocks, prefix_hash, source=source)
+        try:
+            fill(run.serial, [block.block_id for block in blocks])
+            self.add(run)
+        finally:
+            self._pool.free_blocks(reversed(blocks))
 
     def find(
         self,

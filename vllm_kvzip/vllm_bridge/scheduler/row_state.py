@@ -102,11 +102,14 @@ class RowState:
         if begins_load and num_tokens <= self.num_loading_tokens:
             return False
         self.num_loading_tokens = 0
+        if self.reservation is None:
+            self._rest()
         return self.reservation is None and self.num_reserved_blocks(num_tokens) > 0
 
     def loads(self, num_local_tokens: int, num_external_tokens: int) -> None:
         """A KV connector loads raw blocks behind the tokens that vLLM's own cache has."""
         self.begins_load = True
+        self.busy_from = 0  # until crosses() finds that the load has ended
         self.num_loading_tokens = num_local_tokens + num_external_tokens
         self.num_found_raw_tokens = self.num_loading_tokens
 
