@@ -71,16 +71,33 @@ def test_a_draft_with_other_heads_is_refused(capsys, eagle, tmp_path):
     assert "8 query heads and 2 KV heads of size 32, where the model's have 8, 4 and 32" in said
 
 
+def refused(config):
+    return [words for present, words in speculation_problems(config, False) if present]
+
+
 def test_other_ways_to_run_a_draft_are_refused(monkeypatch, eagle):
     config = engine_config(*speculation(**eagle))
-    assert not any(present for present, _ in speculation_problems(config, False))
+    assert refused(config) == []
     config.speculative_config.parallel_drafting = True
-    monkeypatch.setattr(type(config), "use_v2_model_runner", True)
-    said = [words for present, words in speculation_problems(config, False) if present]
-    assert said == [
+    config.speculative_config.enable_adaptive_verification = True
+    assert refused(config) == [
         "speculative method eagle with parallel drafting yet; set parallel_drafting to false",
-        "speculative method eagle on vLLM's model runner V2 yet; set VLLM_USE_V2_MODEL_RUNNER to 0",
+        "speculative method eagle with adaptive verification yet; set "
+        "enable_adaptive_verification to false",
     ]
+
+
+def test_several_mtp_layers_write_into_the_prefix_on_runner_v2(monkeypatch, eagle):
+    config = engine_config(*speculation(**eagle))
+    speculative = config.speculative_config
+    speculative.method = "mtp"
+    speculative.draft_model_config.hf_config.num_nextn_predict_layers = 2
+    assert refused(config) == []
+    monkeypatch.setattr(type(config), "use_v2_model_runner", True)
+    (said,) = refused(config)
+    assert said.startswith("several MTP layers on vLLM's model runner V2 yet, which computes")
+    speculative.num_speculative_tokens = 1
+    assert refused(config) == []
 
 
 SHAPE = {"block_size": 32, "num_kv_heads": 4, "head_size": 32, "dtype": torch.float32}

@@ -33,9 +33,14 @@ def speculation_problems(vllm_config: VllmConfig, is_mixed: bool) -> list[tuple[
             f"false",
         ),
         (
-            bool(vllm_config.use_v2_model_runner),
-            f"speculative method {method} on vLLM's model runner V2 yet; set "
-            f"VLLM_USE_V2_MODEL_RUNNER to 0",
+            bool(vllm_config.use_v2_model_runner and speculative.use_multi_module_mtp()),
+            "several MTP layers on vLLM's model runner V2 yet, which computes tokens of the prefix "
+            "anew; set num_speculative_tokens to 1, or VLLM_USE_V2_MODEL_RUNNER to 0",
+        ),
+        (
+            bool(speculative.enable_adaptive_verification),
+            f"speculative method {method} with adaptive verification yet; set "
+            f"enable_adaptive_verification to false",
         ),
         (
             is_mixed,
