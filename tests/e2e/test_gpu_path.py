@@ -7,7 +7,7 @@ Triton attention takes seconds a step here, so prompts are few and short.
 
 import numpy as np
 import pytest
-from engine_job import RUNNER_V2, Request, run_job
+from engine_job import MODEL, RUNNER_V2, Request, run_job
 from random_model import KINDS, make_random_model
 
 from vllm_kvzip.evaluation.tasks.retrieval_task import make_context
@@ -16,6 +16,8 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 SETTINGS = {"min_prompt_tokens": 32, "scorer": "keydiff"}
 ENGINE = {"max_num_batched_tokens": 96, "max_num_seqs": 8, "max_model_len": 512}
+HEAD = MODEL.with_name("tiny-eagle")
+EAGLE = {"speculative_config": {"method": "eagle", "model": str(HEAD), "num_speculative_tokens": 2}}
 
 
 def requests():
@@ -31,8 +33,8 @@ def on_the_gpus_path(kernel, asked=None, engine=None, **settings):
     return run_job(asked or requests(), kvzip, RUNNER_V2, gpu_path=True, **engine)
 
 
-def on_the_cpus_path(**settings):
-    return run_job(requests(), {**SETTINGS, **settings}, **ENGINE)
+def on_the_cpus_path(engine=None, **settings):
+    return run_job(requests(), {**SETTINGS, **settings}, **{**ENGINE, **(engine or {})})
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +53,14 @@ def test_keep_ratio_one_is_token_identical_with_whichever_kernel_is_faster(stock
     assert whole.free_blocks[-1] == whole.free_blocks[0]
 
 
-@pytest.mark.parametrize(("kernel", "scorer"), [("vllm", "kvzip"), ("triton", "window")])
-def test_what_is_kept_is_kept_and_read_as_on_the_cpu(stock, kernel, scorer):
-    gpus = on_the_gpus_path(kernel, keep_ratio=0.4, scorer=scorer)
-    cpus = on_the_cpus_path(keep_ratio=0.4, scorer=scorer)
+@pytest.mark.parametrize(
+    ("kernel", "scorer", "ratio", "engine"),
+    [("vllm", "kvzip", 0.4, {}), ("triton", "window", 0.3, EAGLE)],
+)
+def test_what_is_kept_is_kept_and_read_as_on_the_cpu(stock, kernel, scorer, ratio, engine):
+    """The second engine speculates; the layer of its head is among those that the kernel reads."""
+    gpus = on_the_gpus_path(kernel, None, engine, keep_ratio=ratio, scorer=scorer)
+    cpus = on_the_cpus_path(engine, keep_ratio=ratio, scorer=scorer)
     assert gpus.outputs == cpus.outputs
     assert gpus.outputs != stock.outputs or scorer == "window"
     assert gpus.held_blocks == cpus.held_blocks
