@@ -16,6 +16,7 @@ import json
 import time
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,7 +83,8 @@ def begin_with_layer(
     wanted = found.hidden_states[layer][:, 1:].flatten(0, 1)
     gram = known.T @ known
     gram += 1e-3 * gram.diagonal().mean() * torch.eye(len(gram))
-    theirs, ours = model.model.layers[layer], head.layers[0]
+    theirs: Any = model.model.layers[layer]
+    ours: Any = head.layers[0]
     weights = theirs.state_dict()
     weights.pop("input_layernorm.weight")
     ours.load_state_dict(weights)
@@ -194,7 +196,7 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     model.requires_grad_(False).eval()
     head, rng = EagleHead(model.config), np.random.default_rng(args.seed)
     begin = time.perf_counter()

@@ -46,8 +46,6 @@ def test_methods_that_go_together_with_compression(eagle):
         ((), {"method": "ngram_gpu", "prompt_lookup_max": 2},
          "does not support speculative method ngram_gpu yet; use one of ngram, suffix, "
          "draft_model, eagle, eagle3, mtp, or none."),
-        (("--kv-compression-config.mode", "quantize"), ITSELF,
-         "mode quantize does not work with speculative method draft_model yet"),
         (("--kv-compression-config.profile", "build"), ITSELF,
          "profile build does not work with a draft model yet"),
         (("--kv-compression-config.prefill_budget", "640"), ITSELF,

@@ -47,10 +47,15 @@ def draft_builders(runner: GPUModelRunner | GPUModelRunnerV2) -> list[Any]:
         runner: vLLM's model runner.
     """
     if (speculator := getattr(runner, "speculator", None)) is not None:
-        groups = [group for groups in getattr(speculator, "attn_groups", ()) for group in groups]
+        by_cache_group = getattr(speculator, "attn_groups", ())
     else:
-        groups = getattr(getattr(runner, "drafter", None), "draft_attn_groups", ())
-    return [builder for group in groups for builder in group.metadata_builders]
+        by_cache_group = (getattr(getattr(runner, "drafter", None), "draft_attn_groups", ()),)
+    return [
+        builder
+        for groups in by_cache_group
+        for group in groups
+        for builder in group.metadata_builders
+    ]
 
 
 class DraftDescriber:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_kvzip.errors import ConfigError
-from vllm_kvzip.vllm_bridge.drafts import DRAFTS, FROM_TOKENS, has_draft_layers
+from vllm_kvzip.vllm_bridge.drafts import DRAFTS, FROM_TOKENS
 
 if TYPE_CHECKING:
-    from vllm_kvzip.config import Mode
     from vllm_kvzip.vllm_bridge.symbols import VllmConfig
 
 
@@ -80,21 +78,3 @@ def _shape_problems(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             ),
         )
     ]
-
-
-def check_drafts(vllm_config: VllmConfig, mode: Mode) -> None:
-    """Refuse modes that a draft model's layers do not go together with.
-
-    Args:
-        vllm_config: of the engine.
-        mode: of compression.
-
-    Raises:
-        ConfigError: naming the setting.
-    """
-    if mode != "evict" and has_draft_layers(vllm_config):
-        method = vllm_config.speculative_config.method
-        raise ConfigError(
-            f"mode {mode} does not work with speculative method {method} yet; set mode to "
-            f"evict, or use ngram."
-        )
