@@ -1,6 +1,7 @@
 """Start-up: which methods of speculative decoding go together with compression."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,13 +10,16 @@ from engine_job import MODEL
 from startup import ON, engine_config, refusal
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
+from vllm_kvzip.core import CacheGeometry
 from vllm_kvzip.errors import UnsupportedError
+from vllm_kvzip.vllm_bridge.attention.batches import QuerySpan
 from vllm_kvzip.vllm_bridge.attention.draft_layers import DraftDescriber
 from vllm_kvzip.vllm_bridge.cache.layer_checks import check_draft_layers
 from vllm_kvzip.vllm_bridge.drafts import rule_with_drafts
 from vllm_kvzip.vllm_bridge.settings import Settings
 from vllm_kvzip.vllm_bridge.start.cache_plan import plan_cache
 from vllm_kvzip.vllm_bridge.start.speculation import speculation_problems
+from vllm_kvzip.vllm_bridge.worker.observation import QueryObservation
 
 pytestmark = pytest.mark.vllm
 
@@ -123,6 +127,16 @@ def test_a_scorer_never_sees_a_drafts_queries():
     assert describer.describe_step("mixed").split is split
     assert describer.describe_step("mixed").spans == ()
     assert describer.describe_step("dense") is None
+
+
+def test_queries_of_a_drafts_layers_are_not_kept():
+    """Runner V2 gives a draft's first step the metadata of the target, which asks for them."""
+    geometry = CacheGeometry(1, 2, 1, 8, 16)
+    observation = QueryObservation(geometry, {"target": 0, "draft": 1}, window=4)
+    query, spans = torch.zeros(3, 2, 8), (QuerySpan("0", 0, 2),)
+    for name, kept in (("draft", 0), ("target", 1)):
+        observation.keep(SimpleNamespace(layer_name=name), query, spans, query.dtype)
+        assert len(observation) == kept
 
 
 @pytest.mark.parametrize(("values", "drafts"), [(NGRAM, 0), (ITSELF, 4)])
