@@ -38,6 +38,10 @@ ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "tests" / "models" / "tiny-retriever"
 WINDOWS, CONVOLUTIONS, LARGE_BLOCKS = MIXED = ("windows", "convolutions", "large blocks")
 """Models whose layers differ: full attention beside windows, beside states, in large blocks."""
+DRAFTS = "drafts"
+SPECULATION = {
+    "method": "eagle", "model": str(MODEL.with_name("tiny-eagle")), "num_speculative_tokens": 3,
+}  # fmt: skip
 OUTPUT_TOKENS = 24
 EIGHT_BITS = "bfloat16 over fp8"
 EIGHT_BIT_JOBS = ("keep 1.0, kernel triton", "keep 0.25", "mixed 0.125", "keep 0.25, window")
@@ -89,7 +93,7 @@ def jobs(*, small: bool) -> dict[str, dict[str, Any]]:
             if numbers == EIGHT_BITS:
                 engine["kv_cache_dtype"] = "fp8"
             found[f"{numbers}, {name}"] = {"engine": engine, "small": small}
-    return found if small else {**found, **mixed_jobs(found)}
+    return found if small else {**found, **mixed_jobs(found), **draft_jobs(found)}
 
 
 def mixed_jobs(others: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -99,6 +103,16 @@ def mixed_jobs(others: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for name in ("stock", "keep 1.0, kernel triton", "keep 1.0, kernel vllm", "keep 0.25"):
             job = others[f"{numbers}, {name}"]
             found[f"{numbers} {kind}, {name}"] = {**job, "kind": kind}
+    return found
+
+
+def draft_jobs(others: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The same with an EAGLE head's guesses, beside stock vLLM without them."""
+    found = {f"float32 {DRAFTS}, stock": others["float32, stock"]}
+    for name in ("keep 1.0, kernel triton", "keep 1.0, kernel vllm", "keep 0.25", "mixed 0.125"):
+        job = others[f"float32, {name}"]
+        engine = {**job["engine"], "speculative_config": SPECULATION}
+        found[f"float32 {DRAFTS}, {name}"] = {**job, "engine": engine}
     return found
 
 

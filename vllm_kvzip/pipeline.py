@@ -65,8 +65,7 @@ class Compressor:
         first_layer, layers_of_model: where the first of these layers is among the compressed layers
             of the model, and how many these are; None: there are no others.
         num_dense_layers: the last layers of the pool, which keep every KV pair; what is said of
-            each layer above is said of those before them. Not with quantized pages, nor with a
-            prefill budget.
+            each layer above is said of those before them. Not with a prefill budget.
 
     Raises:
         ValueError: for fractions that are missing or of another shape.
@@ -171,9 +170,13 @@ class Compressor:
             targets = deal_pages(self._on_device(target_blocks), total, self._pool)
             if transform is not None:  # the first tokens of other heads are not quantized
                 transform = transform.where_first(keeps[0].pages == 0)
-            keeps[0] = with_dense_layers(
-                keeps[0], self._num_dense_layers, num_pages, geometry.page_tokens
-            )
+                transform = transform.with_unchanged(self._num_dense_layers)
+            keeps = [
+                with_dense_layers(
+                    keep, self._num_dense_layers, 0 if number else num_pages, geometry.page_tokens
+                )
+                for number, keep in enumerate(keeps)
+            ]
         tiers: list[StoredTier] = []
         for tier, keep in zip(plan.tiers, keeps, strict=True):
             count = tier.num_blocks * geometry.pages_per_block

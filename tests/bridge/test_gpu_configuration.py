@@ -9,6 +9,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.backends.triton_attn import TritonAttentionMetadataBuilder
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_kvzip.config import KVzipConfig
 from vllm_kvzip.errors import KVzipError
@@ -213,6 +215,16 @@ def test_full_graphs_of_decode_steps_unless_queries_are_watched(
     options.configure(stock_config, KVzipConfig(scorer=scorer))
     for builder in (HeadPageFlashBuilder, HeadPageTritonBackend.get_builder_cls()):
         assert builder.get_cudagraph_support(stock_config, None) is support
+
+
+def test_a_drafts_metadata_is_made_anew_for_each_of_its_steps(stock_config, on_a_card):
+    """vLLM's Triton and FlashAttention builders would change their own in place."""
+    options.configure(stock_config, KVzipConfig())
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=4, head_size=32, dtype=torch.bfloat16)
+    builder_class = HeadPageTritonBackend.get_builder_cls()
+    for cls, updates in ((builder_class, False), (TritonAttentionMetadataBuilder, True)):
+        builder = cls(spec, ["layer"], stock_config, torch.device("cpu"))
+        assert builder.supports_draft_decode_metadata_update is updates
 
 
 def test_engines_of_one_configuration_share_vllms_cache_of_compiled_models(on_a_card):

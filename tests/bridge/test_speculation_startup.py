@@ -1,6 +1,7 @@
 """Start-up: which methods of speculative decoding go together with compression."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,13 +10,16 @@ from engine_job import MODEL
 from startup import ON, engine_config, refusal
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
+from vllm_kvzip.core import CacheGeometry
 from vllm_kvzip.errors import UnsupportedError
+from vllm_kvzip.vllm_bridge.attention.batches import QuerySpan
 from vllm_kvzip.vllm_bridge.attention.draft_layers import DraftDescriber
 from vllm_kvzip.vllm_bridge.cache.layer_checks import check_draft_layers
 from vllm_kvzip.vllm_bridge.drafts import rule_with_drafts
 from vllm_kvzip.vllm_bridge.settings import Settings
 from vllm_kvzip.vllm_bridge.start.cache_plan import plan_cache
 from vllm_kvzip.vllm_bridge.start.speculation import speculation_problems
+from vllm_kvzip.vllm_bridge.worker.observation import QueryObservation
 
 pytestmark = pytest.mark.vllm
 
@@ -46,8 +50,6 @@ def test_methods_that_go_together_with_compression(eagle):
         ((), {"method": "ngram_gpu", "prompt_lookup_max": 2},
          "does not support speculative method ngram_gpu yet; use one of ngram, suffix, "
          "draft_model, eagle, eagle3, mtp, or none."),
-        (("--kv-compression-config.mode", "quantize"), ITSELF,
-         "mode quantize does not work with speculative method draft_model yet"),
         (("--kv-compression-config.profile", "build"), ITSELF,
          "profile build does not work with a draft model yet"),
         (("--kv-compression-config.prefill_budget", "640"), ITSELF,
@@ -71,16 +73,33 @@ def test_a_draft_with_other_heads_is_refused(capsys, eagle, tmp_path):
     assert "8 query heads and 2 KV heads of size 32, where the model's have 8, 4 and 32" in said
 
 
+def refused(config):
+    return [words for present, words in speculation_problems(config, False) if present]
+
+
 def test_other_ways_to_run_a_draft_are_refused(monkeypatch, eagle):
     config = engine_config(*speculation(**eagle))
-    assert not any(present for present, _ in speculation_problems(config, False))
+    assert refused(config) == []
     config.speculative_config.parallel_drafting = True
-    monkeypatch.setattr(type(config), "use_v2_model_runner", True)
-    said = [words for present, words in speculation_problems(config, False) if present]
-    assert said == [
+    config.speculative_config.enable_adaptive_verification = True
+    assert refused(config) == [
         "speculative method eagle with parallel drafting yet; set parallel_drafting to false",
-        "speculative method eagle on vLLM's model runner V2 yet; set VLLM_USE_V2_MODEL_RUNNER to 0",
+        "speculative method eagle with adaptive verification yet; set "
+        "enable_adaptive_verification to false",
     ]
+
+
+def test_several_mtp_layers_write_into_the_prefix_on_runner_v2(monkeypatch, eagle):
+    config = engine_config(*speculation(**eagle))
+    speculative = config.speculative_config
+    speculative.method = "mtp"
+    speculative.draft_model_config.hf_config.num_nextn_predict_layers = 2
+    assert refused(config) == []
+    monkeypatch.setattr(type(config), "use_v2_model_runner", True)
+    (said,) = refused(config)
+    assert said.startswith("several MTP layers on vLLM's model runner V2 yet, which computes")
+    speculative.num_speculative_tokens = 1
+    assert refused(config) == []
 
 
 SHAPE = {"block_size": 32, "num_kv_heads": 4, "head_size": 32, "dtype": torch.float32}
@@ -108,6 +127,16 @@ def test_a_scorer_never_sees_a_drafts_queries():
     assert describer.describe_step("mixed").split is split
     assert describer.describe_step("mixed").spans == ()
     assert describer.describe_step("dense") is None
+
+
+def test_queries_of_a_drafts_layers_are_not_kept():
+    """Runner V2 gives a draft's first step the metadata of the target, which asks for them."""
+    geometry = CacheGeometry(1, 2, 1, 8, 16)
+    observation = QueryObservation(geometry, {"target": 0, "draft": 1}, window=4)
+    query, spans = torch.zeros(3, 2, 8), (QuerySpan("0", 0, 2),)
+    for name, kept in (("draft", 0), ("target", 1)):
+        observation.keep(SimpleNamespace(layer_name=name), query, spans, query.dtype)
+        assert len(observation) == kept
 
 
 @pytest.mark.parametrize(("values", "drafts"), [(NGRAM, 0), (ITSELF, 4)])

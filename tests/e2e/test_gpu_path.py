@@ -7,7 +7,7 @@ Triton attention takes seconds a step here, so prompts are few and short.
 
 import numpy as np
 import pytest
-from engine_job import RUNNER_V2, Request, run_job
+from engine_job import MODEL, RUNNER_V2, Request, run_job
 from random_model import KINDS, make_random_model
 
 from vllm_kvzip.evaluation.tasks.retrieval_task import make_context
@@ -16,11 +16,13 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 SETTINGS = {"min_prompt_tokens": 32, "scorer": "keydiff"}
 ENGINE = {"max_num_batched_tokens": 96, "max_num_seqs": 8, "max_model_len": 512}
+HEAD = MODEL.with_name("tiny-eagle")
+EAGLE = {"speculative_config": {"method": "eagle", "model": str(HEAD), "num_speculative_tokens": 2}}
 
 
-def requests():
+def requests(longest=96):
     rng = np.random.default_rng(7)
-    prompts = [make_context(rng, length).tokens.tolist() for length in (70, 96, 20)]
+    prompts = [make_context(rng, length).tokens.tolist() for length in (70, longest, 20)]
     question = prompts[1] + make_context(rng, 21).tokens.tolist()
     return [*(Request(prompt, 5) for prompt in prompts), Request(question, 4, arrives=6)]
 
@@ -31,8 +33,9 @@ def on_the_gpus_path(kernel, asked=None, engine=None, **settings):
     return run_job(asked or requests(), kvzip, RUNNER_V2, gpu_path=True, **engine)
 
 
-def on_the_cpus_path(**settings):
-    return run_job(requests(), {**SETTINGS, **settings}, **ENGINE)
+def on_the_cpus_path(asked=None, engine=None, **settings):
+    engine = {**ENGINE, **(engine or {})}
+    return run_job(asked or requests(), {**SETTINGS, **settings}, **engine)
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +54,14 @@ def test_keep_ratio_one_is_token_identical_with_whichever_kernel_is_faster(stock
     assert whole.free_blocks[-1] == whole.free_blocks[0]
 
 
-@pytest.mark.parametrize(("kernel", "scorer"), [("vllm", "kvzip"), ("triton", "window")])
-def test_what_is_kept_is_kept_and_read_as_on_the_cpu(stock, kernel, scorer):
-    gpus = on_the_gpus_path(kernel, keep_ratio=0.4, scorer=scorer)
-    cpus = on_the_cpus_path(keep_ratio=0.4, scorer=scorer)
+@pytest.mark.parametrize(
+    ("kernel", "scorer", "ratio", "engine"),
+    [("vllm", "kvzip", 0.4, {}), ("triton", "window", 0.3, EAGLE)],
+)
+def test_what_is_kept_is_kept_and_read_as_on_the_cpu(stock, kernel, scorer, ratio, engine):
+    """The second engine speculates; the layer of its head is among those that the kernel reads."""
+    gpus = on_the_gpus_path(kernel, None, engine, keep_ratio=ratio, scorer=scorer)
+    cpus = on_the_cpus_path(None, engine, keep_ratio=ratio, scorer=scorer)
     assert gpus.outputs == cpus.outputs
     assert gpus.outputs != stock.outputs or scorer == "window"
     assert gpus.held_blocks == cpus.held_blocks
@@ -133,12 +140,18 @@ def test_a_cache_of_eight_bits():
 
 
 def test_two_tiers_are_as_on_the_cpus_path():
-    """Quantized, rotated and attended to by our kernels; fewer bits leave the tokens alone here."""
+    """Quantized, rotated and attended to by our kernels; fewer bits leave the tokens alone here.
+
+    Both engines speculate, and their head's layer keeps everything as it is.
+    """
     settings = {"mode": "mixed", "keep_bytes_ratio": 0.5, "full_share": 0.5, "key_format": "int8"}
-    mine = on_the_gpus_path("auto", **settings)
-    theirs = on_the_cpus_path(**settings)
+    asked = requests(128)
+    mine = on_the_gpus_path("auto", asked, EAGLE, **settings)
+    theirs = on_the_cpus_path(asked, EAGLE, **settings)
     assert mine.classes["batcher"] == "KernelBatcher"
-    for name in ("blocks_freed_total", "tokens_kept_total/quantized", "prefix_hits_total"):
+    names = ("blocks_freed_total", "prefix_hits_total", "tokens_kept_total/full",
+             "tokens_kept_total/quantized")  # fmt: skip
+    for name in names:
         assert mine.metrics["vllm_kvzip_" + name] == theirs.metrics["vllm_kvzip_" + name] > 0
-    assert mine.outputs == theirs.outputs
+    assert mine.outputs == theirs.outputs == run_job(asked, None, **ENGINE).outputs
     assert mine.free_blocks[-1] == mine.free_blocks[0]

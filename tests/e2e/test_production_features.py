@@ -6,6 +6,7 @@ used by some of them.
 """
 
 import functools
+import importlib.util
 import itertools
 import json
 import shutil
@@ -325,13 +326,20 @@ def test_asynchronous_scheduling_changes_no_token(in_chunks, settings):
     assert ahead.written_hashed_blocks == []
 
 
-def test_speculation_over_a_compressed_context_changes_no_token(in_chunks, settings):
-    speculation = {
-        "method": "ngram",
-        "num_speculative_tokens": 4,
-        "prompt_lookup_max": 4,
-        "prompt_lookup_min": 2,
-    }
+NGRAM = {
+    "method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2,
+}  # fmt: skip
+SUFFIX = {"method": "suffix", "num_speculative_tokens": 4}
+HAS_SUFFIXES = importlib.util.find_spec("arctic_inference") is not None
+NEEDS_SUFFIXES = pytest.mark.skipif(not HAS_SUFFIXES, reason="vLLM wants arctic-inference for it")
+
+
+@pytest.mark.parametrize(
+    "speculation",
+    [NGRAM, pytest.param(SUFFIX, marks=NEEDS_SUFFIXES)],
+    ids=lambda each: each["method"],
+)
+def test_speculation_over_a_compressed_context_changes_no_token(in_chunks, settings, speculation):
     requests = staggered_copies()
     fast = run_job(requests, kvzip=settings, speculative_config=speculation, **CHUNKS)
     assert fast.outputs == in_chunks.outputs

@@ -89,6 +89,7 @@ class Report:
         texts: by request, of its first sample.
         prompt_logprobs: of the prompt's tokens from the second on, by request, when asked for.
         computed_tokens: tokens computed after each step of each unfinished request, by number.
+        output_tokens: the same of tokens that it has generated.
         preemptions_seen: requests that were seen preempted, by number, and how often.
         written_hashed_blocks: blocks of the prefix cache that somebody wrote to; when watched.
         compared_hashed_blocks: how many comparisons that rests on, raw and compressed.
@@ -112,6 +113,7 @@ class Report:
     texts: list[str]
     prompt_logprobs: list[list[float]]
     computed_tokens: list[dict[str, int]]
+    output_tokens: list[dict[str, int]]
     preemptions_seen: dict[str, int]
     written_hashed_blocks: list[int]
     compared_hashed_blocks: dict[str, int]
@@ -231,6 +233,7 @@ def execute(job: dict[str, Any]) -> Report:
     watch = HashedBlockWatch(core) if job["watch_hashed_blocks"] else None
     scribbled = []
     computed: list[dict[str, int]] = []
+    generated: list[dict[str, int]] = []
     preempted: dict[str, int] = {}
     logprobs: list[list[float]] = [[] for _ in requests]
     free, held = [cache.block_pool.get_num_free_blocks()], []
@@ -288,6 +291,7 @@ def execute(job: dict[str, Any]) -> Report:
         held.append({name(rid): sum(not b.is_null for b in row) for rid, row in rows.items()})
         running = core.scheduler.requests.values()
         computed.append({name(r.request_id): r.num_computed_tokens for r in running})
+        generated.append({name(r.request_id): r.num_output_tokens for r in running})
         preemptions = max(preemptions, sum(r.num_preemptions for r in running))
         preempted |= {name(r.request_id): r.num_preemptions for r in running if r.num_preemptions}
         step += 1
@@ -333,6 +337,7 @@ def execute(job: dict[str, Any]) -> Report:
         texts=texts,
         prompt_logprobs=prompt_logprobs,
         computed_tokens=computed,
+        output_tokens=generated,
         preemptions_seen=preempted,
         written_hashed_blocks=watch.written if watch else [],
         compared_hashed_blocks=watch.compared if watch else {},

@@ -8,15 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_kvzip.core import CacheGeometry
+from vllm_kvzip.budgeting.dense_layers import with_dense_layers
+from vllm_kvzip.core import CacheGeometry, KeepPlan
 from vllm_kvzip.pipeline import Compressor
 from vllm_kvzip.planning.prefix_rule import PrefixRule
 from vllm_kvzip.planning.request_options import RequestOptions
+from vllm_kvzip.planning.tiers import TierRule
 from vllm_kvzip.scoring import create_scorer
 from vllm_kvzip.storage.head_pages import PagePool
 from vllm_kvzip.storage.page_store import PackedPages, PageCodec
 
 N, HEADS, DIM, BLOCKS = 4, 2, 8, 64
+TIERS = (None, TierRule("quantize", 16, 30), TierRule("mixed", 16, 30, full_share=0.5))
 
 
 @settings(deadline=None)
@@ -26,9 +29,10 @@ N, HEADS, DIM, BLOCKS = 4, 2, 8, 64
     st.integers(1, 40),
     st.integers(1, 40),
     st.booleans(),
+    st.sampled_from(TIERS),
 )
-def test_a_plan_has_room_for_what_every_layer_keeps(ratio, num_tokens, own, drafts, asked):
-    stock = PrefixRule(ratio, 0, sink_tokens=4, recent_tokens=8, block_size=16)
+def test_a_plan_has_room_for_what_every_layer_keeps(ratio, num_tokens, own, drafts, asked, tiers):
+    stock = PrefixRule(ratio, 0, sink_tokens=4, recent_tokens=8, block_size=16, tiers=tiers)
     rule = replace(stock, num_layers=own + drafts, num_dense_layers=drafts)
     options = RequestOptions(keep_ratio=ratio / 2 if asked else None)
     plan, alone = rule.plan(num_tokens, options), stock.plan(num_tokens, options)
@@ -36,12 +40,20 @@ def test_a_plan_has_room_for_what_every_layer_keeps(ratio, num_tokens, own, draf
         if alone is not None:  # what is saved would not free a block
             assert rule.skip_reason(num_tokens, options) == "nothing_to_free"
         return
-    assert plan.num_full_blocks == alone.num_compressed_blocks
+    assert plan.tiers == alone.tiers
+    kept = alone.num_compressed_blocks
     assert (plan.share, plan.full_tokens) == (alone.share, alone.full_tokens)
-    needed = own * plan.num_full_blocks + drafts * plan.num_prefix_blocks
-    assert plan.num_compressed_blocks == max(plan.num_full_blocks, ceil(needed / (own + drafts)))
+    needed = own * kept + drafts * plan.num_prefix_blocks
+    assert plan.num_compressed_blocks == max(kept, ceil(needed / (own + drafts)))
     if not asked:
         assert plan.num_compressed_blocks <= rule.max_compressed_blocks(num_tokens)
+
+
+def test_a_draft_has_no_quantized_page():
+    keep = KeepPlan(torch.arange(30).view(3, 10), torch.tensor([[1, 0], [0, 2]]))
+    with_draft = with_dense_layers(keep, num_layers=1, num_pages=0, page_tokens=10)
+    assert torch.equal(with_draft.positions, keep.positions)
+    assert with_draft.pages.tolist() == [[1, 0], [0, 2], [0, 0]]
 
 
 @pytest.mark.parametrize(("budget", "keep_ratio"), [("adaptive", 0.3), ("uniform", 0.5)])

@@ -90,3 +90,13 @@ def test_every_head_has_a_transform():
     assert (found.scale[:, 3] == LARGEST_SCALE).all()
     assert found.apply(same, torch.arange(40).expand(2, -1)).isfinite().all()
     assert [num_first(sinks) for sinks in (0, 2, 100)] == [0, 2, MOST_FIRST]
+
+
+def test_keys_of_layers_without_quantized_pages_stay_as_they_are():
+    transform = KeyTransform.fit(torch.randn(2, 3, 20, DIM), SINKS)
+    both = transform.with_unchanged(1)
+    assert torch.equal(both.at(slice(0, 2)).packed, transform.packed)
+    queries = torch.randn(3, 5, DIM)
+    assert torch.equal(both.at(2).queries(queries), queries)
+    assert not both.at(2).offsets(queries).any()
+    assert not both.at(2).first_shift().any()

@@ -13,15 +13,17 @@ def with_dense_layers(
     """A keep plan, and after its layers some that keep everything.
 
     Args:
-        keep: of the layers that are compressed, KV pairs as they are.
-        num_layers: that keep everything.
-        num_pages: of each of their heads, before compression and after it.
+        keep: of one tier of the layers that are compressed.
+        num_layers: that keep everything, as it is.
+        num_pages: of each of their heads, before compression and after it; 0 in a quantized tier.
         page_tokens: of each page.
     """
     if not num_layers:
         return keep
     num_heads = keep.pages.shape[1]
-    pages = keep.pages.new_full((num_layers, num_heads), num_pages)
+    pages = torch.cat([keep.pages, keep.pages.new_full((num_layers, num_heads), num_pages)])
+    if not num_pages:
+        return KeepPlan(keep.positions, pages)
     tokens = torch.arange(num_pages * page_tokens, device=keep.positions.device)
     positions = tokens.repeat(num_layers * num_heads).view(-1, page_tokens)
-    return KeepPlan(torch.cat([keep.positions, positions]), torch.cat([keep.pages, pages]))
+    return KeepPlan(torch.cat([keep.positions, positions]), pages)

@@ -97,6 +97,14 @@ class KeyTransform:
         first = torch.where(quantized[..., None, None], self.first, self.mean[..., None, :])
         return KeyTransform(self.mean, self.scale, first)
 
+    def with_unchanged(self, num_layers: int) -> KeyTransform:
+        """And that of layers after these, ``[L, H]``, whose keys it leaves as they are."""
+        shape = (num_layers, *self.mean.shape[1:])
+        zeros = self.mean.new_zeros(shape)
+        first = self.first.new_zeros((num_layers, *self.first.shape[1:]))
+        parts = ((self.mean, zeros), (self.scale, zeros + 1), (self.first, first))
+        return KeyTransform(*(torch.cat(part) for part in parts))
+
     @property
     def flat(self) -> KeyTransform:
         """The first two dimensions as one: layers and heads as ``L * H`` heads."""

@@ -18,27 +18,44 @@ if TYPE_CHECKING:
     import torch
 
     from vllm_kvzip.vllm_bridge.attention.batches import PrefixState, QuerySpan, SplitBatch
-    from vllm_kvzip.vllm_bridge.symbols import CommonAttentionMetadata, GPUModelRunner
+    from vllm_kvzip.vllm_bridge.symbols import (
+        CommonAttentionMetadata,
+        GPUModelRunner,
+        GPUModelRunnerV2,
+    )
 
 
-def draft_layer_names(runner: GPUModelRunner) -> frozenset[str]:
+def draft_layer_names(runner: GPUModelRunner | GPUModelRunnerV2) -> frozenset[str]:
     """vLLM's names of the draft model's layers that have a KV cache, once it is loaded.
 
     Args:
-        runner: vLLM's model runner V1; with V2 draft models are refused at start-up.
+        runner: vLLM's model runner.
     """
+    if (speculator := getattr(runner, "speculator", None)) is not None:  # V2's
+        return frozenset(getattr(speculator, "draft_attn_layer_names", ()))
     drafter = getattr(runner, "drafter", None)
     return frozenset(getattr(drafter, "_draft_attn_layer_names", ()))
 
 
-def draft_builders(runner: GPUModelRunner) -> list[Any]:
+def draft_builders(runner: GPUModelRunner | GPUModelRunnerV2) -> list[Any]:
     """vLLM's metadata builders of the draft model, which are others than the target's.
 
+    In runner V2 they serve a draft's steps after the first; in the first one an EAGLE head or MTP
+    layer reads the metadata that the target's builders made.
+
     Args:
-        runner: vLLM's model runner V1.
+        runner: vLLM's model runner.
     """
-    groups = getattr(getattr(runner, "drafter", None), "draft_attn_groups", ())
-    return [builder for group in groups for builder in group.metadata_builders]
+    if (speculator := getattr(runner, "speculator", None)) is not None:
+        by_cache_group = getattr(speculator, "attn_groups", ())
+    else:
+        by_cache_group = (getattr(getattr(runner, "drafter", None), "draft_attn_groups", ()),)
+    return [
+        builder
+        for groups in by_cache_group
+        for group in groups
+        for builder in group.metadata_builders
+    ]
 
 
 class DraftDescriber:

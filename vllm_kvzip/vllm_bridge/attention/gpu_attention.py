@@ -57,6 +57,8 @@ class HeadPageGPUBuilder(HeadPageBuilder):
         mode = self.vllm_config.compilation_config.cudagraph_mode
         self.always_asks = mode is not None and mode.has_full_cudagraphs()
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)  # prefills come last
+        # vLLM would go on with a draft's metadata of the step before, and our part would not know.
+        self.supports_draft_decode_metadata_update = False
 
     @classmethod
     def get_cudagraph_support(

@@ -36,7 +36,6 @@ from vllm_kvzip.vllm_bridge.start.checks import (
     check_supported,
 )
 from vllm_kvzip.vllm_bridge.start.gpu_backend import default_gpu_backend
-from vllm_kvzip.vllm_bridge.start.speculation import check_drafts
 from vllm_kvzip.vllm_bridge.symbols import init_logger
 from vllm_kvzip.vllm_bridge.versions import check_version, untested_warning
 
@@ -82,7 +81,6 @@ def configure(vllm_config: VllmConfig, config: KVzipConfig, serves: bool = False
         logger.warning(warning)
     if config.contexts_dir is not None:
         check_folder(Path(config.contexts_dir).expanduser())
-    check_drafts(vllm_config, config.mode)
     settings = _resolve(vllm_config, config)
     shape = cache_shape(plan.vllm_config)
     settings.rule(*shape)  # refuses what does not suit this cache

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_kvzip.errors import ConfigError
-from vllm_kvzip.vllm_bridge.drafts import DRAFTS, FROM_TOKENS, has_draft_layers
+from vllm_kvzip.vllm_bridge.drafts import DRAFTS, FROM_TOKENS
 
 if TYPE_CHECKING:
-    from vllm_kvzip.config import Mode
     from vllm_kvzip.vllm_bridge.symbols import VllmConfig
 
 
@@ -33,9 +31,14 @@ def speculation_problems(vllm_config: VllmConfig, is_mixed: bool) -> list[tuple[
             f"false",
         ),
         (
-            bool(vllm_config.use_v2_model_runner),
-            f"speculative method {method} on vLLM's model runner V2 yet; set "
-            f"VLLM_USE_V2_MODEL_RUNNER to 0",
+            bool(vllm_config.use_v2_model_runner and speculative.use_multi_module_mtp()),
+            "several MTP layers on vLLM's model runner V2 yet, which computes tokens of the prefix "
+            "anew; set num_speculative_tokens to 1, or VLLM_USE_V2_MODEL_RUNNER to 0",
+        ),
+        (
+            bool(speculative.enable_adaptive_verification),
+            f"speculative method {method} with adaptive verification yet; set "
+            f"enable_adaptive_verification to false",
         ),
         (
             is_mixed,
@@ -75,21 +78,3 @@ def _shape_problems(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             ),
         )
     ]
-
-
-def check_drafts(vllm_config: VllmConfig, mode: Mode) -> None:
-    """Refuse modes that a draft model's layers do not go together with.
-
-    Args:
-        vllm_config: of the engine.
-        mode: of compression.
-
-    Raises:
-        ConfigError: naming the setting.
-    """
-    if mode != "evict" and has_draft_layers(vllm_config):
-        method = vllm_config.speculative_config.method
-        raise ConfigError(
-            f"mode {mode} does not work with speculative method {method} yet; set mode to "
-            f"evict, or use ngram."
-        )

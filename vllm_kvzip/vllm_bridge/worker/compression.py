@@ -73,9 +73,9 @@ class PrefixCompression:
         """Compress one prefix and note what became of it; None when it could not be."""
         plan, row = request.plan, request.block_ids
         assert plan is not None
-        end = request.reserve_start + plan.num_compressed_blocks
-        first_quantized = end - plan.num_quantized_blocks
-        self._unclean.add(row[first_quantized:end])  # also where only some are filled
+        if plan.num_quantized_blocks:  # also where only some are filled
+            reserve = row[request.reserve_start :][: plan.num_compressed_blocks]
+            self._unclean.add(reserve[plan.num_full_blocks :])
         outcome: str | torch.Tensor | None
         prefix = None
         repeated = self.repeats.take(request.request_id) if self.repeats else None

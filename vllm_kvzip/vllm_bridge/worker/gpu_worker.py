@@ -21,6 +21,7 @@ from vllm_kvzip.vllm_bridge.attention.kernel_choice import (
     warm_up,
 )
 from vllm_kvzip.vllm_bridge.cache.layer_checks import check_sinks
+from vllm_kvzip.vllm_bridge.drafts import num_draft_layers
 from vllm_kvzip.vllm_bridge.fingerprint import rows_of_stages
 from vllm_kvzip.vllm_bridge.settings import cache_shape
 from vllm_kvzip.vllm_bridge.symbols import (
@@ -124,7 +125,8 @@ class TritonPath(HeadPageWorker):
             quantization.layout.page_tokens if quantization else 0,
         )
         if quantization is not None:
-            num_heads = num_layers * model.get_num_kv_heads(parallel)
+            num_heads = num_layers + num_draft_layers(self.vllm_config)
+            num_heads *= model.get_num_kv_heads(parallel)
             needed += transform_bytes(
                 self.scheduler_config.max_num_seqs,
                 num_heads,

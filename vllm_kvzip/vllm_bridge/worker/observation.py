@@ -82,7 +82,8 @@ class QueryObservation:
     def keep(
         self, layer: Any, query: torch.Tensor, spans: tuple[QuerySpan, ...], dtype: torch.dtype
     ) -> None:
-        """Keep the queries of one layer.
+        """Keep the queries of one layer; none of a draft model's, which vLLM's model runner V2 runs
+        with the metadata of the target.
 
         Args:
             layer: vLLM's.
@@ -91,6 +92,8 @@ class QueryObservation:
             dtype: of the model.
         """
         index = self._layer_index[layer.layer_name]
+        if index >= self._geometry.num_layers:
+            return
         for span in spans:
             by_layer = self._kept.setdefault(span.request_id, defaultdict(list))
             if by_layer is None:
