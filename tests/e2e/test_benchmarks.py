@@ -32,7 +32,25 @@ def test_the_overhead_of_engines_that_take_turns():
 
 
 def test_the_scheduler_without_a_model():
-    small = "--requests 4 --prompt-tokens 128 --steps 3 --rounds 1"
-    ((running, prompt, held, compressed, *_),) = rows(run("benchmark_scheduler.py", *small.split()))
-    assert (running, prompt, held) == ("4", "128", str(4 * 5))
-    assert int(compressed) == 4 * 3  # half of four blocks, and one that is being filled
+    small = "--parts scheduler turnover --requests 4 --prompt-tokens 128 --cached 0 40 --steps 3"
+    found = rows(run("benchmark_scheduler.py", *small.split()))
+    found = [row for row in found if row[0] != "running"]
+    assert [row[:3] for row in found] == [["4", "128", cached] for cached in ("0", "40", "40")]
+    for *_, held, compressed, _, _, ratio in found:
+        assert int(held) == 4 * 5
+        assert int(compressed) == 4 * 3  # half of four blocks, and one that is being filled
+        assert 0.2 < float(ratio) < 5
+
+
+def test_the_worker_beside_the_forward_pass():
+    small = "--parts worker --requests 4 --prompt-tokens 128 --steps 3"
+    ((running, prompt, *_, ratio),) = rows(run("benchmark_scheduler.py", *small.split()))
+    assert (running, prompt) == ("4", "128")
+    assert 0.2 < float(ratio) < 5
+
+
+def test_long_answers_hold_their_budget():
+    model = SCRIPTS.parent / "tests" / "models" / "tiny-retriever"
+    small = f"--model {model} --prompts 1 --tokens 200 --budgets 64 --scorers random"
+    text = run("eval_long_answers.py", *small.split())
+    assert re.search(r"random .*\[.*\], 5 blocks", text)  # three between rounds, two more in one
