@@ -7,8 +7,8 @@ Without compression the model writes an answer to each prompt, sampled at temper
 led through that answer once for each scorer and budget, token by token, in real decode steps of a
 real engine, which compresses what the request holds whenever its budget is full. Each cell says how
 far the next token's distribution is from the uncompressed model's, in nats a token, behind the
-first round, when something has been evicted; and the most KV blocks a request held. Brackets are
-the lowest and the highest answer.
+first round, when something has been evicted; the most KV blocks a request held; and which share of
+the time the rounds took. Brackets are the lowest and the highest answer.
 
 Scorer ``streaming`` keeps the first and the last tokens (recency), ``random`` is a control.
 """
@@ -20,6 +20,7 @@ import gc
 import os
 import statistics
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"})
@@ -67,6 +68,7 @@ class LongAnswers:
             for prompt in PROMPTS[:num_prompts]
         ]
         self._answers: list[Lesson] = []
+        self._seconds = 0.0  # of the last run
 
     @property
     def longest_prompt(self) -> int:
@@ -80,7 +82,7 @@ class LongAnswers:
         ]
         self._run(None, self._answers, temperature=1.0)
 
-    def led(self, settings: dict[str, Any], budget: int) -> tuple[list[float], int]:
+    def led(self, settings: dict[str, Any], budget: int) -> tuple[list[float], int, float]:
         """Lead the model through its answers.
 
         Args:
@@ -88,15 +90,16 @@ class LongAnswers:
             budget: the decode budget, tokens.
 
         Returns:
-            mean nats a token behind the first round, by answer, and the most blocks a request held.
+            mean nats a token behind the first round, by answer; the most blocks a request held; and
+            seconds of rounds / all seconds.
 
         Raises:
             RuntimeError: if a request was not compressed.
         """
         lessons = [Lesson(own.output, reference=own.distributions) for own in self._answers]
-        before = counter("decode_rounds_total")
+        rounds, seconds = counter("decode_rounds_total"), round_seconds()
         most = self._run({**settings, "decode_budget": budget}, lessons, temperature=0.0)
-        if counter("decode_rounds_total") - before < len(lessons):
+        if counter("decode_rounds_total") - rounds < len(lessons):
             raise RuntimeError(f"with a budget of {budget} tokens not every answer had a round")
         blocks = budget // BLOCK_SIZE
         filled = (blocks + max(1, blocks // 2)) * BLOCK_SIZE
@@ -106,7 +109,7 @@ class LongAnswers:
             )
             for lesson, prompt in zip(lessons, self._prompts, strict=True)
         ]
-        return found, most
+        return found, most, (round_seconds() - seconds) / self._seconds
 
     def _run(
         self, settings: dict[str, Any] | None, lessons: Sequence[Lesson], temperature: float
@@ -140,17 +143,25 @@ class LongAnswers:
             m.req_to_blocks for m in scheduler.kv_cache_manager.coordinator.single_type_managers
         ]
         most = 0
+        begin = time.perf_counter()
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.finished:
                     lessons[int(output.request_id)].output = list(output.outputs[0].token_ids)
             held = [sum(not block.is_null for block in row) for row in rows.values()]
             most = max([most, *held])
+        self._seconds = time.perf_counter() - begin
         forget()
         engine.engine_core.shutdown()
         del llm, engine, scheduler
         gc.collect()
         return most
+
+
+def round_seconds() -> float:
+    """What all rounds of this process's engines took."""
+    stages = ("score", "select", "compact")
+    return sum(counter("compress_seconds_sum", stage=stage) for stage in stages)
 
 
 def main() -> int:
@@ -174,11 +185,11 @@ def main() -> int:
             settings = settings_of(scorer, 1.0)
             settings.pop("min_prompt_tokens")
             try:
-                found, most = answers.led(settings, budget)
+                found, most, share = answers.led(settings, budget)
             except (KVzipError, RuntimeError) as error:
                 sys.exit(f"{scorer}: {error}")
             mean = statistics.fmean(found)
-            cell = f"{mean:.3f} [{min(found):.3f} {max(found):.3f}], {most} blocks"
+            cell = f"{mean:.3f} [{min(found):.3f} {max(found):.3f}], {most} blocks, {share:.1%}"
             cells[scorer].append(cell)
             print(f"{scorer}, budget {budget}: {cell}", file=sys.stderr, flush=True)
     for row in cells.values():
