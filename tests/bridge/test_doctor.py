@@ -37,7 +37,8 @@ def test_all_is_well(capsys):
         "num_ranks": 1, "num_stages": 1,
         "builds_profile": False, "scorer": "surrogate", "budget": "adaptive", "mode": "evict",
         "keep_ratio": 0.5, "counts": "KV pairs", "block_size": 32, "pages_per_head": 1,
-        "cache_dtype": "float32", "max_model_len": 2048,
+        "cache_dtype": "float32", "max_model_len": 2048, "prefill_budget": None,
+        "decode_budget": None,
     }  # fmt: skip
     blocks = 2**28 // (4 * 4 * 2 * 32 * 32 * 4) - 1  # layers, heads, K and V, tokens, size, bytes
     assert found["cache_blocks"] == blocks == 2047
@@ -48,6 +49,13 @@ def test_all_is_well(capsys):
         "tokens": 63 * 1024, "tokens_compressed": 127 * 1024,
     }  # fmt: skip
     assert (ragged["blocks"], ragged["blocks_compressed"]) == (33, 17)  # one holds the tail
+
+
+def test_budgets_in_tokens_in_words(capsys):
+    budget = ("--kv-compression-config.decode_budget", "1024")
+    assert main(["--model", str(MODEL), *budget]) == 0
+    said = "a request holds 1,024 tokens while it generates, and half as many more before a round"
+    assert said in capsys.readouterr().out
 
 
 def test_blocks_of_pipeline_stages(capsys):

@@ -5,7 +5,8 @@ The tiny model goes on after any prompt, so an answer is as long as it is asked 
 
 import numpy as np
 import pytest
-from engine_job import Request, run_job
+from engine_job import RUNNER_V2, Request, run_job
+from random_model import make_random_model
 
 from vllm_kvzip.evaluation.tasks.retrieval_task import copy_prompt, make_context
 
@@ -60,7 +61,7 @@ def stock():
 
 @pytest.fixture(scope="module")
 def within_budget():
-    return run_job(requests(), kvzip=KVZIP, **ENGINE)
+    return run_job(requests(), kvzip=KVZIP, asynchronous=True, **ENGINE)
 
 
 def test_answers_are_as_long_as_asked_and_every_block_comes_back(within_budget):
@@ -106,3 +107,35 @@ def test_what_the_answer_needs_is_kept_and_a_control_forgets_it(within_budget):
 
 
 RANDOM = {"scorer": "random", "budget": "uniform", "profile": "none"}
+SMALL = {"max_model_len": 512, "num_gpu_blocks_override": 80, "max_num_batched_tokens": 128}
+LEAST = {"min_prompt_tokens": 512, "decode_budget": 64, "scorer": "keydiff"}
+
+
+def short(length, *outputs):
+    rng = np.random.default_rng(43)
+    return [Request(make_context(rng, length).tokens.tolist(), output) for output in outputs]
+
+
+def test_model_runner_v2_writes_the_same_answers():
+    on_v1 = run_job(short(40, 40, 230), kvzip=LEAST, **SMALL)
+    on_v2 = run_job(short(40, 40, 230), kvzip=LEAST, environment=RUNNER_V2, **SMALL)
+    assert on_v2.outputs == on_v1.outputs
+    rounds = on_v1.metrics["vllm_kvzip_decode_rounds_total"]
+    assert rounds == on_v2.metrics["vllm_kvzip_decode_rounds_total"] == (40 + 229 - 96) // 32 + 1
+    assert on_v2.free_blocks[-1] == on_v2.free_blocks[0]
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "lfm2"])
+def test_beside_windows_and_states(kind, tmp_path):
+    model = make_random_model(kind, tmp_path)
+    engine = {**SMALL, "model": model, "skip_tokenizer_init": True}
+    if kind == "lfm2":
+        engine["compilation_config"] = {"custom_ops": ["none"]}
+    prompts = [[7 + number] * 40 for number in range(2)]
+    asked = [Request(prompt, output) for prompt, output in zip(prompts, (40, 230), strict=True)]
+    stock = run_job(asked, **engine)
+    budgeted = run_job(asked, kvzip=LEAST, **engine)
+    assert budgeted.outputs[0] == stock.outputs[0]
+    assert budgeted.metrics["vllm_kvzip_decode_rounds_total"] > 3
+    assert len(budgeted.outputs[1]) == 230
+    assert budgeted.free_blocks[-1] == budgeted.free_blocks[0]

@@ -74,9 +74,18 @@ def _facts(it: Compression) -> list[str]:
         "profile": f"{profile}, made when the engine starts" if it.builds_profile else profile,
         "scorer": f"{it.scorer}, budget {it.budget}",
         "mode": f"{it.mode}, {it.keep_ratio:g} of the {it.counts} of a prompt are kept",
+        **({"budgets": _budgets(it)} if it.prefill_budget or it.decode_budget else {}),
         "KV cache": f"blocks of {it.block_size} tokens{_pages(it)}, {it.cache_dtype}",
     }
     return [f"  {name:<10}  {fact}" for name, fact in facts.items()]
+
+
+def _budgets(it: Compression) -> str:
+    """What a request holds between rounds."""
+    tokens = {"while its prompt is read": it.prefill_budget}
+    tokens["while it generates"] = it.decode_budget or it.prefill_budget
+    parts = [f"{count:,} tokens {when}" for when, count in tokens.items() if count]
+    return f"a request holds {' and '.join(parts)}, and half as many more before a round"
 
 
 def _pages(it: Compression) -> str:

@@ -70,6 +70,8 @@ class Compression:
         scorer, budget, mode: what is used, where the user left it open.
         keep_ratio: kept / all.
         counts: what the ratio counts, ``KV pairs`` or ``bytes``.
+        prefill_budget, decode_budget: tokens that a request holds between rounds while its prompt
+            is read, and while its answer is generated; None: there are no rounds.
         block_size: tokens per block.
         pages_per_head: head pages of a KV head in a block.
         cache_dtype: of the KV cache.
@@ -95,6 +97,8 @@ class Compression:
     mode: str
     keep_ratio: float
     counts: str
+    prefill_budget: int | None
+    decode_budget: int | None
     block_size: int
     pages_per_head: int
     cache_dtype: str
@@ -216,6 +220,8 @@ def _compression(plan: CachePlan) -> Compression:
         budget=settings.budget,
         mode=config.mode,
         keep_ratio=config.ratio,
+        prefill_budget=config.prefill_budget,
+        decode_budget=config.decode_budget,
         counts="KV pairs" if config.keep_bytes_ratio is None else "bytes",
         block_size=plan.block_size,
         pages_per_head=running_platform().pages_per_head(plan.block_size),
