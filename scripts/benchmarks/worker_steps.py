@@ -8,12 +8,10 @@ has run when it returns, so the clock needs no synchronisation.
 
 from __future__ import annotations
 
-import time
-from typing import Any
-
 import numpy as np
 
 from benchmarks.scheduler_steps import KEEP_RATIO, MODEL, WARM_UP
+from benchmarks.step_profile import StepClock
 from vllm_kvzip.evaluation.engines import BLOCK_SIZE
 
 FIRST_TOKEN, LAST_TOKEN = 5, 200  # of made-up prompts
@@ -53,10 +51,10 @@ class WorkerSteps:
         ).llm_engine
         core = self._engine.engine_core.engine_core
         self.worker = core.model_executor.driver_worker.worker
-        self._seconds = self._in_model = 0.0
+        self._clock = StepClock()
         for name in ("execute_model", "sample_tokens"):
-            self._time(self.worker, name)
-        self._leave_out(self.worker.model_runner, "_model_forward")
+            self._clock.time(self.worker, name, "worker")
+        self._clock.time(self.worker.model_runner, "_model_forward", "model")
         rng = np.random.default_rng(0)
         sampling = SamplingParams(
             temperature=0, max_tokens=longest - prompt_tokens, ignore_eos=True, detokenize=False
@@ -80,30 +78,6 @@ class WorkerSteps:
 
     def step(self) -> float:
         """One step of the engine; returns the worker's seconds without the forward pass."""
-        self._seconds = self._in_model = 0.0
+        self._clock.clear()
         self._engine.step()
-        return self._seconds - self._in_model
-
-    def _time(self, owner: Any, name: str) -> None:
-        original = getattr(owner, name)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            begin = time.perf_counter()
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self._seconds += time.perf_counter() - begin
-
-        setattr(owner, name, timed)
-
-    def _leave_out(self, owner: Any, name: str) -> None:
-        original = getattr(owner, name)
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            begin = time.perf_counter()
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self._in_model += time.perf_counter() - begin
-
-        setattr(owner, name, timed)
+        return self._clock.seconds["worker"]
