@@ -33,7 +33,7 @@ class World:
 
     def __init__(self, seed, directory, asynchronous, budgets):
         self.random = random.Random(seed)
-        prefill_blocks, decode_blocks = budgets
+        prefill_blocks, decode_blocks, self.most_guesses = budgets
         self.longest = 300 if prefill_blocks is None else 1500  # the pool holds 880 tokens
         self.most_output = 160 if decode_blocks is None else 500
         self.names_budgets = decode_blocks is not None
@@ -54,6 +54,7 @@ class World:
             min_output_tokens=self.random.choice([0, 0, 20]),
             prefill_blocks=prefill_blocks,
             decode_blocks=decode_blocks,
+            num_guessed_tokens=2 * self.most_guesses,
         )
         self.now = 0
         self.manager.prefixes._clock = lambda: self.now
@@ -65,6 +66,7 @@ class World:
         self.runs = {}  # serial -> (block ids, boundary, keep ratio, plan)
         self.on_run = {}  # request on a compressed prefix -> (its blocks, boundary, keep ratio)
         self.last_scheduled = {}
+        self.accepted = {}  # guesses of the step that are right, by request that guesses
         self.done = []  # finished in the last step
         self.events = Counter()
         self.number = 0
@@ -116,11 +118,14 @@ class World:
         for request in list(self.running):
             if request not in self.running:
                 continue  # preempted by an earlier one of this step
-            count = min(CHUNK, request.num_tokens - request.num_computed_tokens)
+            left = request.num_tokens - request.num_computed_tokens
+            guesses = self.random.randint(0, self.most_guesses) if left == 1 else 0
+            count = min(CHUNK, left + guesses)
             count = self._next_stop(request, request.num_computed_tokens, count)
             if not count:
                 self.events["waited for a fold"] += 1
                 continue
+            self._guess(request, count - left)
             blocks = self.cache.allocate_slots(request, count)
             while blocks is None:
                 victim = self.running.pop()
@@ -169,13 +174,30 @@ class World:
         self._work(step)
         self.last_scheduled = scheduled
         for request in list(self.running):
-            request.num_computed_tokens += scheduled.get(request.request_id, 0)
+            count, right = self._settle(request, scheduled.get(request.request_id, 0))
+            request.num_computed_tokens += count
+            request.append_output_token_ids(right)
             if request.num_computed_tokens == request.num_tokens:
                 request.append_output_token_ids(self.random.randrange(1000))
                 if request.num_output_tokens >= request.max_tokens:
                     self.running.remove(request)
                     self.cache.free(request)
                     self.done.append(request.request_id)
+
+    def _guess(self, request, count):
+        """Speculative decoding: so many tokens more, of which some turn out to be right."""
+        self.accepted.pop(request.request_id, None)
+        if count > 0:
+            allowed = request.max_tokens - request.num_output_tokens - 1
+            right = max(0, min(self.random.randint(0, count), allowed))
+            tokens = [self.random.randrange(1000) for _ in range(right)]
+            self.accepted[request.request_id] = tokens
+            self.events["wrong guess"] += count - right
+
+    def _settle(self, request, count):
+        """Tokens of the step that stay, and the right guesses among them."""
+        right = self.accepted.pop(request.request_id, None)
+        return (count, []) if right is None or not count else (1 + len(right), right)
 
     def _abort_some(self):
         finished, self.done = self.done, []
@@ -232,7 +254,7 @@ class World:
             row = [block.block_id for block in self.manager.req_to_blocks[rid]]
             reservation = self.manager.rows[rid].reservation
             if reservation and self.rows[rid] != row:  # the scheduler folds a step later
-                assert self.asynchronous
+                assert self.asynchronous or self.most_guesses
                 row = fold_row(row, reservation.run.plan, reservation.start, 0)
                 self.events["late fold"] += 1
             assert self.rows[rid] == row  # the same blocks at the same logical places
@@ -269,7 +291,10 @@ class World:
     def _compute(self, rid, count):
         """Write the step's tokens, then read everything the request attends over."""
         request, row = self.requests[rid], self.rows[rid]
-        tokens = self._chain(request)
+        tokens = list(self._chain(request))
+        for token in self.accepted.get(rid, ()):
+            tokens.append(hash((tokens[-1], token)))
+        tokens += ["a wrong guess"] * (request.num_computed_tokens + count - len(tokens))
         num_compressed, boundary, keep_ratio = self.on_run.get(rid, (0, 0, 1.0))
         how = "over" if boundary else "raw"
         first = request.num_computed_tokens
@@ -334,8 +359,8 @@ class World:
             self.events["answer within its budget"] += 1
 
 
-BUDGETS = [(None, None), (7, None), (None, 6), (9, 5)]
-"""Prefill and decode budgets in blocks."""
+BUDGETS = [(None, None, 0), (7, None, 0), (None, 6, 0), (9, 5, 4)]
+"""Prefill and decode budgets in blocks, and guesses of speculative decoding."""
 
 
 @pytest.mark.parametrize("budgets", BUDGETS)
@@ -358,6 +383,7 @@ def test_random_histories_keep_pool_and_rows_in_order(seed, asynchronous, budget
     assert world.events["abort"] > 0
     assert world.events["prefix hit"] > 0
     assert world.events["answer within its budget"] > 100 or budgets[1] is None
+    assert world.events["wrong guess"] > 100 or not budgets[2]
     assert world.cache.block_pool.get_num_free_blocks() == NUM_BLOCKS - 1
     manager = world.manager
     assert not manager.rows

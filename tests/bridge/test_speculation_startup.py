@@ -53,7 +53,9 @@ def test_methods_that_go_together_with_compression(eagle):
         (("--kv-compression-config.profile", "build"), ITSELF,
          "profile build does not work with a draft model yet"),
         (("--kv-compression-config.prefill_budget", "640"), ITSELF,
-         "prefill_budget does not work with speculative decoding yet"),
+         "prefill_budget does not work with speculative method draft_model yet; use ngram"),
+        (("--kv-compression-config.decode_budget", "640"), ITSELF,
+         "decode_budget does not work with speculative method draft_model yet; use ngram"),
     ],
 )  # fmt: skip
 def test_what_does_not_is_one_sentence(capsys, flags, values, message):

@@ -257,11 +257,6 @@ QUANTIZE = ("--kv-compression-config.mode", "quantize")
              "--kv-compression-config.scorer", "kvzip"),
             "Scorer kvzip does not work with prefill_budget",
         ),
-        (
-            ("--kv-compression-config.prefill_budget", "640", "--speculative-config",
-             '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}'),
-            "prefill_budget does not work with speculative decoding yet",
-        ),
         (("--kv-compression-config.prefill_budget", "0"), "prefill_budget=0 is wrong"),
         (("--kv-compression-config.decode_budget", "63"), "decode_budget=63 must be at least 64"),
         (

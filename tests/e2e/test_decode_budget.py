@@ -106,6 +106,17 @@ def test_what_the_answer_needs_is_kept_and_a_control_forgets_it(within_budget):
     assert copied_right(control) < 0.2
 
 
+def test_beside_guesses(stock):
+    """A round keeps what was said, and no guess that was wrong."""
+    guess = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
+    report = run_job(requests()[: COPY + 1], kvzip=KVZIP, speculative_config=guess, **ENGINE)
+    assert report.outputs[WITHIN] == stock.outputs[WITHIN]
+    assert copied_right(report) > 0.7
+    assert len(report.free_blocks) < 0.8 * requests()[LONG].max_tokens  # steps: guesses were right
+    assert report.metrics["vllm_kvzip_decode_rounds_total"] >= 4
+    assert report.free_blocks[-1] == report.free_blocks[0]
+
+
 RANDOM = {"scorer": "random", "budget": "uniform", "profile": "none"}
 SMALL = {"max_model_len": 512, "num_gpu_blocks_override": 80, "max_num_batched_tokens": 128}
 LEAST = {"min_prompt_tokens": 512, "decode_budget": 64, "scorer": "keydiff"}

@@ -298,6 +298,15 @@ def test_an_answer_that_ends_before_its_budget_is_full_plans_nothing():
     assert budgeted.next_plan(40, RequestOptions(max_output_tokens=345)).num_prefix_blocks == 12
 
 
+def test_a_round_waits_until_no_token_before_it_is_a_guess():
+    plans = rounds(rule(keep_ratio=0.3, decode_blocks=8, num_guessed_tokens=6), 40, 800)
+    assert [(p.boundary_tokens, p.ready_tokens) for p in plans] == [
+        (384, 390), (512, 518), (640, 646), (768, 774),
+    ]  # fmt: skip
+    prompt = rounds(rule(keep_ratio=0.3, prefill_blocks=8, num_guessed_tokens=6), 683, 683)
+    assert [p.ready_tokens for p in prompt] == [384, 512, 640, 683]  # nobody guesses a prompt
+
+
 DECODING = st.builds(
     PrefixRule,
     keep_ratio=st.floats(0.01, 1.0),
@@ -307,6 +316,7 @@ DECODING = st.builds(
     block_size=st.just(16),
     prefill_blocks=st.none() | st.integers(2, 40),
     decode_blocks=st.integers(2, 40),
+    num_guessed_tokens=st.integers(0, 20),
 )
 
 

@@ -48,6 +48,8 @@ class PrefixRule:
         prefill_blocks: the prefill budget in blocks; None reads every prompt raw.
         decode_blocks: the decode budget in blocks; None lets answers grow, unless there is a
             prefill budget, which holds for answers as well. A request may name its own.
+        num_guessed_tokens: of those that have been computed, how many of an answer's last ones may
+            still be guesses that turn out wrong. A round waits until so many more are computed.
         pool_blocks: blocks of the whole pool; a prompt that would not fit into it together with
             its compressed prefix is left alone. None: not known.
         tiers: how a keep ratio becomes blocks; None: all of them hold KV pairs as they are.
@@ -69,6 +71,7 @@ class PrefixRule:
     num_layers: int = 1
     num_dense_layers: int = 0
     decode_blocks: int | None = None
+    num_guessed_tokens: int = 0
 
     def plan(
         self, num_prompt_tokens: int, options: RequestOptions = request_options.DEFAULT
@@ -124,14 +127,17 @@ class PrefixRule:
             end = self._next_round(budget, start, held)
             if last is not None and start < last.num_prefix_blocks <= end:
                 return replace(last, start_blocks=start, held_blocks=held)
+        num_guessed = 0
         if budget is None or end * self.block_size > num_prompt_tokens:
-            budget = decode_blocks
+            budget, num_guessed = decode_blocks, self.num_guessed_tokens
             end = self._next_decode_round(budget, start, held, num_prompt_tokens)
-            most = options.max_output_tokens
-            if most is not None and end * self.block_size >= num_prompt_tokens + most:
-                return None  # it ends before
         plan = self._plan_of(end, budget, options)
-        return replace(plan, start_blocks=start, held_blocks=held, is_round=True)
+        ready, most = plan.ready_tokens + num_guessed, options.max_output_tokens
+        if most is not None and ready >= num_prompt_tokens + most:
+            return None  # the answer ends before
+        return replace(
+            plan, start_blocks=start, held_blocks=held, is_round=True, ready_tokens=ready
+        )
 
     def decode_budget(self, options: RequestOptions) -> int | None:
         """Blocks that a request holds between rounds while it generates; None: no rounds.
@@ -184,7 +190,9 @@ class PrefixRule:
         """
         if self.prefill_blocks is None:
             return None
-        return 2 * self.prefill_blocks + 2 * _round_blocks(self.prefill_blocks) + _SPARE_BLOCKS
+        step = _round_blocks(self.prefill_blocks)
+        step += ceil(self.num_guessed_tokens / self.block_size)
+        return 2 * self.prefill_blocks + 2 * step + _SPARE_BLOCKS
 
     def most_blocks(self, num_prompt_tokens: int, options: RequestOptions) -> int | None:
         """The most blocks a request holds, however much it generates; None without a budget.
@@ -199,7 +207,7 @@ class PrefixRule:
         plan = self.plan(num_prompt_tokens, options)
         kept = plan.num_compressed_blocks if plan else 0
         of_prompt = ceil(num_prompt_tokens / self.block_size)
-        step = _round_blocks(budget)
+        step = _round_blocks(budget) + ceil(self.num_guessed_tokens / self.block_size)
         return max(of_prompt, kept, budget + step) + max(kept, budget) + step + _SPARE_BLOCKS
 
     @property

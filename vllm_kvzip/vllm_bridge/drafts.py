@@ -32,6 +32,16 @@ def num_draft_layers(vllm_config: VllmConfig) -> int:
     return 0 if draft is None else int(draft.get_total_num_hidden_layers())
 
 
+def num_guessed_tokens(vllm_config: VllmConfig) -> int:
+    """How many of a request's computed tokens may be guesses that are taken back.
+
+    Those of a step, and with asynchronous scheduling those of the step before it, of which the
+    scheduler has not heard when it schedules.
+    """
+    speculative = vllm_config.speculative_config
+    return 0 if speculative is None else 2 * int(speculative.num_speculative_tokens)
+
+
 def rule_with_drafts(rule: PrefixRule, vllm_config: VllmConfig) -> PrefixRule:
     """A rule of what is compressed that knows of a draft model's layers, as the workers' does.
 

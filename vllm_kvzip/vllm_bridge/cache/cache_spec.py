@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from vllm_kvzip.planning.prefix_rule import PrefixRule
 from vllm_kvzip.planning.reuse_rule import ReuseRule
 from vllm_kvzip.vllm_bridge.cache.layer_checks import check_draft_layers, check_layers
+from vllm_kvzip.vllm_bridge.drafts import num_guessed_tokens
 from vllm_kvzip.vllm_bridge.scheduler.block_manager import HeadPageManager
 from vllm_kvzip.vllm_bridge.symbols import (
     FullAttentionSpec,
@@ -78,7 +79,12 @@ class HeadPageSpec(FullAttentionSpec):
         return replace_as(
             spec,
             cls,
-            rule=replace(rule, num_layers=sharing[0], num_dense_layers=sharing[1]),
+            rule=replace(
+                rule,
+                num_layers=sharing[0],
+                num_dense_layers=sharing[1],
+                num_guessed_tokens=num_guessed_tokens(vllm_config),
+            ),
             num_ranks=vllm_config.parallel_config.tensor_parallel_size,
             metrics_directory=settings.metrics_directory,
             repeat=settings.repeat_rule(vllm_config),

@@ -86,7 +86,7 @@ class PrefixLookup:
         if self._rule.decode_blocks is not None:
             plan = self._rule.next_plan(request.num_prompt_tokens, asked)
             if plan is not None and plan.is_round:
-                return min(max_length, plan.ready_tokens - 1)
+                return min(max_length, plan.boundary_tokens - 1)
         if self._repeat is not None:
             plan = self._rule.plan(request.num_prompt_tokens, asked)
             if plan is not None and plan.boundary_tokens > self._repeat.chunk_tokens:

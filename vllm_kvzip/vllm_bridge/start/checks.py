@@ -139,9 +139,10 @@ def check_budget_in_tokens(
             f"{name} works with mode evict only, because KV pairs that were quantized "
             f"cannot compete with new ones; remove {name} or mode {mode}."
         )
-    if vllm_config.speculative_config is not None:
+    if has_draft_layers(vllm_config):
         raise ConfigError(
-            f"{name} does not work with speculative decoding yet; remove one of them."
+            f"{name} does not work with speculative method "
+            f"{vllm_config.speculative_config.method} yet; use ngram, or remove one of them."
         )
 
 
