@@ -199,15 +199,17 @@ def test_no_room_is_refused_and_the_pool_goes_on(server, exported, prompts):
     running = [server.stream([7 + n] * 1280, 700, vllm_xargs={"kvzip": "off"}) for n in range(6)]
     for answer in running[:2]:
         next(answer)
-    waiting = ThreadPoolExecutor()  # for room: the pool stays full, however slow this test is
-    first_words = [waiting.submit(next, answer) for answer in running[2:]]
-    message = refused(server, "/import", name="large")
+    with ThreadPoolExecutor() as waiting:  # the pool stays full, however slow this test is
+        first_words = [waiting.submit(next, answer) for answer in running[2:]]
+        status, answer = call(server, "/import", {"name": "large"})
+        for stream in running[:2]:
+            stream.close()
+        for stream, first_word in zip(running[2:], first_words, strict=True):
+            first_word.result()
+            stream.close()
+    assert status == 400
+    message = answer["error"]["message"]
     assert f"it needs {large['blocks_held']} blocks, and requests leave" in message
-    for answer in running[:2]:
-        answer.close()
-    for answer, first_word in zip(running[2:], first_words, strict=True):
-        first_word.result()
-        answer.close()
     deadline = time.monotonic() + 20
     while server.blocks_held() and time.monotonic() < deadline:
         time.sleep(0.1)
