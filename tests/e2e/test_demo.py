@@ -24,7 +24,7 @@ def test_demo_answers_alike_and_frees_blocks():
     results = [line.split() for line in lines if "words right" in line]
     assert [int(words[0]) for words in results] == [128, 128]
     without, compressed = (int(words[5]) for words in results)
-    assert compressed < 0.4 * without
+    assert compressed < 0.6 * without  # 0.35, and what a slow client lets a server write ahead
     assert any("blocks went back to the pool" in line for line in lines)
 
 
