@@ -106,10 +106,12 @@ def time_schedulers(args: argparse.Namespace, *, turnover: bool) -> int:
 def time_workers(args: argparse.Namespace) -> int:
     """The third table; the exit status."""
     print_head("worker", ["running", "prompt tokens"])
+    alive = []  # an engine that is collected takes vLLM's process groups of all engines with it
     for num_requests in args.requests:
         load = (num_requests, min(args.prompt_tokens), args.steps)
         stock = WorkerSteps(*load, compress=False)
         ours = WorkerSteps(*load, compress=True)
+        alive += [stock, ours]
         if ours.num_compressed != num_requests:
             print(f"Only {ours.num_compressed} of {num_requests} requests were compressed.")
             return 1

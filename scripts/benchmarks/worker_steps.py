@@ -15,6 +15,7 @@ from benchmarks.step_profile import StepClock
 from vllm_kvzip.evaluation.engines import BLOCK_SIZE
 
 FIRST_TOKEN, LAST_TOKEN = 5, 200  # of made-up prompts
+STEP_TOKENS = 8192
 
 
 class WorkerSteps:
@@ -33,7 +34,8 @@ class WorkerSteps:
         from vllm import LLM, SamplingParams
 
         kvzip = {"kvzip": {"keep_ratio": KEEP_RATIO, "min_prompt_tokens": 0}}
-        longest = prompt_tokens + 2 * num_steps + 2 * WARM_UP
+        prefill = num_requests * prompt_tokens // STEP_TOKENS  # the first requests decode meanwhile
+        longest = prompt_tokens + 2 * (prefill + num_steps + WARM_UP)
         self._engine = LLM(
             model=str(MODEL),
             dtype="float32",
@@ -43,7 +45,7 @@ class WorkerSteps:
             block_size=BLOCK_SIZE,
             max_model_len=longest,
             max_num_seqs=num_requests,
-            max_num_batched_tokens=max(8192, num_requests),
+            max_num_batched_tokens=max(STEP_TOKENS, num_requests),
             num_gpu_blocks_override=num_requests * (2 * prompt_tokens + longest) // BLOCK_SIZE + 64,
             disable_log_stats=True,
             async_scheduling=False,
