@@ -162,7 +162,7 @@ class Compressor:
                 sources, scores = _with_earlier(earlier, sources, scores, geometry.page_tokens)
             keeps = self._choose(scores, plan, available)
             kept_scores = None
-            if self._rule.prefill_blocks is not None or self._rule.decode_blocks is not None:
+            if self._rule.has_rounds:
                 kept_scores = _scores_of(scores, keeps[0])
             num_dense = self._num_dense_layers * geometry.num_kv_heads * num_pages
             kept_blocks = plan.num_compressed_blocks - plan.num_dense_blocks

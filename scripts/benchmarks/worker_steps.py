@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.scheduler_steps import KEEP_RATIO, MODEL, WARM_UP
 from benchmarks.step_profile import StepClock
-from vllm_kvzip.evaluation.engines import BLOCK_SIZE
+from vllm_kvzip.evaluation.engines import BLOCK_SIZE, start_engine
 
 FIRST_TOKEN, LAST_TOKEN = 5, 200  # of made-up prompts
 STEP_TOKENS = 8192
@@ -31,25 +31,20 @@ class WorkerSteps:
     def __init__(
         self, num_requests: int, prompt_tokens: int, num_steps: int, *, compress: bool
     ) -> None:
-        from vllm import LLM, SamplingParams
+        from vllm import SamplingParams
 
-        kvzip = {"kvzip": {"keep_ratio": KEEP_RATIO, "min_prompt_tokens": 0}}
+        settings = {"keep_ratio": KEEP_RATIO, "min_prompt_tokens": 0}
         prefill = num_requests * prompt_tokens // STEP_TOKENS  # the first requests decode meanwhile
         longest = prompt_tokens + 2 * (prefill + num_steps + WARM_UP)
-        self._engine = LLM(
-            model=str(MODEL),
-            dtype="float32",
+        self._engine = start_engine(
+            str(MODEL),
+            settings if compress else None,
             skip_tokenizer_init=True,
-            enforce_eager=True,
-            gpu_memory_utilization=0.3,
-            block_size=BLOCK_SIZE,
             max_model_len=longest,
             max_num_seqs=num_requests,
             max_num_batched_tokens=max(STEP_TOKENS, num_requests),
             num_gpu_blocks_override=num_requests * (2 * prompt_tokens + longest) // BLOCK_SIZE + 64,
-            disable_log_stats=True,
             async_scheduling=False,
-            additional_config=kvzip if compress else {},
         ).llm_engine
         core = self._engine.engine_core.engine_core
         self.worker = core.model_executor.driver_worker.worker

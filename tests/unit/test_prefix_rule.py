@@ -224,6 +224,32 @@ def test_what_is_generated_is_compressed_too():
     ]  # fmt: skip
 
 
+def written(budgeted, options, num_prompt_tokens, num_generated):
+    """Tokens that are computed at last, and all that is compressed until then."""
+    if options.max_output_tokens is not None:
+        num_generated = min(num_generated, options.max_output_tokens)
+    num_tokens = num_prompt_tokens + num_generated
+    return num_tokens, rounds(budgeted, num_prompt_tokens, num_tokens, options)
+
+
+def check_chain(plans, num_tokens, most):
+    """Each compression goes on where the last one ended, and never are more than ``most`` held.
+
+    Returns the blocks of 16 tokens that are held at last.
+    """
+    start = held = 0
+    for plan in plans:
+        assert (plan.start_blocks, plan.held_blocks) == (start, held)
+        candidates = held + plan.num_prefix_blocks - start
+        assert plan.num_source_blocks == candidates
+        assert candidates + plan.num_compressed_blocks <= most
+        start, held = plan.num_prefix_blocks, plan.num_compressed_blocks
+    held += num_tokens // 16 - start
+    assert held <= most
+    assert sum(not plan.is_round for plan in plans) <= 1
+    return held
+
+
 BUDGETED = st.builds(
     PrefixRule,
     keep_ratio=st.floats(0.01, 1.0),
@@ -237,23 +263,15 @@ BUDGETED = st.builds(
 
 @given(BUDGETED, OPTIONS, st.integers(1, 5000), st.integers(0, 2000))
 def test_with_a_budget_no_request_holds_more(budgeted, options, num_prompt, num_generated):
-    if options.max_output_tokens is not None:
-        num_generated = min(num_generated, options.max_output_tokens)
-    plans = rounds(budgeted, num_prompt, num_prompt + num_generated, options)
+    num_tokens, plans = written(budgeted, options, num_prompt, num_generated)
     if options.is_off:
         assert not plans
         return
-    start = held = 0
+    check_chain(plans, num_tokens, budgeted.peak_blocks)
     for plan in plans:
-        assert (plan.start_blocks, plan.held_blocks) == (start, held)
-        candidates = held + plan.num_prefix_blocks - start
-        assert plan.num_compressed_blocks <= min(candidates, budgeted.prefill_blocks)
-        assert candidates + plan.num_compressed_blocks <= budgeted.peak_blocks
+        most = min(plan.num_source_blocks, budgeted.prefill_blocks)
+        assert plan.num_compressed_blocks <= most
         assert not plan.is_round or plan.num_freed_blocks > 0
-        start, held = plan.num_prefix_blocks, plan.num_compressed_blocks
-    computed = (num_prompt + num_generated) // 16
-    assert held + computed - start <= budgeted.peak_blocks
-    assert sum(not plan.is_round for plan in plans) <= 1
 
 
 def test_an_answer_is_compressed_into_its_budget():
@@ -322,27 +340,17 @@ DECODING = st.builds(
 
 @given(DECODING, OPTIONS, st.integers(1, 2000), st.integers(0, 3000))
 def test_with_a_decode_budget_no_answer_holds_more(budgeted, options, num_prompt, num_generated):
-    if options.max_output_tokens is not None:
-        num_generated = min(num_generated, options.max_output_tokens)
-    plans = rounds(budgeted, num_prompt, num_prompt + num_generated, options)
-    most = budgeted.most_blocks(num_prompt, options)
+    num_tokens, plans = written(budgeted, options, num_prompt, num_generated)
     if (budget := budgeted.decode_budget(options)) is None:
         assert not any(plan.is_round for plan in plans)
         return
-    start = held = 0
+    held = check_chain(plans, num_tokens, budgeted.most_blocks(num_prompt, options))
     for plan in plans:
-        assert (plan.start_blocks, plan.held_blocks) == (start, held)
-        assert plan.num_prefix_blocks > start
-        candidates = held + plan.num_prefix_blocks - start
-        assert candidates + plan.num_compressed_blocks <= most
+        assert plan.num_prefix_blocks > plan.start_blocks
         if plan.is_round and plan.ready_tokens > num_prompt:
-            assert plan.num_compressed_blocks == budget < candidates
-        start, held = plan.num_prefix_blocks, plan.num_compressed_blocks
-    computed = (num_prompt + num_generated) // 16
-    assert held + computed - start <= most
-    assert sum(not plan.is_round for plan in plans) <= 1
-    if num_generated > 16 * (budget + 2) and any(plan.is_round for plan in plans):
-        assert held + computed - start <= budget + max(1, budget // 2) + 1
+            assert plan.num_compressed_blocks == budget < plan.num_source_blocks
+    if num_tokens - num_prompt > 16 * (budget + 2) and any(plan.is_round for plan in plans):
+        assert held <= budget + max(1, budget // 2) + 1
 
 
 @given(BUDGETED, st.integers(1, 3000), st.integers(1, 3000))

@@ -181,6 +181,11 @@ class PrefixRule:
         return min(num_tokens, plan.ready_tokens - first - must_wait)
 
     @property
+    def has_rounds(self) -> bool:
+        """Whether requests are compressed more than once, where they fill a budget."""
+        return self.prefill_blocks is not None or self.decode_blocks is not None
+
+    @property
     def peak_blocks(self) -> int | None:
         """The most blocks a request holds with a prefill budget.
 
@@ -190,9 +195,8 @@ class PrefixRule:
         """
         if self.prefill_blocks is None:
             return None
-        step = _round_blocks(self.prefill_blocks)
-        step += ceil(self.num_guessed_tokens / self.block_size)
-        return 2 * self.prefill_blocks + 2 * step + _SPARE_BLOCKS
+        most_new = self._most_new_blocks(self.prefill_blocks)
+        return 2 * (self.prefill_blocks + most_new) + _SPARE_BLOCKS
 
     def most_blocks(self, num_prompt_tokens: int, options: RequestOptions) -> int | None:
         """The most blocks a request holds, however much it generates; None without a budget.
@@ -207,7 +211,7 @@ class PrefixRule:
         plan = self.plan(num_prompt_tokens, options)
         kept = plan.num_compressed_blocks if plan else 0
         of_prompt = ceil(num_prompt_tokens / self.block_size)
-        step = _round_blocks(budget) + ceil(self.num_guessed_tokens / self.block_size)
+        step = self._most_new_blocks(budget)
         return max(of_prompt, kept, budget + step) + max(kept, budget) + step + _SPARE_BLOCKS
 
     @property
@@ -216,6 +220,10 @@ class PrefixRule:
         if self.prefill_blocks is None:
             return None
         return self._next_round(self.prefill_blocks, 0, 0) * self.block_size
+
+    def _most_new_blocks(self, budget: int) -> int:
+        """New blocks when a round of an answer comes, guesses among them."""
+        return _round_blocks(budget) + ceil(self.num_guessed_tokens / self.block_size)
 
     @staticmethod
     def _next_round(budget: int, start_blocks: int, held_blocks: int) -> int:

@@ -209,15 +209,12 @@ class KernelBatcher:
 
     def _free_slots(self, count: int, members: list[PrefixState | None]) -> list[int]:
         """Slots that nobody of the batch uses; requests outside of it lose theirs if need be."""
-        slots = range(1, len(self._offsets))
-        taken = set(self._slot_of.values())
-        free = [slot for slot in slots if slot not in taken]
-        if len(free) < count:
+        num_slots = len(self._offsets) - 1  # without that of no page
+        if num_slots - len(self._slot_of) < count:
             in_batch = set(members)
-            self._slot_of = {s: used for s, used in self._slot_of.items() if s in in_batch}
-            taken = set(self._slot_of.values())
-            free = [slot for slot in slots if slot not in taken]
-        return free[:count]
+            self._slot_of = {s: slot for s, slot in self._slot_of.items() if s in in_batch}
+        taken = set(self._slot_of.values())
+        return [slot for slot in range(1, num_slots + 1) if slot not in taken][:count]
 
     def _write(self, state: PrefixState, slot: int) -> None:
         """Put a prefix in a slot."""

@@ -172,8 +172,7 @@ class _HeadPageScheduling:
         if (repeat := self._kvzip_manager.kv_cache_spec.repeat) is not None:
             tokens = self.scheduler_config.max_num_batched_tokens
             self._kvzip_repeats = RepeatSchedule(repeat, tokens, 1 + self.num_spec_tokens)
-        rule = self._kvzip_manager.rule
-        rounds = rule.prefill_blocks is not None or rule.decode_blocks is not None
+        rounds = self._kvzip_manager.rule.has_rounds
         self._kvzip_has_states = self.need_mamba_block_aligned_split
         self._kvzip_splits = rounds or self._kvzip_repeats is not None
         if self._kvzip_splits:
