@@ -122,6 +122,11 @@ class PrefixPlan:
     num_dense_blocks: int = 0
 
     @property
+    def num_observed_tokens(self) -> int:
+        """Where the observation window ends: the boundary of a round, else ``ready_tokens``."""
+        return self.boundary_tokens if self.is_round else self.ready_tokens
+
+    @property
     def num_protected_tokens(self) -> int:
         """Tokens that every head keeps: sink and recent ones."""
         return self.num_sink_tokens + self.num_recent_tokens
@@ -243,6 +248,11 @@ class LayerInputs:
         soft_cap: scaled logits become ``soft_cap * tanh(logits / soft_cap)``; None or 0: they stay.
         sink_logits: float32 ``[H, G]``, a learned logit of each query head that joins its softmax
             and has no value; None: there is none.
+        positions: int ``[H, T]``, position of each pair where they do not follow one another: what
+            earlier rounds kept is scored anew with what is new. None: they do.
+        real: bool ``[H, T]``, which of them are pairs. Heads keep different numbers, so pads stand
+            between a head's kept pairs and its new ones; their keys and values are zero, and their
+            scores are not looked at. None: all are.
     """
 
     layer: int
@@ -261,11 +271,20 @@ class LayerInputs:
     keep_ratio: float = 1.0
     soft_cap: float | None = None
     sink_logits: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    real: torch.Tensor | None = None
 
     def unrotated_keys(self, part: slice | None = None) -> torch.Tensor:
         """Keys before rotary embedding, float32 ``[H, T, D]``; of some of the tokens, if given."""
         part = part or slice(0, self.keys.shape[1])
-        return unrotated(self.keys[:, part], self.rotary, self.first_position + part.start)
+        return unrotated(self.keys[:, part], self.rotary, self.positions_of(part))
+
+    def positions_of(self, part: slice) -> torch.Tensor:
+        """Positions of some of the tokens, int64 ``[H, S]``, or ``[S]`` if alike for all heads."""
+        if self.positions is not None:
+            return self.positions[:, part].to(torch.int64)
+        first = self.first_position
+        return torch.arange(first + part.start, first + part.stop, device=self.keys.device)
 
 
 @dataclass(frozen=True)
@@ -313,6 +332,8 @@ class CompressedPrefix:
             everything.
         scores: float32 ``[sum of pages * N]`` of the pairs of the first tier, in the order of its
             pages; None unless they will compete with later ones.
+        positions: int32, likewise, where these pairs are in the request; None unless they will be
+            scored anew with later ones.
         key_transform: ``[L, H, D]``, of quantized keys; None where there are none.
         sound: bool, a tensor of one element on a device that nobody waits for: whether all keys,
             values and scores that were looked at are finite. Where they are not, what is kept has
@@ -323,6 +344,7 @@ class CompressedPrefix:
     scores: torch.Tensor | None = None
     key_transform: KeyTransform | None = None
     sound: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
 
     @property
     def page_ids(self) -> torch.Tensor:

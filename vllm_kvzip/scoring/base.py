@@ -52,6 +52,10 @@ class Scorer(ABC):
         needs_rotary: whether ``LayerInputs.rotary`` is wanted.
         comparable_across_parts: whether scores of one part of a context can be compared with those
             of another part, as a prefill budget asks for.
+        rescores_kept: whether it sees all candidates of a round at once: what earlier rounds kept,
+            then what is new (``LayerInputs.positions`` and ``real``). So it need not be comparable
+            across parts. In mode ``evict`` only; in the others a scorer that is comparable goes on
+            from the scores of earlier rounds.
         needs_surrogate: whether ``ScorerSettings.surrogate`` is wanted.
         takes_capped_logits: whether it is right where a model caps its attention logits. A scorer
             that does not look at logits is.
@@ -66,6 +70,7 @@ class Scorer(ABC):
     needs_surrogate: ClassVar[bool] = False
     takes_capped_logits: ClassVar[bool] = True
     comparable_across_parts: ClassVar[bool] = False
+    rescores_kept: ClassVar[bool] = False
     default_budget: ClassVar[Budget | None] = None
 
     def __init__(self, settings: ScorerSettings) -> None:

@@ -134,12 +134,15 @@ class TritonPath(HeadPageWorker):
                 num_first(self.kvzip_settings.config.sink_tokens),
             )
         if window := self.kvzip_settings.observation_tokens:
-            scheduling = self.scheduler_config
+            scheduling, config = self.scheduler_config, self.kvzip_settings.config
+            most = scheduling.max_num_seqs * window
+            if config.decode_budget is None and config.prefill_budget is None:
+                most = min(scheduling.max_num_batched_tokens, most)
             needed += observation_bytes(
                 num_layers,
                 model.get_num_attention_heads(parallel),
                 model.get_head_size(),
-                min(scheduling.max_num_batched_tokens, scheduling.max_num_seqs * window),
+                most,
                 model.dtype.itemsize,
             )
         logger.info("KV compression sets %.2f GiB aside for its own tensors.", needed / 2**30)
