@@ -46,6 +46,8 @@ class Scorer(ABC):
             over the context a second time.
         needs_observation_queries: whether ``LayerInputs.observation_queries`` is wanted. Keeping
             queries costs memory during prefill, so scorers that do not need them say so.
+        observes_rounds_only: whether it wants them in rounds only, and scores prompts and contexts
+            without them.
         default_budget: the budget that suits its scores, whether or not the model has a profile;
             None leaves it to the engine: ``profile`` where there is one, else ``adaptive``.
         min_observation_tokens: how many of those queries are kept whatever the setting says.
@@ -64,6 +66,7 @@ class Scorer(ABC):
     name: ClassVar[str]
     needs_values: ClassVar[bool] = False
     needs_observation_queries: ClassVar[bool] = False
+    observes_rounds_only: ClassVar[bool] = False
     needs_reconstruction: ClassVar[bool] = False
     min_observation_tokens: ClassVar[int] = 0
     needs_rotary: ClassVar[bool] = False

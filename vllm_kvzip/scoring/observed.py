@@ -5,12 +5,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import max_pool1d
 
 from vllm_kvzip.model.capped_attention import cap_logits_
 from vllm_kvzip.model.slices import group_slices, token_slices
 
 if TYPE_CHECKING:
     from vllm_kvzip.core import LayerInputs
+
+
+POOLING_TOKENS = 5
+
+
+def pooled_attention(inputs: LayerInputs, queries: torch.Tensor) -> torch.Tensor:
+    """:func:`observed_attention`, of each key the most that it or its neighbours get.
+
+    A max-pool over neighbours (SnapKV, arXiv 2404.14469, section 4.2) keeps the tokens around a
+    peak. In rounds neighbours are pairs that a head kept side by side.
+    """
+    attention = observed_attention(inputs, queries)
+    return max_pool1d(attention, POOLING_TOKENS, stride=1, padding=POOLING_TOKENS // 2)
 
 
 def observed_attention(inputs: LayerInputs, queries: torch.Tensor) -> torch.Tensor:

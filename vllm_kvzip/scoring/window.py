@@ -4,26 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from torch.nn.functional import max_pool1d
-
 from vllm_kvzip.scoring.base import Scorer, register_scorer
-from vllm_kvzip.scoring.observed import observed_attention
+from vllm_kvzip.scoring.observed import pooled_attention
 
 if TYPE_CHECKING:
     import torch
 
     from vllm_kvzip.core import LayerInputs
 
-POOLING_TOKENS = 5
-
 
 @register_scorer
 class WindowScorer(Scorer):
-    """Attention the observation window pays to each key: mean over queries, max over the group.
-
-    A max-pool over neighbours (section 4.2 of the paper) keeps the tokens around a peak. In rounds
-    neighbours are pairs that a head kept side by side.
-    """
+    """Attention the observation window pays to each key: mean over queries, max over the group."""
 
     name: ClassVar[str] = "window"
     needs_observation_queries: ClassVar[bool] = True
@@ -34,6 +26,4 @@ class WindowScorer(Scorer):
         queries = inputs.observation_queries
         if queries is None:
             raise ValueError("Scorer 'window' needs the queries of the last prompt tokens.")
-        scores = observed_attention(inputs, queries)
-        padding = POOLING_TOKENS // 2
-        return max_pool1d(scores, POOLING_TOKENS, stride=1, padding=padding)
+        return pooled_attention(inputs, queries)

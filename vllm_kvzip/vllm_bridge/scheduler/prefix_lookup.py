@@ -82,7 +82,7 @@ class PrefixLookup:
         asked = options(request)
         if asked.is_off:
             return max_length
-        before_round = max(1, self._reuse.observation_tokens)
+        before_round = max(1, self._reuse.round_observation_tokens)
         if (first := self._rule.first_round_tokens) is not None:
             return max(0, min(max_length, first - before_round))
         if self._rule.decode_blocks is not None:

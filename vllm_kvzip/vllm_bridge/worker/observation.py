@@ -32,12 +32,20 @@ class QueryObservation:
         geometry: of the compressed layers.
         layer_index: vLLM's layer name -> layer.
         window: how many of a context's last queries the scorer wants; 0: none.
+        rounds_only: whether it wants none of a prompt or a context.
     """
 
-    def __init__(self, geometry: CacheGeometry, layer_index: dict[str, int], window: int) -> None:
+    def __init__(
+        self,
+        geometry: CacheGeometry,
+        layer_index: dict[str, int],
+        window: int,
+        rounds_only: bool = False,
+    ) -> None:
         self._geometry = geometry
         self._layer_index = layer_index
         self._window = window
+        self._rounds_only = rounds_only
         self._tokens_of: dict[str, tuple[int, int, int]] = {}  # this step, by request
         self._kept: dict[str, dict[int, list[Queries]] | None] = {}  # None: it failed
 
@@ -62,6 +70,8 @@ class QueryObservation:
             return
         for request, num_scheduled in tracker.in_prefill(output):
             assert request.plan is not None
+            if self._rounds_only and not request.plan.is_round:
+                continue
             rid, position = request.request_id, request.num_computed_tokens
             to_end = request.plan.num_observed_tokens - position
             if to_end > 0:
