@@ -15,11 +15,11 @@ from vllm_kvzip.core import (
     CacheGeometry,
     CompressedPrefix,
     KeepPlan,
-    LayerInputs,
     PrefixPlan,
     StoredTier,
 )
 from vllm_kvzip.errors import NotFiniteError
+from vllm_kvzip.layer_inputs import LayerInputs
 from vllm_kvzip.model.key_transform import KeyTransform
 from vllm_kvzip.storage.candidates import Candidates, of_kept
 from vllm_kvzip.storage.head_pages import PagePool, deal_pages
@@ -59,8 +59,8 @@ class Compressor:
             budgets ``profile`` and ``retrieval``.
         head_importance, tier_fractions: see ``PageAllocator``.
         rotary: of each layer, for scorers that want it.
-        soft_cap, sink_logits: see :class:`~vllm_kvzip.core.LayerInputs`; the latter ``[H * G]``,
-            of each layer.
+        soft_cap, sink_logits: see :class:`~vllm_kvzip.layer_inputs.LayerInputs`; the latter
+            ``[H * G]``, of each layer.
         seed: mixed into each prompt's seed.
         clock: measures the stages.
         first_layer, layers_of_model: where the first of these layers is among the compressed layers

@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vllm_kvzip.core import LayerInputs
 from vllm_kvzip.head_profiles.head_profile import ModelFingerprint
 from vllm_kvzip.head_profiles.networks import LayerSurrogate, save_surrogate
+from vllm_kvzip.layer_inputs import LayerInputs
 from vllm_kvzip.model.rotary import RotaryTables
 from vllm_kvzip.registry import SCORERS
 from vllm_kvzip.scoring import (

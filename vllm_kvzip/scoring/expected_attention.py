@@ -16,7 +16,7 @@ from vllm_kvzip.scoring.base import Scorer, register_scorer
 
 if TYPE_CHECKING:
     from vllm_kvzip.config import Budget
-    from vllm_kvzip.core import LayerInputs
+    from vllm_kvzip.layer_inputs import LayerInputs
 
 FUTURE_TOKENS = 512
 

@@ -11,7 +11,7 @@ from vllm_kvzip.model.capped_attention import cap_logits_
 from vllm_kvzip.model.slices import group_slices, token_slices
 
 if TYPE_CHECKING:
-    from vllm_kvzip.core import LayerInputs
+    from vllm_kvzip.layer_inputs import LayerInputs
 
 
 POOLING_TOKENS = 5

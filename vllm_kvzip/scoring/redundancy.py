@@ -13,7 +13,7 @@ from vllm_kvzip.scoring.observed import pooled_attention
 
 if TYPE_CHECKING:
     from vllm_kvzip.config import Budget
-    from vllm_kvzip.core import LayerInputs
+    from vllm_kvzip.layer_inputs import LayerInputs
 
 
 @register_scorer

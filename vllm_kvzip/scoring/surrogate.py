@@ -19,7 +19,7 @@ from vllm_kvzip.scoring.contrast import contrast, ramp
 
 if TYPE_CHECKING:
     from vllm_kvzip.config import Budget
-    from vllm_kvzip.core import LayerInputs
+    from vllm_kvzip.layer_inputs import LayerInputs
 
 MOST_CONTRAST = 2.0  # power of the contrast where little is kept
 CONTRAST_FROM, CONTRAST_FULLY = 0.1, 0.05  # keep ratios between which it comes in

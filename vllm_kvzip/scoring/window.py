@@ -10,7 +10,7 @@ from vllm_kvzip.scoring.observed import pooled_attention
 if TYPE_CHECKING:
     import torch
 
-    from vllm_kvzip.core import LayerInputs
+    from vllm_kvzip.layer_inputs import LayerInputs
 
 
 @register_scorer
