@@ -1,4 +1,4 @@
-"""A random history of requests with a quality loss: what they need is known once they are scored."""
+"""A random history of requests with a quality loss: workers say how many blocks are needed."""
 
 from random_history import BLOCK, World
 

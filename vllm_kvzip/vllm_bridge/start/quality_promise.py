@@ -31,6 +31,14 @@ def loss_curve(
     """
     if config.quality_loss is None:
         return None
+    curves = (load_profile(path).quality if path is not None else None) or {}
+    if scorer not in curves:
+        found = "no head profile matches this model" if path is None else f"{path} has none"
+        known = f" but of {', '.join(curves)}" if curves else ""
+        raise ConfigError(
+            f"quality_loss needs a head profile with a loss curve of scorer {scorer}, and {found}"
+            f"{known}; build one with `vllm-kvzip profile`, or remove quality_loss."
+        )
     stages = vllm_config.parallel_config.pipeline_parallel_size
     others = {
         f"mode {config.mode}": config.mode != "evict",
@@ -47,12 +55,4 @@ def loss_curve(
                 f"quality_loss does not work with {other} yet, because it decides over evicted "
                 f"KV pairs and one ranking of all of them; remove one of the two."
             )
-    curves = (load_profile(path).quality if path is not None else None) or {}
-    if scorer not in curves:
-        known = f"; it has one of {', '.join(curves)}" if curves else ""
-        raise ConfigError(
-            f"quality_loss needs a head profile with a loss curve of scorer {scorer}, and "
-            f"{path or 'no profile'} has none{known}; build one with `vllm-kvzip profile`, or "
-            f"remove quality_loss."
-        )
     return curves[scorer].model_dump(mode="json")
