@@ -328,7 +328,12 @@ def test_rank_correlation_is_spearmans():
 
 
 def promised(estimates, measured, held):
-    found = Measured(divergences=[(nats * 10, 10) for nats in measured])
+    found = Measured(
+        counts=[(0, 0)] * len(measured),
+        nats=[(0.0, 0)] * len(measured),
+        divergences=[(nats * 10, 10) for nats in measured],
+        same_choices=[(9, 10)] * len(measured),
+    )
     for estimate, blocks in zip(estimates, held, strict=True):
         found.tell({"blocks_held": blocks, "blocks_before": 20, "estimated_loss": estimate})
     return found
