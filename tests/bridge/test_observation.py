@@ -2,12 +2,15 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from scheduler_steps import new_request, output
 
 from vllm_kvzip.core import CacheGeometry
 from vllm_kvzip.planning.prefix_rule import PrefixRule
+from vllm_kvzip.planning.reuse_rule import ReuseRule
 from vllm_kvzip.vllm_bridge.compressed_group import CompressedGroup
+from vllm_kvzip.vllm_bridge.scheduler.prefix_lookup import PrefixLookup
 from vllm_kvzip.vllm_bridge.worker.observation import QueryObservation
 from vllm_kvzip.vllm_bridge.worker.requests import RequestTracker
 
@@ -104,3 +107,20 @@ def test_a_prompt_is_observed_unless_the_scorer_wants_rounds_only():
         (request,) = world.step(step, 0, 512)
         assert not request.plan.is_round
         assert world.num_observed == [observed]
+
+
+@pytest.mark.parametrize(
+    ("changes", "end"),
+    [
+        ({"prefill_blocks": 4, "decode_blocks": None}, 96),  # a budget and a half
+        ({"decode_blocks": 2}, FIRST),
+    ],
+)
+def test_the_window_of_a_first_round_is_never_taken_from_the_raw_cache(changes, end):
+    """Else what a round keeps would depend on what happened to be cached."""
+    rule = PrefixRule(**{**vars(RULE), **changes})
+    request = SimpleNamespace(sampling_params=None, num_prompt_tokens=40)
+    for window, most in ((0, end - 1), (WINDOW, end - WINDOW)):
+        reuse = ReuseRule(round_observation_tokens=window)
+        lookup = PrefixLookup(None, rule, reuse, None, None)
+        assert lookup.most_raw_tokens(request, 400) == most
