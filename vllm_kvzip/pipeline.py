@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_kvzip.budgeting.allocation import PageAllocator
+from vllm_kvzip.budgeting.candidates import scores_of, with_earlier
 from vllm_kvzip.budgeting.dense_layers import with_dense_layers
 from vllm_kvzip.budgeting.selection import check_budgets, rank, take
 from vllm_kvzip.clocks import HostClock, Stopwatch
@@ -159,11 +160,11 @@ class Compressor:
             available = None
             if earlier is not None:
                 available = earlier.pages + sources.shape[2]
-                sources, scores = _with_earlier(earlier, sources, scores, geometry.page_tokens)
+                sources, scores = with_earlier(earlier, sources, scores, geometry.page_tokens)
             keeps = self._choose(scores, plan, available)
             kept_scores = None
             if self._rule.has_rounds:
-                kept_scores = _scores_of(scores, keeps[0])
+                kept_scores = scores_of(scores, keeps[0])
             num_dense = self._num_dense_layers * geometry.num_kv_heads * num_pages
             kept_blocks = plan.num_compressed_blocks - plan.num_dense_blocks
             total = kept_blocks * geometry.pages_per_block + num_dense
@@ -296,46 +297,3 @@ class Compressor:
         if not sound:
             raise NotFiniteError("keys, values or scores are NaN or infinite")
         return scores, transform, None
-
-
-def _scores_of(scores: torch.Tensor, keep: KeepPlan) -> torch.Tensor:
-    """Scores of what is kept, in the order of the plan; its pages are full.
-
-    Args:
-        scores: float32 ``[L, H, T]``.
-        keep: of the first tier.
-    """
-    heads = torch.arange(keep.pages.numel(), device=scores.device)
-    heads = heads.repeat_interleave(keep.pages.flatten(), output_size=len(keep.positions))
-    return scores.flatten(0, 1)[heads[:, None], keep.positions].flatten()
-
-
-def _with_earlier(
-    earlier: CompressedPrefix, sources: torch.Tensor, scores: torch.Tensor, page_tokens: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Candidates of a later compression: what was kept before, then what is new.
-
-    Heads kept different numbers of pages, so their earlier pages are padded at the end; a pad has
-    a score of minus infinity and is never chosen. Order within a head stays that of positions.
-
-    Args:
-        earlier: what was kept, with its scores.
-        sources: int64 ``[L, H, n]``, pages of the new blocks.
-        scores: float32 ``[L, H, n * N]``.
-        page_tokens: N.
-
-    Returns:
-        pages ``[L, H, w + n]`` and scores ``[L, H, (w + n) * N]``, w being the most pages a head
-        kept.
-    """
-    assert earlier.scores is not None
-    old_pages = earlier.padded.to(torch.int64)
-    width = old_pages.shape[2]
-    device = scores.device
-    filled = torch.arange(width, device=device) < earlier.pages[:, :, None]
-    old_scores = torch.full((*old_pages.shape, page_tokens), float("-inf"), device=device)
-    old_scores[filled] = earlier.scores.view(-1, page_tokens)
-    return (
-        torch.cat([old_pages, sources], dim=2),
-        torch.cat([old_scores.flatten(2), scores], dim=2),
-    )
