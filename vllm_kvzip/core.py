@@ -6,7 +6,7 @@ or more than one where vLLM makes blocks so large that they hold the state of an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +102,8 @@ class PrefixPlan:
         pages_per_head: head pages of a head in one block.
         num_dense_blocks: of the compressed blocks those that are needed because other layers have a
             part of each block and keep every KV pair.
+        num_candidate_tokens: tokens of a head, on average, of which it keeps some, where an earlier
+            compression has dropped others and there are two tiers; 0: all before the boundary.
     """
 
     boundary_tokens: int
@@ -120,6 +122,7 @@ class PrefixPlan:
     min_pages_per_head: int = 1
     pages_per_head: int = 1
     num_dense_blocks: int = 0
+    num_candidate_tokens: int = 0
 
     @property
     def num_protected_tokens(self) -> int:
@@ -152,9 +155,10 @@ class PrefixPlan:
     def quantized_tokens(self) -> int:
         """Tokens a head keeps quantized, on average.
 
-        A head that keeps everything may fill its last page in part, so it can be fewer.
+        A head that keeps everything may fill its last page in part, so it can be fewer. In a later
+        compression other heads do not use a last page that they cannot fill, and it is a bound.
         """
-        left = self.boundary_tokens - self.full_tokens
+        left = (self.num_candidate_tokens or self.boundary_tokens) - self.full_tokens
         return min(self.num_quantized_pages * self.quantized_page_tokens, left)
 
     @property
@@ -181,6 +185,12 @@ class PrefixPlan:
     def num_saved_blocks(self) -> int:
         """Blocks that the request does without from then on."""
         return self.num_prefix_blocks - self.num_compressed_blocks
+
+    def following(self, done: PrefixPlan) -> PrefixPlan:
+        """The same compression, where what an earlier one kept competes with what is new."""
+        return replace(
+            self, start_blocks=done.num_prefix_blocks, held_blocks=done.num_compressed_blocks
+        )
 
     def num_blocks_to_reserve(self, num_tokens: int) -> int:
         """Blocks to reserve in a step after which ``num_tokens`` of the request are computed."""
@@ -312,7 +322,10 @@ class CompressedPrefix:
             head; all its pages are full. Those of the others are too, but where a head keeps
             everything.
         scores: float32 ``[sum of pages * N]`` of the pairs of the first tier, in the order of its
-            pages; None unless they will compete with later ones.
+            pages; None unless they will compete with later ones. In a cache with two tiers those of
+            sink tokens are plus infinity.
+        quantized_scores: float32 ``[sum of pages * Q]``, the same of the quantized tier; minus
+            infinity where a page holds no token.
         key_transform: ``[L, H, D]``, of quantized keys; None where there are none.
         sound: bool, a tensor of one element on a device that nobody waits for: whether all keys,
             values and scores that were looked at are finite. Where they are not, what is kept has
@@ -323,6 +336,7 @@ class CompressedPrefix:
     scores: torch.Tensor | None = None
     key_transform: KeyTransform | None = None
     sound: torch.Tensor | None = None
+    quantized_scores: torch.Tensor | None = None
 
     @property
     def page_ids(self) -> torch.Tensor:

@@ -11,6 +11,7 @@ from vllm_kvzip.budgeting.allocation import PageAllocator
 from vllm_kvzip.budgeting.candidates import scores_of, with_earlier
 from vllm_kvzip.budgeting.dense_layers import with_dense_layers
 from vllm_kvzip.budgeting.selection import check_budgets, rank, take
+from vllm_kvzip.budgeting.tiered_rounds import TieredCandidates, choose, mark_sinks
 from vllm_kvzip.clocks import HostClock, Stopwatch
 from vllm_kvzip.core import (
     CacheGeometry,
@@ -22,6 +23,7 @@ from vllm_kvzip.core import (
 )
 from vllm_kvzip.errors import NotFiniteError
 from vllm_kvzip.model.key_transform import KeyTransform
+from vllm_kvzip.planning.round_tiers import scored_ratio
 from vllm_kvzip.storage.head_pages import PagePool, deal_pages
 
 if TYPE_CHECKING:
@@ -155,21 +157,29 @@ class Compressor:
                 reconstruction,
                 scale,
                 seed,
+                earlier,
             )
         with stages.stage("select"):
-            available = None
-            if earlier is not None:
-                available = earlier.pages + sources.shape[2]
-                sources, scores = with_earlier(earlier, sources, scores, geometry.page_tokens)
-            keeps = self._choose(scores, plan, available)
-            kept_scores = None
-            if self._rule.has_rounds:
-                kept_scores = scores_of(scores, keeps[0])
+            available, quantized_pages = None, None
+            if earlier is not None and self._rule.tiers is not None:
+                about = earlier, sources, scores, geometry.page_tokens
+                candidates = TieredCandidates.of(*about)
+                keeps, kept_scores = choose(candidates, plan, scores.shape[2], self._allocator)
+                sources, quantized_pages = candidates.pages, candidates.quantized_pages
+            else:
+                if earlier is not None:
+                    available = earlier.pages + sources.shape[2]
+                    sources, scores = with_earlier(earlier, sources, scores, geometry.page_tokens)
+                keeps = self._choose(scores, plan, available)
+                kept_scores = self._scores_for_later(scores, keeps, plan)
             num_dense = self._num_dense_layers * geometry.num_kv_heads * num_pages
             kept_blocks = plan.num_compressed_blocks - plan.num_dense_blocks
             total = kept_blocks * geometry.pages_per_block + num_dense
             targets = deal_pages(self._on_device(target_blocks), total, self._pool)
-            if transform is not None:  # the first tokens of other heads are not quantized
+            if earlier is not None and earlier.key_transform is not None:
+                transform = earlier.key_transform  # of all pages, those of before among them
+            elif transform is not None and earlier is None:
+                # The first tokens of other heads are not quantized.
                 transform = transform.where_first(keeps[0].pages == 0)
                 transform = transform.with_unchanged(self._num_dense_layers)
             keeps = [
@@ -187,11 +197,23 @@ class Compressor:
             with stages.stage("quantize" if tier.quantized else "compact"):
                 if tier.quantized:
                     assert transform is not None
-                    own = self._store.quantize(sources, keep, own, transform)
+                    own = self._store.quantize(sources, keep, own, transform, quantized_pages)
                 else:
                     self._store.compact(sources, keep, own)
             tiers.append(StoredTier(own, keep.pages, tier.split))
-        return CompressedPrefix(tuple(tiers), kept_scores, transform, sound), stages
+        full_scores, quantized_scores = [*kept_scores, None, None][:2]
+        prefix = CompressedPrefix(tuple(tiers), full_scores, transform, sound, quantized_scores)
+        return prefix, stages
+
+    def _scores_for_later(
+        self, scores: torch.Tensor, keeps: list[KeepPlan], plan: PrefixPlan
+    ) -> list[torch.Tensor]:
+        """Scores of what is kept, tier by tier, where it will compete; see ``tiered_rounds.py``."""
+        if not self._rule.has_rounds:
+            return []
+        if self._rule.tiers is not None:
+            scores = mark_sinks(scores, plan.num_sink_tokens)
+        return [scores_of(scores, keep) for keep in keeps]
 
     def _choose(
         self, scores: torch.Tensor, plan: PrefixPlan, available: torch.Tensor | None
@@ -240,9 +262,10 @@ class Compressor:
         reconstruction: torch.Tensor | None,
         scale: float,
         seed: int,
+        earlier: CompressedPrefix | None,
     ) -> tuple[torch.Tensor, KeyTransform | None, torch.Tensor | None]:
-        """Scores of the raw blocks, float32 ``[L, H, T]``; what quantized keys are freed of; and
-        :attr:`~vllm_kvzip.core.CompressedPrefix.sound`.
+        """Scores of the raw blocks, float32 ``[L, H, T]``; what quantized keys are freed of, where
+        no earlier compression found it; and :attr:`~vllm_kvzip.core.CompressedPrefix.sound`.
 
         Sinks are left out of the mean.
         """
@@ -273,7 +296,7 @@ class Compressor:
                 seed=seed + self._seed,
                 first_position=first,
                 # Rounds of a prefill budget compete with one another: the same for all of them.
-                keep_ratio=plan.share if quantizes else plan.keep_ratio,
+                keep_ratio=self._scored_ratio(plan),
                 soft_cap=self._soft_cap,
                 sink_logits=None
                 if (sinks := self._sink_logits[layer]) is None
@@ -288,8 +311,10 @@ class Compressor:
             scores[layer] = of_layer
             # One number that is not finite makes a sum so; without a copy of what is looked at.
             sums += [half.sum() for half in (inputs.keys, inputs.values) if half is not None]
-            if quantizes:
+            if quantizes and earlier is None:
                 transforms.append(KeyTransform.fit(inputs.keys, num_sinks))
+            elif quantizes and earlier is not None and earlier.key_transform is None:
+                transforms.append(KeyTransform.fit_late(inputs.keys, num_sinks))
         sound = torch.isfinite(scores).all() & torch.isfinite(torch.stack(sums)).all()
         transform = KeyTransform.stack(transforms) if transforms else None
         if sound.device.type != "cpu":
@@ -297,3 +322,10 @@ class Compressor:
         if not sound:
             raise NotFiniteError("keys, values or scores are NaN or infinite")
         return scores, transform, None
+
+    def _scored_ratio(self, plan: PrefixPlan) -> float:
+        """The keep ratio that a scorer is told."""
+        tiers = self._rule.tiers
+        if tiers is not None and plan.num_candidate_tokens:
+            return scored_ratio(tiers, plan.keep_ratio)
+        return plan.share if len(plan.tiers) > 1 else plan.keep_ratio

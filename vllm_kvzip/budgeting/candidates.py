@@ -11,15 +11,16 @@ if TYPE_CHECKING:
 
 
 def scores_of(scores: torch.Tensor, keep: KeepPlan) -> torch.Tensor:
-    """Scores of what is kept, in the order of the plan; its pages are full.
+    """Scores of what is kept, in the order of the plan; minus infinity where there is no token.
 
     Args:
         scores: float32 ``[L, H, T]``.
-        keep: of the first tier.
+        keep: of a tier.
     """
     heads = torch.arange(keep.pages.numel(), device=scores.device)
     heads = heads.repeat_interleave(keep.pages.flatten(), output_size=len(keep.positions))
-    return scores.flatten(0, 1)[heads[:, None], keep.positions].flatten()
+    found = scores.flatten(0, 1)[heads[:, None], keep.positions.clamp(min=0)]
+    return found.masked_fill_(keep.positions < 0, float("-inf")).flatten()
 
 
 def with_earlier(

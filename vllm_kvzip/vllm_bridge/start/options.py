@@ -164,7 +164,7 @@ def resolve(
     for name in ("prefill_budget", "decode_budget"):
         if getattr(config, name) is not None:
             comparable = scorer_type.comparable_across_parts
-            check_budget_in_tokens(name, vllm_config, config.mode, scorer, comparable)
+            check_budget_in_tokens(name, vllm_config, scorer, comparable)
     repeats = scorer_type.needs_reconstruction
     is_capped = caps_logits(vllm_config.model_config.hf_text_config)
     check_capped_logits(is_capped, scorer)
