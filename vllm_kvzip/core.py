@@ -104,6 +104,9 @@ class PrefixPlan:
             part of each block and keep every KV pair.
         num_candidate_tokens: tokens of a head, on average, of which it keeps some, where an earlier
             compression has dropped others and there are two tiers; 0: all before the boundary.
+        quality_loss: nats a token that compressing may cost at most; as many of the compressed
+            blocks as that needs are used, known once the pairs have been scored. None: all are.
+        estimated_loss: nats a token, set when that is known.
     """
 
     boundary_tokens: int
@@ -123,6 +126,17 @@ class PrefixPlan:
     pages_per_head: int = 1
     num_dense_blocks: int = 0
     num_candidate_tokens: int = 0
+    quality_loss: float | None = None
+    estimated_loss: float | None = None
+
+    @property
+    def terms(self) -> tuple[float, float | None]:
+        """What was asked for: keep ratio and quality loss. Prefixes are shared by equal terms."""
+        return self.keep_ratio, self.quality_loss
+
+    def fitted(self, num_blocks: int, estimated_loss: float) -> PrefixPlan:
+        """The plan once it is known how many of its blocks are needed."""
+        return replace(self, num_compressed_blocks=num_blocks, estimated_loss=estimated_loss)
 
     @property
     def num_protected_tokens(self) -> int:
@@ -186,12 +200,6 @@ class PrefixPlan:
         """Blocks that the request does without from then on."""
         return self.num_prefix_blocks - self.num_compressed_blocks
 
-    def following(self, done: PrefixPlan) -> PrefixPlan:
-        """The same compression, where what an earlier one kept competes with what is new."""
-        return replace(
-            self, start_blocks=done.num_prefix_blocks, held_blocks=done.num_compressed_blocks
-        )
-
     def num_blocks_to_reserve(self, num_tokens: int) -> int:
         """Blocks to reserve in a step after which ``num_tokens`` of the request are computed."""
         return 0 if num_tokens < self.ready_tokens else self.num_compressed_blocks
@@ -200,15 +208,18 @@ class PrefixPlan:
         """What a client is told of a compressed prefix, as plain values.
 
         Returns:
-            ``compressed_tokens``, ``blocks_before``, ``blocks_held``, and their ratio
-            ``keep_ratio``.
+            ``compressed_tokens``, ``blocks_before``, ``blocks_held``, their ratio ``keep_ratio``
+            and, where a quality loss was asked for, ``estimated_loss`` in nats a token.
         """
-        return {
+        told = {
             "compressed_tokens": self.boundary_tokens,
             "blocks_before": self.num_prefix_blocks,
             "blocks_held": self.num_compressed_blocks,
             "keep_ratio": self.num_compressed_blocks / self.num_prefix_blocks,
         }
+        if self.estimated_loss is not None:
+            told["estimated_loss"] = self.estimated_loss
+        return told
 
     @property
     def share(self) -> float:
@@ -330,6 +341,7 @@ class CompressedPrefix:
         sound: bool, a tensor of one element on a device that nobody waits for: whether all keys,
             values and scores that were looked at are finite. Where they are not, what is kept has
             no meaning. None where that has been looked at.
+        fitted: the plan with as many blocks as it needs, where a quality loss decided; else None.
     """
 
     tiers: tuple[StoredTier, ...]
@@ -337,6 +349,7 @@ class CompressedPrefix:
     key_transform: KeyTransform | None = None
     sound: torch.Tensor | None = None
     quantized_scores: torch.Tensor | None = None
+    fitted: PrefixPlan | None = None
 
     @property
     def page_ids(self) -> torch.Tensor:

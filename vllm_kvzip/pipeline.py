@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from vllm_kvzip.budgeting.allocation import Grid
+    from vllm_kvzip.budgeting.quality import QualityTarget
+    from vllm_kvzip.budgeting.selection import Ranking
     from vllm_kvzip.clocks import Clock
     from vllm_kvzip.config import Budget
     from vllm_kvzip.model.rotary import RotaryTables
@@ -45,10 +47,10 @@ class Compressor:
     """Compresses one prompt at a time; holds no state between prompts.
 
     Everything is asked for in the stream of the device where the pool lies, and nothing waits for
-    it, but for one thing: what competes with what an earlier compression kept is counted. Numbers
-    that are NaN or infinite end a compression on the CPU. Elsewhere nobody looks: scores become
-    equal then, so that all goes on as with any prompt, and
-    :attr:`~vllm_kvzip.core.CompressedPrefix.sound` will tell.
+    it, but for two things: what competes with what an earlier compression kept is counted, and how
+    many blocks a quality loss needs is read. Numbers that are NaN or infinite end a compression on
+    the CPU. Elsewhere nobody looks: scores become equal then, so that all goes on as with any
+    prompt, and :attr:`~vllm_kvzip.core.CompressedPrefix.sound` will tell.
 
     Args:
         geometry: shape of the layers of the pool.
@@ -69,6 +71,7 @@ class Compressor:
             of the model, and how many these are; None: there are no others.
         num_dense_layers: the last layers of the pool, which keep every KV pair; what is said of
             each layer above is said of those before them. Not with a prefill budget.
+        quality: chooses how many blocks a plan with a quality loss needs; None where none has one.
 
     Raises:
         ValueError: for fractions that are missing or of another shape.
@@ -94,7 +97,9 @@ class Compressor:
         first_layer: int = 0,
         layers_of_model: int | None = None,
         num_dense_layers: int = 0,
+        quality: QualityTarget | None = None,
     ) -> None:
+        self._quality = quality
         self._clock = clock or HostClock()
         self._num_dense_layers = num_dense_layers
         geometry = replace(geometry, num_layers=geometry.num_layers - num_dense_layers)
@@ -160,7 +165,7 @@ class Compressor:
                 earlier,
             )
         with stages.stage("select"):
-            available, quantized_pages = None, None
+            available, quantized_pages, fitted = None, None, None
             if earlier is not None and self._rule.tiers is not None:
                 about = earlier, sources, scores, geometry.page_tokens
                 candidates = TieredCandidates.of(*about)
@@ -170,7 +175,11 @@ class Compressor:
                 if earlier is not None:
                     available = earlier.pages + sources.shape[2]
                     sources, scores = with_earlier(earlier, sources, scores, geometry.page_tokens)
-                keeps = self._choose(scores, plan, available)
+                ranking = rank(scores, plan.num_sink_tokens, plan.num_recent_tokens)
+                if plan.quality_loss is not None:
+                    assert self._quality is not None
+                    plan = fitted = self._quality.fit(ranking, plan)
+                keeps = self._choose(ranking, plan, available)
                 kept_scores = self._scores_for_later(scores, keeps, plan)
             num_dense = self._num_dense_layers * geometry.num_kv_heads * num_pages
             kept_blocks = plan.num_compressed_blocks - plan.num_dense_blocks
@@ -202,7 +211,9 @@ class Compressor:
                     self._store.compact(sources, keep, own)
             tiers.append(StoredTier(own, keep.pages, tier.split))
         full_scores, quantized_scores = [*kept_scores, None, None][:2]
-        prefix = CompressedPrefix(tuple(tiers), full_scores, transform, sound, quantized_scores)
+        prefix = CompressedPrefix(
+            tuple(tiers), full_scores, transform, sound, quantized_scores, fitted
+        )
         return prefix, stages
 
     def _scores_for_later(
@@ -216,21 +227,21 @@ class Compressor:
         return [scores_of(scores, keep) for keep in keeps]
 
     def _choose(
-        self, scores: torch.Tensor, plan: PrefixPlan, available: torch.Tensor | None
+        self, ranking: Ranking, plan: PrefixPlan, available: torch.Tensor | None
     ) -> list[KeepPlan]:
         """What each head keeps, tier by tier: its best tokens in the most precise one.
 
         Args:
-            scores: float32 ``[L, H, T]``.
+            ranking: of each head's tokens.
             plan: of the prompt.
             available: int64 ``[L, H]``, pages each head has to choose from; None: all its tokens.
         """
         geometry = self._geometry
-        ranking = rank(scores, plan.num_sink_tokens, plan.num_recent_tokens)
+        order = ranking.order
         # Tokens of each head in earlier tiers, twice: where budgets are made, and on the device.
         taken, first_rank = (
-            torch.zeros(scores.shape[:2], dtype=torch.int64, device=device)
-            for device in (self._allocator.device or scores.device, scores.device)
+            torch.zeros(order.shape[:2], dtype=torch.int64, device=device)
+            for device in (self._allocator.device or order.device, order.device)
         )
         keeps, full_tokens = [], taken
         for tier in plan.tiers:
@@ -241,7 +252,7 @@ class Compressor:
             keeps.append(take(ranking, first_rank, pages, tier.page_tokens, total))
             first_rank = first_rank + pages * tier.page_tokens
         if taken.device.type == "cpu":
-            check_budgets(full_tokens, taken, plan.num_protected_tokens, scores.shape[-1])
+            check_budgets(full_tokens, taken, plan.num_protected_tokens, order.shape[-1])
         return keeps
 
     def _on_device(self, blocks: Sequence[int]) -> torch.Tensor:

@@ -14,6 +14,7 @@ from vllm.v1.request import Request
 
 from vllm_kvzip.planning.request_options import LEFT_ALONE
 from vllm_kvzip.planning.reuse_rule import ReuseRule
+from vllm_kvzip.planning.tiers import TierRule
 
 pytestmark = pytest.mark.vllm
 
@@ -30,7 +31,8 @@ HISTORIES = [
 @pytest.mark.parametrize(("seed", "budgets", "mode"), HISTORIES)
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_random_histories_keep_pool_and_rows_in_order(seed, asynchronous, budgets, mode, tmp_path):
-    world = World(seed, tmp_path, asynchronous, budgets, mode)
+    tiers = None if mode == "evict" else TierRule(mode, BLOCK, 28, split=2, full_share=0.2)
+    world = World(seed, tmp_path, asynchronous, budgets, tiers=tiers)
     for step in range(400):
         if world.random.random() < 0.25 and step < 330:
             world.add()

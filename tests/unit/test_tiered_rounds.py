@@ -165,21 +165,23 @@ def rule_of(mode, **budgets):
     return PrefixRule(sink_tokens=SINKS, recent_tokens=RECENT, block_size=N, tiers=tiers, **ratio)
 
 
-@pytest.mark.parametrize(
-    ("make_store", "budget", "num_rounds"),
-    [*((packed_of, budget, 11) for budget in get_args(Budget)), (rows_of, "adaptive", 6)],
-)
-@pytest.mark.parametrize(
-    ("mode", "prompt", "budgets"),
-    [
-        ("mixed", 20, {"decode_blocks": 6}),
-        ("mixed", 200, {"decode_blocks": 6}),
-        ("mixed", 600, {"prefill_blocks": 6}),
-        ("quantize", 100, {"decode_blocks": 4}),
-        ("quantize", 600, {"prefill_blocks": 5, "decode_blocks": 3}),
-    ],
-)
-def test_pairs_stay_what_they_are(mode, prompt, budgets, make_store, budget, num_rounds):
+CASES = [
+    ("mixed", 20, {"decode_blocks": 6}),
+    ("mixed", 200, {"decode_blocks": 6}),
+    ("mixed", 600, {"prefill_blocks": 6}),
+    ("quantize", 100, {"decode_blocks": 4}),
+    ("quantize", 600, {"prefill_blocks": 5, "decode_blocks": 3}),
+]
+STORES = [
+    *((packed_of, budget, case, 11) for case in CASES for budget in ("adaptive", "profile")),
+    *((packed_of, budget, CASES[1], 11) for budget in get_args(Budget)),
+    (rows_of, "adaptive", ("mixed", 50, {"decode_blocks": 3}), 5),  # Triton's interpreter is slow
+]
+
+
+@pytest.mark.parametrize(("make_store", "budget", "case", "num_rounds"), STORES)
+def test_pairs_stay_what_they_are(make_store, budget, case, num_rounds):
+    mode, prompt, budgets = case
     answer = Answer(make_store, budget, rule_of(mode, **budgets))
     held, dropped = {}, 0
     while num_rounds:

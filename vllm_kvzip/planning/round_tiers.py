@@ -66,6 +66,13 @@ def least_budget(num_protected: int, block_tokens: int, mode: Mode) -> int:
     return max(2, pages_for(num_protected, block_tokens) * (2 if mode == "mixed" else 1))
 
 
+def following(plan: PrefixPlan, done: PrefixPlan) -> PrefixPlan:
+    """The same compression, where what an earlier one kept competes with what is new."""
+    return replace(
+        plan, start_blocks=done.num_prefix_blocks, held_blocks=done.num_compressed_blocks
+    )
+
+
 def with_blocks(
     plan: PrefixPlan, blocks: TierBlocks, tiers: TierRule | None, pages_per_head: int
 ) -> PrefixPlan:
