@@ -21,6 +21,7 @@ import torch
 
 from vllm_kvzip.budgeting.candidates import scores_of, with_earlier
 from vllm_kvzip.budgeting.selection import check_budgets, rank_protected, take
+from vllm_kvzip.core import EarlierPages
 
 if TYPE_CHECKING:
     from vllm_kvzip.budgeting.allocation import PageAllocator
@@ -94,7 +95,7 @@ def choose(
     plan: PrefixPlan,
     num_new_tokens: int,
     allocator: PageAllocator,
-) -> tuple[list[KeepPlan], list[torch.Tensor]]:
+) -> tuple[list[KeepPlan], list[torch.Tensor], EarlierPages]:
     """What each head keeps, tier by tier.
 
     Positions of the full tier count the tokens of ``candidates.pages``; those of the quantized tier
@@ -107,7 +108,7 @@ def choose(
         allocator: shares out pages.
 
     Returns:
-        a plan for each tier, and the scores of what it keeps.
+        a plan for each tier, the scores of what it keeps, and the quantized pages of before.
 
     Raises:
         ValueError: if a head would lose protected tokens (seen on the CPU).
@@ -125,6 +126,7 @@ def choose(
     keeps = [take(ranking, none, pages, tier.page_tokens, total)]
     found = [scores_of(scores, keeps[0])]
     full_tokens = kept_tokens = pages * tier.page_tokens
+    by_layer: list[int] = []
     if len(plan.tiers) > 1:
         tier = plan.tiers[1]
         ranks = torch.arange(scores.shape[2], device=scores.device)
@@ -144,10 +146,11 @@ def choose(
         ranking = rank_protected(left, protected)
         pages = allocator.quantized_later(ranking, full_tokens, plan, least, most)
         pages = pages.to(scores.device)
-        keeps.append(take(ranking, none, pages, size, int(pages.sum()), counts))
+        by_layer = pages.sum(dim=1).tolist()
+        keeps.append(take(ranking, none, pages, size, sum(by_layer), counts))
         found.append(scores_of(left, keeps[1]))
         kept_tokens = full_tokens + counts.minimum(pages * size)
     if scores.device.type == "cpu":
         num_protected = plan.num_sink_tokens + num_recent
         check_budgets(full_tokens, kept_tokens, num_protected, plan.boundary_tokens)
-    return keeps, found
+    return keeps, found, EarlierPages(candidates.quantized_pages, tuple(by_layer))

@@ -14,7 +14,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vllm_kvzip.core import KeepPlan
+    from vllm_kvzip.core import EarlierPages, KeepPlan
     from vllm_kvzip.model.key_transform import KeyTransform
 
 
@@ -93,7 +93,7 @@ class PageStore(Protocol):
         keep: KeepPlan,
         targets: torch.Tensor,
         transform: KeyTransform,
-        earlier: torch.Tensor | None = None,
+        earlier: EarlierPages | None = None,
     ) -> torch.Tensor:
         """Quantize KV pairs of one request into whole pages.
 
@@ -102,9 +102,9 @@ class PageStore(Protocol):
             keep: what each head keeps quantized.
             targets: int64, head pages; their quantized pages are filled in the order of ``keep``.
             transform: ``[L, H, D]``, what keys are freed of.
-            earlier: int64 ``[L, H, w]``, quantized pages that an earlier compression filled with
-                the same transform; positions count their tokens first, and what lies there stays
-                what it is. None: the positions are those of the prompt.
+            earlier: quantized pages that an earlier compression filled with the same transform;
+                positions count their tokens first, and what lies there stays what it is. None: the
+                positions are those of the prompt.
 
         Returns:
             int64 ``[sum of pages]``, ids of the quantized pages.
@@ -209,7 +209,7 @@ class PackedPages:
         keep: KeepPlan,
         targets: torch.Tensor,
         transform: KeyTransform,
-        earlier: torch.Tensor | None = None,
+        earlier: EarlierPages | None = None,
     ) -> torch.Tensor:
         """See :class:`PageStore`; layer by layer.
 
@@ -221,10 +221,10 @@ class PackedPages:
         packer = self._packer
         targets = packer.page_ids(targets)[: len(keep.positions)]
         if earlier is not None:
-            _check_apart(earlier, targets)
+            _check_apart(earlier.ids, targets)
         for layer, heads, own in _by_layer(keep):
             positions = keep.positions[own]
-            width = 0 if earlier is None else earlier.shape[2] * positions.shape[1]
+            width = 0 if earlier is None else earlier.ids.shape[2] * positions.shape[1]
             keys, values = (
                 read(sources[layer])[heads[:, None], (positions - width).clamp(min=0)].float()
                 for read in (self._keys.read, self._values.read)
@@ -237,7 +237,7 @@ class PackedPages:
             values.masked_fill_(positions[..., None] < 0, 0.0)
             turned = packer.turn(keys), packer.turn(values)
             if earlier is not None and width:
-                stored = packer.decode(self._quantized[earlier[layer].flatten()])
+                stored = packer.decode(self._quantized[earlier.ids[layer].flatten()])
                 keys, values = (
                     _where_earlier(positions, heads, half.view(-1, width, half.shape[2]), own_half)
                     for half, own_half in zip(stored, turned, strict=True)

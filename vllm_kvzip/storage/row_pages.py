@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +12,7 @@ from vllm_kvzip.kernels.quantized_pages import dequantize_pages, quantize_pages
 from vllm_kvzip.storage.stored_scales import KEYS, VALUES
 
 if TYPE_CHECKING:
-    from vllm_kvzip.core import KeepPlan
+    from vllm_kvzip.core import EarlierPages, KeepPlan
     from vllm_kvzip.model.key_transform import KeyTransform
     from vllm_kvzip.quantization import Quantization
     from vllm_kvzip.storage.stored_scales import StoredScales
@@ -91,11 +91,11 @@ class RowPages:
         keep: KeepPlan,
         targets: torch.Tensor,
         transform: KeyTransform,
-        earlier: torch.Tensor | None = None,
+        earlier: EarlierPages | None = None,
     ) -> torch.Tensor:
         """See :meth:`~vllm_kvzip.storage.page_store.PageStore.quantize`; some pages at a time.
 
-        With earlier pages, whose tokens are read layer by layer, the layers' pages are counted.
+        The tokens of earlier pages are read layer by layer.
         """
         assert self._quantization is not None and self._quantized is not None
         layout = self._quantization.layout
@@ -104,15 +104,15 @@ class RowPages:
         heads = heads.repeat_interleave(keep.pages.flatten(), output_size=len(targets))
         bounds = [0, len(targets)]
         if earlier is not None:
-            bounds = [0, *keep.pages.sum(dim=1).cumsum(0).tolist()]
+            bounds = [0, *accumulate(earlier.by_layer)]
         for layer, (start, end) in enumerate(pairwise(bounds)):
             stored = None
-            if earlier is not None and earlier.shape[2]:
-                stored = self._dequantize(earlier[layer])
+            if earlier is not None and earlier.ids.shape[2]:
+                stored = self._dequantize(earlier.ids[layer])
             for first in range(start, end, PAGES_AT_ONCE):
                 part = slice(first, min(first + PAGES_AT_ONCE, end))
                 positions, of_pages = keep.positions[part], heads[part]
-                width = 0 if earlier is None else earlier.shape[2] * layout.page_tokens
+                width = 0 if earlier is None else earlier.ids.shape[2] * layout.page_tokens
                 keys, values = self._turned(
                     sources.flatten(0, 1), positions, width, of_pages, transform, earlier is None
                 )
