@@ -1,7 +1,8 @@
-"""What does a decode budget cost a long answer? By scorer and budget; any chat model.
+"""What does a decode budget cost a long answer? By scorer, mode and budget; any chat model.
 
     python scripts/eval_long_answers.py --model MODEL
     python scripts/eval_long_answers.py --model MODEL --tokens 4096 --budgets 2048 1024 512 256
+    python scripts/eval_long_answers.py --model MODEL --scorers default --modes evict mixed quantize
 
 Without compression the model writes an answer to each prompt, sampled at temperature 1. Then it is
 led through that answer once for each scorer and budget, token by token, in real decode steps of a
@@ -9,6 +10,8 @@ real engine, which compresses what the request holds whenever its budget is full
 far the next token's distribution is from the uncompressed model's, in nats a token, behind the
 first round, when something has been evicted; the most KV blocks a request held; and which share of
 the time the rounds took. Brackets are the lowest and the highest answer.
+
+A budget is so many bytes: in modes ``mixed`` and ``quantize`` as many more pairs are kept as fit.
 
 Scorer ``streaming`` keeps the first and the last tokens (recency), ``random`` is a control.
 """
@@ -160,7 +163,7 @@ class LongAnswers:
 
 def round_seconds() -> float:
     """What all rounds of this process's engines took."""
-    stages = ("score", "select", "compact")
+    stages = ("score", "select", "compact", "quantize")
     return sum(counter("compress_seconds_sum", stage=stage) for stage in stages)
 
 
@@ -170,6 +173,9 @@ def main() -> int:
     parser.add_argument(
         "--scorers", nargs="+", default=["default", "keydiff", "streaming", "random"]
     )
+    parser.add_argument(
+        "--modes", nargs="+", default=["evict"], choices=("evict", "mixed", "quantize")
+    )
     parser.add_argument("--budgets", type=int, nargs="+", default=[1024, 512, 256], help="tokens")
     parser.add_argument("--tokens", type=int, default=2048, help="of each answer")
     parser.add_argument("--prompts", type=int, default=2, choices=range(1, len(PROMPTS) + 1))
@@ -178,20 +184,21 @@ def main() -> int:
     if answers.longest_prompt + args.tokens <= 2 * max(args.budgets):
         parser.error("--tokens must be at least twice the largest of --budgets.")
     answers.write()
-    table = Table("scorer", *(f"budget {budget}" for budget in args.budgets))
-    cells = {scorer: [scorer] for scorer in args.scorers}
-    for scorer in args.scorers:
-        for budget in args.budgets:
-            settings = settings_of(scorer, 1.0)
+    table = Table("scorer, mode", *(f"budget {budget}" for budget in args.budgets))
+    rows = [(scorer, mode) for scorer in args.scorers for mode in args.modes]
+    cells = {row: [", ".join(row)] for row in rows}
+    for budget in args.budgets:
+        for scorer, mode in rows:
+            settings = {**settings_of(scorer, 1.0), "mode": mode}
             settings.pop("min_prompt_tokens")
             try:
                 found, most, share = answers.led(settings, budget)
             except (KVzipError, RuntimeError) as error:
-                sys.exit(f"{scorer}: {error}")
+                sys.exit(f"{scorer}, {mode}: {error}")
             mean = statistics.fmean(found)
             cell = f"{mean:.3f} [{min(found):.3f} {max(found):.3f}], {most} blocks, {share:.1%}"
-            cells[scorer].append(cell)
-            print(f"{scorer}, budget {budget}: {cell}", file=sys.stderr, flush=True)
+            cells[scorer, mode].append(cell)
+            print(f"{scorer}, {mode}, budget {budget}: {cell}", file=sys.stderr, flush=True)
     for row in cells.values():
         table.add_row(*row)
     Console(width=120).print(table)

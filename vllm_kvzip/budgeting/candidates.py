@@ -1,5 +1,6 @@
-"""What competes in a round whose scorer sees everything anew: what is kept, then what is new.
+"""What competes in a later compression of a request: what was kept before, then what is new.
 
+Either with the scores that kept pairs got when they were new, or scored anew with everything else.
 Heads kept different numbers of pages, so a head's kept pages are padded at the end. Order within a
 head stays that of positions. Nothing here waits for a device, but for the width of the padded
 table, which is counted once for each prefix.
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Candidates:
-    """KV pairs of which a round chooses, ``[kept ..., pad ..., new ...]`` of each head.
+    """KV pairs that are scored anew in a round, ``[kept ..., pad ..., new ...]`` of each head.
 
     Attributes:
         pages: int64 ``[L, H, w + n]``, where they lie; w is the most pages a head kept.
@@ -72,15 +73,46 @@ class Candidates:
 def of_kept(of_candidates: torch.Tensor, keep: KeepPlan) -> torch.Tensor:
     """What is said of candidates, of those that are kept, in the order of the plan.
 
-    Its pages are full.
-
     Args:
         of_candidates: ``[L, H, T]``, scores or positions.
-        keep: of the first tier.
+        keep: of a tier; positions are asked of full pages only.
 
     Returns:
-        ``[sum of pages * N]``.
+        ``[sum of pages * tokens of a page]``; scores are minus infinity where there is no token.
     """
     heads = torch.arange(keep.pages.numel(), device=of_candidates.device)
     heads = heads.repeat_interleave(keep.pages.flatten(), output_size=len(keep.positions))
-    return of_candidates.flatten(0, 1)[heads[:, None], keep.positions].flatten()
+    found = of_candidates.flatten(0, 1)[heads[:, None], keep.positions.clamp(min=0)]
+    if found.is_floating_point():
+        found.masked_fill_(keep.positions < 0, float("-inf"))
+    return found.flatten()
+
+
+def with_earlier(
+    earlier: CompressedPrefix, sources: torch.Tensor, scores: torch.Tensor, page_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Candidates of a later compression: what was kept before, then what is new.
+
+    A pad has a score of minus infinity and is never chosen.
+
+    Args:
+        earlier: what was kept, with its scores.
+        sources: int64 ``[L, H, n]``, pages of the new blocks.
+        scores: float32 ``[L, H, n * N]``.
+        page_tokens: N.
+
+    Returns:
+        pages ``[L, H, w + n]`` and scores ``[L, H, (w + n) * N]``, w being the most pages a head
+        kept.
+    """
+    assert earlier.scores is not None
+    old_pages = earlier.padded.to(torch.int64)
+    width = old_pages.shape[2]
+    device = scores.device
+    filled = torch.arange(width, device=device) < earlier.pages[:, :, None]
+    old_scores = torch.full((*old_pages.shape, page_tokens), float("-inf"), device=device)
+    old_scores[filled] = earlier.scores.view(-1, page_tokens)
+    return (
+        torch.cat([old_pages, sources], dim=2),
+        torch.cat([old_scores.flatten(2), scores], dim=2),
+    )
