@@ -60,6 +60,8 @@ def parse_args(argv: list[str] | None, prog: str | None = None) -> argparse.Name
             "--num-contexts must be at least 2, one of which is kept for the test of the networks; "
             "or add --no-surrogate"
         )
+    # With networks, each context is followed by so much of the same text.
+    args.following_tokens = max(2, args.context_tokens // 2) if args.surrogate else 0
     args.prog = parser.prog
     return args
 

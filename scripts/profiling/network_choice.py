@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from vllm_kvzip.head_profiles.networks import LayerSurrogate
     from vllm_kvzip.profiling.masked_model import MaskedModel
 
-FLOORS = {"influence": MIN_LOG_SCORE, "attention": ATTENTION_FLOOR}
+KINDS = MIN_LOG_SCORE, MIN_LOG_SCORE, ATTENTION_FLOOR
+"""Floors of the scores: influence on repeating, influence further on, attention while repeating."""
+TARGETS = {"influence": {0: 0.8, 1: 0.2}, "attention": {2: 1.0}}
+"""What each target is made of: kinds of scores, and how much they count."""
 DEFAULTS = KVzipConfig()
 
 
@@ -43,13 +46,13 @@ class NetworkChoice:
     """
 
     KEEP_RATIOS: ClassVar = (0.3, 0.2, 0.1)
-    NUM_TARGETS: ClassVar = len(FLOORS)
+    NUM_TARGETS: ClassVar = len(TARGETS)
 
     def __init__(self, model: MaskedModel, context_tokens: int, width: int, seed: int) -> None:
         self._model = model
         self._rotary = rotary_of(model.model, context_tokens, model.scored)
-        num_layers, floors = model.fingerprint.num_layers, list(FLOORS.values())
-        self._trainer = SurrogateTrainer(num_layers, NETWORK_TOKENS, width, seed, floors)
+        num_layers = model.fingerprint.num_layers
+        self._trainer = SurrogateTrainer(num_layers, NETWORK_TOKENS, width, seed, KINDS)
         self.target = ""
         self.report: list[str] = []
 
@@ -57,15 +60,18 @@ class NetworkChoice:
         self,
         cache: Sequence[tuple[torch.Tensor, torch.Tensor]],
         influence: torch.Tensor,
+        further_on: torch.Tensor,
         attention: torch.Tensor,
     ) -> None:
         """Take in one context.
 
         Args:
             cache: keys and values of each scored layer after the prefill, ``[H, T, D]``.
-            influence, attention: float32 ``[L, H, T]``, the two targets.
+            influence, further_on: float32 ``[L, H, T]``, while the model repeats the context, and
+                on what the text goes on with. Target ``influence`` is both.
+            attention: float32 ``[L, H, T]``, the other target.
         """
-        self._trainer.add(cache, [influence, attention], self._rotary)
+        self._trainer.add(cache, [influence, further_on, attention], self._rotary)
 
     def best(
         self,
@@ -84,8 +90,8 @@ class NetworkChoice:
         """
         document = Document(list(context), [Question(list(repeat_ids), list(context))])
         found: dict[str, tuple[float, list[LayerSurrogate]]] = {}
-        for kind, target in enumerate(FLOORS):
-            networks = self._trainer.fit(progress, kind)
+        for target, shares in TARGETS.items():
+            networks = self._trainer.fit(progress, shares)
             scores = predict(networks, layers_of(cache, self._model.scored), self._rotary)
             scores = protect(scores, DEFAULTS.sink_tokens, DEFAULTS.recent_tokens)
             nats = [

@@ -22,7 +22,8 @@ def test_the_target_that_tells_what_matters_is_taken(right):
         cache = model.read(context)
         scores = model.score(context, 512, repeat, repeat, cache=cache)
         targets = {"influence": 1 - scores, "attention": 1 - scores, right: scores}
-        choice.add(layers_of(cache), targets["influence"] + 1e-4, targets["attention"] + 1e-4)
+        influence, attention = (targets[name] + 1e-4 for name in ("influence", "attention"))
+        choice.add(layers_of(cache), influence, influence, attention)
     networks = choice.best(contexts[2], model.read(contexts[2]), repeat)
     assert choice.target == right
     assert len(networks) == model.fingerprint.num_layers
