@@ -192,7 +192,8 @@ def test_influence_further_on_is_that_of_the_text_that_follows(random_model):
     probe._attended = {}
     logits = probe.model(inputs_embeds=embedded, use_cache=False).logits[0]
     torch.autograd.backward(log_odds(logits[30:-1], ids[31:]).sum())
-    for row, (query, key, value, output, scale) in probe._attended.items():
+    attended, probe._attended = probe._attended, None
+    for row, (query, key, value, output, scale) in attended.items():
         outputs, gradients = (part[0, 30:].transpose(0, 1) for part in (output, output.grad))
         wanted = influence_scores(
             query[:, 30:], key, value, outputs.detach(), gradients, scale, slice(0, 30)

@@ -129,7 +129,7 @@ def test_one_network_learns_what_two_kinds_of_scores_say():
         agreement(trainer.fit(shares=number), [(keys, values)], wanted, None, 0.1)
         for number in ({0: 0.5, 1: 0.5}, {0: 1.0}, {1: 1.0})
     ]
-    assert shares[0] > 0.8 and max(shares[1:]) < 0.7, shares
+    assert shares[0] > 0.65 and max(shares[1:]) < 0.6, shares
 
 
 def test_the_shipped_networks_choose_what_kvzip_chooses():
