@@ -38,6 +38,8 @@ Rotation = Literal["auto", "hadamard", "none"]
 
 DEFAULT_RATIOS: dict[Mode, float] = {"evict": 0.5, "quantize": 1.0, "mixed": 0.5}
 DEFAULT_FULL_SHARE = 0.1
+MOST_KEPT = 0.75
+"""Default of ``keep_ratio`` where a quality loss decides how much of that is used."""
 QUANTIZED_SETTINGS = ("key_format", "value_format", "rotation")
 
 Flag = str | Mapping[str, Any]
@@ -71,10 +73,17 @@ class KVzipConfig(BaseModel):
         le=1,
         description="KV pairs kept / all KV pairs, in the whole blocks of the prompt; in (0, 1]. "
         "(kvpress counts what is *removed*.)",
-        json_schema_extra=shown("0.5; `quantize` 1.0"),
+        json_schema_extra=shown(f"0.5; `quantize` 1.0; with `quality_loss` {MOST_KEPT}"),
     )
     keep_bytes_ratio: float | None = Field(
         None, gt=0, le=1, description="bytes kept / all bytes; replaces `keep_ratio`"
+    )
+    quality_loss: float | None = Field(
+        None,
+        gt=0,
+        description="nats a token that compressing a prompt may cost, by estimate, such as 0.02. "
+        "Each prompt then keeps as little as that allows, and at most `keep_ratio`; see [A promise "
+        "instead of a ratio](profiles.md#a-promise-instead-of-a-ratio)",
     )
     full_share: float | None = Field(
         None,
@@ -207,7 +216,9 @@ class KVzipConfig(BaseModel):
         """Kept / all: of bytes when ``keep_bytes_ratio`` is given, else of KV pairs."""
         if self.keep_bytes_ratio is not None:
             return self.keep_bytes_ratio
-        return DEFAULT_RATIOS[self.mode] if self.keep_ratio is None else self.keep_ratio
+        if self.keep_ratio is not None:
+            return self.keep_ratio
+        return DEFAULT_RATIOS[self.mode] if self.quality_loss is None else MOST_KEPT
 
 
 def is_enabled(

@@ -6,7 +6,7 @@ or more than one where vLLM makes blocks so large that they hold the state of an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +102,9 @@ class PrefixPlan:
         pages_per_head: head pages of a head in one block.
         num_dense_blocks: of the compressed blocks those that are needed because other layers have a
             part of each block and keep every KV pair.
+        quality_loss: nats a token that compressing may cost at most; as many of the compressed
+            blocks as that needs are used, known once the pairs have been scored. None: all are.
+        estimated_loss: nats a token, set when that is known.
     """
 
     boundary_tokens: int
@@ -120,6 +123,17 @@ class PrefixPlan:
     min_pages_per_head: int = 1
     pages_per_head: int = 1
     num_dense_blocks: int = 0
+    quality_loss: float | None = None
+    estimated_loss: float | None = None
+
+    @property
+    def terms(self) -> tuple[float, float | None]:
+        """What was asked for: keep ratio and quality loss. Prefixes are shared by equal terms."""
+        return self.keep_ratio, self.quality_loss
+
+    def fitted(self, num_blocks: int, estimated_loss: float) -> PrefixPlan:
+        """The plan once it is known how many of its blocks are needed."""
+        return replace(self, num_compressed_blocks=num_blocks, estimated_loss=estimated_loss)
 
     @property
     def num_protected_tokens(self) -> int:
@@ -190,15 +204,18 @@ class PrefixPlan:
         """What a client is told of a compressed prefix, as plain values.
 
         Returns:
-            ``compressed_tokens``, ``blocks_before``, ``blocks_held``, and their ratio
-            ``keep_ratio``.
+            ``compressed_tokens``, ``blocks_before``, ``blocks_held``, their ratio ``keep_ratio``
+            and, where a quality loss was asked for, ``estimated_loss`` in nats a token.
         """
-        return {
+        told = {
             "compressed_tokens": self.boundary_tokens,
             "blocks_before": self.num_prefix_blocks,
             "blocks_held": self.num_compressed_blocks,
             "keep_ratio": self.num_compressed_blocks / self.num_prefix_blocks,
         }
+        if self.estimated_loss is not None:
+            told["estimated_loss"] = self.estimated_loss
+        return told
 
     @property
     def share(self) -> float:
@@ -317,12 +334,14 @@ class CompressedPrefix:
         sound: bool, a tensor of one element on a device that nobody waits for: whether all keys,
             values and scores that were looked at are finite. Where they are not, what is kept has
             no meaning. None where that has been looked at.
+        fitted: the plan with as many blocks as it needs, where a quality loss decided; else None.
     """
 
     tiers: tuple[StoredTier, ...]
     scores: torch.Tensor | None = None
     key_transform: KeyTransform | None = None
     sound: torch.Tensor | None = None
+    fitted: PrefixPlan | None = None
 
     @property
     def page_ids(self) -> torch.Tensor:

@@ -130,6 +130,12 @@ KEEP_RATIO = Metric(
     "Achieved keep ratio of a prompt: KV pairs kept / all, the dense tail included.",
     buckets=(0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
 )
+ESTIMATED_LOSS = Metric(
+    "vllm_kvzip_estimated_loss",
+    "histogram",
+    "What compressing a prompt costs by estimate, in nats a token, where a quality loss decides.",
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0),
+)
 COMPRESS_SECONDS = Metric(
     "vllm_kvzip_compress_seconds",
     "histogram",
@@ -182,6 +188,7 @@ METRICS = (
     DECODE_ROUNDS,
     EVICTION_RATIO,
     KEEP_RATIO,
+    ESTIMATED_LOSS,
     COMPRESS_SECONDS,
     ATTENTION_SECONDS,
     PREFIX_HITS,

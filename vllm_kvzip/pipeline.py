@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from vllm_kvzip.budgeting.allocation import Grid
+    from vllm_kvzip.budgeting.quality import QualityTarget
+    from vllm_kvzip.budgeting.selection import Ranking
     from vllm_kvzip.clocks import Clock
     from vllm_kvzip.config import Budget
     from vllm_kvzip.model.rotary import RotaryTables
@@ -42,10 +44,10 @@ class Compressor:
     """Compresses one prompt at a time; holds no state between prompts.
 
     Everything is asked for in the stream of the device where the pool lies, and nothing waits for
-    it, but for one thing: what competes with what an earlier compression kept is counted. Numbers
-    that are NaN or infinite end a compression on the CPU. Elsewhere nobody looks: scores become
-    equal then, so that all goes on as with any prompt, and
-    :attr:`~vllm_kvzip.core.CompressedPrefix.sound` will tell.
+    it, but for two things: what competes with what an earlier compression kept is counted, and how
+    many blocks a quality loss needs is read. Numbers that are NaN or infinite end a compression on
+    the CPU. Elsewhere nobody looks: scores become equal then, so that all goes on as with any
+    prompt, and :attr:`~vllm_kvzip.core.CompressedPrefix.sound` will tell.
 
     Args:
         geometry: shape of the layers of the pool.
@@ -66,6 +68,7 @@ class Compressor:
             of the model, and how many these are; None: there are no others.
         num_dense_layers: the last layers of the pool, which keep every KV pair; what is said of
             each layer above is said of those before them. Not with a prefill budget.
+        quality: chooses how many blocks a plan with a quality loss needs; None where none has one.
 
     Raises:
         ValueError: for fractions that are missing or of another shape.
@@ -91,7 +94,9 @@ class Compressor:
         first_layer: int = 0,
         layers_of_model: int | None = None,
         num_dense_layers: int = 0,
+        quality: QualityTarget | None = None,
     ) -> None:
+        self._quality = quality
         self._clock = clock or HostClock()
         self._num_dense_layers = num_dense_layers
         geometry = replace(geometry, num_layers=geometry.num_layers - num_dense_layers)
@@ -160,7 +165,12 @@ class Compressor:
             if earlier is not None:
                 available = earlier.pages + sources.shape[2]
                 sources, scores = _with_earlier(earlier, sources, scores, geometry.page_tokens)
-            keeps = self._choose(scores, plan, available)
+            ranking = rank(scores, plan.num_sink_tokens, plan.num_recent_tokens)
+            fitted = None
+            if plan.quality_loss is not None:
+                assert self._quality is not None
+                plan = fitted = self._quality.fit(ranking, plan)
+            keeps = self._choose(ranking, plan, available)
             kept_scores = None
             if self._rule.has_rounds:
                 kept_scores = _scores_of(scores, keeps[0])
@@ -190,24 +200,24 @@ class Compressor:
                 else:
                     self._store.compact(sources, keep, own)
             tiers.append(StoredTier(own, keep.pages, tier.split))
-        return CompressedPrefix(tuple(tiers), kept_scores, transform, sound), stages
+        return CompressedPrefix(tuple(tiers), kept_scores, transform, sound, fitted), stages
 
     def _choose(
-        self, scores: torch.Tensor, plan: PrefixPlan, available: torch.Tensor | None
+        self, ranking: Ranking, plan: PrefixPlan, available: torch.Tensor | None
     ) -> list[KeepPlan]:
         """What each head keeps, tier by tier: its best tokens in the most precise one.
 
         Args:
-            scores: float32 ``[L, H, T]``.
+            ranking: of each head's tokens.
             plan: of the prompt.
             available: int64 ``[L, H]``, pages each head has to choose from; None: all its tokens.
         """
         geometry = self._geometry
-        ranking = rank(scores, plan.num_sink_tokens, plan.num_recent_tokens)
+        order = ranking.order
         # Tokens of each head in earlier tiers, twice: where budgets are made, and on the device.
         taken, first_rank = (
-            torch.zeros(scores.shape[:2], dtype=torch.int64, device=device)
-            for device in (self._allocator.device or scores.device, scores.device)
+            torch.zeros(order.shape[:2], dtype=torch.int64, device=device)
+            for device in (self._allocator.device or order.device, order.device)
         )
         keeps, full_tokens = [], taken
         for tier in plan.tiers:
@@ -218,7 +228,7 @@ class Compressor:
             keeps.append(take(ranking, first_rank, pages, tier.page_tokens, total))
             first_rank = first_rank + pages * tier.page_tokens
         if taken.device.type == "cpu":
-            check_budgets(full_tokens, taken, plan.num_protected_tokens, scores.shape[-1])
+            check_budgets(full_tokens, taken, plan.num_protected_tokens, order.shape[-1])
         return keeps
 
     def _on_device(self, blocks: Sequence[int]) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
+from statistics import correlation
 
 Counts = Sequence[tuple[int, int]]  # right and all answer tokens of each context
 
@@ -73,3 +74,22 @@ def student_t(freedom: int) -> float:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
     )
     return z + sum(term / float(freedom**power) for power, term in enumerate(terms, 1))
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's; equal values share their mean rank. 0 where one of them never changes.
+
+    Args:
+        first, second: equally many.
+    """
+    if len(set(first)) < 2 or len(set(second)) < 2:
+        return 0.0
+    return correlation(_ranks(first), _ranks(second))
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    ordered = sorted(values)
+    places: dict[float, list[int]] = {}
+    for place, value in enumerate(ordered):
+        places.setdefault(value, []).append(place)
+    return [sum(places[value]) / len(places[value]) for value in values]

@@ -8,6 +8,8 @@ from pathlib import Path
 from vllm_kvzip.head_profiles.calibration import CONTEXT_TOKENS, NETWORK_WIDTH, NUM_CONTEXTS
 from vllm_kvzip.registry import FORMATS
 
+LOSS_CONTEXTS = 9
+
 
 def parse_args(argv: list[str] | None, prog: str | None = None) -> argparse.Namespace:
     """What the user asks for; ``prog`` is how the program is called, as messages begin.
@@ -49,6 +51,18 @@ def parse_args(argv: list[str] | None, prog: str | None = None) -> argparse.Name
     parser.add_argument(
         "--surrogate-width", type=int, default=NETWORK_WIDTH, help="hidden units per KV head"
     )
+    parser.add_argument(
+        "--loss-contexts",
+        type=int,
+        default=LOSS_CONTEXTS,
+        help="contexts on which the loss curve of scorer surrogate is measured, for quality_loss; "
+        "0: none",
+    )
+    parser.add_argument(
+        "--only-loss-curve",
+        action="store_true",
+        help="keep the profile and the networks that are there, and measure their loss curve anew",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of contexts and networks")
     parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
     args = parser.parse_args(argv)
@@ -60,6 +74,10 @@ def parse_args(argv: list[str] | None, prog: str | None = None) -> argparse.Name
             "--num-contexts must be at least 2, one of which is kept for the test of the networks; "
             "or add --no-surrogate"
         )
+    if args.loss_contexts and args.loss_contexts < 3:
+        parser.error("--loss-contexts must be at least 3, or 0 for no loss curve")
+    if args.only_loss_curve and not args.loss_contexts:
+        parser.error("--only-loss-curve needs --loss-contexts of at least 3")
     # With networks, each context is followed by so much of the same text.
     args.following_tokens = max(2, args.context_tokens // 2) if args.surrogate else 0
     args.prog = parser.prog

@@ -41,7 +41,7 @@ class MaskedModel(ReconstructionProbe):
         for places, seen, inputs in self._batches(document, cache, kept):
             found = []
             for _ in document.questions[places[0]].answer:
-                inputs = self._logits(inputs, seen, kept, 1)[:, -1:].argmax(dim=-1)
+                inputs = self.logits(inputs, seen, kept, 1)[:, -1:].argmax(dim=-1)
                 found.append(inputs)
             for place, answer in zip(places, torch.cat(found, dim=1).tolist(), strict=True):
                 answers[place] = answer
@@ -63,7 +63,7 @@ class MaskedModel(ReconstructionProbe):
             questions = [document.questions[place] for place in places]
             answers = torch.tensor([question.answer for question in questions])
             inputs = torch.cat([inputs, answers[:, :-1]], dim=1)
-            logits = self._logits(inputs, seen, kept, answers.shape[1])
+            logits = self.logits(inputs, seen, kept, answers.shape[1])
             lost = -logits.log_softmax(dim=-1).gather(2, answers[..., None]).squeeze(-1)
             for row, question in zip(lost, questions, strict=True):
                 total += float(row[question.scored_places].sum())
@@ -86,10 +86,17 @@ class MaskedModel(ReconstructionProbe):
             asked = [[*tail, *document.questions[place].tokens] for place in places]
             yield places, seen, torch.tensor(asked)
 
-    def _logits(
+    def logits(
         self, inputs: torch.Tensor, seen: DynamicCache, kept: torch.Tensor | None, count: int
     ) -> torch.Tensor:
-        """Logits of the last ``count`` inputs, ``[B, count, vocabulary]``; the cache grows."""
+        """Logits of the last ``count`` inputs, ``[B, count, vocabulary]``; the cache grows.
+
+        Args:
+            inputs: int64 ``[B, n]``.
+            seen: the cache before them.
+            kept: bool ``[L, H, boundary]``; None is the model's own attention.
+            count: up to n.
+        """
         self._kept = kept
         try:
             logits: torch.Tensor = self.model(

@@ -13,6 +13,8 @@ Small networks are trained to predict how much single KV pairs matter (scorer ``
 written beside the JSON as safetensors; ``--no-surrogate`` leaves them out. What they learn is the
 pairs' influence on what the model says, while it repeats a context and while it reads how the text
 goes on; or KVzip's scores where those cost the model less on a context that no network has seen.
+What dropping pairs costs, by their scores, is measured on further contexts, for the setting
+``quality_loss`` (``loss_measurement.py``).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import sys
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,6 +35,7 @@ from tqdm import tqdm
 from vllm_kvzip.errors import ProfileError
 from vllm_kvzip.evaluation.tasks.retrieval_task import (
     BASIC_VOCABULARY_SIZE,
+    QUESTION,
     VOCABULARY,
     make_context,
 )
@@ -43,17 +46,37 @@ from vllm_kvzip.head_profiles.calibration import (
     default_material,
     read_material,
 )
-from vllm_kvzip.head_profiles.head_profile import HeadProfile, Provenance, save_profile
-from vllm_kvzip.head_profiles.networks import LayerSurrogate, save_surrogate
+from vllm_kvzip.head_profiles.head_profile import (
+    HeadProfile,
+    Provenance,
+    QualityCurve,
+    check_matches,
+    load_profile,
+    save_profile,
+)
+from vllm_kvzip.head_profiles.networks import LayerSurrogate, load_surrogate, save_surrogate
 from vllm_kvzip.head_profiles.repeat_prompt import repeat_wording
 from vllm_kvzip.planning.reconstruction import pair_fractions, retrieval_fractions
 from vllm_kvzip.profiling.context_cache import layers_of
+from vllm_kvzip.profiling.loss_measurement import (
+    LENGTHS,
+    Probe,
+    loss_curve,
+    measure_losses,
+    open_probes,
+)
 from vllm_kvzip.profiling.network_choice import NetworkChoice
+from vllm_kvzip.profiling.probe_rotary import rotary_of
 from vllm_kvzip.profiling.suitable_models import load_probe, refuse_lost_states
 from vllm_kvzip.profiling.tier_budgets import TierBudgetBuilder
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Callable
+
+    from vllm_kvzip.profiling.masked_model import MaskedModel
+
+SUFFIX = ".safetensors"  # of the networks, beside the profile
 
 
 def task_contexts(args: argparse.Namespace) -> list[list[int]]:
@@ -61,6 +84,54 @@ def task_contexts(args: argparse.Namespace) -> list[list[int]]:
     rng = np.random.default_rng(args.seed)
     length = args.context_tokens + args.following_tokens
     return [make_context(rng, length).tokens.tolist() for _ in range(args.num_contexts)]
+
+
+def loss_contexts(args: argparse.Namespace, tokenizer: Any) -> list[tuple[list[int], list[Probe]]]:
+    """Contexts for the loss curve, of several lengths, and what is asked behind each."""
+    lengths = [
+        max(64, round(args.context_tokens * LENGTHS[number % len(LENGTHS)]))
+        for number in range(args.loss_contexts)
+    ]
+    if args.task == "retrieval":
+        rng = np.random.default_rng(args.seed + 1)
+        made = [make_context(rng, length) for length in lengths]
+        marker = VOCABULARY.ids[QUESTION]
+        return [
+            (context.tokens.tolist(), [Probe([marker, key], 1) for key in [*context.facts][:16]])
+            for context in made
+        ]
+    material = read_material(args.text) if args.text else default_material()
+    longest = calibration_contexts(
+        tokenizer, material, args.loss_contexts, max(lengths), args.seed + 1
+    )
+    return [
+        (context[:length], open_probes(tokenizer, number))
+        for number, (context, length) in enumerate(zip(longest, lengths, strict=True))
+    ]
+
+
+def measure_curve(
+    args: argparse.Namespace,
+    probe: MaskedModel,
+    tokenizer: Any,
+    networks: list[LayerSurrogate],
+    progress: Callable[[], Any],
+) -> dict[str, QualityCurve] | None:
+    """The loss curve of scorer ``surrogate``; None with a warning where there is none."""
+    longest = round(args.context_tokens * max(LENGTHS))
+    rotary = rotary_of(probe.model, longest, probe.scored)
+    try:
+        curve = loss_curve(
+            measure_losses(probe, networks, rotary, loss_contexts(args, tokenizer), progress)
+        )
+    except ProfileError as error:
+        print(f"{args.prog}: warning: {error}", file=sys.stderr)
+        return None
+    print(
+        f"loss curve of {curve.num_contexts} contexts; rank correlation {curve.rank_correlation} "
+        f"of the losses that it estimates for contexts which were left out"
+    )
+    return {"surrogate": curve}
 
 
 def draw_heat_map(profile: HeadProfile, layers: list[int], path: Path) -> bool:
@@ -160,7 +231,7 @@ def build_profile(
     choice = layers = None
     if args.surrogate:
         passes += len(contexts) * (1 + -(-args.context_tokens // args.chunk_tokens))
-        passes += NetworkChoice.NUM_TARGETS * fingerprint.num_layers
+        passes += NetworkChoice.NUM_TARGETS * fingerprint.num_layers + args.loss_contexts
         choice = NetworkChoice(probe, args.context_tokens, args.surrogate_width, args.seed)
     shape = fingerprint.num_layers, fingerprint.num_kv_heads
     tiers = tier_builder(args, *shape, fingerprint.head_dim)
@@ -195,6 +266,9 @@ def build_profile(
                     choice.add(layers_of(cache, probe.scored), influence, further_on, scores)
         if choice is not None:
             layers = choice.best(context, cache, first_ids, bar.update)
+        quality = None
+        if layers is not None and args.loss_contexts:
+            quality = measure_curve(args, probe, tokenizer, layers, bar.update)
     for line in choice.report if choice is not None else ():
         print(line)
     print(f"the model repeats {probe.repeated_share:.1%} of the tokens right")
@@ -232,8 +306,25 @@ def build_profile(
         importance=importance.clamp(0, 1).tolist(),
         budgets={str(ratio): grid.clamp(0, 1).tolist() for ratio, grid in budgets.items()},
         tiers=None if tiers is None else tiers.result(),
+        quality=quality,
     )
     return profile, layers, probe.scored
+
+
+def add_curve(args: argparse.Namespace, out: Path) -> int:
+    """Measure the loss curve of a profile that is there; returns the exit code."""
+    try:
+        profile = load_profile(out)
+        networks = load_surrogate(out.with_suffix(SUFFIX))
+        probe, tokenizer = load_probe(args.model, args.context_tokens)
+        check_matches(profile, probe.fingerprint, out)
+        with tqdm(total=args.loss_contexts, desc="contexts") as bar:
+            quality = measure_curve(args, probe, tokenizer, networks, bar.update)
+    except ProfileError as error:
+        print(f"{args.prog}: error: {error}", file=sys.stderr)
+        return 2
+    save_profile(profile.model_copy(update={"quality": quality}), out)
+    return 0
 
 
 def tier_builder(
@@ -254,6 +345,8 @@ def run(args: argparse.Namespace) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     out = args.out or Path("profiles") / f"{Path(os.path.abspath(args.model)).name}.json"
+    if args.only_loss_curve:
+        return add_curve(args, out)
     try:
         check_output(out, overwrite=args.overwrite)
         profile, surrogate, layers = build_profile(args)
@@ -266,7 +359,7 @@ def run(args: argparse.Namespace) -> int:
             "texts": ", ".join(profile.provenance.texts),
             "created": profile.provenance.created,
         }
-        save_surrogate(out.with_suffix(".safetensors"), surrogate, profile.model, notes)
+        save_surrogate(out.with_suffix(SUFFIX), surrogate, profile.model, notes)
     for layer, row in zip(layers, profile.importance, strict=True):
         print(f"layer {layer:3d}  " + "  ".join(f"{value:.3f}" for value in row))
     drawn = draw_heat_map(profile, layers, out.with_suffix(".png"))

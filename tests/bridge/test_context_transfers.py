@@ -49,7 +49,7 @@ class World:
     def adopt(self, fill=None):
         prefix_hash = self.request(TOKENS).block_hashes[self.plan.num_prefix_blocks - 1]
         fill = fill or (lambda serial, blocks: self.filled.append((serial, blocks)))
-        self.manager.adopt(self.plan, prefix_hash, RunSource(TOKENS), fill)
+        self.manager.prefixes.adopt(self.plan, prefix_hash, RunSource(TOKENS), fill)
 
 
 @pytest.fixture
@@ -63,13 +63,13 @@ def test_what_comes_in_is_found_and_nobody_holds_it(world):
     assert world.free == free
     ((serial, blocks),) = world.filled
     assert len(blocks) == world.plan.num_compressed_blocks == 2
-    (run,) = world.manager.cached_runs()
+    (run,) = world.manager.prefixes.whole_runs()
     assert (run.serial, run.users, run.source.context_id) == (
         serial,
         0,
         RunSource(TOKENS).context_id,
     )
-    assert world.manager.has_run(*run.key)
+    assert world.manager.prefixes.has(run.prefix_hash, run.plan)
     asked = world.request([*TOKENS, 500])
     hit, num_tokens, _ = world.cache.get_computed_blocks(asked)
     assert num_tokens == len(TOKENS)
@@ -85,7 +85,7 @@ def test_it_is_evicted_like_any_other(world):
     world.adopt()
     taken = world.cache.block_pool.get_new_blocks(world.free)
     world.manager.prefixes.blocks_taken(taken)
-    assert world.manager.cached_runs() == []
+    assert world.manager.prefixes.whole_runs() == []
 
 
 def test_no_room_is_one_sentence_and_changes_nothing(world):
@@ -95,7 +95,7 @@ def test_no_room_is_one_sentence_and_changes_nothing(world):
     assert (world.free, world.filled) == (1, [])
     world.cache.block_pool.free_blocks(taken)
     world.adopt()
-    assert len(world.manager.cached_runs()) == 1
+    assert len(world.manager.prefixes.whole_runs()) == 1
 
 
 def test_what_workers_refuse_is_not_cached(world):
@@ -105,7 +105,7 @@ def test_what_workers_refuse_is_not_cached(world):
     free = world.free
     with pytest.raises(ContextFileError, match="cannot be used"):
         world.adopt(fails)
-    assert (world.free, world.manager.cached_runs()) == (free, [])
+    assert (world.free, world.manager.prefixes.whole_runs()) == (free, [])
     found = world.cache.get_computed_blocks(world.request([*TOKENS, 500]))
     assert found[1] == 0
 
@@ -114,7 +114,7 @@ def test_what_is_still_being_compressed_does_not_leave(world):
     asked = world.request([*TOKENS, 500])
     assert world.cache.allocate_slots(asked, asked.num_tokens) is not None
     ((_, serial),) = world.manager.end_of_schedule({"a"}).kept.items()
-    (run,) = world.manager.cached_runs()
+    (run,) = world.manager.prefixes.whole_runs()
     assert not world.manager.is_compressed(run)
     world.manager.unconfirmed.settle({serial: None})
     assert world.manager.is_compressed(run)
@@ -127,7 +127,7 @@ def test_no_tokens_are_kept_where_contexts_stay(tmp_path):
     asked = world.request([*TOKENS, 500])
     assert world.cache.allocate_slots(asked, asked.num_tokens) is not None
     assert world.manager.end_of_schedule({"a"}).kept
-    (run,) = world.manager.cached_runs()
+    (run,) = world.manager.prefixes.whole_runs()
     assert run.source is None
 
 

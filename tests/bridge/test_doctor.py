@@ -38,7 +38,7 @@ def test_all_is_well(capsys):
         "builds_profile": False, "scorer": "surrogate", "budget": "adaptive", "mode": "evict",
         "keep_ratio": 0.5, "counts": "KV pairs", "block_size": 32, "pages_per_head": 1,
         "cache_dtype": "float32", "max_model_len": 2048, "prefill_budget": None,
-        "decode_budget": None,
+        "decode_budget": None, "quality_loss": None,
     }  # fmt: skip
     blocks = 2**28 // (4 * 4 * 2 * 32 * 32 * 4) - 1  # layers, heads, K and V, tokens, size, bytes
     assert found["cache_blocks"] == blocks == 2047
@@ -55,6 +55,13 @@ def test_budgets_in_tokens_in_words(capsys):
     budget = ("--kv-compression-config.decode_budget", "1024")
     assert main(["--model", str(MODEL), *budget]) == 0
     said = "a request holds 1,024 tokens while it generates, and half as many more before a round"
+    assert said in capsys.readouterr().out
+
+
+def test_a_quality_loss_in_words(capsys):
+    promise = ("--kv-compression-config.quality_loss", "0.02")
+    assert main(["--model", str(MODEL), *promise]) == 0
+    said = "evict, at most 0.75 of the KV pairs of a prompt are kept, and as few as cost 0.02 nats"
     assert said in capsys.readouterr().out
 
 

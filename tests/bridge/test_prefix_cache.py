@@ -162,7 +162,7 @@ def test_another_fingerprint_finds_nothing(engine, tmp_path):
     engine.serve([*CONTEXT, *QUESTION], 128)
     hashes = Request("x", CONTEXT, SamplingParams(), None, block_hasher=engine.hasher).block_hashes
     pool, found = engine.cache.block_pool, {}
-    run = engine.manager.prefixes.find(hashes, 8, 0.25, lambda _: True)
+    run = engine.manager.prefixes.find(hashes, 8, (0.25, None), lambda _: True)
     for fingerprint in FINGERPRINTS:
         cache = CompressedPrefixCache(pool, 0, ReuseRule(fingerprint), Recorder())
         keys = cache._keys(run)

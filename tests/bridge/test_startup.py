@@ -241,6 +241,7 @@ def test_the_scorer_is_chosen_by_what_lies_beside_the_profile(tmp_path):
     assert (settings.scorer, settings.budget) == ("contrast", "adaptive")
 
 
+PROMISE = ("--kv-compression-config.quality_loss", "0.02")
 QUANTIZE = ("--kv-compression-config.mode", "quantize")
 
 
@@ -259,6 +260,23 @@ QUANTIZE = ("--kv-compression-config.mode", "quantize")
         ),
         (("--kv-compression-config.prefill_budget", "0"), "prefill_budget=0 is wrong"),
         (("--kv-compression-config.decode_budget", "63"), "decode_budget=63 must be at least 64"),
+        ((*PROMISE, *QUANTIZE), "quality_loss does not work with mode quantize yet"),
+        (
+            (*PROMISE, "--kv-compression-config.decode_budget", "640"),
+            "quality_loss does not work with decode_budget yet",
+        ),
+        (
+            (*PROMISE, "--kv-compression-config.budget", "uniform"),
+            "quality_loss does not work with budget uniform yet",
+        ),
+        (
+            (*PROMISE, "--kv-compression-config.scorer", "keydiff"),
+            "quality_loss needs a head profile with a loss curve of scorer keydiff",
+        ),
+        (
+            (*PROMISE, "--kv-compression-config.profile", "none"),
+            "and no head profile matches this model; build one",
+        ),
         (
             ("--kv-compression-config.decode_budget", "640", *QUANTIZE),
             "decode_budget works with mode evict only",

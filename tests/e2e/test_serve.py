@@ -141,6 +141,7 @@ def test_text_prompts_and_chat_go_through_the_same_door(server):
         ({"kvzip_keep_ratio": "half"}, "kvzip_keep_ratio='half' must be a number"),
         ({"kvzip": "no"}, 'must be "on" or "off"'),
         ({"kvzip_decode_budget": 640}, "This server was started without decode_budget"),
+        ({"kvzip_quality_loss": 0.1}, "This server was started without quality_loss"),
     ],
 )
 def test_wrong_request_options_are_http_400_and_the_server_goes_on(server, options, sentence):

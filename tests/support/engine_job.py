@@ -96,6 +96,7 @@ class Report:
         batches_in_flight: how many steps may be scheduled before the first has been processed.
         scribbled_blocks: blocks that the action ``scribble`` wrote to.
         pages_per_head: head pages of a KV head in a block; 0 without compression.
+        told: by request, what the plugin told its client; None where it told nothing.
     """
 
     outputs: list[list[int]]
@@ -120,6 +121,7 @@ class Report:
     scribbled_blocks: list[int]
     batches_in_flight: int
     pages_per_head: int
+    told: list[dict[str, Any] | None]
 
 
 def run_job(
@@ -228,6 +230,7 @@ def execute(job: dict[str, Any]) -> Report:
         core.model_executor.collective_rpc(inject_faults, args=(faults,))
     samples: list[dict[int, list[int]]] = [{} for _ in requests]
     finish_reasons: list[str | None] = [None] * len(requests)
+    told: list[dict[str, Any] | None] = [None] * len(requests)
     texts = [""] * len(requests)
     prompt_logprobs: list[list[float]] = [[] for _ in requests]
     watch = HashedBlockWatch(core) if job["watch_hashed_blocks"] else None
@@ -275,6 +278,7 @@ def execute(job: dict[str, Any]) -> Report:
                 samples[number][sample.index] = list(sample.token_ids)
                 if sample.index == 0:
                     texts[number], finish_reasons[number] = sample.text, sample.finish_reason
+                    told[number] = (output.kv_transfer_params or {}).get("kvzip")
                     if sample.logprobs:
                         logprobs[number] = of_tokens(sample.logprobs, sample.token_ids)
             if output.prompt_logprobs:
@@ -334,6 +338,7 @@ def execute(job: dict[str, Any]) -> Report:
         logprobs=logprobs,
         samples=[[found[index] for index in sorted(found)] for found in samples],
         finish_reasons=finish_reasons,
+        told=told,
         texts=texts,
         prompt_logprobs=prompt_logprobs,
         computed_tokens=computed,

@@ -26,7 +26,7 @@ BLOCK, NUM_BLOCKS, CHUNK, TTL_STEPS = 16, 56, 48, 60
 class World:
     """Scheduler, pool and worker of one random history."""
 
-    def __init__(self, seed, directory, asynchronous, budgets):
+    def __init__(self, seed, directory, asynchronous, budgets, **rule):
         self.random = random.Random(seed)
         prefill_blocks, decode_blocks, self.most_guesses = budgets
         self.longest = 300 if prefill_blocks is None else 1500  # the pool holds 880 tokens
@@ -50,6 +50,7 @@ class World:
             prefill_blocks=prefill_blocks,
             decode_blocks=decode_blocks,
             num_guessed_tokens=2 * self.most_guesses,
+            **rule,
         )
         self.now = 0
         self.manager.prefixes._clock = lambda: self.now
@@ -244,6 +245,7 @@ class World:
         self.pending = []
         for request in self.tracker.crossing(step):
             request.kept_as = message.kept.get(request.request_id) if message else None
+            request.serial = message.reserved.get(request.request_id) if message else None
             self.pending.append(request)
         for rid, count in step.num_scheduled_tokens.items():
             row = [block.block_id for block in self.manager.req_to_blocks[rid]]
@@ -252,8 +254,11 @@ class World:
                 assert self.asynchronous or self.most_guesses
                 row = fold_row(row, reservation.run.plan, reservation.start, 0)
                 self.events["late fold"] += 1
-            assert self.rows[rid] == row  # the same blocks at the same logical places
+            self._check_row(rid, row)
             self._compute(rid, count)
+
+    def _check_row(self, rid, row):
+        assert self.rows[rid] == row  # the same blocks at the same logical places
 
     def _compact(self, request):
         plan = request.plan
@@ -273,7 +278,7 @@ class World:
             self.events["round"] += plan.is_round
         kept_as = request.kept_as
         self.tracker.folded(request, fold_row(request.block_ids, plan, request.reserve_start, 0))
-        targets = request.block_ids[: plan.num_compressed_blocks]
+        targets = self._targets(request, plan)
         for index, block in enumerate(targets):
             for offset in range(BLOCK):
                 self.slots[block, offset] = ("run", plan.keep_ratio, tokens[-1], index)
@@ -282,6 +287,10 @@ class World:
         self.events["compression"] += 1
         if kept_as is not None:
             self.runs[kept_as] = (targets, plan.boundary_tokens, plan.keep_ratio, plan)
+
+    def _targets(self, request, plan):
+        """The blocks that hold what is kept, of a folded row."""
+        return request.block_ids[: plan.num_compressed_blocks]
 
     def _compute(self, rid, count):
         """Write the step's tokens, then read everything the request attends over."""

@@ -10,7 +10,13 @@ from rich.console import Console
 
 from vllm_kvzip.config import load_config
 from vllm_kvzip.errors import ConfigError
-from vllm_kvzip.evaluation.intervals import accuracy, interval, mean_of_clusters, student_t
+from vllm_kvzip.evaluation.intervals import (
+    accuracy,
+    interval,
+    mean_of_clusters,
+    rank_correlation,
+    student_t,
+)
 from vllm_kvzip.evaluation.quality.command import formats, parse_args, setting
 from vllm_kvzip.evaluation.quality.lessons import Lesson
 from vllm_kvzip.evaluation.quality.metrics import Answers, Measured
@@ -19,6 +25,7 @@ from vllm_kvzip.evaluation.quality.report import (
     curve,
     draw,
     loss,
+    promise_kept,
     quality_table,
     recommend,
     serve_flags,
@@ -311,3 +318,43 @@ def test_the_plot_is_drawn(tmp_path, nats):
     path = tmp_path / "plot.png"
     draw(path, measured_rows(nats))
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_rank_correlation_is_spearmans():
+    assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 999]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3, 4], [5, 4, 1, 0]) == pytest.approx(-1)
+    assert rank_correlation([1, 2, 2, 3], [1, 2, 3, 4]) == pytest.approx(0.9486833)
+    assert rank_correlation([1, 1, 1], [1, 2, 3]) == 0
+
+
+def promised(estimates, measured, held):
+    found = Measured(
+        counts=[(0, 0)] * len(measured),
+        nats=[(0.0, 0)] * len(measured),
+        divergences=[(nats * 10, 10) for nats in measured],
+        same_choices=[(9, 10)] * len(measured),
+    )
+    for estimate, blocks in zip(estimates, held, strict=True):
+        found.tell({"blocks_held": blocks, "blocks_before": 20, "estimated_loss": estimate})
+    return found
+
+
+def test_the_report_says_how_well_a_promise_was_kept():
+    cells = {
+        "0.02": promised([0.02, 0.018], [0.01, 0.03], [4, 8]),
+        "0.1": promised([0.1, 0.09], [0.2, 0.1], [2, 3]),
+    }
+    said = promise_kept(cells)
+    assert "4 compressed contexts: rank correlation 0.80" in said
+    assert "mean estimate 0.057, mean measured 0.085, bias -0.028 nats" in said
+    assert promise_kept({"0.5": Measured(divergences=[(1.0, 10)])}) == ""
+    first = cells["0.02"].of([True, True])
+    assert first.held == 12 / 40
+    shown = cell(first, first)
+    assert (shown["estimated"], shown["most_held"]) == (pytest.approx(0.019), 0.4)
+    out = io.StringIO()
+    Console(file=out, width=200).print(
+        quality_table("t", {"0.02": "loss 0.02"}, {"x": {"0.02": shown}})
+    )
+    assert "estimated 0.019" in out.getvalue()
+    assert "(0.300 held, up to 0.400)" in out.getvalue()

@@ -18,6 +18,8 @@ from vllm_kvzip.planning.request_options import RequestOptions, check_request, h
         ({"kvzip": "off"}, RequestOptions(is_off=True)),
         ({"kvzip_decode_budget": 640}, RequestOptions(decode_budget=640)),
         ({"kvzip_decode_budget": "off"}, RequestOptions(decode_budget=0)),
+        ({"kvzip_quality_loss": 0.1}, RequestOptions(quality_loss=0.1)),
+        ({"kvzip_quality_loss": "off"}, RequestOptions(quality_loss=0.0)),
         ({"kvzip": "on", "kvzip_keep_ratio": None}, RequestOptions()),
     ],
 )
@@ -40,6 +42,8 @@ def test_good_options_pass(extra_args, options):
         ({"kvzip_xyz": 7}, "no option kvzip_xyz; did you mean kvzip?"),
         ({"kvzip_decode_budget": 0}, "kvzip_decode_budget=0 must be a number of tokens"),
         ({"kvzip_decode_budget": "no"}, "kvzip_decode_budget='no' must be a number of tokens"),
+        ({"kvzip_quality_loss": 0}, "kvzip_quality_loss=0 must be a number of nats above 0"),
+        ({"kvzip_quality_loss": "no"}, "kvzip_quality_loss='no' must be a number of nats"),
         ({"kvzip": "no"}, 'kvzip=\'no\' must be "on" or "off"'),
         ({"kvzip": 0}, "kvzip=0 must be"),
         ({"kvzip": ["off"]}, 'must be "on" or "off"'),

@@ -73,11 +73,19 @@ def _facts(it: Compression) -> list[str]:
         **left_alone,
         "profile": f"{profile}, made when the engine starts" if it.builds_profile else profile,
         "scorer": f"{it.scorer}, budget {it.budget}",
-        "mode": f"{it.mode}, {it.keep_ratio:g} of the {it.counts} of a prompt are kept",
+        "mode": f"{it.mode}, {_kept(it)}",
         **({"budgets": _budgets(it)} if it.prefill_budget or it.decode_budget else {}),
         "KV cache": f"blocks of {it.block_size} tokens{_pages(it)}, {it.cache_dtype}",
     }
     return [f"  {name:<10}  {fact}" for name, fact in facts.items()]
+
+
+def _kept(it: Compression) -> str:
+    """How much of a prompt."""
+    share = f"{it.keep_ratio:g} of the {it.counts} of a prompt"
+    if it.quality_loss is None:
+        return f"{share} are kept"
+    return f"at most {share} are kept, and as few as cost {it.quality_loss:g} nats a token"
 
 
 def _budgets(it: Compression) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Grid = list[list[Share]]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class _Strict(BaseModel):
@@ -99,6 +101,29 @@ class TierBudgets(_Strict):
         return points
 
 
+class QualityCurve(_Strict):
+    """How many nats a token it costs to drop KV pairs of a worth, for one scorer.
+
+    Attributes:
+        power: of the scores that a worth is made of.
+        points: (worth, nats a token), both rising; see ``budgeting/quality.py``.
+        num_contexts: how many were measured.
+        rank_correlation: of estimated and measured losses, of contexts that were left out.
+    """
+
+    power: float = Field(gt=0)
+    points: list[tuple[Positive, Positive]] = Field(min_length=2)
+    num_contexts: int = Field(gt=0)
+    rank_correlation: float = Field(ge=-1, le=1)
+
+    @model_validator(mode="after")
+    def _check_rising(self) -> QualityCurve:
+        for before, after in pairwise(self.points):
+            if before[0] >= after[0] or before[1] >= after[1]:
+                raise ValueError("points must rise")
+        return self
+
+
 class HeadProfile(_Strict):
     """One ``profiles/<model>.json``.
 
@@ -109,6 +134,7 @@ class HeadProfile(_Strict):
         importance: ``[layers][KV heads]``, mean reconstruction score of a head's KV pairs.
         budgets: keep ratio -> ``[layers][KV heads]``, share of its KV pairs each head keeps.
         tiers: the same for mode ``mixed``, by bytes; None when it was made without.
+        quality: scorer -> what its scores tell of the loss; None when it was made without.
     """
 
     schema_version: Literal[1]
@@ -117,6 +143,7 @@ class HeadProfile(_Strict):
     importance: Grid
     budgets: dict[str, Grid] = Field(min_length=1)
     tiers: TierBudgets | None = None
+    quality: dict[str, QualityCurve] | None = None
 
     @model_validator(mode="after")
     def _check_shapes(self) -> HeadProfile:
@@ -248,9 +275,14 @@ def _text(value: Any, indent: int) -> str:
         items = [f"{json.dumps(key)}: {_text(part, indent + 2)}" for key, part in value.items()]
         return "{\n" + ",\n".join(blank + item for item in items) + f"\n{' ' * indent}}}"
     if isinstance(value, list) and value and isinstance(value[0], list):
-        rows = [json.dumps([round(number, 4) for number in row]) for row in value]
+        rows = [json.dumps([_short(number) for number in row]) for row in value]
         return "[\n" + ",\n".join(blank + row for row in rows) + f"\n{' ' * indent}]"
     return json.dumps(value)
+
+
+def _short(number: float) -> float:
+    """Four decimals, or three digits where that is more."""
+    return round(number, 4) if number >= 0.1 else float(f"{number:.3g}")
 
 
 def _mean(grid: Grid) -> float:

@@ -50,6 +50,8 @@ class PrefixRule:
             prefill budget, which holds for answers as well. A request may name its own.
         num_guessed_tokens: of those that have been computed, how many of an answer's last ones may
             still be guesses that turn out wrong. A round waits until so many more are computed.
+        quality_loss: nats a token that compressing a prompt may cost; the keep ratio is then the
+            most that is kept. None: what the keep ratio says is kept. A request may name its own.
         pool_blocks: blocks of the whole pool; a prompt that would not fit into it together with
             its compressed prefix is left alone. None: not known.
         tiers: how a keep ratio becomes blocks; None: all of them hold KV pairs as they are.
@@ -72,6 +74,7 @@ class PrefixRule:
     num_dense_layers: int = 0
     decode_blocks: int | None = None
     num_guessed_tokens: int = 0
+    quality_loss: float | None = None
 
     def plan(
         self, num_prompt_tokens: int, options: RequestOptions = request_options.DEFAULT
@@ -87,6 +90,7 @@ class PrefixRule:
         num_blocks = self._num_prefix_blocks(num_prompt_tokens, options)
         blocks = self._compressed_blocks(num_blocks, options)
         plan = self._plan_of(num_blocks, blocks.total, options)
+        plan = replace(plan, quality_loss=self.wanted_loss(options))
         if options.context_tokens is None:
             plan = replace(plan, ready_tokens=num_prompt_tokens)
         if blocks.dense:
@@ -274,7 +278,8 @@ class PrefixRule:
             return "below_min_output_tokens"
         blocks = self._compressed_blocks(num_blocks, options)
         is_check = self.keep_ratio == self.wanted_ratio(options) == 1 and not blocks.quantized
-        if blocks.total >= num_blocks and not is_check:
+        may_fit = self.wanted_loss(options) is not None and blocks.total == num_blocks
+        if blocks.total >= num_blocks and not is_check and not may_fit:
             return "nothing_to_free"
         if self.pool_blocks is not None and self.prefill_blocks is None:
             crossing = ceil(num_prompt_tokens / self.block_size) + blocks.total
@@ -285,6 +290,16 @@ class PrefixRule:
     def wanted_ratio(self, options: RequestOptions) -> float:
         """The keep ratio of a request: its own, or the server's."""
         return self.keep_ratio if options.keep_ratio is None else options.keep_ratio
+
+    def wanted_loss(self, options: RequestOptions) -> float | None:
+        """The quality loss of a request: its own, or the server's; None without one."""
+        if self.quality_loss is None or options.quality_loss is None:
+            return self.quality_loss
+        return options.quality_loss or None
+
+    def terms(self, options: RequestOptions) -> tuple[float, float | None]:
+        """On which terms a request is compressed; see :attr:`PrefixPlan.terms`."""
+        return self.wanted_ratio(options), self.wanted_loss(options)
 
     def fits_uncompressed(self, num_tokens: int) -> bool:
         """Whether the pool can hold ``num_tokens`` tokens of one request uncompressed.

@@ -7,6 +7,7 @@ that a wrong value is an answer to its client; the scheduler and the workers onl
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvzip.errors import RequestError, suggest
@@ -18,7 +19,8 @@ SWITCH = "kvzip"
 KEEP_RATIO = "kvzip_keep_ratio"
 CONTEXT_TOKENS = "kvzip_context_tokens"
 DECODE_BUDGET = "kvzip_decode_budget"
-KNOWN = (SWITCH, KEEP_RATIO, CONTEXT_TOKENS, DECODE_BUDGET)
+QUALITY_LOSS = "kvzip_quality_loss"
+KNOWN = (SWITCH, KEEP_RATIO, CONTEXT_TOKENS, DECODE_BUDGET, QUALITY_LOSS)
 LEFT_ALONE = "kvzip_left_alone"
 """Set by the scheduler alone, where compressing has failed: why the prompt is left alone."""
 
@@ -36,6 +38,8 @@ class RequestOptions:
         decode_budget: tokens whose KV pairs it holds while it generates; 0: as many as there are;
             None: the server's.
         left_alone: why it is off, one of ``metrics.FAILURES``; None: its client said so.
+        quality_loss: nats a token that compressing may cost; 0: the keep ratio alone decides; None:
+            the server's.
     """
 
     context_tokens: int | None = None
@@ -44,6 +48,7 @@ class RequestOptions:
     max_output_tokens: int | None = None
     left_alone: str | None = None
     decode_budget: int | None = None
+    quality_loss: float | None = None
 
     @classmethod
     def read(
@@ -55,7 +60,7 @@ class RequestOptions:
         """
         given = extra_args or {}
         context, ratio = given.get(CONTEXT_TOKENS), given.get(KEEP_RATIO)
-        budget = given.get(DECODE_BUDGET)
+        budget, loss = given.get(DECODE_BUDGET), given.get(QUALITY_LOSS)
         return cls(
             context_tokens=context if _is_count(context) else None,
             keep_ratio=ratio if _is_ratio(ratio) else None,
@@ -63,6 +68,7 @@ class RequestOptions:
             max_output_tokens=max_output_tokens,
             left_alone=given.get(LEFT_ALONE),
             decode_budget=0 if budget == "off" else budget if _is_budget(budget) else None,
+            quality_loss=0.0 if loss == "off" else loss if _is_loss(loss) else None,
         )
 
 
@@ -101,6 +107,11 @@ def check_request(extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) 
         raise RequestError(
             f'{DECODE_BUDGET}={budget!r} must be a number of tokens, such as 4096, or "off".'
         )
+    loss = given.get(QUALITY_LOSS)
+    if loss not in (None, "off") and not _is_loss(loss):
+        raise RequestError(
+            f'{QUALITY_LOSS}={loss!r} must be a number of nats above 0, such as 0.02, or "off".'
+        )
     tokens = given.get(CONTEXT_TOKENS)
     if tokens is None:
         return
@@ -124,7 +135,11 @@ def _is_budget(value: Any) -> bool:
 
 
 def _is_ratio(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+    return _is_loss(value) and value <= 1
+
+
+def _is_loss(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < inf
 
 
 def options_of(params: Any) -> RequestOptions:

@@ -6,6 +6,9 @@ step, takes that output back, and lets the request start again, uncompressed. On
 for that: whether all numbers were finite is a tensor of its own, copied behind the compression and
 read when the step's tokens are. The scheduler gets the output of the last pipeline stage, so the
 stages before it hand their outcomes on.
+
+How many blocks a compression needs is told in the same way, where a quality loss decides. Ranks
+have other KV heads, so each needs its own number; the most of them count.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from vllm_kvzip.metrics import FAILURES
 from vllm_kvzip.vllm_bridge.parallelism import add_up_over_stages
 from vllm_kvzip.vllm_bridge.symbols import (
     AsyncModelRunnerOutput,
+    get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     init_logger,
     tensor_model_parallel_all_reduce,
@@ -36,8 +40,11 @@ NOT_FINITE, FAILED = FAILURES
 _CODES: dict[str | None, float] = {None: 0.0, NOT_FINITE: 1.0, FAILED: 2.0**16}
 """Added up over ranks: any sum from the code of a failure on is one."""
 
-Outcome = str | None
-"""One of ``metrics.FAILURES``, or None: compressed, or not wanted any more."""
+Fit = tuple[int, float]
+"""Blocks that a compression needs, and nats a token that it is estimated to cost."""
+
+Outcome = str | Fit | None
+"""One of ``metrics.FAILURES``, or None: compressed, or not wanted any more. A fit: compressed."""
 
 
 class WorkerOutcomes:
@@ -50,7 +57,8 @@ class WorkerOutcomes:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._ordered: tuple[int, ...] = ()
-        self._of_step: dict[int, Outcome | torch.Tensor] = {}
+        self._of_step: dict[int, str | torch.Tensor | None] = {}
+        self._fits: dict[int, Fit] = {}
         self._read: Callable[[], dict[int, Outcome]] | None = None
 
     def order(self, serials: Iterable[int]) -> None:
@@ -64,14 +72,18 @@ class WorkerOutcomes:
         """
         self._ordered = tuple(serials)
 
-    def add(self, serial: int, outcome: Outcome | torch.Tensor) -> None:
+    def add(self, serial: int, outcome: str | torch.Tensor | None, fit: Fit | None = None) -> None:
         """Note what became of a compression.
 
         Args:
             serial: of its run.
-            outcome: or a bool tensor of one element, whether all its numbers are finite.
+            outcome: one of ``metrics.FAILURES``, None, or a bool tensor of one element, whether all
+                its numbers are finite.
+            fit: where a quality loss decides.
         """
         self._of_step[serial] = outcome
+        if fit is not None:
+            self._fits[serial] = fit
 
     def settle(self) -> None:
         """All compressions of a step have been tried: agree with the other ranks.
@@ -80,12 +92,15 @@ class WorkerOutcomes:
         them could not compress, all leave alone.
         """
         found, self._of_step = self._of_step, {}
+        fits, self._fits = self._fits, {}
         ordered, self._ordered = self._ordered, ()
         if not ordered:
             return
         own = [found.get(serial, FAILED) for serial in ordered]
+        num_ranks = get_tensor_model_parallel_world_size()
         codes = _as_codes(own, self._device)
-        if get_tensor_model_parallel_world_size() > 1:
+        codes = torch.cat([codes[:, None], _as_columns(ordered, fits, num_ranks, codes)], dim=1)
+        if num_ranks > 1:
             codes = tensor_model_parallel_all_reduce(codes)
         of_all = add_up_over_stages(codes)
         if of_all is None:  # the last stage tells the scheduler
@@ -142,7 +157,7 @@ def log_failure(request_id: str, error: Exception) -> None:
     )
 
 
-def _as_codes(outcomes: list[Outcome | torch.Tensor], device: torch.device) -> torch.Tensor:
+def _as_codes(outcomes: list[str | torch.Tensor | None], device: torch.device) -> torch.Tensor:
     """Float32 ``[n]``, one code an outcome."""
     codes = torch.zeros(len(outcomes), dtype=torch.float32, device=device)
     for index, outcome in enumerate(outcomes):
@@ -153,13 +168,31 @@ def _as_codes(outcomes: list[Outcome | torch.Tensor], device: torch.device) -> t
     return codes
 
 
-def _as_outcome(code: float) -> Outcome:
+def _as_columns(
+    serials: tuple[int, ...], fits: Mapping[int, Fit], num_ranks: int, like: torch.Tensor
+) -> torch.Tensor:
+    """Float32 ``[n, 2 * ranks]``: blocks that each rank needs, then the losses that they estimate.
+
+    Each rank fills its own two columns, so that adding them up over the ranks gathers them.
+    """
+    columns = torch.zeros(len(serials), 2, num_ranks)
+    for row, serial in enumerate(serials):
+        if (fit := fits.get(serial)) is not None:
+            columns[row, :, get_tensor_model_parallel_rank()] = torch.tensor(fit)
+    return columns.flatten(1).to(like.device, non_blocking=True)
+
+
+def _as_outcome(figures: list[float]) -> Outcome:
+    code, *of_ranks = figures
     if code >= _CODES[FAILED]:
         return FAILED
-    return NOT_FINITE if code >= _CODES[NOT_FINITE] else None
+    if code >= _CODES[NOT_FINITE]:
+        return NOT_FINITE
+    blocks, losses = of_ranks[: len(of_ranks) // 2], of_ranks[len(of_ranks) // 2 :]
+    return (int(max(blocks)), sum(losses) / len(losses)) if max(blocks) else None
 
 
-def _read_later(codes: torch.Tensor) -> Callable[[], list[float]]:
+def _read_later(codes: torch.Tensor) -> Callable[[], list[list[float]]]:
     """Copy numbers off their device behind all work before; reading waits for just that."""
     if codes.device.type == "cpu":
         return codes.tolist
@@ -168,7 +201,7 @@ def _read_later(codes: torch.Tensor) -> Callable[[], list[float]]:
     copied = torch.cuda.Event(blocking=True)
     copied.record()
 
-    def read() -> list[float]:
+    def read() -> list[list[float]]:
         copied.synchronize()
         return host.tolist()
 

@@ -65,6 +65,8 @@ class Settings:
             for a scorer that lets the model repeat it.
         surrogate, surrogate_digest: file of the trained networks and its SHA-256, for a scorer that
             wants it. Every worker reads the file.
+        loss_curve: power and points of a :class:`~vllm_kvzip.budgeting.quality.LossCurve`, where a
+            quality loss decides.
         profile_to_build: file of the head profile that the worker makes first; the worker then
             resolves the settings anew.
         metrics_directory: folder of the metric files, or None when ``PROMETHEUS_MULTIPROC_DIR``
@@ -80,6 +82,7 @@ class Settings:
     repeat_ids: list[list[int]] | None = None
     surrogate: str | None = None
     surrogate_digest: str | None = None
+    loss_curve: dict[str, Any] | None = None
     profile_to_build: str | None = None
     metrics_directory: str | None = None
 
@@ -159,6 +162,7 @@ class Settings:
             decode_blocks=self.budget_blocks("decode_budget", block_size),
             tiers=tiers,
             pages_per_head=pages_per_head,
+            quality_loss=self.config.quality_loss,
         )
 
     def repeat_rule(self, vllm_config: VllmConfig) -> RepeatRule | None:
@@ -251,6 +255,7 @@ class Settings:
             "head_tiers": self.head_tiers,
             "repeat_ids": self.repeat_ids,
             "surrogate": self.surrogate_digest,
+            "loss_curve": self.loss_curve,
             **{name: getattr(self.config, name) for name in SHAPING_SETTINGS},
         }
 
@@ -275,6 +280,7 @@ class Settings:
             "repeat_ids": self.repeat_ids,
             "surrogate": self.surrogate,
             "surrogate_digest": self.surrogate_digest,
+            "loss_curve": self.loss_curve,
             "profile_to_build": self.profile_to_build,
         }
 

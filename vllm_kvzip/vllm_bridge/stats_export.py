@@ -79,6 +79,7 @@ class SchedulerRecorder:
                 metrics.DECODE_ROUNDS,
                 metrics.EVICTION_RATIO,
                 metrics.KEEP_RATIO,
+                metrics.ESTIMATED_LOSS,
                 metrics.PREFIX_HITS,
                 metrics.PREFIX_HIT_TOKENS,
                 metrics.PREFIX_ENTRIES,
@@ -125,6 +126,8 @@ class SchedulerRecorder:
         self._writer.add(metrics.REQUESTS_COMPRESSED, 1)
         evicted = (plan.boundary_tokens - plan.kept_tokens) / num_prompt_tokens
         self._writer.observe(metrics.KEEP_RATIO, 1 - evicted)
+        if plan.estimated_loss is not None:
+            self._writer.observe(metrics.ESTIMATED_LOSS, plan.estimated_loss)
 
     def saved(self, num_bytes: int) -> None:
         """Add bytes that running requests save (a negative number when they save fewer again)."""

@@ -68,6 +68,9 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
     parser.add_argument(
         "--keep-bytes-ratios", nargs="+", type=float, help="bytes kept / all, instead"
     )
+    parser.add_argument(
+        "--quality-losses", nargs="+", type=float, help="nats a token, instead of ratios"
+    )
     parser.add_argument("--modes", nargs="+", choices=get_args(Mode), default=["evict"])
     parser.add_argument(
         "--formats",
@@ -106,6 +109,11 @@ def parse_args(argv: list[str] | None = None, prog: str | None = None) -> argpar
         settle_tasks(args, vocabulary_size)
     except ConfigError as error:
         parser.error(str(error))
+    if args.quality_losses is not None:
+        if args.keep_bytes_ratios is not None or args.modes != ["evict"]:
+            parser.error("--quality-losses is for mode evict, without --keep-bytes-ratios")
+        if not all(0 < loss < float("inf") for loss in args.quality_losses):
+            parser.error("--quality-losses must be numbers of nats above 0, such as 0.02")
     args.dtype = args.dtype or ("float32" if args.keep_bytes_ratios is None else "bfloat16")
     args.prog = parser.prog
     return args

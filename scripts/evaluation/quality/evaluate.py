@@ -18,6 +18,10 @@ contexts' blocks came down to by the engine's own count ("held"). Brackets are 9
 which the answers about one context count as a cluster. With ``--max-loss`` the smallest cache
 within that loss is named.
 
+With ``--quality-losses`` each context keeps what it needs by estimate (setting ``quality_loss``).
+Cells tell the estimates and what was held, and below the table stands how well the estimates
+foretell the measured distance: rank correlation and bias.
+
 With ``--keep-bytes-ratios`` rows are compared by bytes. The cache is bfloat16 then, because 4 bits
 save twice as much of a float32 one.
 
@@ -34,13 +38,21 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from tqdm import tqdm
 
+from vllm_kvzip.config import MOST_KEPT
 from vllm_kvzip.errors import KVzipError
 from vllm_kvzip.evaluation.engines import versions
 from vllm_kvzip.evaluation.local_server import CPU_ENVIRONMENT
-from vllm_kvzip.evaluation.quality.report import cell, draw, quality_table, recommend
+from vllm_kvzip.evaluation.quality.report import (
+    cell,
+    draw,
+    promise_kept,
+    quality_table,
+    recommend,
+)
 from vllm_kvzip.evaluation.quality.rows import ROWS, Row, make_rows
 from vllm_kvzip.evaluation.quality.run import QualityRun
 from vllm_kvzip.evaluation.tasks.quality_documents import make_documents
+from vllm_kvzip.planning.request_options import KEEP_RATIO, QUALITY_LOSS
 
 if TYPE_CHECKING:
     import argparse
@@ -61,7 +73,8 @@ def measure_rows(
         Name -> key of the column -> what was found, and the plugin's settings likewise.
     """
     by_bytes = args.keep_bytes_ratios is not None
-    ratios = args.keep_bytes_ratios if by_bytes else args.keep_ratios
+    by_loss = args.quality_losses is not None
+    ratios = args.quality_losses or (args.keep_bytes_ratios if by_bytes else args.keep_ratios)
     run = QualityRun(args.model, documents, dtype=args.dtype, num_ranks=args.tensor_parallel_size)
     measured: dict[str, dict[str, Measured]] = {}
     used: dict[str, dict[str, dict[str, Any]]] = {}
@@ -78,16 +91,22 @@ def measure_rows(
         more = dict(args.settings)
         if args.prefill_budget is not None:
             more["prefill_budget"] = args.prefill_budget
+        settings = {ratio: {**_settings(args, row, ratio), **more} for ratio in asked}
+        option = QUALITY_LOSS if by_loss else KEEP_RATIO
         try:
-            found = run.compressed({**row.settings(max(asked), by_bytes), **more}, asked)
+            found = run.compressed(settings[max(asked)], asked, option)
         except KVzipError as error:
             sys.exit(f"\n{name}: {error}")
         measured[name] = dict(zip(keys, found, strict=True))
-        used[name] = {
-            key: {**row.settings(ratio, by_bytes), **more}
-            for key, ratio in zip(keys, asked, strict=True)
-        }
+        used[name] = {key: settings[ratio] for key, ratio in zip(keys, asked, strict=True)}
     return measured, used
+
+
+def _settings(args: argparse.Namespace, row: Row, asked: float) -> dict[str, Any]:
+    """The plugin's settings of a cell: a row, at a ratio or a quality loss."""
+    if args.quality_losses is None:
+        return row.settings(asked, args.keep_bytes_ratios is not None)
+    return {**row.settings(MOST_KEPT, False), "quality_loss": asked}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -123,9 +142,9 @@ def report(
 ) -> None:
     """Print, write and draw what was found."""
     by_bytes = args.keep_bytes_ratios is not None
-    ratios = args.keep_bytes_ratios if by_bytes else args.keep_ratios
-    columns = {ALL_PAIRS: "all KV pairs"}
-    columns |= {f"{ratio:g}": f"{'bytes' if by_bytes else 'keep'} {ratio:g}" for ratio in ratios}
+    ratios = args.quality_losses or (args.keep_bytes_ratios if by_bytes else args.keep_ratios)
+    kind = "loss" if args.quality_losses else "bytes" if by_bytes else "keep"
+    columns = {ALL_PAIRS: "all KV pairs"} | {f"{ratio:g}": f"{kind} {ratio:g}" for ratio in ratios}
     about = "query-aware" if args.query_aware else "query-agnostic"
     if args.prefill_budget is not None:
         about += f", prefill budget {args.prefill_budget}"
@@ -149,6 +168,10 @@ def report(
         questions = sum(len(document.questions) for document in own)
         title = f"{group}: {questions} questions, {about}, contexts of {args.context_tokens}"
         console.print(quality_table(title, columns, results[group]))
+        for name, cells in measured.items() if args.quality_losses else ():
+            told = promise_kept({key: found.of(members) for key, found in cells.items()})
+            if told:
+                console.print(f"{name}: {told}")
     console.print(versions())
     first = next(iter(results.values()))
     if args.max_loss is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_kvzip.evaluation.intervals import Estimate, mean_of_clusters
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from vllm_kvzip.evaluation.quality.lessons import Lesson
     from vllm_kvzip.evaluation.tasks.documents import Document
@@ -45,6 +45,9 @@ class Measured:
             by token.
         same_choices: tokens of these that this run finds most likely as well.
         held: bytes of the contexts' blocks after compression / before.
+        blocks: blocks of each context after compression, and before, as the engine tells.
+        estimates: what compressing it was estimated to cost, nats a token; empty where no quality
+            loss decided.
     """
 
     counts: list[tuple[int, int]] = field(default_factory=list)
@@ -52,6 +55,14 @@ class Measured:
     divergences: list[tuple[float, int]] = field(default_factory=list)
     same_choices: list[tuple[int, int]] = field(default_factory=list)
     held: float = 1.0
+    blocks: list[tuple[int, int]] = field(default_factory=list)
+    estimates: list[float] = field(default_factory=list)
+
+    def tell(self, told: Mapping[str, Any]) -> None:
+        """Note what an engine told of the next document's context."""
+        self.blocks.append((told["blocks_held"], told["blocks_before"]))
+        if (estimate := told.get("estimated_loss")) is not None:
+            self.estimates.append(estimate)
 
     def add(self, document: Document, answers: Sequence[Answers]) -> None:
         """Count what was answered to the questions about the next document."""
@@ -77,12 +88,16 @@ class Measured:
         def chosen(values: list[Any]) -> list[Any]:
             return [value for value, member in zip(values, members, strict=True) if member]
 
+        blocks = chosen(self.blocks) if self.blocks else []
+        held = _sum(blocks)
         return Measured(
             counts=chosen(self.counts),
             nats=chosen(self.nats),
             divergences=chosen(self.divergences),
             same_choices=chosen(self.same_choices),
-            held=self.held,
+            held=held[0] / held[1] if blocks else self.held,
+            blocks=blocks,
+            estimates=chosen(self.estimates) if self.estimates else [],
         )
 
     def mean_nats(self) -> Estimate | None:

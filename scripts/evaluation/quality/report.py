@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvzip.evaluation.intervals import accuracy, interval
+from vllm_kvzip.evaluation.intervals import accuracy, interval, rank_correlation
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from rich.table import Table
@@ -29,9 +31,13 @@ def cell(found: Measured, full: Measured) -> dict[str, Any]:
         ``held`` (bytes held / bytes before) and, where they were measured, ``accuracy`` with
         ``interval`` and ``counts``; ``nats`` (negative log-likelihood of an answer's token),
         ``lost`` (how much higher than ``full``), ``kl`` and ``same``, each a mean with its 95 %
-        interval.
+        interval; where a quality loss decided, ``estimated`` (the mean of the estimates) and
+        ``most_held`` (the most that a context held).
     """
     shown: dict[str, Any] = {"held": found.held}
+    if found.estimates:
+        shown["estimated"] = mean(found.estimates)
+        shown["most_held"] = max(after / before for after, before in found.blocks)
     counts = [pair for pair in found.counts if pair[1]]
     if counts:
         shown |= {"accuracy": accuracy(counts), "interval": list(interval(counts))}
@@ -83,7 +89,33 @@ def _shown(found: dict[str, Any] | None) -> str:
         lines.append(f"nats {_estimate(found['nats'])}")
     if "kl" in found:
         lines.append(f"KL {found['kl']['mean']:.3f}, {found['same']['mean']:.3f} same")
-    return "\n".join([*lines, f"({found['held']:.3f} held)"])
+    if "estimated" in found:
+        lines.append(f"estimated {found['estimated']:.3f}")
+    most = f", up to {found['most_held']:.3f}" if "most_held" in found else ""
+    return "\n".join([*lines, f"({found['held']:.3f} held{most})"])
+
+
+def promise_kept(cells: Mapping[str, Measured]) -> str:
+    """How well estimated losses foretell the distance (KL) that is measured; "" without estimates.
+
+    Args:
+        cells: quality loss -> what was found with it.
+    """
+    pairs = [
+        (estimate, kl / tokens)
+        for found in cells.values()
+        for estimate, (kl, tokens) in zip(found.estimates, found.divergences, strict=False)
+        if tokens
+    ]
+    if not pairs:
+        return ""
+    estimated, measured = zip(*pairs, strict=True)
+    correlation = rank_correlation(estimated, measured)
+    return (
+        f"Estimated against measured loss (KL) of {len(pairs)} compressed contexts: rank "
+        f"correlation {correlation:.2f}, mean estimate {mean(estimated):.3f}, mean measured "
+        f"{mean(measured):.3f}, bias {mean(estimated) - mean(measured):+.3f} nats a token."
+    )
 
 
 def _estimate(value: dict[str, float | None]) -> str:

@@ -23,9 +23,11 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from vllm_kvzip.config import METHOD
 from vllm_kvzip.evaluation.engines import BLOCK_SIZE, counter, start_engine
 from vllm_kvzip.evaluation.quality.lessons import Lesson
 from vllm_kvzip.evaluation.quality.metrics import Answers, Measured
+from vllm_kvzip.planning.request_options import KEEP_RATIO
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -66,6 +68,7 @@ class QualityRun:
         self._dtype, self._num_ranks = dtype, num_ranks
         self._is_led = num_ranks == 1
         self._continuation_tokens = continuation_tokens
+        self._option = KEEP_RATIO
         self._continuations: dict[tuple[int, int], Lesson] = {}  # by document and question
 
     def uncompressed(self) -> Measured:
@@ -74,19 +77,23 @@ class QualityRun:
             self.full = self._ask_all(llm, None)
         return self.full
 
-    def compressed(self, settings: dict[str, Any], ratios: Sequence[float]) -> list[Measured]:
+    def compressed(
+        self, settings: dict[str, Any], asked: Sequence[float], option: str = KEEP_RATIO
+    ) -> list[Measured]:
         """At each keep ratio, one after another in one engine; after :meth:`uncompressed`.
 
         Args:
             settings: the plugin's, with the highest of the ratios.
-            ratios: of what ``settings`` count, KV pairs or bytes.
+            asked: keep ratios of what ``settings`` count, KV pairs or bytes; or quality losses.
+            option: by which a request asks for one of them.
 
         Raises:
             RuntimeError: if a question did not start from a compressed context, or a context was
                 not compressed exactly once, so that nobody knows what is held.
         """
+        self._option = option
         with self._engine(settings) as llm:
-            return [self._ask_all(llm, ratio) for ratio in ratios]
+            return [self._ask_all(llm, value) for value in asked]
 
     @contextmanager
     def _engine(self, settings: dict[str, Any] | None) -> Iterator[LLM]:
@@ -117,7 +124,10 @@ class QualityRun:
         found, num_asked = Measured(), 0
         num_blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
         for group in groups_that_fit(self._documents, num_blocks, self._continuation_tokens):
-            self._generate(llm, [(number, [], Lesson(length=2)) for number in group], ratio)
+            contexts = [(number, list[int](), Lesson(length=2)) for number in group]
+            for result in self._generate(llm, contexts, ratio):
+                if ratio is not None:
+                    found.tell((result.kv_transfer_params or {}).get(METHOD, {}))
             answers = {number: self._ask(number, ratio) for number in group}
             turns = [
                 (number, question.tokens, lesson)
@@ -168,8 +178,12 @@ class QualityRun:
 
     def _generate(
         self, llm: LLM, turns: Sequence[tuple[int, list[int], Lesson]], ratio: float | None
-    ) -> None:
-        """Send requests at once: number of a document, what follows its context, and the lesson."""
+    ) -> list[Any]:
+        """Send requests at once: number of a document, what follows its context, and the lesson.
+
+        Returns:
+            vLLM's results.
+        """
         prompts, limits = [], []
         for number, tokens, lesson in turns:
             context = self._documents[number].tokens
@@ -182,13 +196,14 @@ class QualityRun:
             from vllm_kvzip.evaluation.quality.teacher_forcing import forget
 
             forget()
+        return list(results)
 
     def _sampling(self, lesson: Lesson, context: int, ratio: float | None) -> SamplingParams:
         from vllm_kvzip.vllm_bridge.symbols import SamplingParams
 
         options: dict[str, Any] = {"kvzip_context_tokens": context}
         if ratio is not None:
-            options["kvzip_keep_ratio"] = ratio
+            options[self._option] = ratio
         if self._is_led:
             from vllm_kvzip.evaluation.quality.teacher_forcing import give
 

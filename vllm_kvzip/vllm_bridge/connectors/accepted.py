@@ -95,6 +95,7 @@ def check_connector(vllm_config: VllmConfig, config: KVzipConfig, repeats: bool)
     settings = {
         "prefill_budget": config.prefill_budget is not None,
         "decode_budget": config.decode_budget is not None,
+        "quality_loss": config.quality_loss is not None,
         "contexts_dir": config.contexts_dir is not None,
         f"mode {config.mode}": config.mode != "evict",
         "scorer kvzip": repeats,

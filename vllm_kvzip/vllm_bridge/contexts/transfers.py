@@ -26,7 +26,7 @@ from vllm_kvzip.vllm_bridge.settings import Settings
 from vllm_kvzip.vllm_bridge.symbols import Request, SamplingParams, init_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from concurrent.futures import Future
 
     from vllm_kvzip.contexts.folder import FileEntry
@@ -44,34 +44,18 @@ MOST_OPENED = 4  # files that were opened and not yet put into the cache; older 
 
 
 class CachedRuns(Protocol):
-    """The compressed prefixes of a scheduler; see :class:`HeadPageManager`."""
+    """The compressed prefixes of a scheduler; see :class:`HeadPageManager`.
+
+    Attributes:
+        rule: what is compressed.
+        prefixes: the scheduler's ``CompressedPrefixCache``.
+    """
 
     rule: PrefixRule
-
-    def cached_runs(self) -> Sequence[Any]:
-        """Runs in the prefix cache."""
-        ...
+    prefixes: Any
 
     def is_compressed(self, run: Any) -> bool:
         """Whether workers have said that they compressed a run."""
-        ...
-
-    def has_run(self, prefix_hash: bytes, keep_ratio: float) -> bool:
-        """Whether a run of that key is cached."""
-        ...
-
-    def adopt(
-        self,
-        plan: PrefixPlan,
-        prefix_hash: bytes,
-        source: RunSource,
-        fill: Callable[[int, list[int]], None],
-    ) -> None:
-        """Cache a run that comes from elsewhere.
-
-        Raises:
-            ContextFileError: if there is no room; what ``fill`` raises.
-        """
         ...
 
 
@@ -184,10 +168,10 @@ class ContextTransfers:
         if plan.boundary_tokens != plan.num_prefix_blocks * self._runs.rule.block_size:
             raise ContextFileError(f"{name} does not name whole blocks of this server's cache.")
         prefix_hash = self._hash(context.token_ids, plan)
-        cached = self._runs.has_run(prefix_hash, plan.keep_ratio)
+        cached = self._runs.prefixes.has(prefix_hash, plan)
         if not cached:
             source = RunSource(context.token_ids)
-            self._runs.adopt(plan, prefix_hash, source, self._filler(name, context))
+            self._runs.prefixes.adopt(plan, prefix_hash, source, self._filler(name, context))
         return {**self._told(entry, context), "was_cached": cached}
 
     def _check_awake(self) -> None:
@@ -206,7 +190,8 @@ class ContextTransfers:
             ContextFileError: if there is none that may leave.
         """
         wanted = keep_ratio or self._runs.rule.keep_ratio
-        of_id = [run for run in self._runs.cached_runs() if run.source.context_id == context_id]
+        cached = self._runs.prefixes.whole_runs()
+        of_id = [run for run in cached if run.source.context_id == context_id]
         if not of_id:
             raise NoContextFileError(
                 f"No compressed context {context_id} is cached; the list of contexts has the ids."
@@ -238,7 +223,7 @@ class ContextTransfers:
         """Lets workers write a context's pages into blocks, as a run of some serial number."""
 
         def fill(serial: int, block_ids: list[int]) -> None:
-            """What :meth:`CachedRuns.adopt` calls."""
+            """What ``CompressedPrefixCache.adopt`` calls."""
             args = (serial, context.plan, context.seed, block_ids, context.tensors)
             (refusal,) = self._workers.collective_rpc("kvzip_write_context", args=args)
             if refusal == NOT_YET:

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 from vllm_kvzip.metrics import FAILURES
 from vllm_kvzip.storage.head_pages import fold_row
 from vllm_kvzip.vllm_bridge.scheduler.other_groups import OtherGroups
-from vllm_kvzip.vllm_bridge.scheduler.prefix_cache import CompressedPrefixCache, PrefixRun
+from vllm_kvzip.vllm_bridge.scheduler.prefix_cache import CompressedPrefixCache
 from vllm_kvzip.vllm_bridge.scheduler.prefix_lookup import PrefixLookup, options
-from vllm_kvzip.vllm_bridge.scheduler.row_state import Reservation, RowState
+from vllm_kvzip.vllm_bridge.scheduler.row_state import PrefixRun, Reservation, RowState
 from vllm_kvzip.vllm_bridge.scheduler.step_news import publish_step
 from vllm_kvzip.vllm_bridge.scheduler.unconfirmed import UnconfirmedRuns
 from vllm_kvzip.vllm_bridge.stats_export import HeldBytes, SchedulerRecorder
 from vllm_kvzip.vllm_bridge.symbols import FullAttentionManager
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Sequence
+    from collections.abc import Callable, Container, Mapping, Sequence
 
     from vllm_kvzip.core import PrefixPlan
-    from vllm_kvzip.vllm_bridge.contexts.source import RunSource
+    from vllm_kvzip.vllm_bridge.outcomes import Outcome
     from vllm_kvzip.vllm_bridge.scheduler.terms import CompressionTerms
     from vllm_kvzip.vllm_bridge.step_message import StepPrefixes
     from vllm_kvzip.vllm_bridge.symbols import KVCacheBlock, Request
@@ -268,6 +268,19 @@ class HeadPageManager(FullAttentionManager):
         rows = [row for row in changed if self.rows.get(row.request.request_id) is row]
         return publish_step(rows, scheduled, self.prefixes, self.unconfirmed, repeats or {})
 
+    def settle(self, outcomes: Mapping[int, Outcome]) -> dict[Request, str]:
+        """Take in what became of compressions, and give back what they reserved in vain.
+
+        Args:
+            outcomes: by serial of the run.
+
+        Returns:
+            see :meth:`UnconfirmedRuns.settle`.
+        """
+        for run, (num_blocks, estimated_loss) in self.unconfirmed.fits(outcomes):
+            self._shrink(run, run.plan.fitted(num_blocks, estimated_loss))
+        return self.unconfirmed.settle(outcomes)
+
     def outcome(self, request: Request) -> dict[str, Any]:
         """What became of a request's prompt, as plain values for its client.
 
@@ -282,29 +295,9 @@ class HeadPageManager(FullAttentionManager):
             return row.run.plan.as_told()
         return {"left_alone": self._skip_reason(request) or "ended_before_decode"}
 
-    # What the transfer of contexts calls, between two steps.
-
-    def cached_runs(self) -> list[PrefixRun]:
-        """Runs in the prefix cache."""
-        return self.prefixes.whole_runs()
-
     def is_compressed(self, run: PrefixRun) -> bool:
         """Whether the workers have said that they compressed a run."""
         return run not in self.unconfirmed
-
-    def has_run(self, prefix_hash: bytes, keep_ratio: float) -> bool:
-        """Whether a run of that key is cached."""
-        return any(run.key == (prefix_hash, keep_ratio) for run in self.prefixes.whole_runs())
-
-    def adopt(
-        self,
-        plan: PrefixPlan,
-        prefix_hash: bytes,
-        source: RunSource,
-        fill: Callable[[int, list[int]], None],
-    ) -> None:
-        """See :meth:`CompressedPrefixCache.adopt`."""
-        self.prefixes.adopt(plan, prefix_hash, source, fill)
 
     def close(self) -> None:
         """The engine ends: its metrics no longer count what it held."""
@@ -366,6 +359,24 @@ class HeadPageManager(FullAttentionManager):
         self.unconfirmed.folded(run, row.request.num_prompt_tokens, self.rule.block_size)
         self._use(run)
         row.fold(self._next_plan(row.request, run))
+
+    def _shrink(self, run: PrefixRun, plan: PrefixPlan) -> None:
+        """A run needs fewer blocks than it has; the workers have written nothing into the others
+        that anybody reads.
+        """
+        for request_id, row in list(self._crossing.items()):
+            if row.reservation is not None and row.reservation.run is run:
+                self._fold(request_id, row)
+        if run.users:
+            self._held.add(run.plan, -1)
+            self._held.add(plan, 1)
+        unused = self.prefixes.shrink(run, plan)
+        places = slice(len(run.blocks), len(run.blocks) + len(unused))
+        for request_id, row in self.rows.items():
+            if row.run is run:
+                nulls = [self._null_block] * len(unused)
+                self.req_to_blocks[request_id][places] = nulls
+                self.block_pool.free_blocks(reversed(unused))
 
     def _use(self, run: PrefixRun) -> None:
         """One more row begins with the run."""

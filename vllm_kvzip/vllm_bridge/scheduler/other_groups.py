@@ -21,8 +21,8 @@ from vllm_kvzip.vllm_bridge.symbols import MambaManager
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from vllm_kvzip.vllm_bridge.scheduler.prefix_cache import CompressedPrefixCache, PrefixRun
-    from vllm_kvzip.vllm_bridge.scheduler.row_state import RowState
+    from vllm_kvzip.vllm_bridge.scheduler.prefix_cache import CompressedPrefixCache
+    from vllm_kvzip.vllm_bridge.scheduler.row_state import PrefixRun, RowState
     from vllm_kvzip.vllm_bridge.symbols import (
         KVCacheBlock,
         Request,

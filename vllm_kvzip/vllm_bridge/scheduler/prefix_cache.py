@@ -2,9 +2,9 @@
 
 A compressed prefix is a run of blocks. Its blocks are published in vLLM's block pool like any
 cached block, under keys made of three parts: the hash of the prefix's tokens (LoRA adapter, cache
-salt and multimodal inputs are part of it), the keep ratio, and a fingerprint of everything else
-that shaped the compression. So reference counts, LRU eviction, the reset of the cache and the
-pool's accounting are vLLM's own.
+salt and multimodal inputs are part of it), the keep ratio and quality loss that were asked for, and
+a fingerprint of everything else that shaped the compression. So reference counts, LRU eviction, the
+reset of the cache and the pool's accounting are vLLM's own.
 
 A request starts from a run only while all blocks of the run are cached. Once compressed, the blocks
 of a run are never written to.
@@ -12,14 +12,13 @@ of a run are never written to.
 
 from __future__ import annotations
 
-import itertools
 import struct
 import time
 from collections import Counter, OrderedDict
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvzip.errors import ContextFileError
+from vllm_kvzip.vllm_bridge.scheduler.row_state import PrefixRun
 from vllm_kvzip.vllm_bridge.symbols import BlockHash, make_block_hash_with_group_id
 
 if TYPE_CHECKING:
@@ -28,44 +27,13 @@ if TYPE_CHECKING:
     from vllm_kvzip.core import PrefixPlan
     from vllm_kvzip.planning.reuse_rule import ReuseRule
     from vllm_kvzip.vllm_bridge.contexts.source import RunSource
+    from vllm_kvzip.vllm_bridge.scheduler.row_state import Terms
     from vllm_kvzip.vllm_bridge.stats_export import SchedulerRecorder
     from vllm_kvzip.vllm_bridge.symbols import (
         BlockHashWithGroupId,
         BlockPool,
         KVCacheBlock,
     )
-
-_serials = itertools.count(1)
-
-
-@dataclass(eq=False)
-class PrefixRun:
-    """The blocks of one compressed prefix.
-
-    Attributes:
-        plan: its boundary and block counts.
-        blocks: blocks that hold what is kept.
-        prefix_hash: vLLM's hash of the block that ends at the boundary, which covers all tokens
-            before it; None when prefix caching is off.
-        serial: number of the run; no other run ever has it, even if it gets the same blocks.
-        users: how many rows begin with the run.
-        last_used: when a request last used it, in seconds on the cache's clock.
-        source: its tokens, once it has been cached where such prefixes travel; else None.
-    """
-
-    plan: PrefixPlan
-    blocks: list[KVCacheBlock]
-    prefix_hash: bytes | None = None
-    serial: int = field(default_factory=lambda: next(_serials))
-    users: int = 0
-    last_used: float = 0.0
-    source: RunSource | None = None
-
-    @property
-    def key(self) -> tuple[bytes, float]:
-        """Prefix hash and keep ratio; a request starts from the run only if both are its own."""
-        assert self.prefix_hash is not None
-        return self.prefix_hash, self.plan.keep_ratio
 
 
 class CompressedPrefixCache:
@@ -94,7 +62,7 @@ class CompressedPrefixCache:
         self._recorder = recorder
         self._clock = clock
         self._runs: OrderedDict[int, PrefixRun] = OrderedDict()  # by serial, oldest use first
-        self._by_key: dict[tuple[bytes, float], PrefixRun] = {}
+        self._by_key: dict[tuple[bytes, Terms], PrefixRun] = {}
         self._by_block: dict[int, PrefixRun] = {}
         self._boundaries: Counter[int] = Counter()
         self._dropped: list[int] = []
@@ -169,7 +137,7 @@ class CompressedPrefixCache:
         self,
         block_hashes: Sequence[Any],
         max_blocks: int,
-        keep_ratio: float,
+        terms: Terms,
         accepts: Callable[[PrefixPlan], bool],
     ) -> PrefixRun | None:
         """The longest cached prefix of a request.
@@ -177,7 +145,7 @@ class CompressedPrefixCache:
         Args:
             block_hashes: vLLM's hashes of the request's blocks.
             max_blocks: most blocks of the prefix before compression.
-            keep_ratio: with which the prefix was compressed.
+            terms: on which the prefix was compressed.
             accepts: whether the request may start from a prefix with that plan.
         """
         self.expire()
@@ -186,7 +154,7 @@ class CompressedPrefixCache:
         if len(self._boundaries) < limit:
             lengths = sorted((n for n in self._boundaries if n <= limit), reverse=True)
         for num_blocks in lengths:
-            run = self._by_key.get((block_hashes[num_blocks - 1], keep_ratio))
+            run = self._by_key.get((block_hashes[num_blocks - 1], terms))
             if run is None or not accepts(run.plan):
                 continue
             if self._is_whole(run):
@@ -198,6 +166,10 @@ class CompressedPrefixCache:
         """All cached runs, least recently used first."""
         self.expire()
         return [run for run in self._runs.values() if self._is_whole(run)]
+
+    def has(self, prefix_hash: bytes, plan: PrefixPlan) -> bool:
+        """Whether a run of that hash, and on the terms of that plan, is cached."""
+        return any(run.key == (prefix_hash, plan.terms) for run in self.whole_runs())
 
     def owner(self, blocks: Sequence[KVCacheBlock]) -> PrefixRun | None:
         """The cached run that begins with the first of ``blocks``; None when no run does.
@@ -353,6 +325,26 @@ class CompressedPrefixCache:
                 self.drop(run, "ttl")
         return None
 
+    def shrink(self, run: PrefixRun, plan: PrefixPlan) -> list[KVCacheBlock]:
+        """Leave a run the first of its blocks only; rows that begin with it must give up the rest.
+
+        Args:
+            run: cached or not.
+            plan: with fewer compressed blocks.
+
+        Returns:
+            the others, which are not published any more.
+        """
+        count = plan.num_compressed_blocks
+        unused = run.blocks[count:]
+        if run.serial in self._runs:
+            for key, block in zip(self._keys(run)[count:], unused, strict=True):
+                del self._by_block[block.block_id]
+                if block.block_hash == key:
+                    self._pool.evict_blocks({block.block_id})
+        run.plan, run.blocks = plan, run.blocks[:count]
+        return unused
+
     def failed(self, run: PrefixRun) -> None:
         """Drop a run whose compression failed, if it is cached."""
         if run.serial in self._runs:
@@ -373,8 +365,9 @@ class CompressedPrefixCache:
         return bool(self._fingerprint) and self._fingerprint in key
 
     def _keys(self, run: PrefixRun) -> list[BlockHashWithGroupId]:
-        prefix_hash, keep_ratio = run.key
-        stem = prefix_hash + struct.pack(">d", keep_ratio) + self._fingerprint
+        prefix_hash, (keep_ratio, quality_loss) = run.key
+        asked = struct.pack(">dd", keep_ratio, quality_loss or 0.0)
+        stem = prefix_hash + asked + self._fingerprint
         return [
             make_block_hash_with_group_id(
                 BlockHash(stem + index.to_bytes(4, "big")), self._group_id

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from vllm_kvzip.planning.request_options import RequestOptions
     from vllm_kvzip.planning.reuse_rule import ReuseRule
     from vllm_kvzip.vllm_bridge.scheduler.other_groups import OtherGroups
-    from vllm_kvzip.vllm_bridge.scheduler.prefix_cache import CompressedPrefixCache, PrefixRun
+    from vllm_kvzip.vllm_bridge.scheduler.prefix_cache import CompressedPrefixCache
+    from vllm_kvzip.vllm_bridge.scheduler.row_state import PrefixRun
     from vllm_kvzip.vllm_bridge.symbols import KVCacheBlock, Request
 
 
@@ -121,9 +122,9 @@ class PrefixLookup:
             return None
         block_size = self._rule.block_size
         max_blocks = max_length // block_size
-        keep_ratio = self._rule.wanted_ratio(asked)
+        terms = self._rule.terms(asked)
         run = self._prefixes.find(
-            block_hashes, max_blocks, keep_ratio, lambda plan: self._accepts(request, plan)
+            block_hashes, max_blocks, terms, lambda plan: self._accepts(request, plan)
         )
         if run is None:
             return None

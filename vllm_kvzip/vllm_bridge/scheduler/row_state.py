@@ -18,14 +18,51 @@ a prefill budget a folded row crosses again each time its dense tail has grown b
 
 from __future__ import annotations
 
+import itertools
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vllm_kvzip.core import PrefixPlan
-    from vllm_kvzip.vllm_bridge.scheduler.prefix_cache import PrefixRun
-    from vllm_kvzip.vllm_bridge.symbols import Request
+    from vllm_kvzip.vllm_bridge.contexts.source import RunSource
+    from vllm_kvzip.vllm_bridge.symbols import KVCacheBlock, Request
+
+
+Terms = tuple[float, float | None]
+"""See :attr:`~vllm_kvzip.core.PrefixPlan.terms`."""
+
+_serials = itertools.count(1)
+
+
+@dataclass(eq=False)
+class PrefixRun:
+    """The blocks of one compressed prefix.
+
+    Attributes:
+        plan: its boundary and block counts.
+        blocks: blocks that hold what is kept.
+        prefix_hash: vLLM's hash of the block that ends at the boundary, which covers all tokens
+            before it; None when prefix caching is off.
+        serial: number of the run; no other run ever has it, even if it gets the same blocks.
+        users: how many rows begin with the run.
+        last_used: when a request last used it, in seconds on the cache's clock.
+        source: its tokens, once it has been cached where such prefixes travel; else None.
+    """
+
+    plan: PrefixPlan
+    blocks: list[KVCacheBlock]
+    prefix_hash: bytes | None = None
+    serial: int = field(default_factory=lambda: next(_serials))
+    users: int = 0
+    last_used: float = 0.0
+    source: RunSource | None = None
+
+    @property
+    def key(self) -> tuple[bytes, Terms]:
+        """Prefix hash and terms; a request starts from the run only if both are its own."""
+        assert self.prefix_hash is not None
+        return self.prefix_hash, self.plan.terms
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,7 @@ class _HeadPageScheduling:
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         manager, ended = self._kvzip_manager, []
-        affected = manager.unconfirmed.settle(told(model_runner_output))
+        affected = manager.settle(told(model_runner_output))
         for request, reason in affected.items():
             is_over = self.requests.get(request.request_id) is not request
             if is_over:

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
-    from vllm_kvzip.vllm_bridge.outcomes import Outcome
-    from vllm_kvzip.vllm_bridge.scheduler.prefix_cache import CompressedPrefixCache, PrefixRun
+    from vllm_kvzip.vllm_bridge.outcomes import Fit, Outcome
+    from vllm_kvzip.vllm_bridge.scheduler.prefix_cache import CompressedPrefixCache
+    from vllm_kvzip.vllm_bridge.scheduler.row_state import PrefixRun
     from vllm_kvzip.vllm_bridge.stats_export import SchedulerRecorder
     from vllm_kvzip.vllm_bridge.symbols import Request
 
@@ -72,6 +73,13 @@ class UnconfirmedRuns:
         else:
             self._recorder.compressed(run.plan, num_prompt_tokens, block_size)
 
+    def fits(self, outcomes: Mapping[int, Outcome]) -> Iterator[tuple[PrefixRun, Fit]]:
+        """Runs of which a quality loss has decided how many blocks they need."""
+        for serial, outcome in outcomes.items():
+            entry = self._runs.get(serial)
+            if entry is not None and isinstance(outcome, tuple):
+                yield entry.run, outcome
+
     def settle(self, outcomes: Mapping[int, Outcome]) -> dict[Request, str]:
         """Take in the outcomes of some compressions.
 
@@ -83,12 +91,12 @@ class UnconfirmedRuns:
             requests that have started from the run.
         """
         affected: dict[Request, str] = {}
-        for serial, reason in outcomes.items():
+        for serial, outcome in outcomes.items():
             entry = self._runs.pop(serial, None)
             if entry is None:
                 continue
-            if reason is not None:
-                self._fail(entry, reason, affected)
+            if isinstance(outcome, str):
+                self._fail(entry, outcome, affected)
             elif entry.folded is not None:
                 self._recorder.compressed(entry.run.plan, *entry.folded)
         return affected

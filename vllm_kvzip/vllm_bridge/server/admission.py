@@ -6,7 +6,13 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvzip.errors import RequestError
-from vllm_kvzip.planning.request_options import DECODE_BUDGET, SWITCH, check_request, options_of
+from vllm_kvzip.planning.request_options import (
+    DECODE_BUDGET,
+    QUALITY_LOSS,
+    SWITCH,
+    check_request,
+    options_of,
+)
 from vllm_kvzip.vllm_bridge.settings import KEY, Settings, block_tokens
 from vllm_kvzip.vllm_bridge.symbols import (
     AsyncLLM,
@@ -94,6 +100,7 @@ def _check(vllm_config: VllmConfig, params: Any, token_ids: Any, embeds: Any) ->
         check_request(extra_args, num_prompt_tokens)
         _check_room(vllm_config, params, num_prompt_tokens)
         _check_decode_budget(vllm_config, params)
+        _check_quality_loss(vllm_config, params)
     except RequestError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from error
 
@@ -120,6 +127,21 @@ def _check_decode_budget(vllm_config: VllmConfig, params: Any) -> None:
         raise RequestError(
             f'{DECODE_BUDGET}="off" does not work on a server with prefill_budget, where answers '
             f"stay within that budget too; leave the option out."
+        )
+
+
+def _check_quality_loss(vllm_config: VllmConfig, params: Any) -> None:
+    """Refuse a quality loss of a request where the server has no curve to read it from.
+
+    Raises:
+        RequestError: in one sentence.
+    """
+    if options_of(params).quality_loss is None:
+        return
+    if Settings.from_vllm_config(vllm_config).config.quality_loss is None:
+        raise RequestError(
+            f"This server was started without quality_loss, so a request cannot name its own; "
+            f"leave {QUALITY_LOSS} out."
         )
 
 

@@ -160,8 +160,8 @@ async def compress_context(body: ContextRequest, raw_request: Request) -> JSONRe
         skip_reading_prefix_cache=True if settings.observation_tokens else None,
     )
 
-    async def compress(rank: int | None) -> tuple[int, str | None]:
-        """Cached tokens it started from, and why one engine left it alone."""
+    async def compress(rank: int | None) -> tuple[int, dict[str, Any]]:
+        """Cached tokens it started from, and what one engine tells of it."""
         cached_tokens, told = 0, None
         outputs = engine.generate(
             prompt, params.clone(), f"kvzip-context-{random_uuid()}", lora_request=lora_request,
@@ -170,10 +170,11 @@ async def compress_context(body: ContextRequest, raw_request: Request) -> JSONRe
         async for output in outputs:
             cached_tokens = output.num_cached_tokens or 0
             told = output.kv_transfer_params
-        return cached_tokens, (told or {}).get(KEY, {}).get("left_alone")
+        return cached_tokens, (told or {}).get(KEY, {})
 
     answers = await on_each(engine, compress)
-    reason = next((reason for _, reason in answers if reason in FAILURES), None)
+    found = [about for _, about in answers]
+    reason = next((r for about in found if (r := about.get("left_alone")) in FAILURES), None)
     if reason is not None:
         raise VLLMServerError(f"The context could not be compressed ({reason}); see the log.")
     return JSONResponse(
@@ -181,6 +182,7 @@ async def compress_context(body: ContextRequest, raw_request: Request) -> JSONRe
             "id": checksum(prefix_seed(token_ids, plan.boundary_tokens)),
             "tokens": len(token_ids),
             **plan.as_told(),
+            **{name: value for name, value in found[0].items() if name != "left_alone"},
             "cached_tokens": min(cached for cached, _ in answers),
             "seconds": time.perf_counter() - begin,
             "send": _to_send(body, len(token_ids)),

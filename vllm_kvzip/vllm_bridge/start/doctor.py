@@ -68,7 +68,8 @@ class Compression:
         profile: path of the head profile; None: there is none.
         builds_profile: whether the engine makes it first.
         scorer, budget, mode: what is used, where the user left it open.
-        keep_ratio: kept / all.
+        keep_ratio: kept / all; with a quality loss the most.
+        quality_loss: nats a token that compressing a prompt may cost; None: the ratio decides.
         counts: what the ratio counts, ``KV pairs`` or ``bytes``.
         prefill_budget, decode_budget: tokens that a request holds between rounds while its prompt
             is read, and while its answer is generated; None: there are no rounds.
@@ -96,6 +97,7 @@ class Compression:
     budget: str
     mode: str
     keep_ratio: float
+    quality_loss: float | None
     counts: str
     prefill_budget: int | None
     decode_budget: int | None
@@ -220,6 +222,7 @@ def _compression(plan: CachePlan) -> Compression:
         budget=settings.budget,
         mode=config.mode,
         keep_ratio=config.ratio,
+        quality_loss=config.quality_loss,
         prefill_budget=config.prefill_budget,
         decode_budget=config.decode_budget,
         counts="KV pairs" if config.keep_bytes_ratio is None else "bytes",

@@ -36,6 +36,7 @@ from vllm_kvzip.vllm_bridge.start.checks import (
     check_supported,
 )
 from vllm_kvzip.vllm_bridge.start.gpu_backend import default_gpu_backend
+from vllm_kvzip.vllm_bridge.start.quality_promise import loss_curve
 from vllm_kvzip.vllm_bridge.symbols import init_logger
 from vllm_kvzip.vllm_bridge.versions import check_version, untested_warning
 
@@ -165,6 +166,7 @@ def resolve(
         if getattr(config, name) is not None:
             comparable = scorer_type.comparable_across_parts
             check_budget_in_tokens(name, vllm_config, config.mode, scorer, comparable)
+    curve = loss_curve(vllm_config, config, scorer, budget, path)
     repeats = scorer_type.needs_reconstruction
     is_capped = caps_logits(vllm_config.model_config.hf_text_config)
     check_capped_logits(is_capped, scorer)
@@ -184,6 +186,7 @@ def resolve(
         repeat_ids=repeat_ids(vllm_config, config, path) if repeats else None,
         surrogate=str(surrogate) if surrogate else None,
         surrogate_digest=hashlib.sha256(surrogate.read_bytes()).hexdigest() if surrogate else None,
+        loss_curve=curve,
         metrics_directory=metrics_directory,
     )
     if path is not None and budget == "profile" and config.mode == "mixed":

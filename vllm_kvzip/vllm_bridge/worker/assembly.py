@@ -9,6 +9,7 @@ import functools
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from vllm_kvzip.budgeting.quality import LossCurve, QualityTarget
 from vllm_kvzip.core import CacheGeometry
 from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.model.key_transform import num_first
@@ -251,7 +252,7 @@ def make_scorer(
     try:
         return scorer, find_rotary(model, layers.names, text_config)
     except UnsupportedError:
-        if config.scorer is not None:
+        if config.scorer is not None or config.quality_loss is not None:
             raise
     scorer = create_scorer(SCORER_WITHOUT_ROTARY)
     logger.warning(
@@ -291,7 +292,18 @@ def make_compressor(
         first_layer=layers.rows.start,
         layers_of_model=layers.num_rows,
         num_dense_layers=layers.num_drafts,
+        quality=_quality_target(worker, cache),
     )
+
+
+def _quality_target(worker: HeadPageWorker, cache: HeadPageCache) -> QualityTarget | None:
+    """What chooses how many blocks a prompt needs; None where the keep ratio says it."""
+    curve = worker.kvzip_settings.loss_curve
+    if curve is None:
+        return None
+    points = tuple((worth, nats) for worth, nats in curve["points"])
+    num_ranks = worker.parallel_config.tensor_parallel_size
+    return QualityTarget(LossCurve(curve["power"], points), cache.geometry, num_ranks)
 
 
 def make_repeats(

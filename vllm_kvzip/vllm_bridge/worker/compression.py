@@ -77,7 +77,7 @@ class PrefixCompression:
             reserve = row[request.reserve_start :][: plan.num_compressed_blocks]
             self._unclean.add(reserve[plan.num_full_blocks :])
         outcome: str | torch.Tensor | None
-        prefix = None
+        prefix = fit = None
         repeated = self.repeats.take(request.request_id) if self.repeats else None
         try:
             if self.repeats is not None and repeated is None:
@@ -85,6 +85,9 @@ class PrefixCompression:
             else:
                 prefix, stages = self._compress_one(request, repeated)
                 outcome = prefix.sound
+                if (fitted := prefix.fitted) is not None:
+                    assert fitted.estimated_loss is not None
+                    fit = fitted.num_compressed_blocks, fitted.estimated_loss
                 self._record_later(stages)
         except NotFiniteError:
             outcome = NOT_FINITE
@@ -94,7 +97,7 @@ class PrefixCompression:
             log_failure(request.request_id, error)
             outcome = FAILED
         if request.serial is not None:
-            self.outcomes.add(request.serial, outcome)
+            self.outcomes.add(request.serial, outcome, fit)
         return prefix
 
     def forget(self, request_id: str) -> None:

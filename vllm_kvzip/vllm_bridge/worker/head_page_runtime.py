@@ -189,7 +189,7 @@ class HeadPageRuntime:
             self._forget(request.request_id)
             self._tracker.forget(request.request_id)
         else:
-            self.prefixes.add(request, plan, prefix)
+            self.prefixes.add(request, prefix.fitted or plan, prefix)
 
     def _forget(self, request_id: str) -> None:
         """A request has ended, lost its blocks, or could not be compressed."""
