@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 KINDS = MIN_LOG_SCORE, MIN_LOG_SCORE, ATTENTION_FLOOR
 """Floors of the scores: influence on repeating, influence further on, attention while repeating."""
-TARGETS = {"influence": {0: 0.8, 1: 0.2}, "attention": {2: 1.0}}
+TARGETS = {"influence": {0: 0.9, 1: 0.1}, "attention": {2: 1.0}}
 """What each target is made of: kinds of scores, and how much they count."""
 DEFAULTS = KVzipConfig()
 
