@@ -12,11 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_kvzip.model.rotary import unrotated
-
 if TYPE_CHECKING:
     from vllm_kvzip.model.key_transform import KeyTransform
-    from vllm_kvzip.model.rotary import RotaryTables
 
 
 @dataclass(frozen=True)
@@ -136,6 +133,11 @@ class PrefixPlan:
         return replace(self, num_compressed_blocks=num_blocks, estimated_loss=estimated_loss)
 
     @property
+    def num_observed_tokens(self) -> int:
+        """Where the observation window ends: the boundary of a round, else ``ready_tokens``."""
+        return self.boundary_tokens if self.is_round else self.ready_tokens
+
+    @property
     def num_protected_tokens(self) -> int:
         """Tokens that every head keeps: sink and recent ones."""
         return self.num_sink_tokens + self.num_recent_tokens
@@ -234,58 +236,6 @@ class PrefixPlan:
 
 
 @dataclass(frozen=True)
-class LayerInputs:
-    """What a scorer sees of one layer.
-
-    Attributes:
-        layer, num_layers: which layer of how many, among all that are compressed in the model.
-        keys: float32 ``[H, T, D]``, keys of the prefix after rotary embedding, T = boundary.
-        values: float32 ``[H, T, D]``; None unless the scorer asks for them.
-        observation_queries: float32 ``[W, H, G, D]``, queries of the last W context tokens after
-            rotary embedding, the last of them at position ``num_context_tokens - 1``; None unless
-            the scorer asks for them. W may be smaller than the setting when vLLM took the start of
-            the window from its prefix cache.
-        reconstruction: float32 ``[H, T]``, the most attention each pair got while the model
-            repeated the prefix (``planning/reconstruction.py``); None unless the scorer asks.
-        rotary: the model's rotary angles; None unless the scorer asks for them, or when the model
-            has none.
-        num_context_tokens: tokens a scorer may look at: the whole prompt, or T when the request
-            declares a context that other questions shall reuse.
-        scale: softmax scale.
-        sink_tokens, recent_tokens: how many tokens at either end of the prefix are always kept.
-        seed: equal for equal prefixes.
-        first_position: position of the first key; not 0 when what lies before it was compressed
-            earlier. T counts from there.
-        keep_ratio: share of the KV pairs that will be kept, in (0, 1].
-        soft_cap: scaled logits become ``soft_cap * tanh(logits / soft_cap)``; None or 0: they stay.
-        sink_logits: float32 ``[H, G]``, a learned logit of each query head that joins its softmax
-            and has no value; None: there is none.
-    """
-
-    layer: int
-    num_layers: int
-    keys: torch.Tensor
-    values: torch.Tensor | None
-    observation_queries: torch.Tensor | None
-    reconstruction: torch.Tensor | None
-    rotary: RotaryTables | None
-    num_context_tokens: int
-    scale: float
-    sink_tokens: int
-    recent_tokens: int
-    seed: int
-    first_position: int = 0
-    keep_ratio: float = 1.0
-    soft_cap: float | None = None
-    sink_logits: torch.Tensor | None = None
-
-    def unrotated_keys(self, part: slice | None = None) -> torch.Tensor:
-        """Keys before rotary embedding, float32 ``[H, T, D]``; of some of the tokens, if given."""
-        part = part or slice(0, self.keys.shape[1])
-        return unrotated(self.keys[:, part], self.rotary, self.first_position + part.start)
-
-
-@dataclass(frozen=True)
 class KeepPlan:
     """Which KV pairs each head keeps in one tier; heads are ordered (layer, KV head).
 
@@ -330,6 +280,8 @@ class CompressedPrefix:
             everything.
         scores: float32 ``[sum of pages * N]`` of the pairs of the first tier, in the order of its
             pages; None unless they will compete with later ones.
+        positions: int32, likewise, where these pairs are in the request; None unless they will be
+            scored anew with later ones.
         key_transform: ``[L, H, D]``, of quantized keys; None where there are none.
         sound: bool, a tensor of one element on a device that nobody waits for: whether all keys,
             values and scores that were looked at are finite. Where they are not, what is kept has
@@ -341,6 +293,7 @@ class CompressedPrefix:
     scores: torch.Tensor | None = None
     key_transform: KeyTransform | None = None
     sound: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
     fitted: PrefixPlan | None = None
 
     @property

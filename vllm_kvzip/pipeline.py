@@ -15,12 +15,13 @@ from vllm_kvzip.core import (
     CacheGeometry,
     CompressedPrefix,
     KeepPlan,
-    LayerInputs,
     PrefixPlan,
     StoredTier,
 )
 from vllm_kvzip.errors import NotFiniteError
+from vllm_kvzip.layer_inputs import LayerInputs
 from vllm_kvzip.model.key_transform import KeyTransform
+from vllm_kvzip.storage.candidates import Candidates, of_kept
 from vllm_kvzip.storage.head_pages import PagePool, deal_pages
 
 if TYPE_CHECKING:
@@ -60,8 +61,8 @@ class Compressor:
             budgets ``profile`` and ``retrieval``.
         head_importance, tier_fractions: see ``PageAllocator``.
         rotary: of each layer, for scorers that want it.
-        soft_cap, sink_logits: see :class:`~vllm_kvzip.core.LayerInputs`; the latter ``[H * G]``,
-            of each layer.
+        soft_cap, sink_logits: see :class:`~vllm_kvzip.layer_inputs.LayerInputs`; the latter
+            ``[H * G]``, of each layer.
         seed: mixed into each prompt's seed.
         clock: measures the stages.
         first_layer, layers_of_model: where the first of these layers is among the compressed layers
@@ -151,6 +152,10 @@ class Compressor:
         geometry = self._geometry
         sources = self._pool.page_ids(self._on_device(source_blocks))  # [all layers, H, pages]
         num_pages = sources.shape[2]
+        first, anew = plan.start_blocks * geometry.block_size, None
+        if self._rule.has_rounds and self._rule.tiers is None and self._scorer.rescores_kept:
+            anew = Candidates.of_round(earlier, sources, first, geometry.page_tokens)
+            sources = anew.pages
         with stages.stage("score"):
             scores, transform, sound = self._score(
                 sources[: geometry.num_layers],
@@ -159,10 +164,13 @@ class Compressor:
                 reconstruction,
                 scale,
                 seed,
+                anew,
             )
         with stages.stage("select"):
             available = None
-            if earlier is not None:
+            if anew is not None:
+                available = anew.available
+            elif earlier is not None:
                 available = earlier.pages + sources.shape[2]
                 sources, scores = _with_earlier(earlier, sources, scores, geometry.page_tokens)
             ranking = rank(scores, plan.num_sink_tokens, plan.num_recent_tokens)
@@ -171,9 +179,11 @@ class Compressor:
                 assert self._quality is not None
                 plan = fitted = self._quality.fit(ranking, plan)
             keeps = self._choose(ranking, plan, available)
-            kept_scores = None
-            if self._rule.has_rounds:
-                kept_scores = _scores_of(scores, keeps[0])
+            kept_scores = kept_positions = None
+            if anew is not None:
+                kept_positions = of_kept(anew.positions, keeps[0])
+            elif self._rule.has_rounds:
+                kept_scores = of_kept(scores, keeps[0])
             num_dense = self._num_dense_layers * geometry.num_kv_heads * num_pages
             kept_blocks = plan.num_compressed_blocks - plan.num_dense_blocks
             total = kept_blocks * geometry.pages_per_block + num_dense
@@ -200,7 +210,10 @@ class Compressor:
                 else:
                     self._store.compact(sources, keep, own)
             tiers.append(StoredTier(own, keep.pages, tier.split))
-        return CompressedPrefix(tuple(tiers), kept_scores, transform, sound, fitted), stages
+        prefix = CompressedPrefix(
+            tuple(tiers), kept_scores, transform, sound, kept_positions, fitted
+        )
+        return prefix, stages
 
     def _choose(
         self, ranking: Ranking, plan: PrefixPlan, available: torch.Tensor | None
@@ -249,33 +262,42 @@ class Compressor:
         reconstruction: torch.Tensor | None,
         scale: float,
         seed: int,
+        anew: Candidates | None,
     ) -> tuple[torch.Tensor, KeyTransform | None, torch.Tensor | None]:
-        """Scores of the raw blocks, float32 ``[L, H, T]``; what quantized keys are freed of; and
+        """Scores of ``sources``, float32 ``[L, H, T]``; what quantized keys are freed of; and
         :attr:`~vllm_kvzip.core.CompressedPrefix.sound`.
 
-        Sinks are left out of the mean.
+        Sinks are left out of the mean. ``anew`` says more of the sources where what was kept is
+        among them. A pad has a score of minus infinity, so that it is never chosen.
         """
         geometry, store = self._geometry, self._store
         num_sinks = plan.num_sink_tokens
         transforms, sums = [], []
         quantizes = len(plan.tiers) > 1
         first = plan.start_blocks * geometry.block_size
-        shape = (*sources.shape[:2], plan.boundary_tokens - first)
+        shape = (*sources.shape[:2], sources.shape[2] * geometry.page_tokens)
+        real = None if anew is None else anew.real
         scores = torch.empty(shape, device=store.device)
         for layer in range(geometry.num_layers):
+            keys = store.read_keys(sources[layer], layer).float()
+            values = None
+            if self._scorer.needs_values:
+                values = store.read_values(sources[layer], layer).float()
+            if real is not None:
+                for half in (keys, values):
+                    if half is not None:
+                        half.masked_fill_(~real[layer][..., None], 0.0)
             inputs = LayerInputs(
                 layer=self._first_layer + layer,
                 num_layers=self._layers_of_model,
-                keys=store.read_keys(sources[layer], layer).float(),
-                values=store.read_values(sources[layer], layer).float()
-                if self._scorer.needs_values
-                else None,
+                keys=keys,
+                values=values,
                 observation_queries=observation_queries[layer].float()
                 if observation_queries
                 else None,
                 reconstruction=None if reconstruction is None else reconstruction[layer],
                 rotary=self._rotary[layer],
-                num_context_tokens=plan.ready_tokens,
+                num_context_tokens=plan.num_observed_tokens,
                 scale=scale,
                 sink_tokens=self._rule.sink_tokens,
                 recent_tokens=self._rule.recent_tokens,
@@ -287,6 +309,8 @@ class Compressor:
                 sink_logits=None
                 if (sinks := self._sink_logits[layer]) is None
                 else sinks.float().view(geometry.num_kv_heads, geometry.group_size),
+                positions=None if anew is None or real is None else anew.positions[layer],
+                real=None if real is None else real[layer],
             )
             of_layer = self._scorer.score_layer(inputs)
             if of_layer.shape != shape[1:]:
@@ -301,23 +325,13 @@ class Compressor:
                 transforms.append(KeyTransform.fit(inputs.keys, num_sinks))
         sound = torch.isfinite(scores).all() & torch.isfinite(torch.stack(sums)).all()
         transform = KeyTransform.stack(transforms) if transforms else None
-        if sound.device.type != "cpu":
-            return scores.masked_fill_(~sound, 0.0), transform, sound
-        if not sound:
+        if sound.device.type == "cpu" and not sound:
             raise NotFiniteError("keys, values or scores are NaN or infinite")
-        return scores, transform, None
-
-
-def _scores_of(scores: torch.Tensor, keep: KeepPlan) -> torch.Tensor:
-    """Scores of what is kept, in the order of the plan; its pages are full.
-
-    Args:
-        scores: float32 ``[L, H, T]``.
-        keep: of the first tier.
-    """
-    heads = torch.arange(keep.pages.numel(), device=scores.device)
-    heads = heads.repeat_interleave(keep.pages.flatten(), output_size=len(keep.positions))
-    return scores.flatten(0, 1)[heads[:, None], keep.positions].flatten()
+        if sound.device.type != "cpu":
+            scores.masked_fill_(~sound, 0.0)
+        if real is not None:
+            scores.masked_fill_(~real, float("-inf"))
+        return scores, transform, None if sound.device.type == "cpu" else sound
 
 
 def _with_earlier(

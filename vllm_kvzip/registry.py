@@ -12,9 +12,12 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vllm_kvzip.errors import suggest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 PACKAGE = __name__.partition(".")[0]
 
@@ -26,8 +29,9 @@ class Registry:
 
     Args:
         kind: what one of them is called in messages.
-        package: folder of this package, dotted. File ``expected_attention.py`` in it registers the
-            class named ``expected-attention`` when it is imported.
+        package: folder of this package, dotted; its own folders count too. File
+            ``expected_attention.py`` in it registers the class named ``expected-attention`` when
+            it is imported.
         group: of the entry points of other packages. The name of an entry point is that of its
             class.
         others: files of the folder that hold no such class.
@@ -88,12 +92,11 @@ class Registry:
 
     @cached_property
     def _modules(self) -> dict[str, str]:
-        """Name -> module of this package."""
+        """Name -> module of this package, those of inner folders included."""
         folder = Path(__file__).parent.joinpath(*self._package.split("."))
-        found = (module.name for module in iter_modules([str(folder)]))
         return {
-            stem.replace("_", "-"): f"{PACKAGE}.{self._package}.{stem}"
-            for stem in found
+            stem.replace("_", "-"): module
+            for stem, module in _modules_in(folder, f"{PACKAGE}.{self._package}")
             if stem not in self._others
         }
 
@@ -103,5 +106,14 @@ class Registry:
         return {entry.name: entry for entry in entry_points(group=self._group)}
 
 
-SCORERS = Registry("scorer", "scoring", "vllm_kvzip.scorers", others=("base",))
+def _modules_in(folder: Path, package: str) -> Iterator[tuple[str, str]]:
+    """Modules of a folder and of those in it, none of them imported: last name, and whole name."""
+    for module in iter_modules([str(folder)]):
+        if module.ispkg:
+            yield from _modules_in(folder / module.name, f"{package}.{module.name}")
+        else:
+            yield module.name, f"{package}.{module.name}"
+
+
+SCORERS = Registry("scorer", "scoring", "vllm_kvzip.scorers", others=("base", "observed"))
 FORMATS = Registry("format", "quantization.formats", "vllm_kvzip.formats")

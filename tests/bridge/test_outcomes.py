@@ -59,3 +59,33 @@ def test_a_stage_before_the_last_tells_nobody(settled, monkeypatch):
     worker.order([7])
     worker.settle()
     assert told(worker.attach(output())) == {}
+
+
+def of_rank(rank, monkeypatch, fits, failed=()):
+    """The numbers that one of two ranks adds, for compressions 7, 8 and 9."""
+    added = []
+    monkeypatch.setattr(outcomes, "get_tensor_model_parallel_world_size", lambda: 2)
+    monkeypatch.setattr(outcomes, "get_tensor_model_parallel_rank", lambda: rank)
+    monkeypatch.setattr(outcomes, "tensor_model_parallel_all_reduce", lambda own: added.append(own))
+    monkeypatch.setattr(outcomes, "add_up_over_stages", lambda own: None)
+    worker = WorkerOutcomes(torch.device("cpu"))
+    worker.order([7, 8, 9])
+    for serial in (7, 8, 9):
+        if serial not in failed:
+            worker.add(serial, None, fits.get(serial))
+    worker.settle()
+    return added[0]
+
+
+def test_the_rank_that_needs_the_most_blocks_decides(settled, monkeypatch):
+    first = of_rank(0, monkeypatch, {7: (4, 0.02), 9: (5, 0.01)})
+    second = of_rank(1, monkeypatch, {7: (9, 0.01), 9: (2, 0.02)}, failed=[9])
+    monkeypatch.setattr(outcomes, "tensor_model_parallel_all_reduce", lambda own: first + second)
+    monkeypatch.setattr(outcomes, "add_up_over_stages", lambda own: own)
+    worker = WorkerOutcomes(torch.device("cpu"))
+    worker.order([7, 8, 9])
+    worker.settle()
+    found = told(worker.attach(output()))
+    blocks, loss = found[7]
+    assert (blocks, loss) == (9, pytest.approx(0.015))
+    assert (found[8], found[9]) == (None, FAILED)

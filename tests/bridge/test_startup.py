@@ -283,8 +283,8 @@ QUANTIZE = ("--kv-compression-config.mode", "quantize")
         ),
         (
             ("--kv-compression-config.decode_budget", "640",
-             "--kv-compression-config.scorer", "window"),
-            "Scorer window does not work with decode_budget",
+             "--kv-compression-config.scorer", "kvzip"),
+            "Scorer kvzip does not work with decode_budget",
         ),
     ],
 )  # fmt: skip

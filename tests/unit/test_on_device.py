@@ -32,6 +32,8 @@ SCORERS = (
     "knorm",
     "kvzip",
     "window",
+    "redundancy",
+    "r-kv",
     "expected-attention",
     "streaming",
     "profile",

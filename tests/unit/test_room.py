@@ -4,10 +4,11 @@ import pytest
 import torch
 from live_bytes import peak_bytes
 
-from vllm_kvzip.core import CacheGeometry, LayerInputs
+from vllm_kvzip.core import CacheGeometry
 from vllm_kvzip.head_profiles.calibration import NETWORK_WIDTH
 from vllm_kvzip.head_profiles.head_profile import ModelFingerprint
 from vllm_kvzip.head_profiles.networks import LayerSurrogate, save_surrogate
+from vllm_kvzip.layer_inputs import LayerInputs
 from vllm_kvzip.model.key_transform import KeyTransform
 from vllm_kvzip.model.rotary import RotaryTables
 from vllm_kvzip.pipeline import Compressor

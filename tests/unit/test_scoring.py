@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vllm_kvzip.core import LayerInputs
 from vllm_kvzip.head_profiles.head_profile import ModelFingerprint
 from vllm_kvzip.head_profiles.networks import LayerSurrogate, save_surrogate
+from vllm_kvzip.layer_inputs import LayerInputs
 from vllm_kvzip.model.rotary import RotaryTables
 from vllm_kvzip.registry import SCORERS
 from vllm_kvzip.scoring import (
@@ -17,7 +17,9 @@ from vllm_kvzip.scoring import (
     available_scorers,
     create_scorer,
     register_scorer,
+    scorer_class,
 )
+from vllm_kvzip.scoring.redundancy import novelty
 
 HEADS, TOKENS, DIM, GROUP = 2, 12, 8, 3
 
@@ -245,3 +247,99 @@ def test_a_third_party_can_register(monkeypatch):
     assert made.settings.observation_window_tokens == 7
     with pytest.raises(ValueError, match="registered already"):
         register_scorer(type("Other", (Last,), {}))
+
+
+@pytest.mark.parametrize("apart", [12, 3])
+def test_of_what_is_written_twice_the_last_copy_stays(apart):
+    """One passage of four tokens, twice, among others; both copies get as much attention."""
+    torch.manual_seed(3)
+    num_tokens, passage = 24, torch.randn(HEADS, 4, DIM)
+    plain = torch.randn(HEADS, num_tokens, DIM)
+    first, last = slice(2, 6), slice(2 + 4 + apart, 2 + 8 + apart)
+    plain[:, first] = passage
+    plain[:, last] = passage + 0.01 * torch.randn_like(passage)
+    angles = torch.arange(40)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.01])
+    rotary = RotaryTables(angles.cos(), angles.sin())
+    keys = rotary._turn(plain, rotary.cos[:num_tokens], rotary.sin[:num_tokens])
+    inputs = layer_inputs(
+        num_queries=3, keys=keys, values=torch.ones_like(keys), rotary=rotary,
+        num_context_tokens=num_tokens,
+    )  # fmt: skip
+    # Queries that look at all keys alike, so that nothing but redundancy tells them apart.
+    inputs = replace(inputs, observation_queries=torch.zeros_like(inputs.observation_queries))
+    scores = create_scorer("redundancy").score_layer(inputs)
+    others = [t for t in range(num_tokens) if not (first.start <= t < first.stop)]
+    for head in range(HEADS):
+        assert scores[head, first].max() < 0.05 * scores[head, others].min()
+
+
+def test_novelty_is_what_it_says_pair_by_pair():
+    keys = layer_inputs().keys
+    found = novelty(keys)
+    for head in range(HEADS):
+        unit = [key / key.norm() for key in keys[head]]
+        for token in range(TOKENS):
+            later = [torch.dot(unit[token], other).item() for other in unit[token + 1 :]]
+            assert found[head, token].item() == pytest.approx(1 - max([0, *later]), abs=1e-5)
+    padded = torch.cat([keys[:, :5], torch.zeros(HEADS, 3, DIM), keys[:, 5:]], dim=1)
+    found_padded = novelty(padded)
+    assert torch.allclose(found_padded[:, [*range(5), *range(8, 15)]], found, atol=1e-6)
+
+
+def test_r_kv_is_the_papers_rule_written_out():
+    torch.manual_seed(7)
+    inputs = layer_inputs(num_queries=10, num_context_tokens=TOKENS)
+    keys = inputs.keys.clone()
+    keys[:, 7] = keys[:, 2] * 1.5  # alike
+    inputs = replace(inputs, keys=keys)
+    scores = create_scorer("r-kv").score_layer(inputs)
+    window = 8
+    for head in range(HEADS):
+        unit = [key / key.norm() for key in keys[head]]
+        weights = [0.0] * TOKENS
+        for query in inputs.observation_queries[-window:, head]:
+            logits = [max((q @ k).item() * DIM**-0.5 for q in query) for k in keys[head]]
+            logits = [math.exp(x) for x in logits[: TOKENS - window]]
+            for token, logit in enumerate(logits):
+                weights[token] += logit / sum(logits) / window
+        pooled = [max(weights[max(0, t - 3) : t + 4]) for t in range(TOKENS)]
+        mean = [0.0] * TOKENS
+        for row in range(TOKENS):
+            likeness = [(unit[row] @ other).item() for other in unit]
+            likeness[row] = 0.0
+            if similar := [t for t in range(TOKENS) if likeness[t] > 0.5]:
+                likeness[similar[-1]] = 0.0
+            for token in range(TOKENS):
+                mean[token] += likeness[token] / TOKENS
+        redundancy = torch.tensor(mean).softmax(dim=0).tolist()
+        wanted = [0.1 * a - 0.9 * b for a, b in zip(pooled, redundancy, strict=True)]
+        assert scores[head].tolist() == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name in available_scorers() if scorer_class(name).rescores_kept],
+)
+def test_what_is_scored_anew_has_the_scores_that_it_has_among_its_like(name, settings):
+    """Pads between kept pairs and new ones change nothing, and positions are those of the pairs."""
+    angles = torch.arange(40)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.01])
+    rotary = RotaryTables(angles.cos(), angles.sin())
+    inputs = layer_inputs(5, num_context_tokens=TOKENS, rotary=rotary, keep_ratio=0.05)
+    scorer = create_scorer(name, settings)
+    wanted = scorer.score_layer(inputs)
+    at = [*range(5), *range(12, 19)]  # seven pads: as many as the widest pooling reaches over
+    pads = torch.zeros(HEADS, 7, DIM)
+    positions = torch.tensor([*range(5), *[1] * 7, *range(5, TOKENS)]).expand(HEADS, -1)
+    real = torch.zeros(HEADS, TOKENS + 7, dtype=torch.bool)
+    real[:, at] = True
+    padded = replace(
+        inputs,
+        keys=torch.cat([inputs.keys[:, :5], pads, inputs.keys[:, 5:]], dim=1),
+        values=torch.cat([inputs.values[:, :5], pads, inputs.values[:, 5:]], dim=1),
+        positions=positions, real=real, first_position=99,
+    )  # fmt: skip
+    found = scorer.score_layer(padded)
+    assert found.isfinite().all()
+    reach = {"surrogate": 0, "expected-attention": 0}.get(name, 3)  # of pooling
+    far = [i for i in range(TOKENS) if not 5 - reach <= i < 5 + reach]
+    assert torch.allclose(found[:, at][:, far], wanted[:, far], atol=1e-6)

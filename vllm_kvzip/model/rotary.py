@@ -37,7 +37,7 @@ class RotaryTables:
 
         Args:
             x: float32 ``[..., T, D]``, rotated keys or queries.
-            positions: int64 ``[T]``.
+            positions: int64 ``[T]``, or ``[..., T]``.
             out: like ``x``; written and returned, if given.
         """
         cos, sin = self.cos[positions], self.sin[positions]
@@ -78,18 +78,22 @@ class RotaryTables:
         return x[..., :half], x[..., half : 2 * half]
 
 
-def unrotated(keys: torch.Tensor, rotary: RotaryTables | None, first: int = 0) -> torch.Tensor:
+def unrotated(
+    keys: torch.Tensor, rotary: RotaryTables | None, positions: torch.Tensor | None = None
+) -> torch.Tensor:
     """Keys before rotary embedding.
 
     Args:
         keys: float32 ``[H, T, D]``.
         rotary: of the model; None when it has none, and keys are what they were.
-        first: position of the first key.
+        positions: int64 ``[T]``, or ``[H, T]`` where they differ between heads; None: from 0 on.
     """
     if rotary is None:
         return keys
+    if positions is None:
+        positions = torch.arange(keys.shape[1], device=keys.device)
     plain = torch.empty_like(keys)
-    positions = torch.arange(first, first + keys.shape[1], device=keys.device)
-    for part in token_slices(keys, _NUMBERS_PER_ANGLE * rotary.cos.shape[1]):
-        rotary.unrotate(keys[:, part], positions[part], out=plain[:, part])
+    numbers = _NUMBERS_PER_ANGLE * rotary.cos.shape[1]
+    for part in token_slices(keys, numbers * (positions.numel() // max(1, keys.shape[1]))):
+        rotary.unrotate(keys[:, part], positions[..., part], out=plain[:, part])
     return plain

@@ -18,6 +18,7 @@ class ReuseRule:
         observation_tokens: how many of the context's last queries the scorer looks at; 0 when it
             looks at keys and values only. If it does, only declared contexts are cached: those of
             other prompts are scored by the whole prompt.
+        round_observation_tokens: how many queries it looks at in a round.
         keeps_tokens: keep the tokens of cached prefixes, for those that travel to other engines.
     """
 
@@ -25,4 +26,5 @@ class ReuseRule:
     prefer_raw: bool = False
     ttl_seconds: float | None = None
     observation_tokens: int = 0
+    round_observation_tokens: int = 0
     keeps_tokens: bool = False

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from vllm_kvzip.config import Budget
-    from vllm_kvzip.core import LayerInputs
+    from vllm_kvzip.layer_inputs import LayerInputs
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,18 @@ class Scorer(ABC):
             over the context a second time.
         needs_observation_queries: whether ``LayerInputs.observation_queries`` is wanted. Keeping
             queries costs memory during prefill, so scorers that do not need them say so.
+        observes_rounds_only: whether it wants them in rounds only, and scores prompts and contexts
+            without them.
         default_budget: the budget that suits its scores, whether or not the model has a profile;
             None leaves it to the engine: ``profile`` where there is one, else ``adaptive``.
         min_observation_tokens: how many of those queries are kept whatever the setting says.
         needs_rotary: whether ``LayerInputs.rotary`` is wanted.
         comparable_across_parts: whether scores of one part of a context can be compared with those
             of another part, as a prefill budget asks for.
+        rescores_kept: whether it sees all candidates of a round at once: what earlier rounds kept,
+            then what is new (``LayerInputs.positions`` and ``real``). So it need not be comparable
+            across parts. In mode ``evict`` only; in the others a scorer that is comparable goes on
+            from the scores of earlier rounds.
         needs_surrogate: whether ``ScorerSettings.surrogate`` is wanted.
         takes_capped_logits: whether it is right where a model caps its attention logits. A scorer
             that does not look at logits is.
@@ -60,12 +66,14 @@ class Scorer(ABC):
     name: ClassVar[str]
     needs_values: ClassVar[bool] = False
     needs_observation_queries: ClassVar[bool] = False
+    observes_rounds_only: ClassVar[bool] = False
     needs_reconstruction: ClassVar[bool] = False
     min_observation_tokens: ClassVar[int] = 0
     needs_rotary: ClassVar[bool] = False
     needs_surrogate: ClassVar[bool] = False
     takes_capped_logits: ClassVar[bool] = True
     comparable_across_parts: ClassVar[bool] = False
+    rescores_kept: ClassVar[bool] = False
     default_budget: ClassVar[Budget | None] = None
 
     def __init__(self, settings: ScorerSettings) -> None:

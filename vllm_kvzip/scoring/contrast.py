@@ -11,7 +11,7 @@ from vllm_kvzip.scoring.base import Scorer, register_scorer
 
 if TYPE_CHECKING:
     from vllm_kvzip.config import Budget
-    from vllm_kvzip.core import LayerInputs
+    from vllm_kvzip.layer_inputs import LayerInputs
 
 SMALLEST = 1e-6  # a score's logarithm is taken where scores are combined
 MOST_POWER = 0.5  # of the value's norm, where little is kept

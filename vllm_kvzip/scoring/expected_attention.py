@@ -16,7 +16,7 @@ from vllm_kvzip.scoring.base import Scorer, register_scorer
 
 if TYPE_CHECKING:
     from vllm_kvzip.config import Budget
-    from vllm_kvzip.core import LayerInputs
+    from vllm_kvzip.layer_inputs import LayerInputs
 
 FUTURE_TOKENS = 512
 
@@ -26,8 +26,9 @@ class ExpectedAttentionScorer(Scorer):
     """Expected attention times the norm of the value, mean over the query group.
 
     The paper estimates the queries' distribution from the whole context; here it comes from the
-    context's last tokens, whose queries are kept during prefill. Softmax runs over the prefix, so
-    what a score means differs from head to head: every head gets the same budget.
+    context's last tokens, whose queries are kept during prefill. Softmax runs over the prefix, or
+    in rounds over what is left of it and what is new, so what a score means differs from head to
+    head: every head gets the same budget.
     """
 
     name: ClassVar[str] = "expected-attention"
@@ -36,6 +37,7 @@ class ExpectedAttentionScorer(Scorer):
     min_observation_tokens: ClassVar[int] = 128
     needs_observation_queries: ClassVar[bool] = True
     needs_rotary: ClassVar[bool] = True
+    rescores_kept: ClassVar[bool] = True
     takes_capped_logits: ClassVar[bool] = False  # no closed form is known for them
 
     def score_layer(self, inputs: LayerInputs) -> torch.Tensor:
@@ -50,6 +52,8 @@ class ExpectedAttentionScorer(Scorer):
         for part in group_slices(keys, group_size, len(keys) * of_member):
             mean, covariance = _moments(queries[:, :, part], inputs)
             attention = _logits(keys, mean, covariance)
+            if inputs.real is not None:
+                attention.masked_fill_(~inputs.real[:, None], float("-inf"))
             sinks = None if inputs.sink_logits is None else inputs.sink_logits[:, part, None]
             scores += _softmax_(attention, sinks).sum(dim=1)
         norms: torch.Tensor = values.norm(dim=-1)

@@ -11,7 +11,7 @@ from vllm_kvzip.scoring.base import Scorer, register_scorer
 if TYPE_CHECKING:
     import torch
 
-    from vllm_kvzip.core import LayerInputs
+    from vllm_kvzip.layer_inputs import LayerInputs
 
 
 @register_scorer

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
     from vllm_kvzip.config import Budget
-    from vllm_kvzip.core import LayerInputs
+    from vllm_kvzip.layer_inputs import LayerInputs
 
 
 @register_scorer

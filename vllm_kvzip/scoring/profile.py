@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from vllm_kvzip.scoring.base import register_scorer
-from vllm_kvzip.scoring.streaming import StreamingScorer
+from vllm_kvzip.scoring.controls.streaming import StreamingScorer
 
 
 @register_scorer

@@ -5,16 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from vllm_kvzip.head_profiles.networks import MIN_LOG_SCORE, load_surrogate, recency
+import torch
+
+from vllm_kvzip.head_profiles.networks import (
+    MIN_LOG_SCORE,
+    RECENCY_TOKENS,
+    load_surrogate,
+    recency,
+)
 from vllm_kvzip.model.slices import token_slices
 from vllm_kvzip.scoring.base import Scorer, ScorerSettings, register_scorer
 from vllm_kvzip.scoring.contrast import contrast, ramp
 
 if TYPE_CHECKING:
-    import torch
-
     from vllm_kvzip.config import Budget
-    from vllm_kvzip.core import LayerInputs
+    from vllm_kvzip.layer_inputs import LayerInputs
 
 MOST_CONTRAST = 2.0  # power of the contrast where little is kept
 CONTRAST_FROM, CONTRAST_FULLY = 0.1, 0.05  # keep ratios between which it comes in
@@ -35,7 +40,8 @@ class SurrogateScorer(Scorer):
     """Influence, or the score of scorer ``kvzip``, predicted for a small part of its cost.
 
     The head profile says which, see ``head_profiles/influence.py``. Where little is kept it is
-    multiplied by a power of scorer ``contrast``.
+    multiplied by a power of scorer ``contrast``. The networks read how recent a pair is, so in
+    rounds what is kept is scored anew: it has grown older.
 
     Raises:
         ProfileError: if the file that the settings name is missing or broken.
@@ -43,6 +49,7 @@ class SurrogateScorer(Scorer):
 
     name: ClassVar[str] = "surrogate"
     comparable_across_parts: ClassVar[bool] = True
+    rescores_kept: ClassVar[bool] = True
     default_budget: ClassVar[Budget | None] = "adaptive"
     needs_values: ClassVar[bool] = True
     needs_rotary: ClassVar[bool] = True
@@ -65,13 +72,29 @@ class SurrogateScorer(Scorer):
             network = self._layers[inputs.layer] = own.to(inputs.keys.device)
         num_tokens, head_dim = inputs.keys.shape[1:]
         near = recency(num_tokens, inputs.keys.device)
+        if inputs.positions is not None:
+            near = _recency_at(inputs.positions[:, -1:] - inputs.positions)
         predicted = inputs.keys.new_empty(num_heads, num_tokens)
         width = network.mix.shape[2]
         for part in token_slices(inputs.keys, num_heads * (head_dim + 3 * width)):
             keys = inputs.unrotated_keys(part)
-            predicted[:, part] = network.log_scores_of(keys, inputs.values[:, part], near[part])
+            predicted[:, part] = network.log_scores_of(
+                keys, inputs.values[:, part], near[..., part, :]
+            )
         predicted.clamp_(MIN_LOG_SCORE, 0.0)
         if power := contrast_power(inputs.keep_ratio):
             stands_out = contrast(inputs.unrotated_keys(), inputs.values)
             predicted.add_(stands_out.log_(), alpha=power)
         return predicted.exp_()
+
+
+def _recency_at(distance: torch.Tensor) -> torch.Tensor:
+    """As :func:`~vllm_kvzip.head_profiles.networks.recency`, of any pairs.
+
+    Args:
+        distance: int ``[H, T]``, tokens from the last one.
+
+    Returns:
+        float32 ``[H, T, 3]``.
+    """
+    return torch.stack([torch.exp(distance / -length) for length in RECENCY_TOKENS], dim=-1)

@@ -88,11 +88,19 @@ class Settings:
 
     @property
     def observation_tokens(self) -> int:
-        """How many of the last queries the scorer looks at; 0 if it needs none."""
-        scorer = scorer_class(self.scorer)
+        """How many of the last queries the scorer looks at, in rounds or ever; 0: none."""
+        scorer, config = scorer_class(self.scorer), self.config
+        has_rounds = config.prefill_budget is not None or config.decode_budget is not None
         if not scorer.needs_observation_queries:
             return 0
+        if scorer.observes_rounds_only and not has_rounds:
+            return 0
         return max(self.config.observation_window_tokens, scorer.min_observation_tokens)
+
+    @property
+    def prompt_observation_tokens(self) -> int:
+        """The same where a prompt or a context is compressed that is no round."""
+        return 0 if scorer_class(self.scorer).observes_rounds_only else self.observation_tokens
 
     def quantization(self, block_size: int, head_dim: int, itemsize: int) -> Quantization | None:
         """How quantized pages are written; None in mode ``evict``.

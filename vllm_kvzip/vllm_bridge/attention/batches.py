@@ -16,11 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class QuerySpan:
-    """Rows of the batch whose queries a scorer wants: ``query[start:end]`` of ``request_id``."""
+    """Rows of the batch whose queries a scorer wants: ``query[start:end]`` of ``request_id``.
+
+    ``position`` is that of the first of them in the request.
+    """
 
     request_id: str
     start: int
     end: int
+    position: int = 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -92,7 +92,8 @@ class HeadPageSpec(FullAttentionSpec):
                 fingerprint=settings.fingerprint(spec.block_size),
                 prefer_raw=config.prefix_reuse == "raw",
                 ttl_seconds=config.reuse_ttl_seconds,
-                observation_tokens=settings.observation_tokens,
+                observation_tokens=settings.prompt_observation_tokens,
+                round_observation_tokens=settings.observation_tokens,
                 keeps_tokens=config.contexts_dir is not None,
             ),
         )

@@ -69,11 +69,12 @@ class PrefixLookup:
     def most_raw_tokens(self, request: Request, max_length: int) -> int:
         """How many tokens a request may take from the raw prefix cache.
 
-        With a prefill budget, the raw prefix must end before the first round. Where the model
-        repeats the context in several chunks, the request waits one token before the context's end
-        until they are repeated; it must have a token to compute before it waits. Where layers have
-        a sliding window, whatever it takes must not end behind the context: the windows then see
-        its end.
+        With a prefill budget, the raw prefix must end before the first round, and before the
+        tokens whose queries a scorer wants for it, so that equal prefixes are compressed equally.
+        Where the model repeats the context in several chunks, the request waits one token before
+        the context's end until they are repeated; it must have a token to compute before it waits.
+        Where layers have a sliding window, whatever it takes must not end behind the context: the
+        windows then see its end.
 
         Args:
             request: it looks for a cached prefix.
@@ -82,12 +83,13 @@ class PrefixLookup:
         asked = options(request)
         if asked.is_off:
             return max_length
+        before_round = max(1, self._reuse.round_observation_tokens)
         if (first := self._rule.first_round_tokens) is not None:
-            return min(max_length, first - 1)
+            return max(0, min(max_length, first - before_round))
         if self._rule.decode_blocks is not None:
             plan = self._rule.next_plan(request.num_prompt_tokens, asked)
             if plan is not None and plan.is_round:
-                return min(max_length, plan.boundary_tokens - 1)
+                return max(0, min(max_length, plan.boundary_tokens - before_round))
         if self._repeat is not None:
             plan = self._rule.plan(request.num_prompt_tokens, asked)
             if plan is not None and plan.boundary_tokens > self._repeat.chunk_tokens:

@@ -157,7 +157,7 @@ async def compress_context(body: ContextRequest, raw_request: Request) -> JSONRe
         detokenize=False,
         extra_args={CONTEXT_TOKENS: len(token_ids), KEEP_RATIO: body.keep_ratio},
         # A scorer that looks at queries must see those of the context computed.
-        skip_reading_prefix_cache=True if settings.observation_tokens else None,
+        skip_reading_prefix_cache=True if settings.prompt_observation_tokens else None,
     )
 
     async def compress(rank: int | None) -> tuple[int, dict[str, Any]]:

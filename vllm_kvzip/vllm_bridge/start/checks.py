@@ -114,7 +114,7 @@ def _pass_problems(vllm_config: VllmConfig) -> list[str]:
 
 
 def check_budget_in_tokens(
-    name: str, vllm_config: VllmConfig, mode: Mode, scorer: str, comparable_across_parts: bool
+    name: str, vllm_config: VllmConfig, mode: Mode, scorer: str, competes: bool
 ) -> None:
     """Refuse what cannot be combined with a prefill budget or a decode budget.
 
@@ -123,12 +123,13 @@ def check_budget_in_tokens(
         vllm_config: of the engine.
         mode: of compression.
         scorer: its name.
-        comparable_across_parts: see :class:`~vllm_kvzip.scoring.Scorer`.
+        competes: whether that scorer compares kept pairs with new ones: its scores are comparable
+            across parts, or it scores what is kept anew.
 
     Raises:
         ConfigError: naming the setting.
     """
-    if not comparable_across_parts:
+    if not competes:
         raise ConfigError(
             f"Scorer {scorer} does not work with {name}: its scores of one part of a "
             f"prompt cannot be compared with those of another; choose keydiff, surrogate or "

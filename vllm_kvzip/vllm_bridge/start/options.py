@@ -164,8 +164,9 @@ def resolve(
         _refuse_what_needs_a_profile(scorer, scorer_type, budget)
     for name in ("prefill_budget", "decode_budget"):
         if getattr(config, name) is not None:
-            comparable = scorer_type.comparable_across_parts
-            check_budget_in_tokens(name, vllm_config, config.mode, scorer, comparable)
+            rescores = scorer_type.rescores_kept and config.mode == "evict"
+            competes = scorer_type.comparable_across_parts or rescores
+            check_budget_in_tokens(name, vllm_config, config.mode, scorer, competes)
     curve = loss_curve(vllm_config, config, scorer, budget, path)
     repeats = scorer_type.needs_reconstruction
     is_capped = caps_logits(vllm_config.model_config.hf_text_config)

@@ -86,7 +86,9 @@ def assemble_runtime(worker: HeadPageWorker, kv_cache_config: KVCacheConfig) -> 
     recorder, timer = make_recorder(worker)
     prefixes = WorkerPrefixes(settings.config.reuse_ttl_seconds)
     scored = replace(cache.geometry, num_layers=len(layers.names))
-    observation = QueryObservation(scored, cache.layer_index, settings.observation_tokens)
+    observation = QueryObservation(
+        scored, cache.layer_index, settings.observation_tokens, scorer.observes_rounds_only
+    )
     unclean = UncleanBlocks(cache)
     compression = PrefixCompression(
         compressor=compressor,

@@ -6,7 +6,8 @@ first tokens:
     full.pages         int64 [L, H], pages of each head of KV pairs as they are
     full.keys          [n, N, D] in the dtype of the cache (uint8 where numbers have 8 bits)
     full.values        likewise
-    scores             float32 [n * N], with a prefill budget only
+    scores             float32 [n * N], with a budget in tokens only
+    positions          int32 [n * N], in place of scores where the scorer sees everything anew
     quantized.pages    int64 [L, H], in modes ``quantize`` and ``mixed``
     quantized.bytes    uint8 [n, page bytes], as they are stored
     key.mean, key.scale, key.first    float32 [L, H, D], [L, H, D], [L, H, W, D]
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from vllm_kvzip.vllm_bridge.cache.unclean_blocks import UncleanBlocks
     from vllm_kvzip.vllm_bridge.worker.prefixes import WorkerPrefixes
 
-FULL, QUANTIZED, SCORES = "full", "quantized", "scores"
+FULL, QUANTIZED, SCORES, POSITIONS = "full", "quantized", "scores", "positions"
 TRANSFORM = ("key.mean", "key.scale", "key.first")
 PAGES_AT_ONCE = 4096
 """Pages that are copied by one call; bounds what lies on the device beside the cache."""
@@ -71,6 +72,8 @@ class ContextPages:
         found = {f"{FULL}.pages": prefix.pages, f"{FULL}.keys": keys, f"{FULL}.values": values}
         if prefix.scores is not None:
             found[SCORES] = prefix.scores
+        if prefix.positions is not None:
+            found[POSITIONS] = prefix.positions
         if (tier := prefix.quantized) is not None:
             found[f"{QUANTIZED}.pages"] = tier.pages
             stored = self._quantized_pages()
@@ -110,7 +113,7 @@ class ContextPages:
         small = {
             name: tensor.to(device)
             for name, tensor in tensors.items()
-            if name.endswith(".pages") or name in (SCORES, *TRANSFORM)
+            if name.endswith(".pages") or name in (SCORES, POSITIONS, *TRANSFORM)
         }
         targets = deal_pages(blocks, plan.num_compressed_blocks * per_block, self._cache.pool)
         full, rest = targets.split(
@@ -128,7 +131,9 @@ class ContextPages:
                 stored[some] = of_file.to(device)
             tiers.append(StoredTier(pages, small[f"{QUANTIZED}.pages"], plan.quantized_split))
             transform = KeyTransform(*(small[name] for name in TRANSFORM))
-        prefix = CompressedPrefix(tuple(tiers), small.get(SCORES), transform)
+        prefix = CompressedPrefix(
+            tuple(tiers), small.get(SCORES), transform, positions=small.get(POSITIONS)
+        )
         self._prefixes.keep(serial, KeptRun(prefix, plan, seed))
         return None
 
@@ -149,6 +154,8 @@ class ContextPages:
         }
         if SCORES in tensors:
             wanted[SCORES] = torch.float32, (num_full * page_tokens,)
+        if POSITIONS in tensors:
+            wanted[POSITIONS] = torch.int32, (num_full * page_tokens,)
         totals = {FULL: num_full}
         if num_quantized:
             quantization = self._cache.quantization
@@ -171,6 +178,9 @@ class ContextPages:
         for name, (of_dtype, shape) in wanted.items():
             if tensors[name].dtype != of_dtype or tensors[name].shape != shape:
                 return f"its {name} is not {of_dtype} of shape {shape}"
+        if (at := tensors.get(POSITIONS)) is not None and at.numel():
+            if int(at.min()) < 0 or int(at.max()) >= plan.boundary_tokens:
+                return "its positions are not all before its boundary"
         for tier, total in totals.items():
             pages = tensors[f"{tier}.pages"]
             if int(pages.min()) < 0 or int(pages.sum()) != total:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from vllm_kvzip.clocks import CudaClock
 from vllm_kvzip.kernels.column_maximum import column_maximum
 from vllm_kvzip.model.key_transform import num_first
+from vllm_kvzip.scoring import scorer_class
 from vllm_kvzip.storage.row_pages import PAGES_AT_ONCE, RowPages
 from vllm_kvzip.vllm_bridge.attention.gpu_attention import (
     HeadPageFlashBackend,
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 
 SELECT_BYTES = 56
 """Of each (layer, KV head, token): scores, their order, and what is kept, at their peak."""
+ROUND_BYTES = 8
+"""The same where rounds score everything anew: the pair's position, and whether it is one."""
 TIER_BYTES = 32
 """The same of the order and the sums from which a second tier is chosen."""
 ROTATION_COPIES = 6
@@ -60,7 +63,12 @@ logger = init_logger("vllm." + __name__)
 
 
 def compression_bytes(
-    num_layers: int, num_kv_heads: int, head_dim: int, num_tokens: int, page_tokens: int = 0
+    num_layers: int,
+    num_kv_heads: int,
+    head_dim: int,
+    num_tokens: int,
+    page_tokens: int = 0,
+    scores_anew: bool = False,
 ) -> int:
     """Bytes that compressing one prompt takes beside the KV cache, at most.
 
@@ -68,8 +76,10 @@ def compression_bytes(
         num_layers, num_kv_heads, head_dim: L, H of this worker, D.
         num_tokens: of the prompt.
         page_tokens: of a quantized page; 0 where there is none.
+        scores_anew: whether rounds score what was kept anew.
     """
     of_kv_pair = SELECT_BYTES + (TIER_BYTES if page_tokens else 0)
+    of_kv_pair += ROUND_BYTES if scores_anew else 0
     at_once = 4 * ROTATION_COPIES * PAGES_AT_ONCE * page_tokens * head_dim
     return num_kv_heads * num_tokens * (num_layers * of_kv_pair + head_dim * LAYER_BYTES) + at_once
 
@@ -123,6 +133,7 @@ class TritonPath(HeadPageWorker):
             model.get_head_size(),
             model.max_model_len,
             quantization.layout.page_tokens if quantization else 0,
+            scorer_class(self.kvzip_settings.scorer).rescores_kept,
         )
         if quantization is not None:
             num_heads = num_layers + num_draft_layers(self.vllm_config)
@@ -134,12 +145,15 @@ class TritonPath(HeadPageWorker):
                 num_first(self.kvzip_settings.config.sink_tokens),
             )
         if window := self.kvzip_settings.observation_tokens:
-            scheduling = self.scheduler_config
+            scheduling, config = self.scheduler_config, self.kvzip_settings.config
+            most = scheduling.max_num_seqs * window
+            if config.decode_budget is None and config.prefill_budget is None:
+                most = min(scheduling.max_num_batched_tokens, most)
             needed += observation_bytes(
                 num_layers,
                 model.get_num_attention_heads(parallel),
                 model.get_head_size(),
-                min(scheduling.max_num_batched_tokens, scheduling.max_num_seqs * window),
+                most,
                 model.dtype.itemsize,
             )
         logger.info("KV compression sets %.2f GiB aside for its own tensors.", needed / 2**30)

@@ -1,6 +1,8 @@
 """Worker side: queries of each context's last tokens, for scorers that look at them.
 
-They are kept from the step that computes them until their prompt is compressed.
+They are kept from the step that computes them until their prompt, or their answer in a round, is
+compressed. Guesses that turned out wrong are computed anew at the same positions: the last queries
+of a position count.
 """
 
 from __future__ import annotations
@@ -13,6 +15,9 @@ import torch
 from vllm_kvzip.vllm_bridge.attention.batches import QuerySpan
 from vllm_kvzip.vllm_bridge.fp8_cache import queries_of_model
 from vllm_kvzip.vllm_bridge.outcomes import log_failure
+
+Queries = tuple[int, torch.Tensor]
+"""Position of the first of some tokens in a request, and their queries ``[tokens, ...]``."""
 
 if TYPE_CHECKING:
     from vllm_kvzip.core import CacheGeometry
@@ -27,14 +32,22 @@ class QueryObservation:
         geometry: of the compressed layers.
         layer_index: vLLM's layer name -> layer.
         window: how many of a context's last queries the scorer wants; 0: none.
+        rounds_only: whether it wants none of a prompt or a context.
     """
 
-    def __init__(self, geometry: CacheGeometry, layer_index: dict[str, int], window: int) -> None:
+    def __init__(
+        self,
+        geometry: CacheGeometry,
+        layer_index: dict[str, int],
+        window: int,
+        rounds_only: bool = False,
+    ) -> None:
         self._geometry = geometry
         self._layer_index = layer_index
         self._window = window
-        self._tokens_of: dict[str, tuple[int, int]] = {}  # this step, by request
-        self._kept: dict[str, dict[int, list[torch.Tensor]] | None] = {}  # None: it failed
+        self._rounds_only = rounds_only
+        self._tokens_of: dict[str, tuple[int, int, int]] = {}  # this step, by request
+        self._kept: dict[str, dict[int, list[Queries]] | None] = {}  # None: it failed
 
     def __len__(self) -> int:
         """How many requests have kept queries."""
@@ -48,20 +61,27 @@ class QueryObservation:
     def plan_step(self, output: SchedulerOutput, tracker: RequestTracker) -> None:
         """Find the tokens of each request's chunk whose queries the scorer wants.
 
-        Those are the context's last tokens. A request can find its whole context and more in the
-        prefix cache; then the first tokens after the context are taken.
+        Those are the context's last tokens, or in a round the last ones before its boundary. A
+        request can find all of them and more in the prefix cache; then the first tokens after them
+        are taken.
         """
         self._tokens_of = {}
         if not self._window:
             return
         for request, num_scheduled in tracker.in_prefill(output):
             assert request.plan is not None
-            rid = request.request_id
-            to_end = request.plan.ready_tokens - request.num_computed_tokens
-            if to_end <= 0:
-                self._tokens_of[rid] = (0, min(num_scheduled, self._window))
-            elif to_end - self._window < num_scheduled:
-                self._tokens_of[rid] = (max(0, to_end - self._window), min(num_scheduled, to_end))
+            if self._rounds_only and not request.plan.is_round:
+                continue
+            rid, position = request.request_id, request.num_computed_tokens
+            to_end = request.plan.num_observed_tokens - position
+            if to_end > 0:
+                begin, end = max(0, to_end - self._window), min(num_scheduled, to_end)
+            elif rid in self._kept:  # a round waits until none of its tokens can be a guess
+                continue
+            else:
+                begin, end = 0, min(num_scheduled, self._window)
+            if begin < end:
+                self._tokens_of[rid] = begin, end, position + begin
 
     def spans(self, request_ids: list[str], starts: torch.Tensor) -> tuple[QuerySpan, ...]:
         """Rows of the batch whose queries are kept.
@@ -74,7 +94,7 @@ class QueryObservation:
             return ()
         first_rows = starts.tolist()
         return tuple(
-            QuerySpan(rid, first_rows[row] + tokens[0], first_rows[row] + tokens[1])
+            QuerySpan(rid, first_rows[row] + tokens[0], first_rows[row] + tokens[1], tokens[2])
             for row, rid in enumerate(request_ids)
             if (tokens := self._tokens_of.get(rid)) is not None
         )
@@ -100,7 +120,7 @@ class QueryObservation:
                 continue
             try:
                 rows = query[span.start : span.end].clone()
-                by_layer[index].append(queries_of_model(layer, rows, dtype))
+                by_layer[index].append((span.position, queries_of_model(layer, rows, dtype)))
             except Exception as error:  # its prefix will not be compressed
                 self._kept[span.request_id] = None
                 log_failure(span.request_id, error)
@@ -115,8 +135,26 @@ class QueryObservation:
             return None
         geometry = self._geometry
         shape = (-1, geometry.num_kv_heads, geometry.group_size, geometry.head_dim)
-        return [torch.cat(by_layer[layer]).view(shape) for layer in range(geometry.num_layers)]
+        return [joined(by_layer[layer]).view(shape) for layer in range(geometry.num_layers)]
 
     def forget(self, request_id: str) -> None:
         """Drop the kept queries of a request."""
         self._kept.pop(request_id, None)
+
+
+def joined(parts: list[Queries]) -> torch.Tensor:
+    """Queries of one layer by position, from parts in the order in which they were computed.
+
+    Args:
+        parts: one of them can begin before the end of an earlier one, whose last tokens were
+            guesses then.
+    """
+    chosen: list[Queries] = []
+    for position, rows in parts:
+        while chosen and chosen[-1][0] >= position:
+            chosen.pop()
+        if chosen:
+            first, before = chosen[-1]
+            chosen[-1] = first, before[: position - first]
+        chosen.append((position, rows))
+    return torch.cat([rows for _, rows in chosen])

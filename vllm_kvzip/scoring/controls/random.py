@@ -9,7 +9,7 @@ import torch
 from vllm_kvzip.scoring.base import Scorer, register_scorer
 
 if TYPE_CHECKING:
-    from vllm_kvzip.core import LayerInputs
+    from vllm_kvzip.layer_inputs import LayerInputs
 
 
 @register_scorer

@@ -1,0 +1,1 @@
+"""Controls: scorers that look at next to nothing, one a file."""
