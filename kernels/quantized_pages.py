@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 LARGEST = tl.constexpr(2.0**126)
 SMALLEST_SCALE = tl.constexpr(2.0**-100)
+SPAN_OF_16 = tl.constexpr((1 - 2**-16) / 15)
 LARGEST_FLOAT8 = tl.constexpr(1.9375)
 """As in ``quantization/packing.py``."""
 
@@ -46,6 +47,13 @@ def bfloat16_below(values):
     """The next bfloat16, as float32, that is not larger."""
     bits = values.to(tl.int32, bitcast=True)
     return round_to_bfloat16(bits + ((bits >> 31) & 0xFFFF))
+
+
+@triton.jit
+def power_of_two_above(values):
+    """The next power of two, as float32, that is not smaller than a positive normal value."""
+    bits = values.to(tl.int32, bitcast=True) + 0x7FFFFF
+    return ((bits >> 23) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -1,7 +1,8 @@
-"""What does a decode budget cost a long answer? By scorer and budget; any chat model.
+"""What does a decode budget cost a long answer? By scorer, mode and budget; any chat model.
 
     python scripts/eval_long_answers.py --model MODEL
     python scripts/eval_long_answers.py --model MODEL --tokens 4096 --budgets 2048 1024 512 256
+    python scripts/eval_long_answers.py --model MODEL --scorers default --modes evict mixed quantize
     python scripts/eval_long_answers.py --model MODEL --tasks variables lists story
 
 Without compression the model writes an answer to each prompt, sampled at temperature 1. Then it is
@@ -11,6 +12,8 @@ far the next token's distribution is from the uncompressed model's, in nats a to
 first round, when something has been evicted; and the most KV blocks a request held. Brackets are
 the lowest and the highest answer. All answers and budgets of a scorer run side by side in one
 engine; which share of its time the rounds took stands beside the scorer's name.
+
+A budget is so many bytes: in modes ``mixed`` and ``quantize`` as many more pairs are kept as fit.
 
 With ``--tasks`` it is led through answers whose last lines repeat what their first lines said, as
 if it had written them (``evaluation/tasks/answer_tasks.py``). A cell then says how unlikely the
@@ -26,6 +29,7 @@ import argparse
 import os
 import statistics
 import sys
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 os.environ.update({"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"})
@@ -213,6 +217,9 @@ def main() -> int:
     parser.add_argument(
         "--scorers", nargs="+", default=["default", "keydiff", "streaming", "random"]
     )
+    parser.add_argument(
+        "--modes", nargs="+", default=["evict"], choices=("evict", "mixed", "quantize")
+    )
     parser.add_argument("--budgets", type=int, nargs="+", default=[1024, 512, 256], help="tokens")
     parser.add_argument("--tokens", type=int, default=2048, help="of each answer")
     parser.add_argument("--prompts", type=int, default=2, choices=range(1, len(PROMPTS) + 1))
@@ -227,21 +234,25 @@ def main() -> int:
         answers = OwnAnswers(args.model, frame, args.prompts, args.tokens)
     if answers.longest <= 2 * max(args.budgets):
         parser.error("--tokens must be at least twice the largest of --budgets.")
-    table = Table("scorer", "", *(f"budget {budget}" for budget in args.budgets))
+    table = Table("scorer, mode", "", *(f"budget {budget}" for budget in args.budgets))
     for name, kinds in answers.write():
         for kind, found in zip(answers.kinds, kinds, strict=True):
             table.add_row(name, kind, *[cell(found)] * len(args.budgets))
             print(f"{name}, {kind}: {cell(found)}", file=sys.stderr, flush=True)
-    for scorer in args.scorers:
-        settings = settings_of(scorer, 1.0)
+    for scorer, mode in product(args.scorers, args.modes):
+        settings = {**settings_of(scorer, 1.0), "mode": mode}
         settings.pop("min_prompt_tokens")
         try:
             rows, share = measure(args.model, answers, settings, args.budgets)
         except (KVzipError, RuntimeError) as error:
-            sys.exit(f"{scorer}: {error}")
+            sys.exit(f"{scorer}, {mode}: {error}")
         for kind, row in zip(answers.kinds, rows, strict=True):
-            table.add_row(f"{scorer} ({share:.1%})", kind, *row)
-            print(f"{scorer}, {kind}: {'; '.join(row)}; {share:.1%}", file=sys.stderr, flush=True)
+            table.add_row(f"{scorer}, {mode} ({share:.1%})", kind, *row)
+            print(
+                f"{scorer}, {mode}, {kind}: {'; '.join(row)}; {share:.1%}",
+                file=sys.stderr,
+                flush=True,
+            )
     Console(width=160).print(table)
     blocks = -(-answers.longest // BLOCK_SIZE)
     what = "of answers that were given" if args.tasks else "of answers that the model wrote itself"

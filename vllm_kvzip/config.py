@@ -146,13 +146,15 @@ class KVzipConfig(BaseModel):
     prefill_budget: int | None = Field(
         None,
         gt=0,
-        description="tokens whose KV pairs a prompt holds at most while it is read; see "
+        description="tokens whose KV pairs a prompt holds at most while it is read; in modes "
+        "`quantize` and `mixed` their bytes; see "
         "[Prompts longer than the pool](long_prompts.md#prompts-longer-than-the-pool)",
     )
     decode_budget: int | None = Field(
         None,
         gt=0,
-        description="tokens whose KV pairs a request holds at most while it generates; see "
+        description="tokens whose KV pairs a request holds at most while it generates; in modes "
+        "`quantize` and `mixed` their bytes; see "
         "[Long answers](long_prompts.md#long-answers)",
     )
     sink_tokens: int = Field(4, ge=0, description="first tokens, which every head keeps")

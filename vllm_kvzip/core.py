@@ -99,6 +99,8 @@ class PrefixPlan:
         pages_per_head: head pages of a head in one block.
         num_dense_blocks: of the compressed blocks those that are needed because other layers have a
             part of each block and keep every KV pair.
+        num_candidate_tokens: tokens of a head, on average, of which it keeps some, where an earlier
+            compression has dropped others and there are two tiers; 0: all before the boundary.
         quality_loss: nats a token that compressing may cost at most; as many of the compressed
             blocks as that needs are used, known once the pairs have been scored. None: all are.
         estimated_loss: nats a token, set when that is known.
@@ -120,6 +122,7 @@ class PrefixPlan:
     min_pages_per_head: int = 1
     pages_per_head: int = 1
     num_dense_blocks: int = 0
+    num_candidate_tokens: int = 0
     quality_loss: float | None = None
     estimated_loss: float | None = None
 
@@ -168,9 +171,10 @@ class PrefixPlan:
     def quantized_tokens(self) -> int:
         """Tokens a head keeps quantized, on average.
 
-        A head that keeps everything may fill its last page in part, so it can be fewer.
+        A head that keeps everything may fill its last page in part, so it can be fewer. In a later
+        compression other heads do not use a last page that they cannot fill, and it is a bound.
         """
-        left = self.boundary_tokens - self.full_tokens
+        left = (self.num_candidate_tokens or self.boundary_tokens) - self.full_tokens
         return min(self.num_quantized_pages * self.quantized_page_tokens, left)
 
     @property
@@ -250,6 +254,19 @@ class KeepPlan:
 
 
 @dataclass(frozen=True)
+class EarlierPages:
+    """Quantized pages that an earlier compression filled, some of whose tokens are kept.
+
+    Attributes:
+        ids: int64 ``[L, H, w]``; a head that has fewer is padded with any page.
+        by_layer: how many quantized pages each layer has from now on.
+    """
+
+    ids: torch.Tensor
+    by_layer: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class StoredTier:
     """The pages of one tier of a compressed prefix.
 
@@ -279,7 +296,8 @@ class CompressedPrefix:
             head; all its pages are full. Those of the others are too, but where a head keeps
             everything.
         scores: float32 ``[sum of pages * N]`` of the pairs of the first tier, in the order of its
-            pages; None unless they will compete with later ones.
+            pages; None unless they will compete with later ones. In a cache with two tiers those of
+            sink tokens are plus infinity.
         positions: int32, likewise, where these pairs are in the request; None unless they will be
             scored anew with later ones.
         key_transform: ``[L, H, D]``, of quantized keys; None where there are none.
@@ -287,6 +305,8 @@ class CompressedPrefix:
             values and scores that were looked at are finite. Where they are not, what is kept has
             no meaning. None where that has been looked at.
         fitted: the plan with as many blocks as it needs, where a quality loss decided; else None.
+        quantized_scores: float32 ``[sum of pages * Q]``, scores of the quantized tier; minus
+            infinity where a page holds no token.
     """
 
     tiers: tuple[StoredTier, ...]
@@ -295,6 +315,7 @@ class CompressedPrefix:
     sound: torch.Tensor | None = None
     positions: torch.Tensor | None = None
     fitted: PrefixPlan | None = None
+    quantized_scores: torch.Tensor | None = None
 
     @property
     def page_ids(self) -> torch.Tensor:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_kvzip.budgeting.allocation import PageAllocator
+from vllm_kvzip.budgeting.candidates import scores_of, with_earlier
 from vllm_kvzip.budgeting.dense_layers import with_dense_layers
 from vllm_kvzip.budgeting.selection import check_budgets, rank, take
+from vllm_kvzip.budgeting.tiered_rounds import TieredCandidates, choose, mark_sinks
 from vllm_kvzip.clocks import HostClock, Stopwatch
 from vllm_kvzip.core import (
     CacheGeometry,
@@ -21,6 +23,7 @@ from vllm_kvzip.core import (
 from vllm_kvzip.errors import NotFiniteError
 from vllm_kvzip.layer_inputs import LayerInputs
 from vllm_kvzip.model.key_transform import KeyTransform
+from vllm_kvzip.planning.round_tiers import scored_ratio
 from vllm_kvzip.storage.candidates import Candidates, of_kept
 from vllm_kvzip.storage.head_pages import PagePool, deal_pages
 
@@ -164,31 +167,42 @@ class Compressor:
                 reconstruction,
                 scale,
                 seed,
+                earlier,
                 anew,
             )
         with stages.stage("select"):
-            available = None
-            if anew is not None:
-                available = anew.available
-            elif earlier is not None:
-                available = earlier.pages + sources.shape[2]
-                sources, scores = _with_earlier(earlier, sources, scores, geometry.page_tokens)
-            ranking = rank(scores, plan.num_sink_tokens, plan.num_recent_tokens)
-            fitted = None
-            if plan.quality_loss is not None:
-                assert self._quality is not None
-                plan = fitted = self._quality.fit(ranking, plan)
-            keeps = self._choose(ranking, plan, available)
-            kept_scores = kept_positions = None
-            if anew is not None:
-                kept_positions = of_kept(anew.positions, keeps[0])
-            elif self._rule.has_rounds:
-                kept_scores = of_kept(scores, keeps[0])
+            available, quantized_pages, fitted, kept_positions = None, None, None, None
+            if earlier is not None and self._rule.tiers is not None:
+                about = earlier, sources, scores, geometry.page_tokens
+                candidates = TieredCandidates.of(*about)
+                keeps, kept_scores, quantized_pages = choose(
+                    candidates, plan, scores.shape[2], self._allocator
+                )
+                sources = candidates.pages
+            else:
+                if anew is not None:
+                    available = anew.available
+                elif earlier is not None:
+                    available = earlier.pages + sources.shape[2]
+                    sources, scores = with_earlier(earlier, sources, scores, geometry.page_tokens)
+                ranking = rank(scores, plan.num_sink_tokens, plan.num_recent_tokens)
+                if plan.quality_loss is not None:
+                    assert self._quality is not None
+                    plan = fitted = self._quality.fit(ranking, plan)
+                keeps = self._choose(ranking, plan, available)
+                kept_scores = []
+                if anew is not None:
+                    kept_positions = of_kept(anew.positions, keeps[0])
+                elif self._rule.has_rounds:
+                    kept_scores = self._scores_for_later(scores, keeps, plan)
             num_dense = self._num_dense_layers * geometry.num_kv_heads * num_pages
             kept_blocks = plan.num_compressed_blocks - plan.num_dense_blocks
             total = kept_blocks * geometry.pages_per_block + num_dense
             targets = deal_pages(self._on_device(target_blocks), total, self._pool)
-            if transform is not None:  # the first tokens of other heads are not quantized
+            if earlier is not None and earlier.key_transform is not None:
+                transform = earlier.key_transform  # of all pages, those of before among them
+            elif transform is not None and earlier is None:
+                # The first tokens of other heads are not quantized.
                 transform = transform.where_first(keeps[0].pages == 0)
                 transform = transform.with_unchanged(self._num_dense_layers)
             keeps = [
@@ -206,14 +220,23 @@ class Compressor:
             with stages.stage("quantize" if tier.quantized else "compact"):
                 if tier.quantized:
                     assert transform is not None
-                    own = self._store.quantize(sources, keep, own, transform)
+                    own = self._store.quantize(sources, keep, own, transform, quantized_pages)
                 else:
                     self._store.compact(sources, keep, own)
             tiers.append(StoredTier(own, keep.pages, tier.split))
+        full_scores, quantized_scores = [*kept_scores, None, None][:2]
         prefix = CompressedPrefix(
-            tuple(tiers), kept_scores, transform, sound, kept_positions, fitted
+            tuple(tiers), full_scores, transform, sound, kept_positions, fitted, quantized_scores
         )
         return prefix, stages
+
+    def _scores_for_later(
+        self, scores: torch.Tensor, keeps: list[KeepPlan], plan: PrefixPlan
+    ) -> list[torch.Tensor]:
+        """Scores of what is kept, tier by tier, where it will compete; see ``tiered_rounds.py``."""
+        if self._rule.tiers is not None:
+            scores = mark_sinks(scores, plan.num_sink_tokens)
+        return [scores_of(scores, keep) for keep in keeps]
 
     def _choose(
         self, ranking: Ranking, plan: PrefixPlan, available: torch.Tensor | None
@@ -262,10 +285,11 @@ class Compressor:
         reconstruction: torch.Tensor | None,
         scale: float,
         seed: int,
+        earlier: CompressedPrefix | None,
         anew: Candidates | None,
     ) -> tuple[torch.Tensor, KeyTransform | None, torch.Tensor | None]:
-        """Scores of ``sources``, float32 ``[L, H, T]``; what quantized keys are freed of; and
-        :attr:`~vllm_kvzip.core.CompressedPrefix.sound`.
+        """Scores of ``sources``, float32 ``[L, H, T]``; what quantized keys are freed of, where no
+        earlier compression found it; and :attr:`~vllm_kvzip.core.CompressedPrefix.sound`.
 
         Sinks are left out of the mean. ``anew`` says more of the sources where what was kept is
         among them. A pad has a score of minus infinity, so that it is never chosen.
@@ -304,7 +328,7 @@ class Compressor:
                 seed=seed + self._seed,
                 first_position=first,
                 # Rounds of a prefill budget compete with one another: the same for all of them.
-                keep_ratio=plan.share if quantizes else plan.keep_ratio,
+                keep_ratio=self._scored_ratio(plan),
                 soft_cap=self._soft_cap,
                 sink_logits=None
                 if (sinks := self._sink_logits[layer]) is None
@@ -321,8 +345,10 @@ class Compressor:
             scores[layer] = of_layer
             # One number that is not finite makes a sum so; without a copy of what is looked at.
             sums += [half.sum() for half in (inputs.keys, inputs.values) if half is not None]
-            if quantizes:
+            if quantizes and earlier is None:
                 transforms.append(KeyTransform.fit(inputs.keys, num_sinks))
+            elif quantizes and earlier is not None and earlier.key_transform is None:
+                transforms.append(KeyTransform.fit_late(inputs.keys, num_sinks))
         sound = torch.isfinite(scores).all() & torch.isfinite(torch.stack(sums)).all()
         transform = KeyTransform.stack(transforms) if transforms else None
         if sound.device.type == "cpu" and not sound:
@@ -333,33 +359,9 @@ class Compressor:
             scores.masked_fill_(~real, float("-inf"))
         return scores, transform, None if sound.device.type == "cpu" else sound
 
-
-def _with_earlier(
-    earlier: CompressedPrefix, sources: torch.Tensor, scores: torch.Tensor, page_tokens: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Candidates of a later compression: what was kept before, then what is new.
-
-    Heads kept different numbers of pages, so their earlier pages are padded at the end; a pad has
-    a score of minus infinity and is never chosen. Order within a head stays that of positions.
-
-    Args:
-        earlier: what was kept, with its scores.
-        sources: int64 ``[L, H, n]``, pages of the new blocks.
-        scores: float32 ``[L, H, n * N]``.
-        page_tokens: N.
-
-    Returns:
-        pages ``[L, H, w + n]`` and scores ``[L, H, (w + n) * N]``, w being the most pages a head
-        kept.
-    """
-    assert earlier.scores is not None
-    old_pages = earlier.padded.to(torch.int64)
-    width = old_pages.shape[2]
-    device = scores.device
-    filled = torch.arange(width, device=device) < earlier.pages[:, :, None]
-    old_scores = torch.full((*old_pages.shape, page_tokens), float("-inf"), device=device)
-    old_scores[filled] = earlier.scores.view(-1, page_tokens)
-    return (
-        torch.cat([old_pages, sources], dim=2),
-        torch.cat([old_scores.flatten(2), scores], dim=2),
-    )
+    def _scored_ratio(self, plan: PrefixPlan) -> float:
+        """The keep ratio that a scorer is told."""
+        tiers = self._rule.tiers
+        if tiers is not None and plan.num_candidate_tokens:
+            return scored_ratio(tiers, plan.keep_ratio)
+        return plan.share if len(plan.tiers) > 1 else plan.keep_ratio

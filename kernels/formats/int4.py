@@ -7,6 +7,7 @@ import triton.language as tl
 
 from ..quantized_pages import (
     SMALLEST_SCALE,
+    SPAN_OF_16,
     bfloat16_above,
     bfloat16_below,
     load_blocks,
@@ -49,7 +50,7 @@ def store_int4(
         )
         least = tl.min(tl.minimum(low, high), 2)
         zero = bfloat16_below(tl.where(least == 0.0, 0.0, least))  # zero without a sign
-        spread = (tl.max(tl.maximum(low, high), 2) - zero) * (1 / 15)
+        spread = (tl.max(tl.maximum(low, high), 2) - zero) * SPAN_OF_16
         scale = bfloat16_above(tl.maximum(spread, SMALLEST_SCALE))
         scales = pages.to(tl.pointer_type(tl.bfloat16))
         place = page * (page_stride // 2) + SCALES // 2 + blocks[None, :]

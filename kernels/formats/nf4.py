@@ -15,6 +15,7 @@ from ..quantized_pages import (
     encode_float8,
     load_blocks,
     nearest_bfloat16,
+    power_of_two_above,
     store_nibbles,
 )
 from ..quantized_tiles import (
@@ -131,6 +132,7 @@ def store_double_nf4(
         both = tl.maximum(tl.abs(low), tl.abs(high))
         largest = tl.maximum(largest, tl.max(tl.max(both, 2), 1))
     group = tl.maximum(tl.max(largest, 0), SMALLEST_SCALE) * (1 / LARGEST_FLOAT8)
+    group = power_of_two_above(group)
     groups = pages.to(tl.pointer_type(tl.float32)) + page * (page_stride // 4)
     tl.store(groups + GROUP // 4, group)
     for first in range(0, N, TOKENS):

@@ -103,5 +103,5 @@ def lead(model: str, settings: dict[str, Any] | None, followers: Sequence[Follow
 
 def round_seconds() -> float:
     """What all rounds of this process's engines took."""
-    stages = ("score", "select", "compact")
+    stages = ("score", "select", "compact", "quantize")
     return sum(counter("compress_seconds_sum", stage=stage) for stage in stages)

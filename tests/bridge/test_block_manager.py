@@ -14,18 +14,25 @@ from vllm.v1.request import Request
 
 from vllm_kvzip.planning.request_options import LEFT_ALONE
 from vllm_kvzip.planning.reuse_rule import ReuseRule
+from vllm_kvzip.planning.tiers import TierRule
 
 pytestmark = pytest.mark.vllm
 
 BUDGETS = [(None, None, 0), (7, None, 0), (None, 6, 0), (9, 5, 4)]
 """Prefill and decode budgets in blocks, and guesses of speculative decoding."""
 
+HISTORIES = [
+    *((seed, budgets, "evict") for seed in range(8) for budgets in BUDGETS),
+    *((seed, budgets, "mixed") for seed in range(3) for budgets in BUDGETS[1:]),
+    *((seed, budgets, "quantize") for seed in range(3) for budgets in BUDGETS[1:]),
+]
 
-@pytest.mark.parametrize("budgets", BUDGETS)
+
+@pytest.mark.parametrize(("seed", "budgets", "mode"), HISTORIES)
 @pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("seed", range(8))
-def test_random_histories_keep_pool_and_rows_in_order(seed, asynchronous, budgets, tmp_path):
-    world = World(seed, tmp_path, asynchronous, budgets)
+def test_random_histories_keep_pool_and_rows_in_order(seed, asynchronous, budgets, mode, tmp_path):
+    tiers = None if mode == "evict" else TierRule(mode, BLOCK, 28, split=2, full_share=0.2)
+    world = World(seed, tmp_path, asynchronous, budgets, tiers=tiers)
     for step in range(400):
         if world.random.random() < 0.25 and step < 330:
             world.add()

@@ -82,7 +82,13 @@ class World:
             shape = (LAYERS, HEADS, HEAD_DIM)
             first = torch.randn(LAYERS, HEADS, FIRST, HEAD_DIM)
             transform = KeyTransform(torch.randn(shape), torch.rand(shape), first)
-        prefix = CompressedPrefix(tuple(tiers), None, transform)
+        scores = [None, None]
+        if len(tiers) > 1 and plan.num_full_blocks:  # as with budgets in tokens
+            scores = [
+                torch.rand(len(full) * BLOCK),
+                torch.rand(len(ids) * QUANTIZATION.layout.page_tokens),
+            ]
+        prefix = CompressedPrefix(tuple(tiers), scores[0], transform, quantized_scores=scores[1])
         self.prefixes.keep(serial, KeptRun(prefix, plan, 7))
 
     def logical(self, serial):
@@ -94,6 +100,8 @@ class World:
             pages = QUANTIZATION.pages_of(self.cache.pages)[tier.page_ids]
             transform = prefix.key_transform
             found += [pages, tier.pages, prefix.offsets_of(1), transform.packed]
+            if prefix.scores is not None:
+                found += [prefix.scores, prefix.quantized_scores]
         return found
 
 

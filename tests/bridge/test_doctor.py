@@ -51,10 +51,11 @@ def test_all_is_well(capsys):
     assert (ragged["blocks"], ragged["blocks_compressed"]) == (33, 17)  # one holds the tail
 
 
-def test_budgets_in_tokens_in_words(capsys):
-    budget = ("--kv-compression-config.decode_budget", "1024")
+@pytest.mark.parametrize(("mode", "held"), [("evict", ""), ("mixed", "the bytes of ")])
+def test_budgets_in_tokens_in_words(mode, held, capsys):
+    budget = ("--kv-compression-config.decode_budget", "1024", "--kv-compression-config.mode", mode)
     assert main(["--model", str(MODEL), *budget]) == 0
-    said = "a request holds 1,024 tokens while it generates, and half as many more before a round"
+    said = f"a request holds {held}1,024 tokens while it generates, and half as many more before"
     assert said in capsys.readouterr().out
 
 

@@ -243,6 +243,7 @@ def test_the_scorer_is_chosen_by_what_lies_beside_the_profile(tmp_path):
 
 PROMISE = ("--kv-compression-config.quality_loss", "0.02")
 QUANTIZE = ("--kv-compression-config.mode", "quantize")
+MIXED = ("--kv-compression-config.mode", "mixed")
 
 
 @pytest.mark.parametrize(
@@ -278,8 +279,10 @@ QUANTIZE = ("--kv-compression-config.mode", "quantize")
             "and no head profile matches this model; build one",
         ),
         (
-            ("--kv-compression-config.decode_budget", "640", *QUANTIZE),
-            "decode_budget works with mode evict only",
+            ("--kv-compression-config.decode_budget", "127", "--block-size", "32",
+             *MIXED, "--kv-compression-config.recent_tokens", "40"),
+            "decode_budget=127 must be at least 128: two blocks of 32 tokens, and room for the 44 "
+            "tokens that every head keeps in each tier",
         ),
         (
             ("--kv-compression-config.decode_budget", "640",
@@ -295,8 +298,6 @@ def test_budgets_in_tokens_that_cannot_work_are_refused(capsys, flags, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ((*QUANTIZE, "--kv-compression-config.prefill_budget", "640"),
-         "prefill_budget works with mode evict only"),
         ((*QUANTIZE, "--kv-compression-config.key_format", "fp4"), "key_format='fp4' is wrong"),
         ((*QUANTIZE, "--kv-compression-config.keep_ratio", "0.5",
           "--kv-compression-config.keep_bytes_ratio", "0.5"), "give one of them"),

@@ -358,6 +358,7 @@ class World:
         if budget is None or not run.plan.is_round or reserved is not None:
             return
         if run.plan.boundary_tokens > request.num_prompt_tokens:
-            assert len(run.blocks) == budget
+            exact = self.manager.rule.tiers is None  # else it may take a while to fill the budget
+            assert len(run.blocks) == budget if exact else len(run.blocks) <= budget
             assert held <= budget + max(1, budget // 2) + (2 if self.asynchronous else 1)
             self.events["answer within its budget"] += 1

@@ -163,6 +163,25 @@ def test_every_value_takes_the_nearest_level(seed, double):
     assert (distance.gather(-1, codes)[..., 0] <= distance.amin(dim=-1) + 1e-6).all()
 
 
+@settings(deadline=None)
+@given(form=FORMATS, seed=st.integers(0, 9999), rounds=st.integers(1, 10))
+def test_what_was_decoded_stays_the_same_in_other_pages(form, seed, rounds):
+    """Vectors of very different lengths, which meet others in each round."""
+    random = torch.Generator().manual_seed(seed)
+    x = torch.randn(60, 64, generator=random) * torch.logspace(-1, 1, 60)[:, None]
+    x[:, 5] *= torch.rand(60, generator=random) * 10
+
+    def through(vectors):
+        return form.decode(form.encode(vectors.view(3, 20, 64))).view(60, 64)
+
+    first = through(x)
+    found = first
+    for _ in range(rounds):
+        order = torch.randperm(60, generator=random)
+        found = through(found[order])[order.argsort()]
+    assert torch.equal(found, first)
+
+
 def test_where_a_4_bit_code_lies():
     codes = torch.arange(32, dtype=torch.uint8).view(1, 2, 16) % 16
     packed = pack_nibbles(codes)

@@ -93,10 +93,13 @@ class PageAllocator:
             place = ranking.order.device if self._by_score else None
             shape = geometry.num_layers, geometry.num_kv_heads
             return torch.zeros(shape, dtype=torch.int64, device=place)
-        min_pages = plan.min_pages_per_head
-        for later in plan.tiers[1:]:
-            if later.num_pages >= pages_for(plan.num_protected_tokens, later.page_tokens):
-                min_pages = 0  # a head's protected tokens may all be in that tier
+        min_pages: int | torch.Tensor = plan.min_pages_per_head
+        if not plan.num_candidate_tokens:
+            for later in plan.tiers[1:]:
+                if later.num_pages >= pages_for(plan.num_protected_tokens, later.page_tokens):
+                    min_pages = 0  # a head's protected tokens may all be in that tier
+        elif available is not None:  # a head may have too few pairs that are not quantized yet
+            min_pages = available.clamp(max=plan.min_pages_per_head)
         if self._by_score:
             return budgets.allocate_adaptive(
                 ranking.scores,
@@ -111,7 +114,7 @@ class PageAllocator:
                 self._fractions(plan, plan.full_share, tier=0),
                 self._head_importance,
                 total,
-                min_pages,
+                min_pages if isinstance(min_pages, int) else min_pages.cpu(),
                 plan.num_prefix_blocks * geometry.pages_per_head,
                 None if available is None else available.cpu(),
             )
@@ -142,6 +145,40 @@ class PageAllocator:
                 wanted / num_pages, self._head_importance, total, least, num_pages, most
             )
         return budgets.allocate_uniform(total, geometry.num_layers, geometry.num_kv_heads)
+
+    def quantized_later(
+        self,
+        ranking: Ranking,
+        taken: torch.Tensor,
+        plan: PrefixPlan,
+        least: torch.Tensor,
+        most: torch.Tensor,
+    ) -> torch.Tensor:
+        """As :meth:`quantized`, where earlier pairs compete; pages that no head fills are left.
+
+        Args:
+            ranking: of the tokens that the full tier has not taken.
+            taken: int64 ``[L, H]``, tokens that it has.
+            plan: of the compression.
+            least, most: int64 ``[L, H]``, pages of each head.
+        """
+        geometry = self._geometry
+        total, size = plan.num_quantized_pages * geometry.num_heads, plan.quantized_page_tokens
+        if self._by_score:
+            return budgets.allocate_at_most(
+                ranking.scores, total, size, least, most, per_layer=self._per_layer
+            )
+        least, most = least.cpu(), most.cpu()
+        if self._head_fractions is not None:
+            num_pages = plan.boundary_tokens / size
+            kept = self._fractions(plan, plan.share, tier=1)
+            wanted = kept - taken.cpu() / plan.boundary_tokens
+            total = min(total, int(most.sum()))
+            return budgets.allocate_from_fractions(
+                wanted.clamp_min(0), self._head_importance, total, least, num_pages, most
+            )
+        even = budgets.allocate_uniform(total, geometry.num_layers, geometry.num_kv_heads)
+        return even.minimum(most)
 
     @property
     def _by_score(self) -> bool:

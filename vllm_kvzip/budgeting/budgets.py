@@ -27,7 +27,7 @@ def allocate_adaptive(
     ranked: torch.Tensor,
     total_pages: int,
     block_size: int,
-    min_pages: int,
+    min_pages: int | torch.Tensor,
     *,
     max_pages: torch.Tensor | None = None,
     per_layer: bool = False,
@@ -43,7 +43,7 @@ def allocate_adaptive(
             of the block size; finite, or minus infinity where a head has nothing.
         total_pages: pages to hand out.
         block_size: tokens per page.
-        min_pages: floor of every head.
+        min_pages: floor of every head, or int64 ``[L, H]`` of each.
         max_pages: int64 ``[L, H]``, pages each head has; None: all T tokens.
         per_layer: rank inside each layer, so that every layer gets the same; for comparison. Needs
             ``total_pages`` divisible by L.
@@ -55,7 +55,10 @@ def allocate_adaptive(
     num_pages = num_tokens // block_size
     num_all = num_layers * num_heads
     most = num_all * num_pages if max_pages is None else int(max_pages.sum())
-    _check_total(total_pages, num_all * min_pages, most)
+    floors = num_all * min_pages if isinstance(min_pages, int) else int(min_pages.sum())
+    _check_total(total_pages, floors, most)
+    if not isinstance(min_pages, int):
+        min_pages = min_pages[..., None]
     worth = ranked.view(num_layers, num_heads, num_pages, block_size).mean(dim=-1)
     return _best_pages(worth, total_pages, min_pages, per_layer=per_layer)
 
@@ -98,6 +101,38 @@ def allocate_remaining(
     worth = bounds.diff(dim=-1)
     worth = torch.where(ranks[..., :-1] < num_tokens, worth, -torch.inf)
     return _best_pages(worth, total_pages, min_pages[..., None], per_layer=per_layer)
+
+
+def allocate_at_most(
+    ranked: torch.Tensor,
+    total_pages: int,
+    page_tokens: int,
+    min_pages: torch.Tensor,
+    max_pages: torch.Tensor,
+    *,
+    per_layer: bool = False,
+) -> torch.Tensor:
+    """As :func:`allocate_remaining`; pages are left over where heads have too few tokens for them.
+
+    So the sum may be smaller than the total.
+
+    Args:
+        ranked: float32 ``[L, H, T]``, each head's scores from the best to the worst; minus infinity
+            where a head has no more tokens.
+        total_pages: pages to hand out, at most.
+        page_tokens: tokens of a page.
+        min_pages, max_pages: int64 ``[L, H]``, bounds of each head.
+        per_layer: rank inside each layer; needs ``total_pages`` divisible by L.
+    """
+    num_layers, num_heads, num_tokens = ranked.shape
+    num_pages = max(-(-num_tokens // page_tokens), -(-total_pages // (num_layers * num_heads)))
+    padded = ranked.new_zeros(num_layers, num_heads, num_pages * page_tokens)
+    padded[..., :num_tokens] = ranked.masked_fill(ranked == float("-inf"), 0.0)
+    worth = padded.double().unflatten(2, (num_pages, page_tokens)).sum(dim=-1)
+    there = torch.arange(num_pages, device=ranked.device) < max_pages[..., None]
+    worth = worth.masked_fill(~there, -torch.inf)
+    pages = _best_pages(worth, total_pages, min_pages[..., None], per_layer=per_layer)
+    return pages.minimum(max_pages)
 
 
 def allocate_from_fractions(

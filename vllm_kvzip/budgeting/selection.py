@@ -56,6 +56,21 @@ def rank(scores: torch.Tensor, num_sinks: int, num_recent: int) -> Ranking:
     return Ranking(order, protect(scores, num_sinks, num_recent).gather(2, order))
 
 
+def rank_protected(scores: torch.Tensor, protected: torch.Tensor) -> Ranking:
+    """As :func:`rank`, where the protected tokens of each head are told.
+
+    Args:
+        scores: float32 ``[L, H, T]``; plus infinity for some protected tokens, and minus infinity
+            where a head has no token.
+        protected: bool ``[L, H, T]``.
+    """
+    order = scores.masked_fill(protected, float("inf")).argsort(
+        dim=-1, descending=True, stable=True
+    )
+    best = scores.masked_fill(scores == float("inf"), float("-inf")).amax(dim=-1, keepdim=True)
+    return Ranking(order, torch.where(protected, best, scores).gather(2, order))
+
+
 def select(
     scores: torch.Tensor, pages: torch.Tensor, block_size: int, num_sinks: int, num_recent: int
 ) -> KeepPlan:
@@ -84,6 +99,7 @@ def take(
     pages: torch.Tensor,
     page_tokens: int,
     total_pages: int,
+    available: torch.Tensor | None = None,
 ) -> KeepPlan:
     """Per head, the tokens of the following ranks that fill its pages.
 
@@ -95,6 +111,7 @@ def take(
             tokens than are left.
         page_tokens: of each page.
         total_pages: sum of ``pages``; it is not read back from a device.
+        available: int64 ``[L, H]``, how many of a head's ranks are tokens; None: all.
     """
     order = ranking.order.flatten(0, 1)  # [L * H, T]
     rows, num_tokens = order.shape
@@ -102,6 +119,8 @@ def take(
     first = first_rank.reshape(-1, 1)
     ranks = torch.arange(num_tokens, device=order.device)
     chosen = (ranks >= first) & (ranks < first + num_wanted)
+    if available is not None:
+        chosen &= ranks < available.reshape(-1, 1)
     kept = torch.zeros(order.shape, dtype=torch.bool, device=order.device)
     kept.scatter_(1, order, chosen)
     starts = num_wanted.cumsum(0) - num_wanted  # of each head's tokens in the plan

@@ -93,7 +93,8 @@ def _budgets(it: Compression) -> str:
     tokens = {"while its prompt is read": it.prefill_budget}
     tokens["while it generates"] = it.decode_budget or it.prefill_budget
     parts = [f"{count:,} tokens {when}" for when, count in tokens.items() if count]
-    return f"a request holds {' and '.join(parts)}, and half as many more before a round"
+    held = "" if it.mode == "evict" else "the bytes of "
+    return f"a request holds {held}{' and '.join(parts)}, and half as many more before a round"
 
 
 def _pages(it: Compression) -> str:

@@ -97,6 +97,20 @@ class KeyTransform:
         first = torch.where(quantized[..., None, None], self.first, self.mean[..., None, :])
         return KeyTransform(self.mean, self.scale, first)
 
+    @classmethod
+    def fit_late(cls, keys: torch.Tensor, num_sinks: int) -> KeyTransform:
+        """Of keys that do not begin with a prompt's first tokens, which are never quantized.
+
+        Args:
+            keys: float32 ``[..., T, D]``, keys of each head.
+            num_sinks: tokens at the prompt's start that every head keeps.
+        """
+        fitted = cls.fit(keys)
+        first = fitted.mean[..., None, :].expand(
+            *fitted.mean.shape[:-1], num_first(num_sinks), fitted.mean.shape[-1]
+        )
+        return cls(fitted.mean, fitted.scale, first)
+
     def with_unchanged(self, num_layers: int) -> KeyTransform:
         """And that of layers after these, ``[L, H]``, whose keys it leaves as they are."""
         shape = (num_layers, *self.mean.shape[1:])
@@ -124,8 +138,11 @@ class KeyTransform:
             positions: int64 ``[..., T]``, in the prompt; negative where there is no token, which
                 gives zeros too.
         """
-        rest = (keys - self.mean[..., None, :]) / self.scale[..., None, :]
-        return rest.masked_fill_(positions[..., None] < self.first.shape[-2], 0.0)
+        return self.centred(keys).masked_fill_(positions[..., None] < self.first.shape[-2], 0.0)
+
+    def centred(self, keys: torch.Tensor) -> torch.Tensor:
+        """As :meth:`apply`, of tokens that are not a prompt's first ones."""
+        return (keys - self.mean[..., None, :]) / self.scale[..., None, :]
 
     def undo(self, keys: torch.Tensor) -> torch.Tensor:
         """Keys as they were: of a head's whole quantized tier, from its first token on.

@@ -9,6 +9,8 @@ only, so equal prefixes are compressed equally whatever follows them.
 
 A decode budget of P blocks does the same behind the prompt: the prompt is compressed as the keep
 ratio says, or left alone, and rounds follow while the answer is generated.
+
+With two tiers P blocks are so many bytes; ``round_tiers.py`` says how a round shares them out.
 """
 
 from __future__ import annotations
@@ -21,6 +23,13 @@ from typing import TYPE_CHECKING
 
 from vllm_kvzip.core import PrefixPlan
 from vllm_kvzip.planning import request_options
+from vllm_kvzip.planning.round_tiers import (
+    blocks_of_later,
+    blocks_within,
+    following,
+    least_budget,
+    with_blocks,
+)
 from vllm_kvzip.planning.tiers import TierBlocks, TierRule, pages_for
 
 if TYPE_CHECKING:
@@ -89,20 +98,11 @@ class PrefixRule:
             return None
         num_blocks = self._num_prefix_blocks(num_prompt_tokens, options)
         blocks = self._compressed_blocks(num_blocks, options)
-        plan = self._plan_of(num_blocks, blocks.total, options)
+        plan = self._plan_of(num_blocks, blocks, options)
         plan = replace(plan, quality_loss=self.wanted_loss(options))
         if options.context_tokens is None:
             plan = replace(plan, ready_tokens=num_prompt_tokens)
-        if blocks.dense:
-            plan = replace(plan, num_dense_blocks=blocks.dense)
-        if self.tiers is None or not blocks.quantized:
-            return plan
-        return replace(
-            plan,
-            num_quantized_blocks=blocks.quantized,
-            quantized_page_tokens=self.tiers.page_tokens,
-            quantized_split=self.tiers.split // self.pages_per_head,
-        )
+        return plan
 
     def next_plan(
         self,
@@ -130,18 +130,17 @@ class PrefixRule:
         if budget is not None:
             end = self._next_round(budget, start, held)
             if last is not None and start < last.num_prefix_blocks <= end:
-                return replace(last, start_blocks=start, held_blocks=held)
+                return self._later_plan(last, budget, done)
         num_guessed = 0
         if budget is None or end * self.block_size > num_prompt_tokens:
             budget, num_guessed = decode_blocks, self.num_guessed_tokens
             end = self._next_decode_round(budget, start, held, num_prompt_tokens)
-        plan = self._plan_of(end, budget, options)
+        plan = replace(self._plan_of(end, TierBlocks(budget, 0), options), is_round=True)
+        plan = self._later_plan(plan, budget, done)
         ready, most = plan.ready_tokens + num_guessed, options.max_output_tokens
         if most is not None and ready >= num_prompt_tokens + most:
             return None  # the answer ends before
-        return replace(
-            plan, start_blocks=start, held_blocks=held, is_round=True, ready_tokens=ready
-        )
+        return replace(plan, ready_tokens=ready)
 
     def decode_budget(self, options: RequestOptions) -> int | None:
         """Blocks that a request holds between rounds while it generates; None: no rounds.
@@ -154,7 +153,8 @@ class PrefixRule:
             return None
         if (asked := options.decode_budget) is not None and self.decode_blocks is not None:
             protected = sum(self._protected_in_prefix(sys.maxsize))
-            least = max(2, pages_for(protected, self.block_size))
+            mode = self.tiers.mode if self.tiers else "evict"
+            least = least_budget(protected, self.block_size, mode)
             budgets[:1] = [max(least, asked // self.block_size)] if asked else []
         return min(budgets, default=None)
 
@@ -320,15 +320,15 @@ class PrefixRule:
         return _most_compressed_blocks(self, max_tokens // self.block_size)
 
     def _plan_of(
-        self, num_prefix_blocks: int, num_compressed_blocks: int, options: RequestOptions
+        self, num_prefix_blocks: int, blocks: TierBlocks, options: RequestOptions
     ) -> PrefixPlan:
         """The plan for a raw prefix that is compressed as soon as it has been computed."""
         boundary = num_prefix_blocks * self.block_size
         num_sinks, num_recent = self._protected_in_prefix(boundary)
-        return PrefixPlan(
+        plan = PrefixPlan(
             boundary_tokens=boundary,
             num_prefix_blocks=num_prefix_blocks,
-            num_compressed_blocks=num_compressed_blocks,
+            num_compressed_blocks=blocks.total,
             ready_tokens=boundary,
             keep_ratio=self.wanted_ratio(options),
             num_sink_tokens=num_sinks,
@@ -338,6 +338,16 @@ class PrefixRule:
             ),
             pages_per_head=self.pages_per_head,
         )
+        return with_blocks(plan, blocks, self.tiers, self.pages_per_head)
+
+    def _later_plan(self, plan: PrefixPlan, budget: int, done: PrefixPlan | None) -> PrefixPlan:
+        """A plan with its tiers, where what an earlier compression kept competes."""
+        plan = plan if done is None else following(plan, done)
+        if self.tiers is None or (done is None and not plan.is_round):
+            return plan
+        blocks, competing = blocks_of_later(self.tiers, plan, budget, done)
+        plan = with_blocks(plan, blocks, self.tiers, self.pages_per_head)
+        return replace(plan, num_candidate_tokens=competing)
 
     def _num_prefix_blocks(self, num_prompt_tokens: int, options: RequestOptions) -> int:
         end = num_prompt_tokens if options.context_tokens is None else options.context_tokens
@@ -349,7 +359,9 @@ class PrefixRule:
         blocks = tiers.blocks(self.wanted_ratio(options), num_blocks, num_protected)
         if self.prefill_blocks is None:
             return replace(blocks, dense=self._dense_blocks(num_blocks, blocks.total))
-        return TierBlocks(min(blocks.full, self.prefill_blocks), blocks.quantized)
+        if blocks.total <= self.prefill_blocks:
+            return blocks
+        return blocks_within(self.prefill_blocks, num_blocks, tiers, num_protected)
 
     def _dense_blocks(self, num_blocks: int, num_compressed: int) -> int:
         """Blocks that must be added so that some layers keep every KV pair.

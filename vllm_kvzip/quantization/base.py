@@ -8,6 +8,9 @@ A format encodes the keys, or the values, of one head page. Vectors are cut into
 ``block_size`` values that share a scale. A format may also share something among all vectors of a
 page, its group scale. Encoders choose codes against the scale as it is stored, so that no error
 comes from rounding the scale but where it makes a value fall off the end of the codes.
+
+What was decoded gives the same numbers when it is encoded again, in whatever page. Budgets in
+tokens rely on it: in each round vectors that stay quantized move to other pages.
 """
 
 from __future__ import annotations
@@ -96,7 +99,8 @@ class Format(ABC):
         """Quantize the keys, or the values, of some pages.
 
         Args:
-            vectors: float32, bfloat16 or float16 ``[..., N, D]``, finite.
+            vectors: float32, bfloat16 or float16 ``[..., N, D]``, finite. Those that
+                :meth:`decode` made must be decoded to the same numbers again.
 
         Raises:
             ValueError: if D does not suit the format.

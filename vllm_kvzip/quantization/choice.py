@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_kvzip.quantization.layout import CODE_ALIGNMENT, ROUNDING_LOSS, PageLayout
-from vllm_kvzip.quantization.pages import pack_pages
+from vllm_kvzip.quantization.pages import pack_pages, unpack_pages
 from vllm_kvzip.quantization.rotation import (
     check_rotation,
     has_rotation,
@@ -92,8 +92,21 @@ class Quantization:
         Returns:
             uint8 ``[n, page_bytes]``.
         """
-        keys, values = self.turn(keys), self.turn(values)
+        return self.encode(self.turn(keys), self.turn(values))
+
+    def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """As :meth:`pack`, of tokens that have been turned."""
         return pack_pages(keys.flatten(0, 1), values.flatten(0, 1), self.layout)
+
+    def decode(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as :meth:`encode` takes them, float32 ``[n, Q, D]``.
+
+        Args:
+            pages: uint8 ``[n, page_bytes]``.
+        """
+        shape = (len(pages), self.layout.page_tokens, self.layout.head_dim)
+        keys, values = (half.view(shape) for half in unpack_pages(pages, self.layout))
+        return keys, values
 
     def turn(self, vectors: torch.Tensor) -> torch.Tensor:
         """Vectors ``[..., D]`` as pages hold them."""

@@ -24,6 +24,10 @@ SMALLEST_SCALE = 2.0**-100
 LARGEST_FLOAT8 = 1.9375
 """Of an unsigned 8-bit float as stored here: 4 exponent bits, bias 15, and 4 mantissa bits."""
 
+SPAN_OF_16 = (1 - 2**-16) / 15
+"""From the span of a block to the step between its 16 codes. A little less than a fifteenth, so
+that rounding errors never give a block that was decoded a larger step than it had."""
+
 _FLOAT8_EXPONENT = (127 - 15) << 4  # between this float's exponent field and float32's
 _MANTISSA_SHIFT = 19  # between 4 and 23 mantissa bits
 
@@ -38,6 +42,11 @@ def bfloat16_down(values: torch.Tensor) -> torch.Tensor:
     bits = values.view(torch.int32)
     away_from_zero = (bits >> 31) & 0xFFFF  # for negative values only
     return ((bits + away_from_zero) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def power_of_two_up(values: torch.Tensor) -> torch.Tensor:
+    """float32, normal and positive -> the next power of two that is not smaller."""
+    return ((values.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
 
 
 def float8_encode(values: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vllm_kvzip.core import KeepPlan
+    from vllm_kvzip.core import EarlierPages, KeepPlan
     from vllm_kvzip.model.key_transform import KeyTransform
 
 
@@ -93,6 +93,7 @@ class PageStore(Protocol):
         keep: KeepPlan,
         targets: torch.Tensor,
         transform: KeyTransform,
+        earlier: EarlierPages | None = None,
     ) -> torch.Tensor:
         """Quantize KV pairs of one request into whole pages.
 
@@ -101,6 +102,9 @@ class PageStore(Protocol):
             keep: what each head keeps quantized.
             targets: int64, head pages; their quantized pages are filled in the order of ``keep``.
             transform: ``[L, H, D]``, what keys are freed of.
+            earlier: quantized pages that an earlier compression filled with the same transform;
+                positions count their tokens first, and what lies there stays what it is. None: the
+                positions are those of the prompt.
 
         Returns:
             int64 ``[sum of pages]``, ids of the quantized pages.
@@ -119,15 +123,23 @@ class PagePacker(Protocol):
         """The quantized pages of some head pages, in order."""
         ...
 
-    def pack(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    def turn(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Vectors ``[..., D]`` as pages hold them."""
+        ...
+
+    def encode(self, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """Quantize tokens that fill whole pages.
 
         Args:
-            keys, values: float32 ``[n, Q, D]``.
+            keys, values: float32 ``[n, Q, D]``, turned.
 
         Returns:
             uint8 ``[n, page_bytes]``.
         """
+        ...
+
+    def decode(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as :meth:`encode` took them, float32 ``[n, Q, D]``."""
         ...
 
 
@@ -197,6 +209,7 @@ class PackedPages:
         keep: KeepPlan,
         targets: torch.Tensor,
         transform: KeyTransform,
+        earlier: EarlierPages | None = None,
     ) -> torch.Tensor:
         """See :class:`PageStore`; layer by layer.
 
@@ -205,16 +218,32 @@ class PackedPages:
         """
         _check_apart(sources, targets)
         assert self._packer is not None and self._quantized is not None
-        targets = self._packer.page_ids(targets)
+        packer = self._packer
+        targets = packer.page_ids(targets)[: len(keep.positions)]
+        if earlier is not None:
+            _check_apart(earlier.ids, targets)
         for layer, heads, own in _by_layer(keep):
             positions = keep.positions[own]
+            width = 0 if earlier is None else earlier.ids.shape[2] * positions.shape[1]
             keys, values = (
-                read(sources[layer])[heads[:, None], positions.clamp(min=0)].float()
+                read(sources[layer])[heads[:, None], (positions - width).clamp(min=0)].float()
                 for read in (self._keys.read, self._values.read)
             )
-            keys = transform.at(layer).at(heads).apply(keys, positions)
+            of_heads = transform.at(layer).at(heads)
+            if earlier is None:
+                keys = of_heads.apply(keys, positions)
+            else:
+                keys = of_heads.centred(keys).masked_fill_(positions[..., None] < 0, 0.0)
             values.masked_fill_(positions[..., None] < 0, 0.0)
-            self._quantized[targets[own]] = self._packer.pack(keys, values)
+            turned = packer.turn(keys), packer.turn(values)
+            if earlier is not None and width:
+                stored = packer.decode(self._quantized[earlier.ids[layer].flatten()])
+                keys, values = (
+                    _where_earlier(positions, heads, half.view(-1, width, half.shape[2]), own_half)
+                    for half, own_half in zip(stored, turned, strict=True)
+                )
+                turned = keys, values
+            self._quantized[targets[own]] = packer.encode(*turned)
         return targets
 
 
@@ -225,6 +254,16 @@ def _by_layer(keep: KeepPlan) -> Iterator[tuple[int, torch.Tensor, slice]]:
         own = slice(bounds[layer], bounds[layer + 1])
         if own.start < own.stop:
             yield layer, torch.arange(len(pages)).repeat_interleave(pages), own
+
+
+def _where_earlier(
+    positions: torch.Tensor, heads: torch.Tensor, earlier: torch.Tensor, new: torch.Tensor
+) -> torch.Tensor:
+    """Tokens ``[n, Q, D]``: of ``earlier`` ``[H, T, D]`` up to position T, else of ``new``."""
+    num_tokens = earlier.shape[1]
+    found = earlier[heads[:, None], positions.clamp(min=0, max=num_tokens - 1)]
+    is_earlier = (positions >= 0) & (positions < num_tokens)
+    return torch.where(is_earlier[..., None], found, new)
 
 
 def _check_apart(sources: torch.Tensor, targets: torch.Tensor) -> None:

@@ -18,6 +18,7 @@ from vllm_kvzip.config import DEFAULT_FULL_SHARE, Budget, KVzipConfig
 from vllm_kvzip.errors import ConfigError
 from vllm_kvzip.head_profiles.head_profile import interpolate
 from vllm_kvzip.planning.prefix_rule import PrefixRule
+from vllm_kvzip.planning.round_tiers import least_budget
 from vllm_kvzip.planning.tiers import TierRule
 from vllm_kvzip.scoring import scorer_class
 from vllm_kvzip.vllm_bridge.fp8_cache import running_cache_dtype
@@ -207,16 +208,17 @@ class Settings:
             return None
         if tokens < (least := self.least_budget(block_size)):
             protected = self.config.sink_tokens + self.config.recent_tokens
+            where = " in each tier" if self.config.mode == "mixed" else ""
             raise ConfigError(
                 f"{name}={tokens} must be at least {least}: two blocks of {block_size} "
-                f"tokens, and room for the {protected} tokens that every head keeps."
+                f"tokens, and room for the {protected} tokens that every head keeps{where}."
             )
         return tokens // block_size
 
     def least_budget(self, block_size: int) -> int:
         """The fewest tokens that a prefill or decode budget may have."""
         protected = self.config.sink_tokens + self.config.recent_tokens
-        return max(2, -(-protected // block_size)) * block_size
+        return least_budget(protected, block_size, self.config.mode) * block_size
 
     def head_fractions(self, keep_ratio: float) -> list[list[float]]:
         """Share of its KV pairs each head keeps, for budgets ``profile`` and ``retrieval``.

@@ -115,7 +115,7 @@ class SchedulerRecorder:
     def compressed(self, plan: PrefixPlan, num_prompt_tokens: int, block_size: int) -> None:
         """Count one compression, whose blocks went back to the pool."""
         self._writer.add(metrics.BLOCKS_FREED, plan.num_freed_blocks)
-        num_source_tokens = plan.num_source_blocks * block_size
+        num_source_tokens = plan.num_candidate_tokens or plan.num_source_blocks * block_size
         self._writer.add(metrics.TOKENS_EVICTED, num_source_tokens - plan.kept_tokens)
         if plan.is_round:
             in_prompt = plan.boundary_tokens <= num_prompt_tokens

@@ -24,6 +24,7 @@ from vllm_kvzip.quantization.base import (
 from vllm_kvzip.quantization.packing import (
     LARGEST,
     SMALLEST_SCALE,
+    SPAN_OF_16,
     as_bytes,
     bfloat16_down,
     bfloat16_up,
@@ -81,7 +82,7 @@ class Int4(Format):
         size = self.block_values(vectors.shape[-1])
         blocks = in_blocks(vectors.float().clamp(-LARGEST, LARGEST), size)
         zero = bfloat16_down(blocks.amin(dim=-1) + 0.0)
-        spread = (blocks.amax(dim=-1) - zero.float()) * (1 / 15)
+        spread = (blocks.amax(dim=-1) - zero.float()) * SPAN_OF_16
         scale = bfloat16_up(spread.clamp(min=SMALLEST_SCALE))
         from_zero = blocks - zero.float()[..., None]
         codes = (from_zero / scale.float()[..., None] + 0.5).floor().clamp(0, 15)

@@ -5,7 +5,8 @@ block of a vector is divided by its largest magnitude and each value takes the n
 bfloat16 scales a value costs ``4 + 16 / block_size`` bits. Double quantization (section 3 of the
 paper) stores the scales as 8-bit floats under one float32 scale for all keys, or all values, of a
 page: ``4 + 8 / block_size`` bits and the page's four bytes. Scales are positive, so these floats
-have no sign, and the paper's subtraction of the mean is not needed.
+have no sign, and the paper's subtraction of the mean is not needed. The page's scale is a power of
+two: so a vector that moves to another page keeps the mantissa of its scales, and all its numbers.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from vllm_kvzip.quantization.packing import (
     halves_side_by_side,
     in_blocks,
     pack_nibbles,
+    power_of_two_up,
     read_nibbles,
     unpack_nibbles,
 )
@@ -120,7 +122,7 @@ class NormalFloat4(Format):
         exact = blocks.abs().amax(dim=-1).clamp(min=SMALLEST_SCALE)  # [..., N, blocks]
         group = None
         if self.double_quantization:
-            group = exact.amax(dim=(-2, -1)) * (1 / LARGEST_FLOAT8)
+            group = power_of_two_up(exact.amax(dim=(-2, -1)) * (1 / LARGEST_FLOAT8))
             stored = float8_encode(exact / group[..., None, None])
             scale = float8_decode(stored) * group[..., None, None]
         else:

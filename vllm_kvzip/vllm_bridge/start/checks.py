@@ -30,7 +30,7 @@ from vllm_kvzip.vllm_bridge.symbols import current_platform, envs
 from vllm_kvzip.vllm_bridge.versions import has_cascade_attention
 
 if TYPE_CHECKING:
-    from vllm_kvzip.config import KVzipConfig, Mode
+    from vllm_kvzip.config import KVzipConfig
     from vllm_kvzip.quantization import Quantization
     from vllm_kvzip.vllm_bridge.symbols import VllmConfig
 
@@ -113,15 +113,12 @@ def _pass_problems(vllm_config: VllmConfig) -> list[str]:
     return [what for present, what in problems if present]
 
 
-def check_budget_in_tokens(
-    name: str, vllm_config: VllmConfig, mode: Mode, scorer: str, competes: bool
-) -> None:
+def check_budget_in_tokens(name: str, vllm_config: VllmConfig, scorer: str, competes: bool) -> None:
     """Refuse what cannot be combined with a prefill budget or a decode budget.
 
     Args:
         name: of the setting.
         vllm_config: of the engine.
-        mode: of compression.
         scorer: its name.
         competes: whether that scorer compares kept pairs with new ones: its scores are comparable
             across parts, or it scores what is kept anew.
@@ -134,11 +131,6 @@ def check_budget_in_tokens(
             f"Scorer {scorer} does not work with {name}: its scores of one part of a "
             f"prompt cannot be compared with those of another; choose keydiff, surrogate or "
             f"profile."
-        )
-    if mode != "evict":
-        raise ConfigError(
-            f"{name} works with mode evict only, because KV pairs that were quantized "
-            f"cannot compete with new ones; remove {name} or mode {mode}."
         )
     if has_draft_layers(vllm_config):
         raise ConfigError(

@@ -166,7 +166,7 @@ def resolve(
         if getattr(config, name) is not None:
             rescores = scorer_type.rescores_kept and config.mode == "evict"
             competes = scorer_type.comparable_across_parts or rescores
-            check_budget_in_tokens(name, vllm_config, config.mode, scorer, competes)
+            check_budget_in_tokens(name, vllm_config, scorer, competes)
     curve = loss_curve(vllm_config, config, scorer, budget, path)
     repeats = scorer_type.needs_reconstruction
     is_capped = caps_logits(vllm_config.model_config.hf_text_config)

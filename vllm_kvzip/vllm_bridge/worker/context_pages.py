@@ -10,6 +10,7 @@ first tokens:
     positions          int32 [n * N], in place of scores where the scorer sees everything anew
     quantized.pages    int64 [L, H], in modes ``quantize`` and ``mixed``
     quantized.bytes    uint8 [n, page bytes], as they are stored
+    quantized.scores   float32 [n * Q], with budgets in tokens only
     key.mean, key.scale, key.first    float32 [L, H, D], [L, H, D], [L, H, W, D]
 
 Keys and values are in logical order: a CPU's kernel packs them as its instruction set likes it.
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from vllm_kvzip.vllm_bridge.worker.prefixes import WorkerPrefixes
 
 FULL, QUANTIZED, SCORES, POSITIONS = "full", "quantized", "scores", "positions"
+QUANTIZED_SCORES = f"{QUANTIZED}.scores"
 TRANSFORM = ("key.mean", "key.scale", "key.first")
 PAGES_AT_ONCE = 4096
 """Pages that are copied by one call; bounds what lies on the device beside the cache."""
@@ -79,6 +81,8 @@ class ContextPages:
             stored = self._quantized_pages()
             parts = [stored[some].cpu() for some in tier.page_ids.split(PAGES_AT_ONCE)]
             found[f"{QUANTIZED}.bytes"] = torch.cat(parts)
+            if prefix.quantized_scores is not None:
+                found[QUANTIZED_SCORES] = prefix.quantized_scores
         if (of_keys := prefix.key_transform) is not None:
             found |= zip(TRANSFORM, (of_keys.mean, of_keys.scale, of_keys.first), strict=True)
         return {name: tensor.cpu() for name, tensor in found.items()}
@@ -113,7 +117,7 @@ class ContextPages:
         small = {
             name: tensor.to(device)
             for name, tensor in tensors.items()
-            if name.endswith(".pages") or name in (SCORES, POSITIONS, *TRANSFORM)
+            if name.endswith(".pages") or name in (SCORES, POSITIONS, QUANTIZED_SCORES, *TRANSFORM)
         }
         targets = deal_pages(blocks, plan.num_compressed_blocks * per_block, self._cache.pool)
         full, rest = targets.split(
@@ -125,14 +129,18 @@ class ContextPages:
         if plan.num_quantized_blocks:
             assert self._cache.quantization is not None
             self._unclean.add(block_ids[plan.num_full_blocks :])
-            pages = self._cache.quantization.page_ids(rest)
+            pages = self._cache.quantization.page_ids(rest)[: len(tensors[f"{QUANTIZED}.bytes"])]
             stored = self._quantized_pages()
             for some, of_file in _parts(pages, tensors[f"{QUANTIZED}.bytes"]):
                 stored[some] = of_file.to(device)
             tiers.append(StoredTier(pages, small[f"{QUANTIZED}.pages"], plan.quantized_split))
             transform = KeyTransform(*(small[name] for name in TRANSFORM))
         prefix = CompressedPrefix(
-            tuple(tiers), small.get(SCORES), transform, positions=small.get(POSITIONS)
+            tuple(tiers),
+            small.get(SCORES),
+            transform,
+            positions=small.get(POSITIONS),
+            quantized_scores=small.get(QUANTIZED_SCORES),
         )
         self._prefixes.keep(serial, KeptRun(prefix, plan, seed))
         return None
@@ -158,6 +166,9 @@ class ContextPages:
             wanted[POSITIONS] = torch.int32, (num_full * page_tokens,)
         totals = {FULL: num_full}
         if num_quantized:
+            if plan.start_blocks:  # last pages that no head could fill may be missing
+                of_heads = tensors.get(f"{QUANTIZED}.pages", torch.zeros(0))
+                num_quantized = min(num_quantized, int(of_heads.sum()))
             quantization = self._cache.quantization
             if quantization is None:
                 return "it has quantized pages"
@@ -173,6 +184,8 @@ class ContextPages:
             shapes = vectors, vectors, first
             wanted |= zip(TRANSFORM, ((torch.float32, shape) for shape in shapes), strict=True)
             totals[QUANTIZED] = num_quantized
+            if SCORES in tensors:
+                wanted[QUANTIZED_SCORES] = torch.float32, (num_quantized * layout.page_tokens,)
         if tensors.keys() != wanted.keys():
             return f"it has the tensors {sorted(tensors)}, not {sorted(wanted)}"
         for name, (of_dtype, shape) in wanted.items():
