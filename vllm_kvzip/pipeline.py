@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_kvzip.budgeting.allocation import PageAllocator
-from vllm_kvzip.budgeting.candidates import scores_of, with_earlier
+from vllm_kvzip.budgeting.candidates import Candidates, of_kept, with_earlier
 from vllm_kvzip.budgeting.dense_layers import with_dense_layers
 from vllm_kvzip.budgeting.selection import check_budgets, rank, take
 from vllm_kvzip.budgeting.tiered_rounds import TieredCandidates, choose, mark_sinks
@@ -24,7 +24,6 @@ from vllm_kvzip.errors import NotFiniteError
 from vllm_kvzip.layer_inputs import LayerInputs
 from vllm_kvzip.model.key_transform import KeyTransform
 from vllm_kvzip.planning.round_tiers import scored_ratio
-from vllm_kvzip.storage.candidates import Candidates, of_kept
 from vllm_kvzip.storage.head_pages import PagePool, deal_pages
 
 if TYPE_CHECKING:
@@ -236,7 +235,7 @@ class Compressor:
         """Scores of what is kept, tier by tier, where it will compete; see ``tiered_rounds.py``."""
         if self._rule.tiers is not None:
             scores = mark_sinks(scores, plan.num_sink_tokens)
-        return [scores_of(scores, keep) for keep in keeps]
+        return [of_kept(scores, keep) for keep in keeps]
 
     def _choose(
         self, ranking: Ranking, plan: PrefixPlan, available: torch.Tensor | None

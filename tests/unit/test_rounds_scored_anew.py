@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from vllm_kvzip.budgeting.candidates import Candidates
 from vllm_kvzip.core import CacheGeometry, CompressedPrefix, StoredTier
 from vllm_kvzip.model.rotary import RotaryTables
 from vllm_kvzip.pipeline import Compressor
 from vllm_kvzip.planning.prefix_rule import PrefixRule
 from vllm_kvzip.scoring import Scorer, create_scorer
 from vllm_kvzip.storage import row_pages
-from vllm_kvzip.storage.candidates import Candidates
 from vllm_kvzip.storage.head_pages import PagePool
 from vllm_kvzip.storage.page_store import PackedPages, PageCodec
 

@@ -130,7 +130,7 @@ class Answer:
         transform = self.prefix.key_transform.at(layer).at(head)
         keys = transform.undo(keys)
         for found, exact, error in (
-            (keys, self.keys[layer, head, tokens], 0.15),
+            (keys, self.keys[layer, head, tokens], 0.2),
             (values, self.values[layer, head, tokens], 0.02),
         ):
             assert ((found - exact).norm(dim=-1) < error * exact.norm(dim=-1)).all()
@@ -156,10 +156,10 @@ def packed_of(pages, chosen):
     return PackedPages(pages, codec, N, D, chosen)
 
 
-def rule_of(mode, **budgets):
+def rule_of(mode, by_bytes=False, **budgets):
     chosen = make_quantization()
     tiers = TierRule(
-        mode, N, chosen.layout.page_tokens, split=chosen.split, full_share=0.3, by_bytes=False
+        mode, N, chosen.layout.page_tokens, split=chosen.split, full_share=0.3, by_bytes=by_bytes
     )
     ratio = {"keep_ratio": 0.5, "min_prompt_tokens": 40, **budgets}
     return PrefixRule(sink_tokens=SINKS, recent_tokens=RECENT, block_size=N, tiers=tiers, **ratio)
@@ -169,6 +169,8 @@ CASES = [
     ("mixed", 20, {"decode_blocks": 6}),
     ("mixed", 200, {"decode_blocks": 6}),
     ("mixed", 600, {"prefill_blocks": 6}),
+    # A prompt of which nothing is quantized.
+    ("mixed", 200, {"decode_blocks": 6, "keep_ratio": 1.0, "by_bytes": True}),
     ("quantize", 100, {"decode_blocks": 4}),
     ("quantize", 600, {"prefill_blocks": 5, "decode_blocks": 3}),
 ]
@@ -189,7 +191,11 @@ def test_pairs_stay_what_they_are(make_store, budget, case, num_rounds):
         span = answer.compress(plan)
         earlier, held = held, answer.held()
         num_rounds -= plan.is_round
-        assert plan.num_compressed_blocks <= max(budgets.values()) or not plan.is_round
+        assert (
+            plan.num_compressed_blocks
+            <= max(count for name, count in budgets.items() if "blocks" in name)
+            or not plan.is_round
+        )
         for pair, (full, quantized) in held.items():
             kept = {*full, *quantized}
             assert len(kept) == len(full) + len(quantized)

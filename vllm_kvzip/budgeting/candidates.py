@@ -1,7 +1,14 @@
-"""What competes in a later compression of a request: what was kept before, and what is new."""
+"""What competes in a later compression of a request: what was kept before, then what is new.
+
+Either with the scores that kept pairs got when they were new, or scored anew with everything else.
+Heads kept different numbers of pages, so a head's kept pages are padded at the end. Order within a
+head stays that of positions. Nothing here waits for a device, but for the width of the padded
+table, which is counted once for each prefix.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,17 +17,75 @@ if TYPE_CHECKING:
     from vllm_kvzip.core import CompressedPrefix, KeepPlan
 
 
-def scores_of(scores: torch.Tensor, keep: KeepPlan) -> torch.Tensor:
-    """Scores of what is kept, in the order of the plan; minus infinity where there is no token.
+@dataclass(frozen=True)
+class Candidates:
+    """KV pairs that are scored anew in a round, ``[kept ..., pad ..., new ...]`` of each head.
+
+    Attributes:
+        pages: int64 ``[L, H, w + n]``, where they lie; w is the most pages a head kept.
+        positions: int32 ``[L, H, T]``, in the request; T = ``(w + n) * N``. Those of pads are some
+            pair's.
+        real: bool ``[L, H, T]``, which of them are no pads; None: all.
+        available: int64 ``[L, H]``, pages of each head that are no pads; None: all.
+    """
+
+    pages: torch.Tensor
+    positions: torch.Tensor
+    real: torch.Tensor | None
+    available: torch.Tensor | None
+
+    @classmethod
+    def of_round(
+        cls,
+        earlier: CompressedPrefix | None,
+        sources: torch.Tensor,
+        first_position: int,
+        page_tokens: int,
+    ) -> Candidates:
+        """What an earlier compression kept, and new pages.
+
+        Args:
+            earlier: with the positions of what it kept; None: there is nothing but the new pages.
+            sources: int64 ``[L, H, n]``, pages of the new blocks.
+            first_position: of their first token.
+            page_tokens: N.
+        """
+        num_new = sources.shape[2] * page_tokens
+        places = torch.arange(first_position, first_position + num_new, device=sources.device)
+        new = places.to(torch.int32).expand(*sources.shape[:2], num_new)
+        if earlier is None:
+            return cls(sources, new, None, None)
+        assert earlier.positions is not None
+        kept = earlier.padded.to(torch.int64)
+        slots = torch.arange(kept.shape[2], device=sources.device)
+        starts = earlier.offsets[:-1].view(earlier.pages.shape).to(torch.int64)
+        index = (starts[..., None] + slots).clamp_(max=len(earlier.page_ids) - 1)
+        old = earlier.positions.view(-1, page_tokens)[index].flatten(2)
+        filled = (slots < earlier.pages[..., None]).repeat_interleave(page_tokens, dim=2)
+        return cls(
+            torch.cat([kept, sources], dim=2),
+            torch.cat([old, new], dim=2),
+            torch.cat([filled, torch.ones_like(new, dtype=torch.bool)], dim=2),
+            earlier.pages + sources.shape[2],
+        )
+
+
+def of_kept(of_candidates: torch.Tensor, keep: KeepPlan) -> torch.Tensor:
+    """What is said of candidates, of those that are kept, in the order of the plan.
 
     Args:
-        scores: float32 ``[L, H, T]``.
-        keep: of a tier.
+        of_candidates: ``[L, H, T]``, scores or positions.
+        keep: of a tier; positions are asked of full pages only.
+
+    Returns:
+        ``[sum of pages * tokens of a page]``; scores are minus infinity where there is no token.
     """
-    heads = torch.arange(keep.pages.numel(), device=scores.device)
+    heads = torch.arange(keep.pages.numel(), device=of_candidates.device)
     heads = heads.repeat_interleave(keep.pages.flatten(), output_size=len(keep.positions))
-    found = scores.flatten(0, 1)[heads[:, None], keep.positions.clamp(min=0)]
-    return found.masked_fill_(keep.positions < 0, float("-inf")).flatten()
+    found = of_candidates.flatten(0, 1)[heads[:, None], keep.positions.clamp(min=0)]
+    if found.is_floating_point():
+        found.masked_fill_(keep.positions < 0, float("-inf"))
+    return found.flatten()
 
 
 def with_earlier(
@@ -28,8 +93,7 @@ def with_earlier(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Candidates of a later compression: what was kept before, then what is new.
 
-    Heads kept different numbers of pages, so their earlier pages are padded at the end; a pad has
-    a score of minus infinity and is never chosen. Order within a head stays that of positions.
+    A pad has a score of minus infinity and is never chosen.
 
     Args:
         earlier: what was kept, with its scores.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_kvzip.budgeting.candidates import scores_of, with_earlier
+from vllm_kvzip.budgeting.candidates import of_kept, with_earlier
 from vllm_kvzip.budgeting.selection import check_budgets, rank_protected, take
 from vllm_kvzip.core import EarlierPages
 
@@ -124,7 +124,7 @@ def choose(
     none = torch.zeros_like(pages)
     total = tier.num_pages * pages.numel()
     keeps = [take(ranking, none, pages, tier.page_tokens, total)]
-    found = [scores_of(scores, keeps[0])]
+    found = [of_kept(scores, keeps[0])]
     full_tokens = kept_tokens = pages * tier.page_tokens
     by_layer: list[int] = []
     if len(plan.tiers) > 1:
@@ -148,7 +148,7 @@ def choose(
         pages = pages.to(scores.device)
         by_layer = pages.sum(dim=1).tolist()
         keeps.append(take(ranking, none, pages, size, sum(by_layer), counts))
-        found.append(scores_of(left, keeps[1]))
+        found.append(of_kept(left, keeps[1]))
         kept_tokens = full_tokens + counts.minimum(pages * size)
     if scores.device.type == "cpu":
         num_protected = plan.num_sink_tokens + num_recent
