@@ -52,6 +52,13 @@ def parse_args(argv: list[str] | None, prog: str | None = None) -> argparse.Name
         "--surrogate-width", type=int, default=NETWORK_WIDTH, help="hidden units per KV head"
     )
     parser.add_argument(
+        "--following-share",
+        type=float,
+        default=0.0,
+        help="how much of what networks learn is a pair's influence on how a text goes on, beside "
+        "that on its repeat: 0.1 for models that write long answers; default 0",
+    )
+    parser.add_argument(
         "--loss-contexts",
         type=int,
         default=LOSS_CONTEXTS,
@@ -78,6 +85,10 @@ def parse_args(argv: list[str] | None, prog: str | None = None) -> argparse.Name
         parser.error("--loss-contexts must be at least 3, or 0 for no loss curve")
     if args.only_loss_curve and not args.loss_contexts:
         parser.error("--only-loss-curve needs --loss-contexts of at least 3")
+    if not 0 <= args.following_share < 1:
+        parser.error("--following-share must be at least 0 and below 1, such as 0.1")
+    follows = args.surrogate and args.following_share > 0
+    args.following_tokens = max(2, args.context_tokens // 2) if follows else 0
     args.prog = parser.prog
     return args
 

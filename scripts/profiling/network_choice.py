@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from vllm_kvzip.head_profiles.networks import LayerSurrogate
     from vllm_kvzip.profiling.masked_model import MaskedModel
 
-FLOORS = {"influence": MIN_LOG_SCORE, "attention": ATTENTION_FLOOR}
+FLOORS = ATTENTION_FLOOR, MIN_LOG_SCORE, MIN_LOG_SCORE
+"""Of the scores: attention while repeating, influence on repeating, influence further on."""
 DEFAULTS = KVzipConfig()
 
 
@@ -40,15 +41,27 @@ class NetworkChoice:
         context_tokens: length of the longest context.
         width: of the networks.
         seed: of the training.
+        following_share: how much the influence on what the text goes on with counts beside that on
+            repeating, in [0, 1).
     """
 
     KEEP_RATIOS: ClassVar = (0.3, 0.2, 0.1)
-    NUM_TARGETS: ClassVar = len(FLOORS)
+    NUM_TARGETS: ClassVar = 2
 
-    def __init__(self, model: MaskedModel, context_tokens: int, width: int, seed: int) -> None:
+    def __init__(
+        self,
+        model: MaskedModel,
+        context_tokens: int,
+        width: int,
+        seed: int,
+        following_share: float = 0.0,
+    ) -> None:
         self._model = model
+        influence = {1: 1 - following_share, 2: following_share} if following_share else {1: 1.0}
+        self._targets = {"influence": influence, "attention": {0: 1.0}}
+        floors = FLOORS if following_share else FLOORS[:2]
         self._rotary = rotary_of(model.model, context_tokens, model.scored)
-        num_layers, floors = model.fingerprint.num_layers, list(FLOORS.values())
+        num_layers = model.fingerprint.num_layers
         self._trainer = SurrogateTrainer(num_layers, NETWORK_TOKENS, width, seed, floors)
         self.target = ""
         self.report: list[str] = []
@@ -58,14 +71,18 @@ class NetworkChoice:
         cache: Sequence[tuple[torch.Tensor, torch.Tensor]],
         influence: torch.Tensor,
         attention: torch.Tensor,
+        further_on: torch.Tensor | None = None,
     ) -> None:
         """Take in one context.
 
         Args:
             cache: keys and values of each scored layer after the prefill, ``[H, T, D]``.
-            influence, attention: float32 ``[L, H, T]``, the two targets.
+            influence, attention: float32 ``[L, H, T]``, while the model repeats the context.
+            further_on: float32 ``[L, H, T]``, influence on what the text goes on with; None where
+                that does not count.
         """
-        self._trainer.add(cache, [influence, attention], self._rotary)
+        more = [] if further_on is None else [further_on]
+        self._trainer.add(cache, [attention, influence, *more], self._rotary)
 
     def best(
         self,
@@ -84,8 +101,8 @@ class NetworkChoice:
         """
         document = Document(list(context), [Question(list(repeat_ids), list(context))])
         found: dict[str, tuple[float, list[LayerSurrogate]]] = {}
-        for kind, target in enumerate(FLOORS):
-            networks = self._trainer.fit(progress, kind)
+        for target, shares in self._targets.items():
+            networks = self._trainer.fit(progress, shares)
             scores = predict(networks, layers_of(cache, self._model.scored), self._rotary)
             scores = protect(scores, DEFAULTS.sink_tokens, DEFAULTS.recent_tokens)
             nats = [

@@ -11,9 +11,10 @@ beside the JSON when matplotlib is installed.
 
 Small networks are trained to predict how much single KV pairs matter (scorer ``surrogate``) and
 written beside the JSON as safetensors; ``--no-surrogate`` leaves them out. What they learn is the
-pairs' influence on what the model says, or KVzip's scores where those cost the model less on a
-context that no network has seen. What dropping pairs costs, by their scores, is measured on
-further contexts, for the setting ``quality_loss`` (``loss_measurement.py``).
+pairs' influence on what the model says while it repeats a context, with ``--following-share`` also
+while it reads how the text goes on; or KVzip's scores where those cost the model less on a context
+that no network has seen. What dropping pairs costs, by their scores, is measured on further
+contexts, for the setting ``quality_loss`` (``loss_measurement.py``).
 """
 
 from __future__ import annotations
@@ -81,9 +82,8 @@ SUFFIX = ".safetensors"  # of the networks, beside the profile
 def task_contexts(args: argparse.Namespace) -> list[list[int]]:
     """Contexts of the synthetic retrieval task, for the tiny test models."""
     rng = np.random.default_rng(args.seed)
-    return [
-        make_context(rng, args.context_tokens).tokens.tolist() for _ in range(args.num_contexts)
-    ]
+    length = args.context_tokens + args.following_tokens
+    return [make_context(rng, length).tokens.tolist() for _ in range(args.num_contexts)]
 
 
 def loss_contexts(args: argparse.Namespace, tokenizer: Any) -> list[tuple[list[int], list[Probe]]]:
@@ -212,7 +212,11 @@ def build_profile(
     else:
         material = read_material(args.text) if args.text else default_material()
         contexts = calibration_contexts(
-            tokenizer, material, args.num_contexts, args.context_tokens, args.seed
+            tokenizer,
+            material,
+            args.num_contexts,
+            args.context_tokens + args.following_tokens,
+            args.seed,
         )
         texts = [part.label for part in material]
     refuse_lost_states(args.model, probe, contexts[0])
@@ -221,12 +225,17 @@ def build_profile(
         first_ids, later_ids = wording.token_ids(tokenizer)
     except ValueError as error:
         raise ProfileError(f"--repeat-prompt {error}") from error
+    following = [context[args.context_tokens :] for context in contexts]
+    contexts = [context[: args.context_tokens] for context in contexts]
     passes = len(contexts) * (1 + -(-args.context_tokens // args.chunk_tokens))
     choice = layers = None
     if args.surrogate:
         passes += len(contexts) * -(-args.context_tokens // args.chunk_tokens)
         passes += NetworkChoice.NUM_TARGETS * fingerprint.num_layers + args.loss_contexts
-        choice = NetworkChoice(probe, args.context_tokens, args.surrogate_width, args.seed)
+        passes += len(contexts) if args.following_tokens else 0
+        choice = NetworkChoice(
+            probe, args.context_tokens, args.surrogate_width, args.seed, args.following_share
+        )
     shape = fingerprint.num_layers, fingerprint.num_kv_heads
     tiers = tier_builder(args, *shape, fingerprint.head_dim)
     importance = torch.zeros(shape, dtype=torch.float64)
@@ -254,8 +263,12 @@ def build_profile(
                 influence = probe.influence(
                     context, args.chunk_tokens, first_ids, later_ids, bar.update, cache
                 )
+                further_on = None
+                if following[number]:
+                    further_on = probe.influence_further_on(context, following[number], cache)
+                    bar.update()
                 if number < len(contexts) - 1:
-                    choice.add(layers_of(cache, probe.scored), influence, scores)
+                    choice.add(layers_of(cache, probe.scored), influence, scores, further_on)
         if choice is not None:
             layers = choice.best(context, cache, first_ids, bar.update)
         quality = None
@@ -285,6 +298,7 @@ def build_profile(
             scoring_chunk_tokens=args.chunk_tokens,
             num_contexts=len(contexts),
             context_tokens=args.context_tokens,
+            following_tokens=args.following_tokens or None,
             repeated_share=round(probe.repeated_share, 3),
             texts=texts,
             versions={

@@ -182,7 +182,9 @@ class ReconstructionProbe:
         progress: Callable[[], Any] = lambda: None,
         cache: DynamicCache | None = None,
     ) -> torch.Tensor:
-        """Influence of every KV pair of a context; see :mod:`vllm_kvzip.head_profiles.influence`.
+        """Influence of every KV pair of a context while the model repeats it.
+
+        See :mod:`vllm_kvzip.head_profiles.influence`.
 
         Args:
             context_ids: token ids.
@@ -197,35 +199,83 @@ class ReconstructionProbe:
         shape, num_tokens = self.fingerprint, len(context_ids)
         scores = torch.zeros(shape.num_layers, shape.num_kv_heads, num_tokens)
         cache = self.read(context_ids) if cache is None else cache
-        embed = self.model.get_input_embeddings()
         for chunk in iter_chunks(context_ids, chunk_tokens, first_prompt_ids, later_prompt_ids):
-            ids = torch.tensor(chunk.input_ids)
+            pairs = slice(chunk.start, chunk.end)
             num_asked = chunk.end - chunk.start
-            self._attended = {}
-            try:
-                logits = self.model(
-                    inputs_embeds=embed(ids)[None].requires_grad_(True),
-                    past_key_values=copy_of(cache, self.scored),
-                    position_ids=torch.arange(num_tokens, num_tokens + len(ids))[None],
-                    logits_to_keep=num_asked + 1,
-                ).logits
-                torch.autograd.backward(log_odds(logits[0, :-1], ids[-num_asked:]).sum())
-                attended = self._attended
-            finally:
-                self._attended = None
-            for row, (query, key, value, output, scale) in attended.items():
-                assert output.grad is not None
-                scores[row, :, chunk.start : chunk.end] = influence_scores(
+            scores[:, :, pairs] = self._influence(
+                cache, num_tokens, chunk.input_ids, num_asked, pairs
+            )
+            progress()
+        return scores
+
+    def influence_further_on(
+        self,
+        context_ids: Sequence[int],
+        following_ids: Sequence[int],
+        cache: DynamicCache | None = None,
+    ) -> torch.Tensor:
+        """Influence of every KV pair of a context on what the text goes on with.
+
+        Args:
+            context_ids: token ids.
+            following_ids: token ids of what follows in the same text, at least two.
+            cache: of this context, if it has been read; left as it is.
+
+        Returns:
+            float32 ``[L, H, T]``, not negative.
+        """
+        cache = self.read(context_ids) if cache is None else cache
+        num_tokens = len(context_ids)
+        return self._influence(
+            cache, num_tokens, following_ids, len(following_ids) - 1, slice(0, num_tokens)
+        )
+
+    def _influence(
+        self,
+        cache: DynamicCache,
+        num_tokens: int,
+        input_ids: Sequence[int],
+        num_asked: int,
+        pairs: slice,
+    ) -> torch.Tensor:
+        """Influence of some KV pairs on the last ``num_asked`` tokens read after a context.
+
+        Args:
+            cache: of the context; left as it is.
+            num_tokens: of the context.
+            input_ids: what is read after it.
+            num_asked: how many of these tokens count, not all of them.
+            pairs: of the context.
+        """
+        ids = torch.tensor(input_ids)
+        embed = self.model.get_input_embeddings()
+        self._attended = {}
+        try:
+            logits = self.model(
+                inputs_embeds=embed(ids)[None].requires_grad_(True),
+                past_key_values=copy_of(cache, self.scored),
+                position_ids=torch.arange(num_tokens, num_tokens + len(ids))[None],
+                logits_to_keep=num_asked + 1,
+            ).logits
+            torch.autograd.backward(log_odds(logits[0, :-1], ids[-num_asked:]).sum())
+            attended = self._attended
+        finally:
+            self._attended = None
+        rows = []
+        for _, (query, key, value, output, scale) in sorted(attended.items()):
+            assert output.grad is not None
+            rows.append(
+                influence_scores(
                     query,
                     key,
                     value,
                     output.detach()[0].transpose(0, 1),
                     output.grad[0].transpose(0, 1),
                     scale,
-                    slice(chunk.start, chunk.end),
+                    pairs,
                 )
-            progress()
-        return scores
+            )
+        return torch.stack(rows)
 
     def _attend(
         self, module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any,

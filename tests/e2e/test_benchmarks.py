@@ -54,4 +54,4 @@ def test_long_answers_hold_their_budget():
     small = f"--model {model} --prompts 1 --tokens 200 --budgets 64 --scorers random"
     text = run("eval_long_answers.py", *small.split())
     # Three between rounds, and two more in the step of one.
-    assert re.search(r"random .*\[.*\], 5 blocks, \d", text)
+    assert re.search(r"random, evict .*\[.*\], 5 blocks", text)

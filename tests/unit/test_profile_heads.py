@@ -81,7 +81,8 @@ def test_networks_are_written_beside_the_profile(random_model, tmp_path, capsys,
     out = tmp_path / "random-llama.json"
     code = profile_heads.main(
         ["--model", str(random_model), "--out", str(out), "--task", "retrieval", "--num-contexts",
-         "2", "--context-tokens", "96", "--repeat-prompt", "repeat", "--surrogate-width", "5"]
+         "2", "--context-tokens", "96", "--repeat-prompt", "repeat", "--surrogate-width", "5",
+         "--following-share", "0.1", "--loss-contexts", "3"]
     )  # fmt: skip
     assert code == 0
     layers = load_surrogate(out.with_suffix(".safetensors"), load_profile(out).model)
@@ -90,6 +91,7 @@ def test_networks_are_written_beside_the_profile(random_model, tmp_path, capsys,
     assert shown.count("surrogate trained on ") == 2
     taken = re.search(r"surrogate trained on (\w+): .* \(taken\)", shown).group(1)
     assert load_profile(out).provenance.method.endswith(f"networks by {taken}")
+    assert load_profile(out).provenance.following_tokens == 48
 
 
 def test_networks_need_a_context_to_be_tried_on(random_model):
@@ -178,6 +180,28 @@ def test_influence_goes_back_through_the_whole_model(random_model, monkeypatch):
 
     wanted = (moved(step) - moved(-step)) / (2 * step)
     assert float(gradients[head, row] @ direction) == pytest.approx(wanted, rel=0.02, abs=1e-3)
+
+
+def test_influence_further_on_is_that_of_the_text_that_follows(random_model):
+    """From one pass over context and text together, and nothing without what follows."""
+    probe = ReconstructionProbe(str(random_model))
+    rng = np.random.default_rng(0)
+    context, following = rng.integers(7, 512, 30).tolist(), rng.integers(7, 512, 20).tolist()
+    found = probe.influence_further_on(context, following)
+    ids = torch.tensor([*context, *following])
+    embedded = probe.model.get_input_embeddings()(ids)[None].requires_grad_(True)
+    probe._attended = {}
+    logits = probe.model(inputs_embeds=embedded, use_cache=False).logits[0]
+    torch.autograd.backward(log_odds(logits[30:-1], ids[31:]).sum())
+    attended, probe._attended = probe._attended, None
+    for row, (query, key, value, output, scale) in attended.items():
+        outputs, gradients = (part[0, 30:].transpose(0, 1) for part in (output, output.grad))
+        wanted = influence_scores(
+            query[:, 30:], key, value, outputs.detach(), gradients, scale, slice(0, 30)
+        )
+        torch.testing.assert_close(found[row], wanted, rtol=1e-2, atol=1e-5)
+    other = probe.influence_further_on(context, [*following[:10], *context[:10]])
+    assert not torch.allclose(found, other, rtol=0.05)
 
 
 @pytest.mark.parametrize(

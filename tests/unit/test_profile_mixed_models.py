@@ -159,7 +159,8 @@ def test_profile_has_a_row_for_each_full_layer(kind, folder, tmp_path, capsys, m
     out = tmp_path / "mixed.json"
     code = profile_heads.main(
         ["--model", str(folder), "--out", str(out), "--task", "retrieval", "--num-contexts", "2",
-         "--context-tokens", "128", "--repeat-prompt", "repeat", "--surrogate-width", "4"]
+         "--context-tokens", "128", "--repeat-prompt", "repeat", "--surrogate-width", "4",
+         "--loss-contexts", "0"]
     )  # fmt: skip
     assert code == 0, capsys.readouterr().err
     shown = capsys.readouterr().out

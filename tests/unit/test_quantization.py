@@ -80,8 +80,8 @@ def error_bound(form, exact):
     else:
         step = (LEVELS[1:] - LEVELS[:-1]).max().double() / 2
         rounding, floor = 1 / 256, SMALLEST_SCALE
-        if form.double_quantization:  # scales lie within 2**15 of the page's largest
-            rounding, floor = 1 / 32, max(SMALLEST_SCALE, magnitude.max() / 1.9375 * 2**-15)
+        if form.double_quantization:  # scales lie within 2**14 of the page's largest
+            rounding, floor = 1 / 32, max(SMALLEST_SCALE, magnitude.max() / 1.9375 * 2**-14)
         bound = magnitude.clamp(min=floor) * (1 + rounding) * step
     return (bound + 2e-6 * magnitude).expand_as(blocks).reshape(exact.shape)
 

@@ -112,8 +112,24 @@ def test_kinds_of_scores_are_fitted_each_by_itself():
     for kind, floor in ((1, -7.0), (0, -6.0), (1, -7.0)):
         alone = SurrogateTrainer(1, 200, width=4, seed=0, floors=[floor])
         alone.add([(keys, values)], [kinds[kind]], None)
-        (expected,), (found,) = alone.fit(), both.fit(kind=kind)
+        (expected,), (found,) = alone.fit(), both.fit(shares={kind: 1.0})
         assert torch.equal(found.mix, expected.mix) and torch.equal(found.out, expected.out)
+
+
+def test_one_network_learns_what_two_kinds_of_scores_say():
+    """A pair that either kind needs is kept, in whatever unit the kinds are."""
+    torch.manual_seed(0)
+    keys, values = torch.randn(2, 900, 4), torch.randn(2, 900, 4)
+    kinds = [(4 * keys[None, :, :, place]).exp() for place in (0, 3)]
+    kinds[1] *= 1e-3
+    wanted = sum(kind.square() / kind.square().mean() for kind in kinds).sqrt()
+    trainer = SurrogateTrainer(1, 800, width=8, seed=0, floors=[-7.0, -7.0])
+    trainer.add([(keys, values)], kinds, None)
+    shares = [
+        agreement(trainer.fit(shares=number), [(keys, values)], wanted, None, 0.1)
+        for number in ({0: 0.5, 1: 0.5}, {0: 1.0}, {1: 1.0})
+    ]
+    assert shares[0] > 0.65 and max(shares[1:]) < 0.6, shares
 
 
 def test_the_shipped_networks_choose_what_kvzip_chooses():

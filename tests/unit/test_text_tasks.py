@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from letter_tokenizer import TEMPLATE, letter_tokenizer
 
 from vllm_kvzip.errors import ConfigError
 from vllm_kvzip.evaluation.quality.lessons import Lesson, divergence
@@ -13,26 +12,8 @@ from vllm_kvzip.evaluation.tasks.text_source import load_text, split_pieces
 from vllm_kvzip.evaluation.tasks.text_tasks import TEXT_TASKS, cloze_cut
 from vllm_kvzip.evaluation.tasks.text_weaving import Weaver
 
-TEMPLATE = (
-    "{% for message in messages %}<user>{{ message['content'] }}</user>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 HAVE_ANSWER = ("facts", "many-facts", "cloze", "verbatim")  # word for word in the context
 NUM_TOKENS = 1500
-
-
-def letter_tokenizer(template=None):
-    """One token a byte, so that nothing must be downloaded."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"\s?\S+|\s+"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template)
 
 
 @pytest.fixture(scope="module", params=[None, TEMPLATE], ids=["plain", "chat"])

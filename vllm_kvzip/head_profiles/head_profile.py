@@ -57,7 +57,8 @@ class Provenance(_Strict):
 
     ``repeat_prompt`` and ``later_repeat_prompt`` asked for the first chunk of a context and for the
     others, word for word, turns of a chat included. ``repeated_share`` is the share of tokens that
-    the model repeated right while it was watched.
+    the model repeated right while it was watched. ``following_tokens`` followed each context in the
+    same text, for what networks learned of influence further on.
     """
 
     method: str
@@ -66,6 +67,7 @@ class Provenance(_Strict):
     scoring_chunk_tokens: int | None = Field(None, gt=0)
     num_contexts: int | None = Field(None, gt=0)
     context_tokens: int | None = Field(None, gt=0)
+    following_tokens: int | None = Field(None, gt=0)
     repeated_share: Share | None = None
     texts: list[str]
     versions: dict[str, str]

@@ -1,4 +1,4 @@
-"""How much each KV pair decides what the model says while it repeats its context.
+"""How much each KV pair decides what the model says: while it repeats its context, and further on.
 
 KVzip's score of a pair is the most attention it gets while the context is repeated. Attention says
 where a head looks, not whether it matters: some heads look hard and change nothing. Here the loss
@@ -12,6 +12,10 @@ empirical Fisher matrix).
 
 Log odds, ``log p - log(1 - p)``, and not ``log p``: a model that repeats well is sure of each
 token, and the gradient of ``log p`` vanishes there.
+
+Repeating asks for every token of a context once, as a question about it may. What a text goes on
+with asks for what a later token of the same text needs, as an answer does that is still being
+written. Pairs that only one of them needs are many, so both are measured.
 
 One backward pass gives the gradients of all heads, so influence is for training (scorer
 ``surrogate``), not for serving.

@@ -2,11 +2,13 @@
 
 One small network per KV head (``networks.py``) learns, by least squares, the log of the score that
 the head's pairs got. The scores are those of ``influence.py`` where the model can be
-differentiated, and else KVzip's. The heads of a layer are fitted side by side.
+differentiated, and else KVzip's. Where there are scores of several kinds, one network can learn
+what they say together. The heads of a layer are fitted side by side.
 """
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +17,7 @@ from vllm_kvzip.head_profiles.networks import LayerSurrogate, token_features
 from vllm_kvzip.model.rotary import unrotated
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from vllm_kvzip.model.rotary import RotaryTables
 
@@ -26,6 +28,7 @@ BATCH_TOKENS = 512
 ATTENTION_FLOOR = -6.0  # an attention of 0.0025
 BEST_SHARE = 1e-3  # scores above that of this share of all pairs count alike
 LEARNING_RATE = 6e-3
+ONE = MappingProxyType({0: 1.0})  # the first kind of scores alone
 
 
 class SurrogateTrainer:
@@ -77,28 +80,43 @@ class SurrogateTrainer:
                 targets[index].append(kind[index][:, chosen].log())
 
     def fit(
-        self, progress: Callable[[], Any] = lambda: None, kind: int = 0
+        self, progress: Callable[[], Any] = lambda: None, shares: Mapping[int, float] = ONE
     ) -> list[LayerSurrogate]:
-        """Fit all layers to one kind of score; the same networks however often it is called.
+        """Fit all layers to scores of some kinds; the same networks however often it is called.
 
         Args:
             progress: called after each layer.
-            kind: of the scores.
+            shares: how much each kind of scores counts. Of several, the root of the sum of their
+                squares is learned, each in a unit in which its mean square over all pairs is its
+                share.
         """
         layers = []
         generator = self._generator.clone_state()
-        best = self._best(kind)
-        for features, targets in zip(self._features, self._targets[kind], strict=True):
-            log_scores = (torch.cat(targets, 1) - best).clamp_(self._floors[kind], 0.0)
+        floor = self._floors[next(iter(shares))]
+        targets = self._log_scores(shares)
+        best = _best(targets)
+        for features, log_scores in zip(self._features, targets, strict=True):
+            log_scores = (log_scores - best).clamp_(floor, 0.0)
             layers.append(self._fit_layer(torch.cat(features, 1).float(), log_scores, generator))
             progress()
         return layers
 
-    def _best(self, kind: int) -> float:
-        """The log score that becomes 0."""
-        all_scores = torch.cat([part.flatten() for layer in self._targets[kind] for part in layer])
-        count = max(1, round(BEST_SHARE * all_scores.numel()))
-        return float(all_scores.topk(count).values[-1])
+    def _log_scores(self, shares: Mapping[int, float]) -> list[torch.Tensor]:
+        """What is learned, before its best becomes 0: of each layer ``[H, n]``."""
+        layers = [[torch.cat(parts, 1) for parts in self._targets[kind]] for kind in shares]
+        if len(shares) == 1:
+            return layers[0]
+        means = [torch.stack([part.mul(2).exp().mean() for part in kind]).mean() for kind in layers]
+        units = [
+            0.5 * (mean / share).log() for mean, share in zip(means, shares.values(), strict=True)
+        ]
+        return [
+            0.5
+            * torch.stack(
+                [2 * (part - unit) for part, unit in zip(parts, units, strict=True)]
+            ).logsumexp(dim=0)
+            for parts in zip(*layers, strict=True)
+        ]
 
     def _fit_layer(
         self, features: torch.Tensor, targets: torch.Tensor, generator: torch.Generator
@@ -133,6 +151,13 @@ class SurrogateTrainer:
         mix = mix / spread[..., None]  # so that the network reads plain keys and values
         mix_bias = mix_bias - torch.bmm(mean[:, None], mix).squeeze(1)
         return LayerSurrogate(mix, mix_bias, out, out_bias)
+
+
+def _best(layers: Sequence[torch.Tensor]) -> float:
+    """The log score that becomes 0."""
+    all_scores = torch.cat([layer.flatten() for layer in layers])
+    count = max(1, round(BEST_SHARE * all_scores.numel()))
+    return float(all_scores.topk(count).values[-1])
 
 
 def predict(
