@@ -33,16 +33,7 @@ HISTORIES = [
 def test_random_histories_keep_pool_and_rows_in_order(seed, asynchronous, budgets, mode, tmp_path):
     tiers = None if mode == "evict" else TierRule(mode, BLOCK, 28, split=2, full_share=0.2)
     world = World(seed, tmp_path, asynchronous, budgets, tiers=tiers)
-    for step in range(400):
-        if world.random.random() < 0.25 and step < 330:
-            world.add()
-        world.step()
-        world.check_pool()
-    for _ in range(2000):
-        if not (world.running or world.waiting):
-            break
-        world.step()
-        world.check_pool()
+    world.live()
     assert world.events["compression"] > 10
     assert world.events["preemption"] > 0
     assert world.events["abort"] > 0

@@ -67,6 +67,17 @@ class World:
         self.events = Counter()
         self.number = 0
 
+    def live(self):
+        """Requests come for a while, and all of them end; the pool adds up after every step."""
+        for number in range(2400):
+            if number >= 400:
+                if not (self.running or self.waiting):
+                    break
+            elif self.random.random() < 0.25 and number < 330:
+                self.add()
+            self.step()
+            self.check_pool()
+
     def add(self):
         documents = [0, 64, 100, 144]
         size = self.random.choice(documents)

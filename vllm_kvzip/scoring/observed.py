@@ -72,6 +72,7 @@ def _attend(
     queries = queries.permute(1, 2, 0, 3).flatten(1, 2) * inputs.scale  # [H, G * W, D]
 
     def logits_of(part: slice) -> torch.Tensor:
+        """Of some keys, float32 ``[H, G, W, S]``; minus infinity where a query sees none."""
         logits = cap_logits_(queries @ keys[:, part].transpose(1, 2), inputs.soft_cap)
         logits = logits.view(num_heads, group_size, window, -1)
         hidden = inputs.positions_of(part)[..., None, :] > positions[:, None]  # [..., W, S]
