@@ -225,7 +225,13 @@ class Compressor:
             tiers.append(StoredTier(own, keep.pages, tier.split))
         full_scores, quantized_scores = [*kept_scores, None, None][:2]
         prefix = CompressedPrefix(
-            tuple(tiers), full_scores, transform, sound, kept_positions, fitted, quantized_scores
+            tuple(tiers),
+            full_scores,
+            transform,
+            sound,
+            positions=kept_positions,
+            fitted=fitted,
+            quantized_scores=quantized_scores,
         )
         return prefix, stages
 
@@ -344,10 +350,9 @@ class Compressor:
             scores[layer] = of_layer
             # One number that is not finite makes a sum so; without a copy of what is looked at.
             sums += [half.sum() for half in (inputs.keys, inputs.values) if half is not None]
-            if quantizes and earlier is None:
-                transforms.append(KeyTransform.fit(inputs.keys, num_sinks))
-            elif quantizes and earlier is not None and earlier.key_transform is None:
-                transforms.append(KeyTransform.fit_late(inputs.keys, num_sinks))
+            if quantizes and (earlier is None or earlier.key_transform is None):
+                fit = KeyTransform.fit if earlier is None else KeyTransform.fit_late
+                transforms.append(fit(inputs.keys, num_sinks))
         sound = torch.isfinite(scores).all() & torch.isfinite(torch.stack(sums)).all()
         transform = KeyTransform.stack(transforms) if transforms else None
         if sound.device.type == "cpu" and not sound:

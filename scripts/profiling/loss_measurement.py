@@ -21,6 +21,7 @@ from vllm_kvzip.budgeting.selection import rank, take
 from vllm_kvzip.config import KVzipConfig
 from vllm_kvzip.errors import ProfileError
 from vllm_kvzip.evaluation.intervals import rank_correlation
+from vllm_kvzip.evaluation.quality.lessons import divergence
 from vllm_kvzip.evaluation.tasks.text_frame import TextFrame
 from vllm_kvzip.evaluation.tasks.text_tasks import OPEN_QUESTIONS
 from vllm_kvzip.head_profiles.head_profile import QualityCurve
@@ -207,4 +208,4 @@ def _distances(
     seen = copy_of(cache, model.scored, slice(kept.shape[-1]), 1)
     inputs = torch.tensor([[*probe.tokens, *answer[:-1]]])
     logits = model.logits(inputs, seen, kept, len(answer))[0]
-    return (expected.exp() * (expected - logits.log_softmax(dim=-1))).sum(dim=-1)
+    return divergence(expected, logits.log_softmax(dim=-1))

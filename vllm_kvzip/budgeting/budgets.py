@@ -181,6 +181,17 @@ def allocate_from_fractions(
     return pages.view(fractions.shape)
 
 
+def with_floors(worth: torch.Tensor, min_pages: int | torch.Tensor) -> torch.Tensor:
+    """Worth of pages, ``[L, H, pages]``, where those of every head's floor come before all others.
+
+    Args:
+        worth: ``[L, H, pages]``, falling along a head's pages.
+        min_pages: floor of every head, or int64 ``[L, H, 1]`` of each.
+    """
+    on_floor = torch.arange(worth.shape[2], device=worth.device) < min_pages
+    return worth.masked_fill(on_floor, torch.inf)
+
+
 def _best_pages(
     worth: torch.Tensor, total_pages: int, min_pages: int | torch.Tensor, *, per_layer: bool
 ) -> torch.Tensor:
@@ -191,9 +202,8 @@ def _best_pages(
         min_pages: floor of every head, or int64 ``[L, H, 1]`` of each.
         total_pages, per_layer: see :func:`allocate_adaptive`.
     """
-    num_layers, _, num_pages = worth.shape
-    on_floor = torch.arange(num_pages, device=worth.device) < min_pages
-    worth = worth.masked_fill(on_floor, torch.inf)
+    num_layers = len(worth)
+    worth = with_floors(worth, min_pages)
     if per_layer:
         if total_pages % num_layers:
             raise ValueError(f"{total_pages} pages do not divide over {num_layers} layers")

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_kvzip.budgeting.budgets import with_floors
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -115,9 +117,8 @@ def worth_of_dropped(
     """
     num_tokens = ranked.shape[2]
     pages = ranked.unflatten(2, (-1, page_tokens))
-    mean = pages.mean(dim=-1)
-    on_floor = torch.arange(mean.shape[2], device=ranked.device) < min_pages
-    order = mean.masked_fill(on_floor, torch.inf).flatten().argsort(descending=True, stable=True)
+    mean = with_floors(pages.mean(dim=-1), min_pages)
+    order = mean.flatten().argsort(descending=True, stable=True)
     worth = pages.double().pow(power).sum(dim=-1).flatten()[order]
     dropped = worth.flip(0).cumsum(0).flip(0)
     return torch.cat([dropped, dropped.new_zeros(1)]) / num_tokens

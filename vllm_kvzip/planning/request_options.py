@@ -68,7 +68,7 @@ class RequestOptions:
             max_output_tokens=max_output_tokens,
             left_alone=given.get(LEFT_ALONE),
             decode_budget=0 if budget == "off" else budget if _is_budget(budget) else None,
-            quality_loss=0.0 if loss == "off" else loss if _is_loss(loss) else None,
+            quality_loss=0.0 if loss == "off" else loss if _is_positive(loss) else None,
         )
 
 
@@ -108,7 +108,7 @@ def check_request(extra_args: Mapping[str, Any] | None, num_prompt_tokens: int) 
             f'{DECODE_BUDGET}={budget!r} must be a number of tokens, such as 4096, or "off".'
         )
     loss = given.get(QUALITY_LOSS)
-    if loss not in (None, "off") and not _is_loss(loss):
+    if loss not in (None, "off") and not _is_positive(loss):
         raise RequestError(
             f'{QUALITY_LOSS}={loss!r} must be a number of nats above 0, such as 0.02, or "off".'
         )
@@ -135,10 +135,10 @@ def _is_budget(value: Any) -> bool:
 
 
 def _is_ratio(value: Any) -> bool:
-    return _is_loss(value) and value <= 1
+    return _is_positive(value) and value <= 1
 
 
-def _is_loss(value: Any) -> bool:
+def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < inf
 
 

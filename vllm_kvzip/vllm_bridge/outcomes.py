@@ -98,11 +98,10 @@ class WorkerOutcomes:
             return
         own = [found.get(serial, FAILED) for serial in ordered]
         num_ranks = get_tensor_model_parallel_world_size()
-        codes = _as_codes(own, self._device)
-        codes = torch.cat([codes[:, None], _as_columns(ordered, fits, num_ranks, codes)], dim=1)
+        figures = _as_figures(own, list(map(fits.get, ordered)), num_ranks, self._device)
         if num_ranks > 1:
-            codes = tensor_model_parallel_all_reduce(codes)
-        of_all = add_up_over_stages(codes)
+            figures = tensor_model_parallel_all_reduce(figures)
+        of_all = add_up_over_stages(figures)
         if of_all is None:  # the last stage tells the scheduler
             return
         read = _read_later(of_all)
@@ -157,29 +156,28 @@ def log_failure(request_id: str, error: Exception) -> None:
     )
 
 
-def _as_codes(outcomes: list[str | torch.Tensor | None], device: torch.device) -> torch.Tensor:
-    """Float32 ``[n]``, one code an outcome."""
-    codes = torch.zeros(len(outcomes), dtype=torch.float32, device=device)
-    for index, outcome in enumerate(outcomes):
-        if isinstance(outcome, torch.Tensor):
-            codes[index] = torch.where(outcome, 0.0, _CODES[NOT_FINITE])
-        else:
-            codes[index] = _CODES[outcome]
-    return codes
-
-
-def _as_columns(
-    serials: tuple[int, ...], fits: Mapping[int, Fit], num_ranks: int, like: torch.Tensor
+def _as_figures(
+    outcomes: list[str | torch.Tensor | None],
+    fits: list[Fit | None],
+    num_ranks: int,
+    device: torch.device,
 ) -> torch.Tensor:
-    """Float32 ``[n, 2 * ranks]``: blocks that each rank needs, then the losses that they estimate.
+    """Float32 ``[n, 1 + 2 * ranks]``, a row an outcome.
 
-    Each rank fills its own two columns, so that adding them up over the ranks gathers them.
+    Its code, the blocks that each rank needs, and the losses that they estimate. Each rank fills
+    its own two columns, so that adding them up over the ranks gathers them. Numbers are written one
+    by one: a copy from the host would wait for the device.
     """
-    columns = torch.zeros(len(serials), 2, num_ranks)
-    for row, serial in enumerate(serials):
-        if (fit := fits.get(serial)) is not None:
-            columns[row, :, get_tensor_model_parallel_rank()] = torch.tensor(fit)
-    return columns.flatten(1).to(like.device, non_blocking=True)
+    figures = torch.zeros(len(outcomes), 1 + 2 * num_ranks, dtype=torch.float32, device=device)
+    for row, outcome, fit in zip(figures, outcomes, fits, strict=True):
+        if isinstance(outcome, torch.Tensor):
+            row[0] = torch.where(outcome, 0.0, _CODES[NOT_FINITE])
+        else:
+            row[0] = _CODES[outcome]
+        if fit is not None:
+            own = 1 + get_tensor_model_parallel_rank()
+            row[own], row[own + num_ranks] = fit
+    return figures
 
 
 def _as_outcome(figures: list[float]) -> Outcome:

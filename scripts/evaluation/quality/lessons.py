@@ -57,13 +57,13 @@ class Lesson:
         self.log_likelihoods[position] = float(log_probs[token])
         if self.reference is not None:
             expected = self.reference[position].to(log_probs.device)
-            self.divergences[position] = divergence(expected, log_probs)
+            self.divergences[position] = float(divergence(expected, log_probs))
             self.same_choices[position] = bool(expected.argmax() == log_probs.argmax())
         logits.fill_(float("-inf"))
         logits[token] = 0.0
 
 
-def divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
-    """KL(expected || found) in nats, of log-probabilities, both float32 ``[V]``."""
+def divergence(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """KL(expected || found) in nats, of log-probabilities, both float32 ``[..., V]``."""
     weights = expected.exp()
-    return float(torch.where(weights > 0, weights * (expected - found), 0.0).sum())
+    return torch.where(weights > 0, weights * (expected - found), 0.0).sum(dim=-1)
