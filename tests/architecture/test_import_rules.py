@@ -36,6 +36,7 @@ FLOORS = (
     {"vllm_bridge.passes"},
     {"vllm_bridge.attention"},
     {"vllm_bridge.worker"},
+    {"client"},
     {"evaluation"},
     {"profiling"},
     {"command"},
