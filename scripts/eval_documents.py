@@ -70,7 +70,9 @@ def _measured(args: argparse.Namespace, url: str, way: str) -> dict[str, Any]:
             )
         hidden = _hidden(args, library)
         print(f"{way} ...", flush=True)
-        return measure(library, hidden, quoting=args.quoting, verifies=not args.no_verify)
+        return measure(
+            library, hidden, quoting=args.quoting, verifies=is_compressed and not args.no_verify
+        )
 
 
 def _hidden(args: argparse.Namespace, library: ContextLibrary) -> HiddenFacts:
@@ -130,7 +132,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--concurrency", type=int, default=32, help="calls at the same time")
     parser.add_argument("--block-size", type=int, default=32, help="of the stock server")
     parser.add_argument("--no-stock", action="store_true", help="only with compression")
-    parser.add_argument("--no-verify", action="store_true", help="leave verification out")
+    parser.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="leave verification out, which only compression is asked for",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("serve", nargs="*", help="behind --: more flags of vllm serve")

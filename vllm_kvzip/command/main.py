@@ -27,9 +27,13 @@ SUBCOMMANDS = {
         "export, import and list compressed contexts of a running server",
         "vllm_kvzip.command.contexts",
     ),
+    "read": (
+        "ask questions about files of any length, over a running server",
+        "vllm_kvzip.command.read",
+    ),
 }
 """Name -> what it does, and the module whose ``main`` does it."""
-WITHOUT_MODEL = ("contexts",)
+WITHOUT_MODEL = ("contexts", "read")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,8 +73,8 @@ def name_model(parser: argparse.ArgumentParser, given: list[str]) -> list[str]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         PROGRAM,
-        description="Head profiles, quality, start-up and contexts of vLLM with a compressed KV "
-        "cache.",
+        description="Head profiles, quality, start-up, contexts and documents of vLLM with a "
+        "compressed KV cache.",
         epilog=f"`{PROGRAM} SUBCOMMAND --help` lists its flags.",
     )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
