@@ -13,6 +13,7 @@ from vllm_kvzip.client.errors import DocumentError, ServerError
 from vllm_kvzip.client.text.documents import Document, read_document
 from vllm_kvzip.client.text.parts import PartLimits, split
 from vllm_kvzip.client.text.quotes import PassageIndex
+from vllm_kvzip.client.together import all_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -127,7 +128,8 @@ class AsyncContextLibrary:
         self._on_progress = on_progress or (lambda name, done, count: None)
         self._known: dict[str, ReadPart] = {}
         self._readings: dict[str, Reading] = {}
-        self._locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._document_locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._part_locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def limits(self) -> PartLimits:
         """How large parts may be on this server.
@@ -156,7 +158,7 @@ class AsyncContextLibrary:
             ServerError: if the server refuses, or is gone.
         """
         document = source if isinstance(source, Document) else read_document(source)
-        async with self._locks[document.digest]:
+        async with self._document_locks[document.digest]:
             known = self._readings.get(document.digest)
             if known is not None:
                 self.counts.parts_found += len(known.parts)
@@ -175,9 +177,7 @@ class AsyncContextLibrary:
                 return found
 
             self._on_progress(document.name, 0, len(parts))
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(read_one(part)) for part in parts]
-            reading = Reading(document, [task.result() for task in tasks])
+            reading = Reading(document, await all_of(map(read_one, parts)))
             self._readings[document.digest] = reading
             return reading
 
@@ -198,15 +198,13 @@ class AsyncContextLibrary:
             async with slots:
                 await self._load(part.document, part.part)
 
-        async with asyncio.TaskGroup() as group:
-            for part in lost.values():
-                group.create_task(read_one(part))
+        await all_of(map(read_one, lost.values()))
         self.counts.parts_read_again += len(lost)
         return len(lost)
 
     async def _read_part(self, document: Document, part: Part) -> ReadPart:
         key = hashlib.sha256(part.text.encode()).hexdigest()
-        async with self._locks[key]:
+        async with self._part_locks[key]:
             known = self._known.get(key)
             if known is None:
                 known = self._known[key] = await self._load(document, part)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 SAME = 1e-6
 MERGED_TOKENS = 192
+KEPT_SHARE = 0.75  # of a merged answer's telling words that its notes must hold
+TELLING_LETTERS = 4  # of a word that is not just "and" or "the"
 
 
 @dataclass(frozen=True)
@@ -171,8 +173,18 @@ async def _merge_group(calls: Calls, question: str, group: Sequence[Claim]) -> l
     index, found = PassageIndex(text), []
     for sentence in claims_of(reply):
         support = index.support(sentence)
-        if support is None or not support.is_enough:
+        if support is None or not keeps_to(sentence, text):
             return None
         source = max(n for n, start in enumerate(starts) if start <= support.start)
         found.append(replace(group[source], text=sentence))
     return found or None
+
+
+def keeps_to(sentence: str, notes: str) -> bool:
+    """Whether a sentence says what notes say: all its numbers, and most of its longer words."""
+    there = {word.form for word in words(notes)}
+    said = {word.form: word for word in words(sentence)}.values()
+    if any(word.is_number and word.form not in there for word in said):
+        return False
+    telling = [w.form for w in said if len(w.form) >= TELLING_LETTERS or not w.form.isascii()]
+    return sum(form in there for form in telling) >= KEPT_SHARE * len(telling)

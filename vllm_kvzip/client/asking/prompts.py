@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 NOT_FOUND = "NOT FOUND"
 
 _NOT_FOUND = re.compile(r"\bnot\s+(?:be\s+)?found\b", re.IGNORECASE)
-_QUESTION_END = re.compile(r"(?<=[?\uff1f])\s*")
+_QUESTION_END = re.compile(r"(?<=\?)\s+|(?<=\uff1f)\s*")
 
 
 def asked(document: str, prompt: str) -> list[dict[str, str]]:
@@ -52,5 +52,14 @@ def says_not_found(answer: str) -> bool:
 
 
 def split_question(question: str) -> list[str]:
-    """Questions that stand behind each other; each is asked by itself."""
-    return [one.strip() for one in _QUESTION_END.split(question) if one.strip()]
+    """Questions that stand behind each other; each is asked by itself.
+
+    What follows the last question mark belongs to the question before it.
+    """
+    found: list[str] = []
+    for one in _QUESTION_END.split(question.strip()):
+        if found and one and one[-1] not in "?\uff1f":
+            found[-1] += f" {one}"
+        elif one:
+            found.append(one)
+    return found

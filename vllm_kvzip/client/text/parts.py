@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 SLICE_CHARACTERS = 200_000  # are counted at once
 SEARCHED_SHARE = 0.35  # of a part's end in which a paragraph is looked for
+TARGET_EXCESS = 1.15  # of a part over its share of the rest
 NUM_ENDS = 3  # paragraph ends from which the one nearest a block's edge is taken
 _BOUNDARIES = tuple(
     re.compile(pattern)
@@ -76,18 +77,19 @@ async def split(name: str, text: str, count: Count, limits: PartLimits) -> list[
         DocumentError: if there would be too many parts.
     """
     total = await _total_tokens(name, text, count, limits)
-    num_parts = math.ceil(total / limits.most_tokens)
-    wanted = min(limits.most_tokens, math.ceil(total / num_parts * 1.05) + 16)
     parts: list[Part] = []
-    start, per_character = 0, total / len(text)
+    start, left = 0, total
     while text[start:].strip():
         start += len(text[start:]) - len(text[start:].lstrip())
-        end, tokens = await _end(text, start, wanted, per_character, count, limits)
+        num_left = max(1, math.ceil(left / limits.most_tokens))
+        wanted = min(limits.most_tokens, math.ceil(left / num_left * TARGET_EXCESS))
+        wanted = max(wanted, 1)
+        end, tokens = await _end(text, start, wanted, total / len(text), count, limits)
         body = text[start:end].rstrip()
         parts.append(Part(len(parts), start, start + len(body), body, tokens))
         if len(parts) > limits.most_parts:
             raise DocumentError(_too_long(name, total, limits))
-        start = end
+        start, left = end, left - tokens
     return parts
 
 
@@ -113,7 +115,7 @@ async def _end(
     text: str, start: int, wanted: int, per_character: float, count: Count, limits: PartLimits
 ) -> tuple[int, int]:
     """Where a part that begins at ``start`` ends, and its tokens, at most ``wanted``."""
-    rest = await _tokens_if_short(text, start, wanted, per_character, count)
+    rest = await _tokens_if_short(text, start, limits.most_tokens, per_character, count)
     if rest is not None:
         return len(text), rest
     length = max(1, int(wanted / per_character))
@@ -133,14 +135,14 @@ async def _end(
 
 
 async def _tokens_if_short(
-    text: str, start: int, wanted: int, per_character: float, count: Count
+    text: str, start: int, most: int, per_character: float, count: Count
 ) -> int | None:
     """Tokens of the rest of a text if one part holds it."""
     rest = text[start:].rstrip()
-    if len(rest) * per_character > 2 * wanted:
+    if len(rest) * per_character > 2 * most:
         return None
     tokens = await count(rest)
-    return tokens if tokens <= wanted else None
+    return tokens if tokens <= most else None
 
 
 def boundaries(text: str, start: int, high: int) -> list[int]:
