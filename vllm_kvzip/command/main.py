@@ -27,9 +27,13 @@ SUBCOMMANDS = {
         "export, import and list compressed contexts of a running server",
         "vllm_kvzip.command.contexts",
     ),
+    "report": (
+        "write a page that shows what a running server keeps of a document",
+        "vllm_kvzip.command.report",
+    ),
 }
 """Name -> what it does, and the module whose ``main`` does it."""
-WITHOUT_MODEL = ("contexts",)
+WITHOUT_MODEL = ("contexts", "report")
 
 
 def main(argv: list[str] | None = None) -> int:

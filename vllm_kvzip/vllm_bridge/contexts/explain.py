@@ -177,13 +177,16 @@ def explain_context(
     if KEY not in (config.additional_config or {}):
         raise RequestError("KV compression is off; start vLLM with --kv-compression kvzip.")
     check_explains(config)
-    if isinstance(prompt, str):
-        prompt = cached_tokenizer_from_config(config.model_config).encode(prompt)
-    plan = plan_context(config, len(prompt), keep_ratio)
+    token_ids: list[int] = (
+        cached_tokenizer_from_config(config.model_config).encode(prompt)
+        if isinstance(prompt, str)
+        else list(prompt)
+    )
+    plan = plan_context(config, len(token_ids), keep_ratio)
     request_id = f"kvzip-explain-{time.monotonic_ns()}"
     llm.collective_rpc(RECORD, args=(request_id,))
-    params = context_params(len(prompt), keep_ratio, afresh=True)
-    engine.add_request(request_id, {"prompt_token_ids": list(prompt)}, params)
+    params = context_params(len(token_ids), keep_ratio, afresh=True)
+    engine.add_request(request_id, {"prompt_token_ids": token_ids}, params)
     told: dict[str, Any] = {}
     while engine.has_unfinished_requests():
         for output in engine.step():
@@ -191,4 +194,4 @@ def explain_context(
     (kept,) = llm.collective_rpc(TAKE, args=(request_id,))
     if (reason := told.pop("left_alone", None)) in FAILURES:
         raise RequestError(f"The context could not be compressed ({reason}); see the log.")
-    return ExplainedContext(config, prompt, plan, told, kept).as_told()
+    return ExplainedContext(config, token_ids, plan, told, kept).as_told()
