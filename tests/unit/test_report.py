@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ import torch
 from vllm_kvzip.budgeting.kept_positions import KeptPositions, packed
 from vllm_kvzip.command.report import main
 from vllm_kvzip.core import CompressedPrefix, KeepPlan, PrefixPlan
+from vllm_kvzip.errors import RequestError
 from vllm_kvzip.report.bitmaps import pack, unpack
 from vllm_kvzip.report.explanation import Explanation
 from vllm_kvzip.report.page import make_page
 from vllm_kvzip.report.passages import MOST, passage_starts
+from vllm_kvzip.vllm_bridge.contexts.explain import check_explains
 from vllm_kvzip.vllm_bridge.contexts.kept_records import MOST_RECORDS, KeptRecords
 from vllm_kvzip.vllm_bridge.contexts.token_texts import token_texts
 
@@ -164,3 +167,21 @@ def test_a_file_that_cannot_be_read_is_one_line(content, reason, tmp_path, capsy
     assert main([str(file), "--server", "http://127.0.0.1:9"], "vllm-kvzip report") == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert reason in line
+
+
+@pytest.mark.parametrize(
+    ("sizes", "engines", "reason"),
+    [
+        ({"tensor_parallel_size": 2}, 1, "with tensor_parallel_size 2 yet"),
+        ({"pipeline_parallel_size": 3}, 1, "with pipeline_parallel_size 3 yet"),
+        ({}, 2, "with data_parallel_size 2 yet"),
+        ({"skip_tokenizer_init": True}, 1, "this server has no tokenizer"),
+    ],
+)
+def test_servers_of_several_ranks_are_refused(sizes, engines, reason):
+    names = [f"{kind}_parallel_size" for kind in ("tensor", "pipeline", "data")]
+    parallel = SimpleNamespace(**{**dict.fromkeys(names, 1), **sizes})
+    model = SimpleNamespace(skip_tokenizer_init=sizes.get("skip_tokenizer_init", False))
+    config = SimpleNamespace(parallel_config=parallel, model_config=model)
+    with pytest.raises(RequestError, match=reason):
+        check_explains(config, engines)

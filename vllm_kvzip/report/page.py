@@ -90,9 +90,10 @@ def _figures(explanation: Explanation) -> Iterable[str]:
     words.append(f"{_percent(1 - kept)} dropped")
     yield _figure("KV pairs kept", _percent(kept), ", ".join(words), parts)
     heads = explanation.shares
+    least, most = _percent(min(heads)), _percent(max(heads))
     yield _figure(
         "Per head",
-        f"{_percent(min(heads))} to {_percent(max(heads))}",
+        least if least == most else f"{least} to {most}",
         f"least and most that one of {explanation.num_heads} KV heads keeps, "
         f"{explanation.kv_heads} in each of {len(explanation.layers)} layers",
     )
