@@ -24,7 +24,8 @@ NAMES = {
     "budget": "Budget",
     "keep_ratio": "Keep ratio asked for",
     "by_bytes": "Keep ratio counts bytes",
-    "quality_loss": "Quality loss (nats a token)",
+    "quality_loss": "Loss allowed (nats a token)",
+    "estimated_loss": "Loss estimated (nats a token)",
     "block_size": "Block size (tokens)",
     "key_format": "Quantized keys",
     "value_format": "Quantized values",
@@ -124,8 +125,9 @@ def _facts(explanation: Explanation) -> Iterable[str]:
     versions = ", ".join(f"{name} {number}" for name, number in explanation.versions.items())
     more = {"Kept by every head (tokens)": protected, "Model": explanation.model}
     for name, value in {**rows, **more, "Versions": versions}.items():
-        shown = {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value
-        yield f"<div><dt>{escape(name)}</dt><dd>{escape(str(shown))}</dd></div>"
+        shown = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+        shown = f"{value:.4g}" if isinstance(value, float) else shown
+        yield f"<div><dt>{escape(name)}</dt><dd>{escape(shown)}</dd></div>"
 
 
 def _as_json(values: object) -> str:

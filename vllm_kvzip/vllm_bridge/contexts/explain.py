@@ -133,13 +133,13 @@ class ExplainedContext:
             "sink_tokens": plan.num_sink_tokens,
             "recent_tokens": plan.num_recent_tokens,
             "token_texts": token_texts(tokenizer, self.token_ids),
-            "settings": self._settings(kept["scorer"]),
+            "settings": self._settings(kept["scorer"], about.get("estimated_loss")),
             "model": str(self.vllm_config.model_config.model),
             "versions": {"vllm-kvzip": __version__, "vllm": vllm_version},
             "created": time.time(),
         }
 
-    def _settings(self, scorer: str) -> dict[str, Any]:
+    def _settings(self, scorer: str, estimated_loss: float | None) -> dict[str, Any]:
         settings = Settings.from_vllm_config(self.vllm_config)
         config = settings.config
         found = {
@@ -149,6 +149,7 @@ class ExplainedContext:
             "keep_ratio": self.plan.keep_ratio,
             "block_size": self.plan.boundary_tokens // self.plan.num_prefix_blocks,
             "quality_loss": self.plan.quality_loss,
+            "estimated_loss": estimated_loss,
             "by_bytes": config.keep_bytes_ratio is not None or None,
         }
         if config.mode != "evict":
