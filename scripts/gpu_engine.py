@@ -7,10 +7,9 @@
 Each engine is a process of its own, stepped by hand, with CUDA graphs on; several share the card
 where no time is taken. One that fails is reported, and the others go on. Token identity is asked
 of the shipped models in float32; in bfloat16 two kernels that are both right differ in ties, so
-there the share of equal tokens is told and not judged. Throughput is that of the shape of
-Llama-3.1-8B with random weights (``benchmark_kv_cache.py``): long prompts in a pool that holds ten
-of 40, and long answers with a decode budget, in a pool that holds eight of 40 and in one that holds
-all.
+there the share of equal tokens is told and not judged. Throughput is that of shapes with random
+weights (``benchmark_kv_cache.py``): long prompts of Llama-3.1-8B in a pool that holds ten of 40,
+and long answers of Llama-3.2-1B with a decode budget, in a pool for eight of 40 and in one for all.
 """
 
 from __future__ import annotations
@@ -52,13 +51,17 @@ LEAST_EQUAL = 0.8  # of the tokens in 8 bits, up to the first that differs
 MOST_HELD = {"keep 0.25": 0.6, "quantize int8": 0.8, "mixed 0.125": 0.5, ANSWERS: 0.4, PROMISE: 0.9}
 """Of stock's blocks."""
 SYNC_CHECK = {"VLLM_GPU_SYNC_CHECK": "error"}  # vLLM: no step may wait for the device
-LONG_ANSWERS = "--prompt-tokens 256 --output-tokens 2048 --ratios 1.0 --decode-budget 512"
+LONG_PROMPTS = "--shape llama-3.1-8b --prompt-tokens 8192 --output-tokens 512 --ratios 1.0 0.125"
+LONG_ANSWERS = (
+    "--shape llama-3.2-1b --prompt-tokens 256 --output-tokens 2048 --ratios 1.0 --decode-budget 512"
+)
 LOADS = {
-    "long prompts": "--prompt-tokens 8192 --output-tokens 512 --pool-prompts 10 --ratios 1.0 0.125",
+    "long prompts": f"{LONG_PROMPTS} --pool-prompts 10",
     "long answers, memory short": f"{LONG_ANSWERS} --pool-prompts 8",
     "long answers, memory ample": f"{LONG_ANSWERS} --pool-prompts 41",
 }
 """Arguments of ``benchmark_kv_cache.py``."""
+LEAST_SECONDS = 20  # less would not do for an engine
 ENGINE_SECONDS = 240  # an engine that takes longer hangs
 
 
@@ -145,14 +148,15 @@ def drive(engine: Any, scheduler: Any, *, small: bool) -> dict[str, Any]:
 
 
 def run_all(
-    folder: Path, *, small: bool, only: str
+    folder: Path, *, small: bool, only: str, seconds: float
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """All engines, several at once on a card.
+    """All engines, several at once on a card; none begins or runs on after so many seconds.
 
     Returns:
         what each answered, or ``{"failed": what it said}``; and, on a card, what vLLM says when no
         step may wait for the device.
     """
+    end = time.monotonic() + seconds
     asked: dict[str, tuple[dict[str, Any], dict[str, str]]]
     known = jobs(small=small)
     asked = {name: (job, {}) for name, job in chosen_jobs(known, only).items()}
@@ -162,11 +166,14 @@ def run_all(
 
     def ask(numbered: tuple[int, str]) -> dict[str, Any]:
         number, name = numbered
+        left = min(ENGINE_SECONDS, end - time.monotonic())
+        if left < LEAST_SECONDS:
+            return {"failed": "not asked: the time is over"}
         job, more = asked[name]
         more = {"TRITON_F32_DEFAULT": "ieee", **more}  # vLLM's Triton attention rounds to tf32
         answer: dict[str, Any]
         try:
-            answer = take_turn(__file__, job, folder / f"{number}.json", ENGINE_SECONDS, **more)
+            answer = take_turn(__file__, job, folder / f"{number}.json", left, **more)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             said = (error.stderr or b"").decode(errors="replace").strip()
             answer = {"failed": f"{said[-6000:]}\n{type(error).__name__}"}
@@ -273,9 +280,10 @@ def installed_layout(folder: Path) -> str:
 def throughput(folder: Path, load: str) -> dict[str, Any]:
     """The benchmark's rows for one of :data:`LOADS`: stock vLLM and ours."""
     command = [
-        sys.executable, str(ROOT / "scripts" / "benchmark_kv_cache.py"), "--shape", "llama-3.1-8b",
+        sys.executable, str(ROOT / "scripts" / "benchmark_kv_cache.py"),
         "--dtype", "bfloat16", "--block-size", "16", "--requests", "40", "--cuda-graphs",
         "--max-num-batched-tokens", "8192", "--without-fp8", "--rounds", "1",
+        "--without-inductor",
         "--scorer", "keydiff", "--output-dir", str(folder), *LOADS[load].split(),
     ]  # fmt: skip
     done = subprocess.run(command, text=True, stdout=subprocess.PIPE, check=False)
@@ -291,6 +299,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="on the CPU, tiny, no throughput")
     parser.add_argument("--part", choices=["engines", "throughput"], help="default: both")
     parser.add_argument("--only", default="", help="engines and loads that match this expression")
+    parser.add_argument(
+        "--seconds", type=float, default=3600, help="no engine begins or runs later"
+    )
     parser.add_argument("--output-dir", type=Path, help="takes gpu_engines.json and another")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -298,7 +309,7 @@ def parse_args() -> argparse.Namespace:
 
 def ask_engines(folder: Path, args: argparse.Namespace) -> list[str]:
     """The part that tells right from wrong; prints its table and returns what is wrong."""
-    engines, waits = run_all(folder, small=args.small, only=args.only)
+    engines, waits = run_all(folder, small=args.small, only=args.only, seconds=args.seconds)
     faults = judge(engines)
     save(args, "gpu_engines", {"engines": engines, "faults": faults, "waits": waits})
     print(f"\n{table(engines)}")

@@ -220,7 +220,7 @@ class PrefixRule:
         return max(of_prompt, kept, budget + step) + max(kept, budget) + step + _SPARE_BLOCKS
 
     def settled_blocks(self, num_prompt_tokens: int, options: RequestOptions) -> int:
-        """The most blocks that a request holds between two rounds of its answer; 0 without rounds.
+        """Blocks that a request holds on average while it answers in rounds; 0 without rounds.
 
         Args:
             num_prompt_tokens: length of the prompt.
@@ -228,7 +228,7 @@ class PrefixRule:
         """
         if (budget := self.decode_budget(options)) is None:
             return 0
-        settled, most = budget + self._most_new_blocks(budget), options.max_output_tokens
+        settled, most = budget + self._most_new_blocks(budget) // 2, options.max_output_tokens
         if most is None:
             return settled
         return min(settled, ceil((num_prompt_tokens + most) / self.block_size))

@@ -3,8 +3,8 @@
 With a budget, a request that answers holds up to one and a half budgets, then for a step or two a
 budget more, and then one budget. vLLM admits requests by what they hold when they begin. So more of
 them would run than the pool can hold later, and those that are preempted read their prompts and
-answers again. Two rules prevent that: a request is admitted when the pool will hold what all have
-between their rounds; and a round for which no blocks are free waits until another one is through.
+answers again. Two rules make that rare: a request is admitted when the pool will hold what all of
+them have on average; and a round for which no blocks are free waits until another one is through.
 """
 
 from __future__ import annotations

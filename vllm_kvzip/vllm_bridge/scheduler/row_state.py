@@ -98,7 +98,7 @@ class RowState:
             first blocks are reserved; None before, and in a row that began with a run.
         has_hit: it began with a run in the step that is being scheduled.
         has_crossed: blocks were reserved in the step that is being scheduled.
-        settled_blocks: the most that it holds between two rounds of its answer; 0 without rounds.
+        settled_blocks: what it holds on average while it answers in rounds; 0 without rounds.
         busy_from: while fewer tokens than that are computed, the row needs nothing but blocks for
             its next tokens; 0 while it is crossing. What is asked for each running request in each
             step is decided by this one number.
@@ -132,7 +132,7 @@ class RowState:
         return 0 if self.plan is None else self.plan.num_blocks_to_reserve(num_tokens)
 
     def blocks_to_come(self, row_length: int) -> int:
-        """Blocks that the row will still ask for until its answer is compressed again.
+        """Blocks that the row lacks of those that it will hold on average.
 
         Args:
             row_length: entries of the row, null blocks among them.
