@@ -45,7 +45,7 @@ def jobs(*, small: bool) -> dict[str, dict[str, Any]]:
         covered = {"keep_ratio": 1.0, "decode_budget": 2048, "attention_kernel": kernels[0]}
         plugin[f"keep 1.0, {ANSWERS}"] = covered
         plugin[ANSWERS] = {"keep_ratio": 0.25, "decode_budget": 64}  # less than most prompts keep
-        plugin[f"{ANSWERS}, mixed"] = {"mode": "mixed", "decode_budget": 128}
+        plugin[f"{ANSWERS}, mixed"] = {"mode": "mixed", "decode_budget": 64}
         plugin[f"{ANSWERS}, seen again"] = {"scorer": "redundancy", "decode_budget": 64}
         plugin[f"{ANSWERS}, scored anew"] = {"scorer": "surrogate", "decode_budget": 64}
         plugin[PROMISE] = {"scorer": "surrogate", "quality_loss": 0.5}
