@@ -36,12 +36,14 @@ def blocks_to_admit(manager: HeadPageManager, row: RowState, num_blocks: int) ->
     if not manager.rows:
         return num_blocks
     settled = rule.settled_blocks(row.request.num_prompt_tokens, asked)
-    to_come = sum(
+    one_round = rule.decode_budget(asked) or 0
+    num_blocks = max(num_blocks, settled) + one_round
+    if num_blocks > manager.block_pool.get_num_free_blocks():
+        return num_blocks  # too many already, so nobody needs to be asked
+    return num_blocks + sum(
         other.blocks_to_come(len(manager.req_to_blocks[request_id]))
         for request_id, other in manager.rows.items()
     )
-    one_round = rule.decode_budget(asked) or 0
-    return max(num_blocks, settled) + to_come + one_round
 
 
 def next_stop(
