@@ -91,6 +91,8 @@ def engine_arguments(
     if args.cuda_graphs:
         sizes = [1, 2, 4, *range(8, args.requests + 8, 8)]
         arguments["compilation_config"] = {"cudagraph_capture_sizes": sizes}
+        if args.without_inductor:
+            arguments["compilation_config"]["backend"] = "eager"
     if args.dummy_weights:
         arguments |= {"load_format": "dummy", "skip_tokenizer_init": True}
     if settings is not None:
@@ -187,6 +189,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048)
     parser.add_argument("--dtype", choices=list(BYTES_OF_DTYPE), default="float32")
     parser.add_argument("--cuda-graphs", action="store_true", help="on a card: compile and capture")
+    parser.add_argument("--without-inductor", action="store_true", help="graphs start sooner")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--profile", action="store_true", help="also print where the time goes")
     parser.add_argument("--output-dir", type=Path, help="takes kv_cache.json and kv_cache.png")

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from vllm_kvzip.budgeting.allocation import Grid
+    from vllm_kvzip.budgeting.kept_positions import KeptPositions
     from vllm_kvzip.budgeting.quality import QualityTarget
     from vllm_kvzip.budgeting.selection import Ranking
     from vllm_kvzip.clocks import Clock
@@ -129,6 +130,7 @@ class Compressor:
         scale: float,
         seed: int,
         earlier: CompressedPrefix | None = None,
+        record: KeptPositions | None = None,
     ) -> tuple[CompressedPrefix, Stopwatch]:
         """Compress the prefix of one prompt.
 
@@ -141,6 +143,7 @@ class Compressor:
             scale: softmax scale.
             seed: equal for equal prefixes.
             earlier: what was kept of the blocks before, with its scores; competes with the rest.
+            record: is told which tokens each head keeps, where somebody asks for them.
 
         Returns:
             where the kept pairs lie, and how long the stages took (``select`` includes budgets).
@@ -194,6 +197,8 @@ class Compressor:
                     kept_positions = of_kept(anew.positions, keeps[0])
                 elif self._rule.has_rounds:
                     kept_scores = self._scores_for_later(scores, keeps, plan)
+            if record is not None:
+                record.take(keeps, first, num_pages * geometry.page_tokens)
             num_dense = self._num_dense_layers * geometry.num_kv_heads * num_pages
             kept_blocks = plan.num_compressed_blocks - plan.num_dense_blocks
             total = kept_blocks * geometry.pages_per_block + num_dense

@@ -31,6 +31,7 @@ def test_the_wheel_holds_the_package_and_its_profiles(wheel):
     assert wanted <= {name.split("/")[-1] for name in names if "/vllm_bridge/" in name}
     assert "vllm_kvzip/profiles/SmolLM2-135M-Instruct.safetensors" in names
     assert "vllm_kvzip/profiles/calibration.txt" in names
+    assert {f"vllm_kvzip/report/page.{kind}" for kind in ("html", "css", "js")} <= {*names}
     assert "vllm_kvzip/kernels/__init__.py" in names
     assert "vllm_kvzip/quantization/__init__.py" in names
     assert "vllm_kvzip/evaluation/tasks/evaluation.txt" in names

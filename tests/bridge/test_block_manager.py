@@ -65,6 +65,28 @@ def test_a_request_that_waits_is_planned_anew(tmp_path):
     assert manager.end_of_schedule({"a"}) is None
 
 
+def test_rounds_that_come_at_once_take_turns(tmp_path):
+    """All requests begin together, so that all of their rounds fall into one step."""
+    world = World(0, tmp_path, False, (None, 6, 0))
+    world.abort_share = 0
+    budget, settled = 6, 6 + 3 // 2
+    num_requests = (NUM_BLOCKS - 1 - budget) // settled
+    for number in range(2 * num_requests):
+        params = SamplingParams(max_tokens=400)
+        request = Request(str(number), [number] * 20, params, None, block_hasher=world.hasher)
+        world.requests[request.request_id] = request
+        world.waiting.append(request)
+    most = 0
+    while world.running or world.waiting:
+        world.step()
+        world.check_pool()
+        most = max(most, len(world.running))
+    assert most == num_requests
+    assert world.events["round"] >= 5 * 2 * num_requests
+    assert world.events["waited for a fold"] > num_requests
+    assert world.events["preemption"] <= num_requests
+
+
 EVENTS = Counter()
 
 

@@ -4,6 +4,7 @@ import json
 import time
 import urllib.error
 import urllib.request
+from base64 import b64decode
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from vllm_kvzip.command.main import main
 from vllm_kvzip.contexts.context_file import read_context, write_context
 from vllm_kvzip.evaluation.local_server import LocalServer
 from vllm_kvzip.evaluation.tasks.retrieval_task import make_context, question_prompt
+from vllm_kvzip.report.bitmaps import unpack
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -111,6 +113,38 @@ def test_the_other_engine_answers_alike_and_reads_nothing(server, exported, prom
     assert hits(server) - before == QUESTIONS
     assert done(server, "/import", name=f"{NAME}.safetensors")["was_cached"]
     assert server.blocks_held() == 0
+
+
+def test_what_is_explained_is_what_the_pages_hold(server, exported, prompts, folder):
+    """A token is told by its key: in files of two ratios, equal positions have equal keys."""
+    held = {}
+    for ratio in (SETTINGS["keep_bytes_ratio"], 0.4):
+        told = done(server, "/explain", prompt=prompts["tokens"], keep_ratio=ratio)
+        done(server, "/export", id=told["id"], name="explained", keep_ratio=ratio)
+        tensors = read_context(folder / "explained.safetensors").tensors
+        heads, tokens = len(told["layers"]) * told["kv_heads"], told["compressed_tokens"]
+        full, quantized = (
+            [[t for t in range(tokens) if mask >> t & 1] for mask in unpack(bits, heads, tokens)]
+            for bits in (b64decode(tier["kept"]) for tier in told["tiers"])
+        )
+        pages = {
+            tier: tensors[f"{tier}.pages"].flatten().tolist() for tier in ("full", "quantized")
+        }
+        assert [len(head) for head in full] == [32 * number for number in pages["full"]]
+        assert [bool(head) for head in quantized] == [bool(n) for n in pages["quantized"]]
+        keys = tensors["full.keys"].flatten(0, 1)
+        places = [(head, token) for head, own in enumerate(full) for token in own]
+        held[ratio] = dict(zip(places, keys, strict=True))
+        if ratio == SETTINGS["keep_bytes_ratio"]:
+            assert told["tiers"] == exported[NAME]["explained"]["tiers"]  # of an LLM
+        assert told["bytes_held"] == told["blocks_held"] * told["bytes_before"] // 32
+    few, many = held.values()
+    shared = few.keys() & many.keys()
+    assert 500 < len(shared) <= len(few) < len(many)
+    assert all(torch.equal(few[place], many[place]) for place in shared)
+    other = [many[head, token] for head, token in shared if (head, token + 1) in many]
+    after = [many[head, token + 1] for head, token in shared if (head, token + 1) in many]
+    assert not any(map(torch.equal, other, after))  # keys tell tokens apart
 
 
 def test_the_command_does_the_same(server, exported, capsys):

@@ -4,19 +4,24 @@ import json
 import os
 import urllib.error
 import urllib.request
+from base64 import b64decode
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import openai
 import pytest
+from browser import Browser, find_browser
 from engine_job import MODEL
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from vllm.entrypoints.serve.exception_handling.register import init_exception_handler
 
+from vllm_kvzip.command.main import main
 from vllm_kvzip.evaluation.local_server import LocalServer
 from vllm_kvzip.evaluation.tasks.retrieval_task import VOCABULARY, make_context, question_prompt
+from vllm_kvzip.report.bitmaps import unpack
+from vllm_kvzip.report.explanation import Explanation
 from vllm_kvzip.vllm_bridge.server.contexts_endpoint import ContextsEndpoint
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -214,6 +219,105 @@ def test_a_context_that_cannot_be_compressed_is_told_and_the_server_goes_on(serv
 def test_the_servers_keys_guard_it(server):
     assert call(server, key="wrong")[0] == 401
     assert call(server, body={"prompt": [7] * 300}, key="wrong")[0] == 401
+
+
+@pytest.fixture(scope="module")
+def report(server, tmp_path_factory):
+    """A document, what the server explains of it, and the page that the command writes."""
+    folder = tmp_path_factory.mktemp("report")
+    document, page = folder / "facts & more.txt", folder / "report.html"
+    document.write_text(make_context(np.random.default_rng(40), 1030, fact_density=0.3).text)
+    told = call(server, PATH + "/explain", {"prompt": document.read_text()})[1]
+    flags = ["--server", server.url, "--api-key", KEY, "--output", str(page)]
+    assert main(["report", str(document), *flags]) == 0
+    return document, told, page
+
+
+def test_what_is_kept_is_explained(server, report):
+    document, told, _ = report
+    assert "".join(told["token_texts"]) == document.read_text()
+    assert (told["tokens"], told["compressed_tokens"], told["blocks_held"]) == (1030, 1024, 10)
+    found = Explanation.read(told)
+    assert sum(found.tiers[0].counts) == 10 * 32 * found.num_heads
+    assert all(count % 32 == 0 for count in found.tiers[0].counts)
+    for mask in unpack(b64decode(found.tiers[0].bits), found.num_heads, 1024):
+        assert mask & 0b1111 == 0b1111  # sink tokens
+    assert found.settings["scorer"] == "faulty"
+    listed = [one for one in call(server)[1]["contexts"] if one["id"] == told["id"]]
+    assert [one["blocks_held"] for one in listed] == [10]
+    body = {"prompt": document.read_text(), "keep_ratio": 0.75}
+    assert call(server, PATH + "/explain", body)[1]["blocks_held"] == 24
+    assert "left alone" in json.dumps(call(server, PATH + "/explain", {"prompt": "w1"}))
+    assert call(server, PATH + "/explain", {"prompt": [7] * 777})[0] == 500  # the scorer fails
+
+
+def test_a_reader_sees_what_was_kept(report, tmp_path):
+    if (path := find_browser()) is None:
+        pytest.skip("No browser to look at the page with; get one by: apt-get install chromium")
+    document, told, page = report
+    found = Explanation.read(told)
+    num_tokens = found.compressed_tokens
+    masks = unpack(b64decode(found.tiers[0].bits), found.num_heads, num_tokens)
+    least, most = (chosen(range(len(masks)), key=found.shares.__getitem__) for chosen in (min, max))
+    assert found.shares[least] < found.shares[most]
+    shades = """[...document.querySelectorAll("#text .passage:not(.dense)")].map(
+        (passage) => getComputedStyle(passage).backgroundColor)"""
+    with Browser(path, tmp_path) as browser:
+        browser.resize(1300, 900)
+        browser.open(page.as_uri())
+        assert browser.ask("document.querySelector('#text').textContent") == document.read_text()
+        assert "facts & more.txt" in browser.ask("document.title")
+        of_all = browser.ask(shades)
+        assert len(set(of_all)) > 3
+        cells = browser.ask("[...document.querySelectorAll('.cell')].map(c => c.ariaLabel)")
+        assert len(cells) == found.num_heads
+        kept = f"keeps {masks[least].bit_count()} of {num_tokens:,} tokens"
+        assert kept in cells[least]
+        colors = browser.ask("""[...document.querySelectorAll(".cell")].map(
+            (cell) => getComputedStyle(cell).backgroundColor)""")
+        assert colors[least] != colors[most]
+
+        browser.click(".cell", least)  # the text by one head
+        assert kept in browser.ask("document.querySelector('#tip').innerText")
+        layer, head = divmod(least, found.kv_heads)
+        assert f"layer {layer}, head {head}" in browser.ask("document.body.innerText")
+        of_head = browser.ask(shades)
+        assert of_head != of_all
+        browser.click("input[value=tokens]")
+        colors = browser.ask("""[...document.querySelectorAll("#text .passage > span")].map(
+            (token) => getComputedStyle(token).backgroundColor)""")[:num_tokens]
+        assert len(set(colors)) == 2
+        assert [color == colors[0] for color in colors] == [
+            bool(masks[least] >> token & 1) for token in range(num_tokens)
+        ]
+        browser.press("Escape")
+        browser.click("input[value=passages]")
+        assert browser.ask(shades) == of_all
+
+        browser.click("#least button")  # what was dropped
+        where = browser.ask("""(({ top, bottom }) => [top, bottom, innerHeight])(
+            document.querySelector("#text .found").getBoundingClientRect())""")
+        assert 0 < where[0] < where[1] < where[2]
+        assert (
+            browser.ask("document.querySelector('#text .found').textContent")
+            .strip()
+            .startswith(
+                browser.ask("document.querySelector('#least q').textContent").rstrip("\u2026")
+            )
+        )
+        browser.ask("document.querySelector('.cell').focus()")  # by keyboard
+        browser.press("ArrowDown")
+        browser.press("ArrowRight")
+        place = browser.ask(
+            "[document.activeElement.place.layer, document.activeElement.place.head]"
+        )
+        assert place == [1, 1]
+        browser.prefer("dark")
+        assert browser.ask(shades) != of_all
+        browser.resize(360, 700)
+        assert browser.ask("document.documentElement.scrollWidth") <= 360
+    assert browser.complaints == []
+    assert browser.requests == [page.as_uri()]
 
 
 @pytest.mark.parametrize("body", [None, {"prompt": [7] * 300}])

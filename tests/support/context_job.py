@@ -26,7 +26,8 @@ def export_contexts(
         contexts: name -> ``tokens``, ``prompts`` that are asked over it, ``keep_ratio`` or None.
 
     Returns:
-        name -> what the export told, and ``texts``, the answers of 16 tokens.
+        name -> what the export told, ``texts``, the answers of 16 tokens, and what is
+        ``explained`` of the context.
     """
     job, answer = folder.parent / "job.json", folder.parent / "answer.json"
     values = {"settings": {**settings, "contexts_dir": str(folder)}, "contexts": contexts}
@@ -43,6 +44,7 @@ def execute(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
     from vllm import LLM, SamplingParams
 
     from vllm_kvzip.vllm_bridge.contexts.calls import export_context
+    from vllm_kvzip.vllm_bridge.contexts.explain import explain_context
 
     llm = LLM(
         model=str(MODEL), dtype="float32", enforce_eager=True, gpu_memory_utilization=0.3,
@@ -70,7 +72,10 @@ def execute(job: dict[str, Any]) -> dict[str, dict[str, Any]]:
             if listed["id"] not in before
         )
         told = export_context(llm, new, name, context["keep_ratio"])
-        found[name] = {**told, "texts": generate(context["prompts"], 16)}
+        explained = explain_context(llm, context["tokens"], context["keep_ratio"])
+        found[name] = {
+            **told, "texts": generate(context["prompts"], 16), "explained": explained
+        }  # fmt: skip
     return found
 
 

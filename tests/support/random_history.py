@@ -17,6 +17,7 @@ from vllm_kvzip.planning.reuse_rule import ReuseRule
 from vllm_kvzip.storage.head_pages import fold_row
 from vllm_kvzip.vllm_bridge.compressed_group import CompressedGroup
 from vllm_kvzip.vllm_bridge.scheduler.prefix_lookup import options
+from vllm_kvzip.vllm_bridge.scheduler.room import next_stop
 from vllm_kvzip.vllm_bridge.step_message import attach, attached
 from vllm_kvzip.vllm_bridge.worker.requests import RequestTracker
 
@@ -32,6 +33,7 @@ class World:
         self.longest = 300 if prefill_blocks is None else 1500  # the pool holds 880 tokens
         self.most_output = 160 if decode_blocks is None else 500
         self.names_budgets = decode_blocks is not None
+        self.abort_share = 0.05  # of the steps
         self.asynchronous = asynchronous  # the next step is scheduled before the last is processed
         keep_ratio = self.random.choice([0.2, 0.5, 1.0])
         reuse = ReuseRule(
@@ -108,8 +110,7 @@ class World:
 
     def _next_stop(self, request, first, count):
         plan, must_wait = self.manager.plan_ahead(request)
-        about = (request.num_prompt_tokens, options(request))
-        return self.manager.rule.next_stop(*about, plan, must_wait, first, count)
+        return next_stop(self.manager, request, plan, must_wait, first, count)
 
     def step(self):
         self.now += 1
@@ -122,6 +123,10 @@ class World:
             request.num_in_flight_tokens = in_flight if self.asynchronous else 0
         self.cache.new_step_starts()
         scheduled, running, preempted = {}, [], []
+        if len(self.running) > 1 and self.random.random() < self.abort_share / 5:  # as by priority
+            victim = self.running.pop()
+            self._preempt(victim)
+            preempted.append(victim.request_id)
         for request in list(self.running):
             if request not in self.running:
                 continue  # preempted by an earlier one of this step
@@ -208,7 +213,7 @@ class World:
 
     def _abort_some(self):
         finished, self.done = self.done, []
-        if self.random.random() < 0.05 and (self.running or self.waiting):
+        if self.random.random() < self.abort_share and (self.running or self.waiting):
             victim = self.random.choice(self.running + self.waiting)
             (self.running if victim in self.running else self.waiting).remove(victim)
             self.cache.free(victim)
@@ -218,6 +223,7 @@ class World:
 
     def _preempt(self, request):
         self.cache.free(request)
+        self.accepted.pop(request.request_id, None)
         request.status = RequestStatus.PREEMPTED
         request.num_computed_tokens = 0
         self.waiting.insert(0, request)

@@ -5,6 +5,7 @@ from typing import get_args
 import pytest
 import torch
 
+from vllm_kvzip.budgeting.kept_positions import KeptPositions
 from vllm_kvzip.config import Budget
 from vllm_kvzip.core import CacheGeometry, KeepPlan
 from vllm_kvzip.pipeline import Compressor
@@ -102,11 +103,12 @@ def test_kept_pairs_lie_in_the_dealt_pages(budget, keep_ratio):
     keys, values = fill_prompt(pages, codec, source)
     plan = rule.plan(34)
     target = [50, 12, 33, 60, 1, 5, 7, 13][: plan.num_compressed_blocks]
-    before = pages.clone()
+    before, record = pages.clone(), KeptPositions()
     prefix, stages = press.compress(
         source_blocks=source, target_blocks=target, plan=plan,
-        observation_queries=None, scale=1.0, seed=0,
+        observation_queries=None, scale=1.0, seed=0, record=record,
     )  # fmt: skip
+    (recorded,) = record.masks(plan.boundary_tokens)
     assert int(prefix.pages.sum()) == plan.num_compressed_blocks * 6
     assert stages.finished
     assert set(stages.seconds()) == {"score", "select", "compact"}
@@ -125,6 +127,7 @@ def test_kept_pairs_lie_in_the_dealt_pages(budget, keep_ratio):
             norms[:2] = norms[-2:] = -1.0  # sinks and recent tokens
             best = norms.argsort(stable=True)[: count * 4].sort().values
             assert torch.equal(kept_keys[0], keys[layer, head, best])
+            assert torch.equal(recorded[layer, head].nonzero().flatten(), best)
             assert torch.equal(kept_values[0], values[layer, head, best])
     if keep_ratio == 1.0:
         assert (prefix.pages == 8).all()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vllm_kvzip.budgeting.candidates import Candidates
+from vllm_kvzip.budgeting.kept_positions import KeptPositions
 from vllm_kvzip.core import CacheGeometry, CompressedPrefix, StoredTier
 from vllm_kvzip.model.rotary import RotaryTables
 from vllm_kvzip.pipeline import Compressor
@@ -57,7 +58,7 @@ def test_all_that_competes_is_scored_at_once(budget):
     pages = torch.full((64 * LAYERS * HEADS, 2 * BLOCK * DIM), float("nan"))
     store = PackedPages(pages, PageCodec.identity(BLOCK, DIM), BLOCK, DIM)
     scorer = FromTheMean(None)
-    scorer.seen = []
+    scorer.seen, record = [], KeptPositions()
     press = Compressor(
         geometry=GEOMETRY, pool=POOL, store=store, rule=RULE, scorer=scorer, budget=budget,
         rotary=[ROTARY] * LAYERS,
@@ -77,8 +78,9 @@ def test_all_that_competes_is_scored_at_once(budget):
         prefix, _ = press.compress(
             source_blocks=dense,
             target_blocks=[free.pop(0) for _ in range(plan.num_compressed_blocks)],
-            plan=plan, observation_queries=None, scale=1.0, seed=0, earlier=prefix,
+            plan=plan, observation_queries=None, scale=1.0, seed=0, earlier=prefix, record=record,
         )  # fmt: skip
+        (recorded,) = record.masks(plan.boundary_tokens)
         rounds += plan.is_round
         assert prefix.scores is None
         assert int(prefix.pages.sum()) == plan.num_compressed_blocks * LAYERS * HEADS
@@ -92,6 +94,7 @@ def test_all_that_competes_is_scored_at_once(budget):
             positions[:] = sorted(ranked[:count])
             own = slice(start * BLOCK, start * BLOCK + count)
             assert prefix.positions[own].tolist() == positions
+            assert recorded[layer, head].nonzero().flatten().tolist() == positions
             ids = prefix.page_ids[start : start + count // BLOCK]
             assert torch.equal(store.read_keys(ids[None], layer)[0], keys[layer, head, positions])
             start += count // BLOCK

@@ -5,6 +5,7 @@ from typing import get_args
 import pytest
 import torch
 
+from vllm_kvzip.budgeting.kept_positions import KeptPositions
 from vllm_kvzip.config import Budget
 from vllm_kvzip.core import CacheGeometry
 from vllm_kvzip.pipeline import Compressor
@@ -51,6 +52,7 @@ class Answer:
         self.keys[..., 3] *= 6.0  # an outlier channel, and a constant
         self.keys[..., 5] += 4.0
         self.blocks, self.prefix, self.done = [], None, None
+        self.record = KeptPositions()
         # Keys and values of quantized tokens, as they were read first.
         self.was_quantized = torch.full((2, *self.keys.shape), float("nan"))
 
@@ -70,7 +72,7 @@ class Answer:
         before = self.pages.clone()
         self.prefix, _ = self.press.compress(
             source_blocks=new, target_blocks=target, plan=plan,
-            observation_queries=None, scale=1.0, seed=0, earlier=self.prefix,
+            observation_queries=None, scale=1.0, seed=0, earlier=self.prefix, record=self.record,
         )  # fmt: skip
         written = torch.zeros(len(self.pages), dtype=torch.bool)
         written[POOL.page_ids(torch.tensor(target)).flatten()] = True
@@ -121,7 +123,18 @@ class Answer:
                 rest = torch.where(is_sink, rest + first, rest)
                 self.compare(layer, head, rest, *(h[part].flatten(0, 1)[:count] for h in halves))
             found[layer, head] = full.tolist(), rest.tolist()
+        self.compare_record(found)
         return found
+
+    def compare_record(self, found):
+        """What was recorded is what lies in the pages."""
+        masks = [
+            [[head.nonzero().flatten().tolist() for head in layer] for layer in mask]
+            for mask in self.record.masks(self.done.boundary_tokens)
+        ]
+        for (layer, head), held in found.items():
+            recorded = [mask[layer][head] for mask in masks] + [[]]
+            assert recorded[:2] == [*map(sorted, held)]
 
     def compare(self, layer, head, tokens, keys, values):
         """Quantized tokens of a head, with what they are and with what they first were."""

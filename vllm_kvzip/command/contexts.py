@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import urllib.error
-import urllib.request
 from datetime import UTC, datetime
 from typing import Any
 
-PATH = "/v1/kvzip/contexts"
-KEY_VARIABLE = "VLLM_API_KEY"
-TIMEOUT_SECONDS = 600
-
-
-class _Refused(Exception):
-    """What a server said, or why it said nothing."""
+from vllm_kvzip.command.server_calls import Refused, add_server, call_server
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
@@ -33,7 +24,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     args = _parser(prog).parse_args(argv)
     try:
         told = _ask(args)
-    except _Refused as refusal:
+    except Refused as refusal:
         print(f"{prog or 'contexts'}: error: {refusal}", file=sys.stderr)
         return 1
     print(json.dumps(told, indent=2) if args.json else _in_words(args.what, told))
@@ -42,49 +33,12 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
 
 def _ask(args: argparse.Namespace) -> dict[str, Any]:
     if args.what == "list":
-        return {**_call(args, ""), **_call(args, "/files")}
+        return {**call_server(args, ""), **call_server(args, "/files")}
     if args.what == "import":
-        return _call(args, "/import", {"name": args.name})
+        return call_server(args, "/import", {"name": args.name})
     body = {"id": args.id, "name": args.name, "keep_ratio": args.keep_ratio}
     given = {name: value for name, value in body.items() if value is not None}
-    return _call(args, "/export", given)
-
-
-def _call(
-    args: argparse.Namespace, path: str, body: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """JSON of a server's answer.
-
-    Raises:
-        _Refused: in one sentence.
-    """
-    url = args.server.rstrip("/") + PATH + path
-    headers = {"Content-Type": "application/json"}
-    if key := args.api_key or os.environ.get(KEY_VARIABLE):
-        headers["Authorization"] = f"Bearer {key}"
-    data = None if body is None else json.dumps(body).encode()
-    try:
-        request = urllib.request.Request(url, data, headers)
-        with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
-            answer: dict[str, Any] = json.load(response)
-            return answer
-    except urllib.error.HTTPError as error:
-        raise _Refused(_sentence(error, url)) from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise _Refused(f"{url} does not answer ({reason}).") from error
-
-
-def _sentence(error: urllib.error.HTTPError, url: str) -> str:
-    """What a server said; vLLM itself answers only "Not Found" where there is no such route."""
-    try:
-        told = json.load(error)["error"]
-    except (ValueError, KeyError, TypeError):
-        told = None
-    message = told.get("message") if isinstance(told, dict) else told
-    if error.code == 404 and str(message) in ("Not Found", "None"):
-        return f"{url} is not there; start the server with VLLM_PLUGINS=kvzip."
-    return str(message or error)
+    return call_server(args, "/export", given)
 
 
 def _in_words(what: str, told: dict[str, Any]) -> str:
@@ -130,8 +84,7 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--server", default="http://localhost:8000", help="its URL")
-    shared.add_argument("--api-key", help=f"of the server; else the variable {KEY_VARIABLE}")
+    add_server(shared)
     shared.add_argument("--json", action="store_true", help="for programs")
     chosen = parser.add_subparsers(dest="what", required=True)
     saving = chosen.add_parser("export", parents=[shared], help="write a cached context to a file")

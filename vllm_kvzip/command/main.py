@@ -31,9 +31,13 @@ SUBCOMMANDS = {
         "ask questions about files of any length, over a running server",
         "vllm_kvzip.command.read",
     ),
+    "report": (
+        "write a page that shows what a running server keeps of a document",
+        "vllm_kvzip.command.report",
+    ),
 }
 """Name -> what it does, and the module whose ``main`` does it."""
-WITHOUT_MODEL = ("contexts", "read")
+WITHOUT_MODEL = ("contexts", "report", "read")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,11 +9,12 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from vllm_kvzip.command.server_calls import KEY_VARIABLE, add_server
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-KEY_VARIABLE = "VLLM_API_KEY"
 INTERRUPTED = 130
 MIB = 2**20
 
@@ -198,8 +199,7 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("files", nargs="+", metavar="FILE")
     parser.add_argument("--question", action="append", required=True, help="may be given again")
-    parser.add_argument("--server", default="http://localhost:8000", help="its URL")
-    parser.add_argument("--api-key", help=f"of the server; else the variable {KEY_VARIABLE}")
+    add_server(parser)
     parser.add_argument("--model", help="to ask; the server's first one unless given")
     parser.add_argument(
         "--verify", action="store_true", help="let the model say each claim again, and compare"

@@ -30,6 +30,7 @@ from vllm_kvzip.planning.round_tiers import (
     least_budget,
     with_blocks,
 )
+from vllm_kvzip.planning.rounds import next_round, round_blocks
 from vllm_kvzip.planning.tiers import TierBlocks, TierRule, pages_for
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class PrefixRule:
         start, held = (done.num_prefix_blocks, done.num_compressed_blocks) if done else (0, 0)
         budget = self.prefill_blocks
         if budget is not None:
-            end = self._next_round(budget, start, held)
+            end = next_round(budget, start, held)
             if last is not None and start < last.num_prefix_blocks <= end:
                 return self._later_plan(last, budget, done)
         num_guessed = 0
@@ -218,43 +219,43 @@ class PrefixRule:
         step = self._most_new_blocks(budget)
         return max(of_prompt, kept, budget + step) + max(kept, budget) + step + _SPARE_BLOCKS
 
+    def settled_blocks(self, num_prompt_tokens: int, options: RequestOptions) -> int:
+        """Blocks that a request holds on average while it answers in rounds; 0 without rounds.
+
+        Args:
+            num_prompt_tokens: length of the prompt.
+            options: what the request asks for.
+        """
+        if (budget := self.decode_budget(options)) is None:
+            return 0
+        settled, most = budget + self._most_new_blocks(budget) // 2, options.max_output_tokens
+        if most is None:
+            return settled
+        return min(settled, ceil((num_prompt_tokens + most) / self.block_size))
+
     @property
     def first_round_tokens(self) -> int | None:
         """Where a raw prefix is compressed at the latest; None without a prefill budget."""
         if self.prefill_blocks is None:
             return None
-        return self._next_round(self.prefill_blocks, 0, 0) * self.block_size
+        return next_round(self.prefill_blocks, 0, 0) * self.block_size
 
     def _most_new_blocks(self, budget: int) -> int:
         """New blocks when a round of an answer comes, guesses among them."""
-        return _round_blocks(budget) + ceil(self.num_guessed_tokens / self.block_size)
-
-    @staticmethod
-    def _next_round(budget: int, start_blocks: int, held_blocks: int) -> int:
-        """Blocks before the next position where more than a budget is held.
-
-        Args:
-            budget: in blocks.
-            start_blocks: blocks that have been compressed already.
-            held_blocks: blocks that hold what was kept of them.
-        """
-        step = _round_blocks(budget)
-        # The first position at which more than the budget is held, rounded up to budget + k * step.
-        full = start_blocks + budget - held_blocks
-        return budget + max(1, (full - budget) // step + 1) * step
+        return round_blocks(budget) + ceil(self.num_guessed_tokens / self.block_size)
 
     def _next_decode_round(
         self, budget: int, start_blocks: int, held_blocks: int, num_prompt_tokens: int
     ) -> int:
-        """Like :meth:`_next_round`, behind the prompt.
+        """Like :func:`next_round`, behind the prompt.
 
         What an answer is compressed to is shared with nobody. So without a prefill budget a round
         comes as soon as its new blocks are there, wherever that is.
         """
         if self.prefill_blocks is not None:
-            end = self._next_round(budget, start_blocks, held_blocks)
+            end = next_round(budget, start_blocks, held_blocks)
         else:
-            end = start_blocks + max(1, budget + _round_blocks(budget) - held_blocks)
+            end = start_blocks + max(1, budget + round_blocks(budget) - held_blocks)
         return max(end, start_blocks + 1, ceil(num_prompt_tokens / self.block_size))
 
     def skip_reason(
@@ -375,11 +376,6 @@ class PrefixRule:
         """
         beyond = max(0, num_blocks - num_compressed) * self.num_dense_layers
         return ceil(beyond / self.num_layers)
-
-
-def _round_blocks(budget: int) -> int:
-    """New blocks between two rounds."""
-    return max(1, budget // 2)
 
 
 @functools.lru_cache(maxsize=8)

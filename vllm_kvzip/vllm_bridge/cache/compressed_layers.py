@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,12 @@ class CompressedLayers:
     def names(self) -> tuple[str, ...]:
         """vLLM's names of the layers that are compressed: all but a draft model's."""
         return self.group.layer_names[: self.group.num_layers - self.num_drafts]
+
+    @property
+    def numbers(self) -> list[int]:
+        """Where they are among all layers of the model, as their names say."""
+        found = [re.search(r"\.(\d+)\.", name) for name in self.names]
+        return [int(number[1]) if number else at for at, number in enumerate(found)]
 
     @property
     def first(self) -> Any:

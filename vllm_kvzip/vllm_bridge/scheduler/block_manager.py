@@ -14,6 +14,7 @@ from vllm_kvzip.storage.head_pages import fold_row
 from vllm_kvzip.vllm_bridge.scheduler.other_groups import OtherGroups
 from vllm_kvzip.vllm_bridge.scheduler.prefix_cache import CompressedPrefixCache
 from vllm_kvzip.vllm_bridge.scheduler.prefix_lookup import PrefixLookup, options
+from vllm_kvzip.vllm_bridge.scheduler.room import blocks_to_admit
 from vllm_kvzip.vllm_bridge.scheduler.row_state import PrefixRun, Reservation, RowState
 from vllm_kvzip.vllm_bridge.scheduler.step_news import publish_step
 from vllm_kvzip.vllm_bridge.scheduler.unconfirmed import UnconfirmedRuns
@@ -41,6 +42,7 @@ class HeadPageManager(FullAttentionManager):
         request: the request that vLLM's next calls concern. They give its id only; our scheduler
             sets the request before each of them.
         rows: state of each row, by request id; just of the requests that hold blocks.
+        crossing: those of them that hold reserved blocks.
         prefixes: cached compressed prefixes.
         others: KV cache groups that are not compressed.
         unconfirmed: compressions that the workers have not yet reported on.
@@ -59,7 +61,7 @@ class HeadPageManager(FullAttentionManager):
         self.unconfirmed = UnconfirmedRuns(self.prefixes, self._recorder)
         self.request: Request | None = None
         self.rows: dict[str, RowState] = {}
-        self._crossing: dict[str, RowState] = {}  # those of them that hold reserved blocks
+        self.crossing: dict[str, RowState] = {}
         self._has_whole_hashes = self.block_size == self.block_pool.hash_block_size
         self.others = OtherGroups(self.prefixes, self.rows, kv_cache_spec.repeat is not None)
         self.share_pool(self.block_pool.num_gpu_blocks, kv_cache_spec.block_bytes)
@@ -89,7 +91,7 @@ class HeadPageManager(FullAttentionManager):
         out, which is often the one that has just completed its prompt.
         """
         super().new_step_starts()
-        for request_id, row in list(self._crossing.items()):
+        for request_id, row in list(self.crossing.items()):
             request = row.request
             if row.can_fold(request.num_computed_tokens - request.num_in_flight_tokens):
                 self._fold(request_id, row)
@@ -127,7 +129,7 @@ class HeadPageManager(FullAttentionManager):
         self, request_id: str, processed_computed_tokens: int, *args: Any, **kwargs: Any
     ) -> None:
         """Fold the row and free blocks, once the prefix is processed."""
-        row = self._crossing.get(request_id)
+        row = self.crossing.get(request_id)
         if row is not None and row.can_fold(processed_computed_tokens):
             self._fold(request_id, row)
 
@@ -165,10 +167,7 @@ class HeadPageManager(FullAttentionManager):
             apply_admission_cap=apply_admission_cap,
             **kwargs,
         )
-        if not apply_admission_cap:
-            return count
-        most = self.rule.most_blocks(row.request.num_prompt_tokens, options(row.request))
-        return count if most is None else min(count, most)
+        return blocks_to_admit(self, row, count) if apply_admission_cap else count
 
     def add_local_computed_blocks(
         self, request_id: str, new_computed_blocks: Sequence[KVCacheBlock], *args: Any, **kw: Any
@@ -231,7 +230,7 @@ class HeadPageManager(FullAttentionManager):
         """End the row (the request ends, is aborted or preempted) and hand over its blocks."""
         row = self.rows.pop(request_id, None)
         if row is not None:
-            self._crossing.pop(request_id, None)
+            self.crossing.pop(request_id, None)
             is_due = row.reservation is not None and not row.reservation.run.plan.is_round
             if is_due and row.request.is_finished():
                 self._recorder.skipped("ended_before_decode")
@@ -321,6 +320,7 @@ class HeadPageManager(FullAttentionManager):
         """The state of a new row, which begins with ``run`` or with raw blocks."""
         request = self._introduced(request_id)
         row = self.rows[request_id] = RowState(request, self._next_plan(request, run))
+        row.settled_blocks = self.rule.settled_blocks(request.num_prompt_tokens, options(request))
         reason = self._skip_reason(request) if run is None else None
         if reason and reason not in FAILURES:  # failures are counted when they happen
             self._recorder.skipped(reason)
@@ -340,7 +340,7 @@ class HeadPageManager(FullAttentionManager):
         row_blocks = self.req_to_blocks[request_id]
         row.reserve(Reservation(len(row_blocks), PrefixRun(plan, blocks, prefix_hash)), num_tokens)
         row_blocks.extend(blocks)
-        self._crossing[request_id] = row
+        self.crossing[request_id] = row
         self._changed.append(row)
         return blocks
 
@@ -348,7 +348,7 @@ class HeadPageManager(FullAttentionManager):
         """Let the row begin with its reserved blocks; give back the blocks that they replace."""
         reservation, earlier = row.reservation, row.run
         assert reservation is not None
-        del self._crossing[request_id]
+        del self.crossing[request_id]
         run = reservation.run
         row_blocks = self.req_to_blocks[request_id]
         replaced = row_blocks[: run.plan.num_prefix_blocks]
@@ -364,7 +364,7 @@ class HeadPageManager(FullAttentionManager):
         """A run needs fewer blocks than it has; the workers have written nothing into the others
         that anybody reads.
         """
-        for request_id, row in list(self._crossing.items()):
+        for request_id, row in list(self.crossing.items()):
             if row.reservation is not None and row.reservation.run is run:
                 self._fold(request_id, row)
         if run.users:

@@ -98,6 +98,7 @@ class RowState:
             first blocks are reserved; None before, and in a row that began with a run.
         has_hit: it began with a run in the step that is being scheduled.
         has_crossed: blocks were reserved in the step that is being scheduled.
+        settled_blocks: what it holds on average while it answers in rounds; 0 without rounds.
         busy_from: while fewer tokens than that are computed, the row needs nothing but blocks for
             its next tokens; 0 while it is crossing. What is asked for each running request in each
             step is decided by this one number.
@@ -113,6 +114,7 @@ class RowState:
     num_raw_tokens: int | None = None
     has_hit: bool = False
     has_crossed: bool = False
+    settled_blocks: int = 0
     busy_from: int = 0
 
     def __post_init__(self) -> None:
@@ -128,6 +130,17 @@ class RowState:
         if self.reservation is not None:
             return len(self.reservation.run.blocks)
         return 0 if self.plan is None else self.plan.num_blocks_to_reserve(num_tokens)
+
+    def blocks_to_come(self, row_length: int) -> int:
+        """Blocks that the row lacks of those that it will hold on average.
+
+        Args:
+            row_length: entries of the row, null blocks among them.
+        """
+        held = row_length
+        if self.run is not None:
+            held -= self.run.plan.num_prefix_blocks - self.run.plan.num_compressed_blocks
+        return max(0, self.settled_blocks - held)
 
     def crosses(self, num_tokens: int) -> bool:
         """Whether the step that computes up to ``num_tokens`` tokens completes the next prefix.

@@ -32,10 +32,10 @@ from vllm_kvzip.vllm_bridge.outcomes import NOT_FINITE, told
 from vllm_kvzip.vllm_bridge.scheduler.block_manager import HeadPageManager
 from vllm_kvzip.vllm_bridge.scheduler.idle_expiry import IdleExpiry
 from vllm_kvzip.vllm_bridge.scheduler.other_groups import introduce_groups
-from vllm_kvzip.vllm_bridge.scheduler.prefix_lookup import options
 from vllm_kvzip.vllm_bridge.scheduler.repeat_schedule import RepeatSchedule
+from vllm_kvzip.vllm_bridge.scheduler.room import next_stop
 from vllm_kvzip.vllm_bridge.scheduler.terms import CompressionTerms
-from vllm_kvzip.vllm_bridge.scheduler.uncomputed import withdraw_uncomputed
+from vllm_kvzip.vllm_bridge.scheduler.unconfirmed import withdraw_uncomputed
 from vllm_kvzip.vllm_bridge.settings import KEY
 from vllm_kvzip.vllm_bridge.step_message import attach
 from vllm_kvzip.vllm_bridge.symbols import (
@@ -308,8 +308,8 @@ class _HeadPageScheduling:
                 return num_new_tokens
         if self._kvzip_repeats is not None:
             return self._kvzip_repeats.next_stop(request, plan, first, num_new_tokens)
-        about = (request.num_prompt_tokens, options(request))
-        return self._kvzip_manager.rule.next_stop(*about, plan, must_wait, first, num_new_tokens)
+        manager = self._kvzip_manager
+        return next_stop(manager, request, plan, must_wait, first, num_new_tokens)
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """vLLM's; a client whose request has options of ours is told what became of its prompt.

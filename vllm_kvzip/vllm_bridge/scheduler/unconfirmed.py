@@ -1,8 +1,9 @@
-"""Scheduler side: compressions that may still turn out to have failed.
+"""Scheduler side: what was published before it was there, and may have to be taken back.
 
 Rows are folded, blocks freed and prefixes published as if every compression succeeded: nearly all
 of them do, and the workers report a step later. Until then this file remembers which requests rely
-on which compression, so that all of it can be taken back.
+on which compression, so that all of it can be taken back. :func:`withdraw_uncomputed` takes back
+raw blocks that vLLM has published for a step which then does not compute them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from vllm_kvzip.vllm_bridge.outcomes import Fit, Outcome
+    from vllm_kvzip.vllm_bridge.scheduler.block_manager import HeadPageManager
     from vllm_kvzip.vllm_bridge.scheduler.prefix_cache import CompressedPrefixCache
     from vllm_kvzip.vllm_bridge.scheduler.row_state import PrefixRun
     from vllm_kvzip.vllm_bridge.stats_export import SchedulerRecorder
@@ -121,3 +123,28 @@ class UnconfirmedRuns:
             for serial in own:  # later rounds read what this one should have written
                 if other := self._runs.pop(serial, None):
                     self._fail(other, reason, affected)
+
+
+def withdraw_uncomputed(manager: HeadPageManager, request: Request) -> None:
+    """Take blocks that a request gives up before it computed them out of the prefix cache.
+
+    Symptom without it: with scheduling policy ``priority`` a request can be preempted while the
+    step it belongs to is still being scheduled. vLLM has already published the blocks of that step.
+    Any request with the same tokens, such as this one when it resumes, would find blocks that were
+    never written. Remove when vLLM takes them back itself (its pull request 43569).
+
+    Args:
+        manager: of the compressed group.
+        request: about to be preempted. The tokens before its ``num_computed_tokens`` have been
+            computed, or a step under way computes them.
+    """
+    for of_group in (manager, *manager.others.all_managers()):
+        first = request.num_computed_tokens // of_group.block_size
+        given_up = of_group.req_to_blocks.get(request.request_id, [])[first:]
+        of_group.block_pool.evict_blocks(
+            {
+                block.block_id
+                for block in given_up  # blocks of a run are written also after a preemption
+                if block.block_hash is not None and manager.prefixes.owner([block]) is None
+            }
+        )

@@ -1,10 +1,11 @@
-"""``/v1/kvzip/contexts``: compress a context before anybody asks about it, and list what is cached.
+"""``/v1/kvzip/contexts``: contexts are compressed before anybody asks, listed, and explained.
 
 An endpoint plugin of vLLM, loaded only when ``VLLM_PLUGINS`` names it. The routes lie under
 ``/v1``, so vLLM's API keys guard them. A context goes the way of any request: through the server's
 own chat template and tokenizer, and through ``EngineClient.generate``.
 """
 
+import asyncio
 import dataclasses
 import time
 from argparse import Namespace
@@ -15,20 +16,27 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import State
 
+from vllm_kvzip.core import PrefixPlan
+from vllm_kvzip.errors import RequestError
 from vllm_kvzip.metrics import FAILURES
 from vllm_kvzip.planning.chat_contexts import common_prefix, continuations
-from vllm_kvzip.planning.prefix_rule import PrefixRule
 from vllm_kvzip.planning.prefix_seed import checksum, prefix_seed
-from vllm_kvzip.planning.request_options import CONTEXT_TOKENS, KEEP_RATIO, RequestOptions
-from vllm_kvzip.vllm_bridge.drafts import rule_with_drafts
+from vllm_kvzip.planning.request_options import CONTEXT_TOKENS, KEEP_RATIO
+from vllm_kvzip.vllm_bridge.contexts.context_rule import OUTPUT_TOKENS, plan_context
+from vllm_kvzip.vllm_bridge.contexts.explain import (
+    RECORD,
+    TAKE,
+    ExplainedContext,
+    check_explains,
+    context_params,
+)
 from vllm_kvzip.vllm_bridge.server import context_files
 from vllm_kvzip.vllm_bridge.server.context_files import PATH, engine_of
-from vllm_kvzip.vllm_bridge.server.data_parallel import call_workers, on_each
-from vllm_kvzip.vllm_bridge.settings import KEY, cache_shape
+from vllm_kvzip.vllm_bridge.server.data_parallel import call_workers, num_engines, on_each
+from vllm_kvzip.vllm_bridge.settings import KEY, Settings
 from vllm_kvzip.vllm_bridge.symbols import (
     EngineClient,
     ModelConfig,
-    SamplingParams,
     TokenizeChatRequest,
     TokenizeCompletionRequest,
     TokenizeParams,
@@ -40,9 +48,6 @@ from vllm_kvzip.vllm_bridge.symbols import (
     validate_json_request,
     with_cancellation,
 )
-
-# The prefix is compacted at the start of the step after the one that completes it.
-OUTPUT_TOKENS = 2
 
 
 class ContextRequest(BaseModel):
@@ -123,71 +128,119 @@ async def compress_context(body: ContextRequest, raw_request: Request) -> JSONRe
     an ``id`` to find it in the list.
     """
     begin = time.perf_counter()
+    asked = await _asked(body, raw_request)
+    if isinstance(asked, JSONResponse):
+        return asked
+    engine, plan = asked.engine, asked.plan
+    # A scorer that looks at queries must see those of the context computed.
+    afresh = bool(asked.settings.prompt_observation_tokens)
+    answers = await on_each(engine, lambda rank: _compress(asked, afresh, rank))
+    found = [_checked(about) for _, about in answers]
+    return JSONResponse(
+        {
+            "id": checksum(prefix_seed(asked.token_ids, plan.boundary_tokens)),
+            "tokens": len(asked.token_ids),
+            **plan.as_told(),
+            **found[0],
+            "cached_tokens": min(cached for cached, _ in answers),
+            "seconds": time.perf_counter() - begin,
+            "send": _to_send(body, len(asked.token_ids)),
+        }
+    )
+
+
+@router.post(f"{PATH}/explain", dependencies=[Depends(validate_json_request)])
+@with_cancellation
+async def explain_context(body: ContextRequest, raw_request: Request) -> JSONResponse:
+    """Compress a context afresh, and tell which tokens each head keeps.
+
+    The answer is that of ``POST`` without ``cached_tokens``, and what
+    :meth:`ExplainedContext.as_told` says.
+    """
+    begin = time.perf_counter()
+    asked = await _asked(body, raw_request)
+    if isinstance(asked, JSONResponse):
+        return asked
+    engine, config = asked.engine, asked.engine.vllm_config
+    request_id = f"kvzip-explain-{random_uuid()}"
+    try:
+        check_explains(config, num_engines(engine))
+        await engine.collective_rpc(RECORD, args=(request_id,))
+        _, about = await _compress(asked, True, None, request_id)
+        (kept,) = await engine.collective_rpc(TAKE, args=(request_id,))
+        explained = ExplainedContext(config, asked.token_ids, asked.plan, _checked(about), kept)
+        told = await asyncio.to_thread(explained.as_told)
+    except RequestError as error:
+        raise VLLMValidationError(str(error)) from error
+    send = _to_send(body, len(asked.token_ids))
+    return JSONResponse({**told, "seconds": time.perf_counter() - begin, "send": send})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What a client wants compressed, as the engine takes it."""
+
+    engine: EngineClient
+    settings: Settings
+    keep_ratio: float | None
+    prompt: dict[str, Any]
+    plan: PrefixPlan
+    lora_request: Any
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Of the context."""
+        found: list[int] = self.prompt["prompt_token_ids"]
+        return found
+
+
+async def _asked(body: ContextRequest, raw_request: Request) -> _Asked | JSONResponse:
+    """A body's context, or vLLM's refusal.
+
+    Raises:
+        VLLMValidationError: if it cannot be compressed.
+    """
     engine, settings = engine_of(raw_request)
-    cache = engine.vllm_config.cache_config
-    rule = settings.rule(*cache_shape(engine.vllm_config))
-    rule = rule_with_drafts(rule, engine.vllm_config)
-    rule = dataclasses.replace(rule, pool_blocks=cache.num_gpu_blocks)
-    if not cache.enable_prefix_caching:
-        raise VLLMValidationError(
-            "Prefix caching is off on this server, so no compressed context can be kept; start "
-            "vLLM without --no-enable-prefix-caching."
-        )
     handler = raw_request.app.state.serving_tokenization
     refusal = await handler._check_model(body)
     if refusal is not None:
         return JSONResponse(refusal.model_dump(), status_code=refusal.error.code)
     lora_request = handler._maybe_get_adapters(body)
     prompt = await _render(handler, body)
-    token_ids = prompt["prompt_token_ids"]
-    longest = engine.vllm_config.model_config.max_model_len - OUTPUT_TOKENS
-    if len(token_ids) > longest:
-        raise VLLMValidationError(
-            f"The context has {len(token_ids)} tokens, more than the {longest} that leave room "
-            f"for {OUTPUT_TOKENS} more in max_model_len {longest + OUTPUT_TOKENS}."
-        )
-    options = RequestOptions(context_tokens=len(token_ids), keep_ratio=body.keep_ratio)
-    plan = rule.plan(len(token_ids), options)
-    if plan is None:
-        raise VLLMValidationError(_left_alone(rule, len(token_ids), options))
-    params = SamplingParams(
-        max_tokens=OUTPUT_TOKENS,
-        temperature=0,
-        ignore_eos=True,
-        detokenize=False,
-        extra_args={CONTEXT_TOKENS: len(token_ids), KEEP_RATIO: body.keep_ratio},
-        # A scorer that looks at queries must see those of the context computed.
-        skip_reading_prefix_cache=True if settings.prompt_observation_tokens else None,
+    try:
+        plan = plan_context(engine.vllm_config, len(prompt["prompt_token_ids"]), body.keep_ratio)
+    except RequestError as error:
+        raise VLLMValidationError(str(error)) from error
+    return _Asked(engine, settings, body.keep_ratio, prompt, plan, lora_request)
+
+
+async def _compress(
+    asked: _Asked, afresh: bool, rank: int | None, request_id: str = ""
+) -> tuple[int, dict[str, Any]]:
+    """Cached tokens that one engine started from, and what it tells of the context."""
+    cached_tokens, told = 0, None
+    outputs = asked.engine.generate(
+        asked.prompt,
+        context_params(len(asked.token_ids), asked.keep_ratio, afresh),
+        request_id or f"kvzip-context-{random_uuid()}",
+        lora_request=asked.lora_request,
+        data_parallel_rank=rank,
     )
+    async for output in outputs:
+        cached_tokens = output.num_cached_tokens or 0
+        told = output.kv_transfer_params
+    return cached_tokens, (told or {}).get(KEY, {})
 
-    async def compress(rank: int | None) -> tuple[int, dict[str, Any]]:
-        """Cached tokens it started from, and what one engine tells of it."""
-        cached_tokens, told = 0, None
-        outputs = engine.generate(
-            prompt, params.clone(), f"kvzip-context-{random_uuid()}", lora_request=lora_request,
-            data_parallel_rank=rank,
-        )  # fmt: skip
-        async for output in outputs:
-            cached_tokens = output.num_cached_tokens or 0
-            told = output.kv_transfer_params
-        return cached_tokens, (told or {}).get(KEY, {})
 
-    answers = await on_each(engine, compress)
-    found = [about for _, about in answers]
-    reason = next((r for about in found if (r := about.get("left_alone")) in FAILURES), None)
-    if reason is not None:
+def _checked(about: dict[str, Any]) -> dict[str, Any]:
+    """What an engine tells of a context that is compressed.
+
+    Raises:
+        VLLMServerError: if it is not.
+    """
+    if (reason := about.get("left_alone")) in FAILURES:
         raise VLLMServerError(f"The context could not be compressed ({reason}); see the log.")
-    return JSONResponse(
-        {
-            "id": checksum(prefix_seed(token_ids, plan.boundary_tokens)),
-            "tokens": len(token_ids),
-            **plan.as_told(),
-            **{name: value for name, value in found[0].items() if name != "left_alone"},
-            "cached_tokens": min(cached for cached, _ in answers),
-            "seconds": time.perf_counter() - begin,
-            "send": _to_send(body, len(token_ids)),
-        }
-    )
+    return {name: value for name, value in about.items() if name != "left_alone"}
 
 
 @router.get(PATH)
@@ -267,21 +320,3 @@ async def _render_chat(
     )
     found: dict[str, Any] = rendered
     return found
-
-
-def _left_alone(rule: PrefixRule, num_tokens: int, options: RequestOptions) -> str:
-    reason = rule.skip_reason(num_tokens, options)
-    if reason == "no_room":
-        return (
-            f"The context has {num_tokens} tokens, which fit into the KV cache of "
-            f"{rule.pool_blocks} blocks, but not together with their compressed form."
-        )
-    if reason == "below_min_prompt_tokens":
-        return (
-            f"The context has {num_tokens} tokens and is left alone: min_prompt_tokens is "
-            f"{rule.min_prompt_tokens}, and a block holds {rule.block_size} tokens."
-        )
-    return (
-        f"Nothing would be freed: keep_ratio {rule.wanted_ratio(options)} of the context's "
-        f"{num_tokens} tokens needs as many blocks as they have."
-    )

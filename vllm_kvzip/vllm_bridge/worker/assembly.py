@@ -25,6 +25,7 @@ from vllm_kvzip.vllm_bridge.cache.head_page_cache import HeadPageCache
 from vllm_kvzip.vllm_bridge.cache.layer_checks import check_capped_logits
 from vllm_kvzip.vllm_bridge.cache.unclean_blocks import UncleanBlocks
 from vllm_kvzip.vllm_bridge.compressed_group import CompressedGroup
+from vllm_kvzip.vllm_bridge.contexts.kept_records import KeptRecords
 from vllm_kvzip.vllm_bridge.fingerprint import rows_of_stages
 from vllm_kvzip.vllm_bridge.fp8_cache import read_scales
 from vllm_kvzip.vllm_bridge.outcomes import WorkerOutcomes
@@ -90,6 +91,8 @@ def assemble_runtime(worker: HeadPageWorker, kv_cache_config: KVCacheConfig) -> 
         scored, cache.layer_index, settings.observation_tokens, scorer.observes_rounds_only
     )
     unclean = UncleanBlocks(cache)
+    block_bytes = cache.geometry.pages_per_block * cache.pages[0].nbytes
+    records = KeptRecords(layers.numbers, block_bytes, scorer.name)
     compression = PrefixCompression(
         compressor=compressor,
         scale=layers.first.impl.scale,
@@ -99,6 +102,7 @@ def assemble_runtime(worker: HeadPageWorker, kv_cache_config: KVCacheConfig) -> 
         unclean=unclean,
         outcomes=WorkerOutcomes(cache.pages.device),
         recorder=recorder,
+        records=records,
     )
     drafting = draft_builders(worker.model_runner) if layers.num_drafts else []
     runtime = HeadPageRuntime(
@@ -112,6 +116,7 @@ def assemble_runtime(worker: HeadPageWorker, kv_cache_config: KVCacheConfig) -> 
         unclean=unclean,
         timer=timer,
         contexts=ContextPages(cache, prefixes, unclean),
+        records=records,
     )
     for builder in layers.builders:
         builder.describer = runtime

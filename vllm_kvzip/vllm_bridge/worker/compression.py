@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vllm_kvzip.core import CompressedPrefix
     from vllm_kvzip.pipeline import Compressor
     from vllm_kvzip.vllm_bridge.cache.unclean_blocks import UncleanBlocks
+    from vllm_kvzip.vllm_bridge.contexts.kept_records import KeptRecords
     from vllm_kvzip.vllm_bridge.outcomes import WorkerOutcomes
     from vllm_kvzip.vllm_bridge.stats_export import WorkerRecorder
     from vllm_kvzip.vllm_bridge.worker.observation import QueryObservation
@@ -40,6 +41,7 @@ class PrefixCompression:
         unclean: blocks that may hold NaN.
         outcomes: what became of each compression.
         recorder: metrics of this worker; None where another rank records the same.
+        records: of requests that somebody wants to see explained.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class PrefixCompression:
         unclean: UncleanBlocks,
         outcomes: WorkerOutcomes,
         recorder: WorkerRecorder | None,
+        records: KeptRecords,
     ) -> None:
         self._compressor = compressor
         self._scale = scale
@@ -62,6 +65,7 @@ class PrefixCompression:
         self._unclean = unclean
         self.outcomes = outcomes
         self._recorder = recorder
+        self._records = records
         self._unrecorded: list[Stopwatch] = []
 
     def repeat(self, orders: Sequence[tuple[TrackedRequest, int | None]]) -> None:
@@ -118,6 +122,7 @@ class PrefixCompression:
         plan, row = request.plan, request.block_ids
         assert plan is not None
         states = self._prefixes.states
+        record = self._records.of(request.request_id, plan)
         prefix, stages = self._compressor.compress(
             source_blocks=row[plan.start_blocks : plan.num_prefix_blocks],
             target_blocks=row[request.reserve_start :][: plan.num_compressed_blocks],
@@ -127,7 +132,10 @@ class PrefixCompression:
             scale=self._scale,
             seed=request.seed,
             earlier=states[request.request_id].prefix if plan.start_blocks else None,
+            record=record,
         )
+        if record is not None:
+            self._records.compressed(request.request_id, prefix.fitted or plan, prefix)
         if repeated is not None:
             repeated.record(stages)
         return prefix, stages

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vllm_kvzip.vllm_bridge.attention.batches import Batcher, SplitBatch
     from vllm_kvzip.vllm_bridge.cache.head_page_cache import HeadPageCache
     from vllm_kvzip.vllm_bridge.cache.unclean_blocks import UncleanBlocks
+    from vllm_kvzip.vllm_bridge.contexts.kept_records import KeptRecords
     from vllm_kvzip.vllm_bridge.symbols import CommonAttentionMetadata, SchedulerOutput
     from vllm_kvzip.vllm_bridge.worker.compression import PrefixCompression
     from vllm_kvzip.vllm_bridge.worker.context_pages import ContextPages
@@ -55,9 +56,10 @@ class HeadPageRuntime:
         unclean: blocks that may hold NaN.
         timer: of attention; None where another rank records the same.
         contexts: reads and writes prefixes that travel.
+        records: which tokens were kept, of requests that somebody wants to see explained.
 
     Attributes:
-        cache, prefixes, contexts: see above.
+        cache, prefixes, contexts, records: see above.
     """
 
     def __init__(
@@ -73,10 +75,12 @@ class HeadPageRuntime:
         unclean: UncleanBlocks,
         timer: AttentionTimer | None,
         contexts: ContextPages,
+        records: KeptRecords,
     ) -> None:
         self.cache = cache
         self.prefixes = prefixes
         self.contexts = contexts
+        self.records = records
         self._tracker = tracker
         self._rows = rows
         self._batcher = batcher

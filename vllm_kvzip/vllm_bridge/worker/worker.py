@@ -135,6 +135,16 @@ class HeadPageWorker(WorkerBase):
         """For ``collective_rpc``: see :meth:`WorkerPrefixes.cached`."""
         return [] if self._kvzip is None else self._kvzip.prefixes.cached()
 
+    def kvzip_record_kept(self, request_id: str) -> None:
+        """For ``collective_rpc``: see :meth:`KeptRecords.want`."""
+        if self._kvzip is not None:
+            self._kvzip.records.want(request_id)
+
+    @torch.inference_mode()
+    def kvzip_kept(self, request_id: str) -> dict[str, Any] | None:
+        """For ``collective_rpc``: see :meth:`KeptRecords.take`."""
+        return None if self._kvzip is None else self._kvzip.records.take(request_id)
+
     @torch.inference_mode()
     def kvzip_read_context(self, serial: int) -> dict[str, torch.Tensor] | None:
         """For ``collective_rpc``: see :meth:`ContextPages.read`."""
