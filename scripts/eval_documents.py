@@ -7,7 +7,8 @@
 Facts such as "The gate code of the mill is 4821." are hidden in running text. Each is asked for,
 some in pairs, and some that are not there though their words are. The script starts a server that
 compresses and then one of stock vLLM. With ``--url`` both ways are asked of the same server, the
-second one with ``"kvzip": "off"``. All questions are asked at once.
+second one with ``"kvzip": "off"``; it then finds blocks of the first reading in the cache. All
+questions are asked at once.
 """
 
 from __future__ import annotations
@@ -108,14 +109,19 @@ def _server(args: argparse.Namespace, model: str | None, is_compressed: bool) ->
 
 
 def _table(found: dict[str, dict[str, Any]]) -> str:
-    rows: dict[str, list[str]] = {}
-    for way in found.values():
-        for name, value in way.items():
-            rows.setdefault(name, []).append(value if isinstance(value, str) else f"{value:,.4g}")
-    width = max(map(len, rows))
+    names = dict.fromkeys(name for figures in found.values() for name in figures)
+    width = max(map(len, names))
     lines = [f"| {'':<{width}} | {' | '.join(found)} |", "|---|" + "---|" * len(found)]
-    lines += [f"| {name:<{width}} | {' | '.join(values)} |" for name, values in rows.items()]
+    for name in names:
+        cells = [_cell(figures.get(name, "")) for figures in found.values()]
+        lines.append(f"| {name:<{width}} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _cell(value: str | float) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _parser() -> argparse.ArgumentParser:

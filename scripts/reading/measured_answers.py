@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from reading.hidden_facts import is_right
 from vllm_kvzip.client import Document, Reader
+from vllm_kvzip.client.asking.budget import Calls
+from vllm_kvzip.client.asking.drafting import AskedPart, draft, look_up
+from vllm_kvzip.client.asking.verification import verify
+from vllm_kvzip.client.statistics import Tally
+from vllm_kvzip.client.together import all_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from reading.hidden_facts import AskedFacts, HiddenFacts
-    from vllm_kvzip.client import Answer, Claim, ContextLibrary
+    from vllm_kvzip.client import Answer, ContextLibrary
     from vllm_kvzip.client.asking.drafting import Quoting
+    from vllm_kvzip.client.library import Reading
 
 COMPUTED = 'source="local_compute"'
+ANSWER_TOKENS, REVISIONS, UNBOUNDED = 64, 2, 10**9
 
 
 def measure(
@@ -55,8 +61,8 @@ def measure(
     found |= plain.figures("")
     if verifies:
         found |= _round(reader, hidden, verify=True).figures("verified: ")
-        unquoted = Reader(library, [reading], quoting="none")
-        found |= _verdicts(_ask(unquoted, [*hidden.single, *hidden.absent], verify=True))
+        asked = [*hidden.single, *hidden.absent]
+        found |= library.run(_judged(library, reading, asked))
     return found
 
 
@@ -135,32 +141,43 @@ def _wrong(asked: Sequence[AskedFacts], answers: Sequence[Answer]) -> int:
     )
 
 
-def _verdicts(answered: Sequence[tuple[AskedFacts, Answer]]) -> dict[str, str]:
-    """What verification alone does with the drafts of all parts, none of them looked up."""
-    counts: Counter[tuple[bool, str]] = Counter()
-    for asked, answer in answered:
-        for claim in [*answer.claims, *answer.rejected]:
-            counts[_says(asked, claim.draft or claim.text), _fate(asked, claim)] += 1
-    wrong = sum(count for (was_right, _), count in counts.items() if not was_right)
-    right = sum(count for (was_right, _), count in counts.items() if was_right)
-    removed = counts[False, "removed"] + counts[False, "set right"]
+async def _judged(
+    library: ContextLibrary, reading: Reading, asked: Sequence[AskedFacts]
+) -> dict[str, str]:
+    """What looking claims up, and verification alone, each do with the drafts of all parts."""
+    server = library.library.server
+    calls = Calls(server, await Tally.start(server), UNBOUNDED)
+    parts = [AskedPart(number, part) for number, part in enumerate(reading.parts)]
+
+    async def judge(one: AskedFacts, part: AskedPart) -> list[tuple[bool, bool, bool, bool]]:
+        """For each claim: is it right; do both ways keep it; is it right after verification."""
+        judged = []
+        for claim in await draft(calls, part, one.text, "none", ANSWER_TOKENS):
+            is_quoted = look_up(part, one.text, claim.text, "strict").verdict == "quoted"
+            checked = await verify(calls, part, claim, "none", REVISIONS)
+            is_kept = checked.verdict != "rejected" and not checked.draft
+            is_set_right = bool(checked.draft) and _says(one, checked.text)
+            judged.append((_says(one, claim.text), is_quoted, is_kept, is_set_right))
+        return judged
+
+    found = await all_of(judge(one, part) for one in asked for part in parts)
+    claims = [claim for claims in found for claim in claims]
+    right, wrong = [c for c in claims if c[0]], [c for c in claims if not c[0]]
     return {
-        "verification alone: wrong claims removed": f"{removed} / {wrong}",
-        "verification alone: of these set right": str(counts[False, "set right"]),
-        "verification alone: right claims removed": f"{counts[True, 'removed']} / {right}",
+        "drafts, wrong claims removed: looked up": _removed(wrong, 1),
+        "drafts, wrong claims removed: verified only": _removed(wrong, 2),
+        "drafts, of these set right": str(sum(claim[3] for claim in wrong)),
+        "drafts, right claims removed: looked up": _removed(right, 1),
+        "drafts, right claims removed: verified only": _removed(right, 2),
     }
+
+
+def _removed(claims: Sequence[tuple[bool, ...]], way: int) -> str:
+    return f"{sum(not claim[way] for claim in claims)} / {len(claims)}"
 
 
 def _says(asked: AskedFacts, text: str) -> bool:
     return bool(asked.codes) and all(code in text for code in asked.codes)
-
-
-def _fate(asked: AskedFacts, claim: Claim) -> str:
-    if claim.verdict == "rejected":
-        return "removed"
-    if claim.draft:
-        return "set right" if _says(asked, claim.text) else "kept"
-    return "kept"
 
 
 def _computed(library: ContextLibrary) -> float:
