@@ -210,6 +210,13 @@ def test_lasting_faults_end_in_one_sentence(server):
         library.read(OTHER)
 
 
+def test_a_server_without_the_plugin_is_told_apart(server):
+    with FaultyProxy(server.url) as proxy, ContextLibrary(proxy.url) as library:
+        proxy.path, proxy.faults = "/kvzip/contexts", [404]
+        with pytest.raises(ServerError, match="does not compress contexts; start it with"):
+            library.read(OTHER)
+
+
 def test_wishes_that_do_not_fit_are_refused_in_one_sentence(library):
     reading = library.read(MILL)
     with pytest.raises(QuestionError, match="The question takes"):
