@@ -74,7 +74,7 @@ def test_two_documents_are_read_once_and_the_second_question_reuses_them(server,
     readings = [library.read(MILL), library.read(OTHER)]
     assert [len(reading.parts) > 1 for reading in readings] == [True, False]
     assert all(part.compressed_tokens > 250 for r in readings for part in r.parts)
-    reader = Reader(library, readings, quoting="strict")
+    reader = Reader(library, readings, quoting="strict", answer_tokens=24)
     answer = reader.ask(QUESTION)
     first = computed(server) - before
     assert "4821" in answer.text
@@ -111,7 +111,9 @@ def test_another_process_finds_what_the_server_has_read(server, library):
 
 def test_verification_confirms_over_the_same_prefixes(server, library):
     before = computed(server)
-    answer = Reader(library, [library.read(MILL)], quoting="strict").ask(QUESTION, verify=True)
+    answer = Reader(library, [library.read(MILL)], quoting="strict", answer_tokens=24).ask(
+        QUESTION, verify=True
+    )
     assert [claim.verdict for claim in answer.claims] == ["confirmed"]
     assert answer.statistics.calls > len(library.read(MILL).parts)
     assert answer.statistics.reused_tokens >= 0.85 * answer.statistics.prompt_tokens
@@ -128,7 +130,7 @@ def test_a_single_part_takes_a_single_call(library):
 
 def test_contexts_that_are_gone_are_read_again_or_come_from_files_and_are_counted(server, library):
     reading = library.read(MILL)
-    reader = Reader(library, [reading], quoting="strict")
+    reader = Reader(library, [reading], quoting="strict", answer_tokens=24)
     with ContextLibrary(server.url, part_tokens=PART_TOKENS, keep_files=True) as keeper:
         kept = keeper.read(OTHER)
         server.post("/reset_prefix_cache")  # as a restart, or others, would make them go
@@ -178,7 +180,7 @@ def test_passing_faults_are_tried_again_and_counted(server, faults, retries):
         FaultyProxy(server.url) as proxy,
         ContextLibrary(proxy.url, part_tokens=PART_TOKENS, retries=QUICK) as library,
     ):
-        reader = Reader(library, [library.read(OTHER)])
+        reader = Reader(library, [library.read(OTHER)], quoting="none", answer_tokens=4)
         proxy.faults = list(faults)
         assert reader.ask(QUESTION).statistics.retries == retries
         assert proxy.faults == []
@@ -191,7 +193,7 @@ def test_lasting_faults_end_in_one_sentence(server):
             part_tokens=PART_TOKENS,
             retries=Retries(most=2, first_pause_seconds=0.01, timeout_seconds=1),
         ) as library:
-            reader = Reader(library, [library.read(OTHER)])
+            reader = Reader(library, [library.read(OTHER)], quoting="none", answer_tokens=4)
             proxy.faults = [503] * 3
             with pytest.raises(ServerError, match=r"^\S+ answered HTTP 503 3 times: busy$"):
                 reader.ask(QUESTION)
@@ -245,7 +247,9 @@ def test_wishes_that_do_not_fit_are_refused_in_one_sentence(library):
 def test_a_document_in_another_script_and_one_that_is_too_short_to_compress(library):
     sentence = "契約は一九九二年に東京で署名された。"
     document = Document("東京", "昨日は雨が降っていました。" * 9 + sentence)
-    answer = Reader(library, [library.read(document)]).ask("契約はどこで署名されましたか")
+    answer = Reader(library, [library.read(document)], answer_tokens=16).ask(
+        "契約はどこで署名されましたか"
+    )
     assert all(document.text[q.start : q.end] == q.text for q in answer.quotes)
     short = library.read(Document("short", FACT))
     assert short.parts[0].left_alone
