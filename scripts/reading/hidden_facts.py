@@ -68,7 +68,8 @@ def hide_facts(
         raise ConfigError(f"--facts and --absent can be 1 to {len(things)} together.")
     order = rng.permutation(len(things))
     codes = rng.choice(range(1000, 10000), len(things), replace=False)
-    facts = [Fact(*things[n], str(codes[n])) for n in order[: num_facts + num_absent]]
+    drawn = order[: num_facts + num_absent].tolist()
+    facts = [Fact(things[n][0], things[n][1], str(codes[n])) for n in drawn]
     hidden, absent = facts[:num_facts], facts[num_facts:]
     paragraphs = _paragraphs(count_tokens, num_tokens)
     if len(paragraphs) <= num_facts:
