@@ -336,9 +336,9 @@ def all_checks(device: str, *, small: bool, num_processes: int = 1) -> Iterator[
     kinds += [tier_checks, sink_and_cap_checks]
     kinds += [eight_bit_checks] if can_read_eight_bits(device) else []
     parts = [(kind, head_dim) for head_dim in reversed(HEAD_DIMS) for kind in reversed(kinds)]
-    if small:  # in the interpreter two sizes are enough of what takes long
+    if small:  # in the interpreter one size is enough of what takes long
         long = (table_checks, tier_checks, eight_bit_checks, sink_and_cap_checks)
-        parts = [part for part in parts if part[1] in (64, 128) or part[0] not in long]
+        parts = [part for part in parts if part[1] == 64 or part[0] not in long]
     if num_processes == 1:
         for kind, head_dim in parts:
             yield from kind(device, head_dim, small=small)
