@@ -168,7 +168,7 @@ class AsyncContextLibrary:
             slots = asyncio.Semaphore(READS_AT_ONCE)
             done = 0
 
-            async def read_one(part: Part) -> ReadPart:
+            async def _read_one(part: Part) -> ReadPart:
                 nonlocal done
                 async with slots:
                     found = await self._read_part(document, part)
@@ -177,7 +177,7 @@ class AsyncContextLibrary:
                 return found
 
             self._on_progress(document.name, 0, len(parts))
-            reading = Reading(document, await all_of(map(read_one, parts)))
+            reading = Reading(document, await all_of(map(_read_one, parts)))
             self._readings[document.digest] = reading
             return reading
 
@@ -194,11 +194,11 @@ class AsyncContextLibrary:
         }
         slots = asyncio.Semaphore(READS_AT_ONCE)
 
-        async def read_one(part: ReadPart) -> None:
+        async def _read_one(part: ReadPart) -> None:
             async with slots:
                 await self._load(part.document, part.part)
 
-        await all_of(map(read_one, lost.values()))
+        await all_of(map(_read_one, lost.values()))
         self.counts.parts_read_again += len(lost)
         return len(lost)
 
