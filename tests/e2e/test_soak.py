@@ -17,7 +17,7 @@ RIGHT_NORMS = '{"compilation_config": {"custom_ops": ["none"]}}'  # docs/limits.
 SHORT_STEPS = ("--max-num-batched-tokens", "128")
 RUNS = {  # requests, seed, flags
     "evict": (120, 3),
-    "prefill budget": (150, 3, "--prefill-budget", "192"),
+    "prefill budget": (220, 8, "--prefill-budget", "192", "--pool-blocks", "25", *PRIORITY),
     "mixed": (120, 3, "--mode", "mixed"),
     "quantize, priority": (120, 3, "--mode", "quantize", *PRIORITY),
     "sliding windows": (200, 8, "--model", WINDOWED, "--pool-blocks", "38", *SHORT_STEPS),
