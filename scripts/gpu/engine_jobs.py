@@ -27,7 +27,7 @@ OFFLOADING = {
     "kv_connector_extra_config": {"cpu_bytes_to_use": 2**30, "offload_prompt_only": False},
 }  # fmt: skip
 CACHE_BYTES = 2 * 2**30  # named, so that engines that share a card do not measure each other
-GRAPHS = {"backend": "eager"}  # CUDA graphs without Inductor, whose workers fill a machine's memory
+GRAPHS = {"backend": "eager"}  # CUDA graphs without Inductor, so that many engines start together
 SETTINGS = {"scorer": "keydiff", "budget": "adaptive", "min_prompt_tokens": 64}
 
 
