@@ -5,6 +5,7 @@ import pytest
 from engine_job import Request, run_job
 
 from vllm_kvzip.evaluation.tasks.retrieval_task import make_context, question_prompt
+from vllm_kvzip.planning.prefix_seed import checksum, prefix_seed
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -126,6 +127,10 @@ def test_how_a_prompt_is_cut_does_not_matter_and_its_context_is_shared():
     shared = run_job(requests, kvzip=budget, **room)
     assert shared.metrics["vllm_kvzip_prefix_hits_total"] == len(keys) - 1
     assert shared.cached_tokens[1:] == [1600] * (len(keys) - 1)
+    by_boundary = {found["compressed_tokens"]: found["id"] for found in shared.listed_prefixes}
+    assert len(by_boundary) > 2  # rounds before its end can be started from, too
+    for boundary, listed in by_boundary.items():
+        assert listed == checksum(prefix_seed(context.tokens.tolist(), boundary))
     alone = run_job(
         requests,
         kvzip=budget,

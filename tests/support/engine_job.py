@@ -97,6 +97,7 @@ class Report:
         scribbled_blocks: blocks that the action ``scribble`` wrote to.
         pages_per_head: head pages of a KV head in a block; 0 without compression.
         told: by request, what the plugin told its client; None where it told nothing.
+        listed_prefixes: compressed prefixes in the cache at the end, as the endpoint lists them.
     """
 
     outputs: list[list[int]]
@@ -122,6 +123,7 @@ class Report:
     batches_in_flight: int
     pages_per_head: int
     told: list[dict[str, Any] | None]
+    listed_prefixes: list[dict[str, Any]]
 
 
 def run_job(
@@ -251,8 +253,8 @@ def execute(job: dict[str, Any]) -> Report:
             assert llm.reset_prefix_cache()
         elif action == "sleep":
             time.sleep(0.5)
-            (listed,) = llm.collective_rpc("kvzip_contexts")
-            idle.append([len(manager.prefixes), len(listed)])
+            (cached,) = llm.collective_rpc("kvzip_contexts")
+            idle.append([len(manager.prefixes), len(cached)])
         elif action == "scribble":
             scribbled.append(watch.scribble())
         for number, request in enumerate(requests):
@@ -318,6 +320,7 @@ def execute(job: dict[str, Any]) -> Report:
         classes["runner"] = type(runner).__module__
         if runtime := getattr(driver.worker, "_kvzip", None):
             classes["batcher"] = type(runtime._batcher).__name__
+    listed = llm.collective_rpc("kvzip_contexts")[0] if hasattr(manager, "prefixes") else []
     metrics = {}
     for metric in REGISTRY.collect():
         for sample in metric.samples:
@@ -339,6 +342,7 @@ def execute(job: dict[str, Any]) -> Report:
         samples=[[found[index] for index in sorted(found)] for found in samples],
         finish_reasons=finish_reasons,
         told=told,
+        listed_prefixes=listed,
         texts=texts,
         prompt_logprobs=prompt_logprobs,
         computed_tokens=computed,

@@ -22,6 +22,7 @@ class StepPrefixes:
         reserved: request that crosses in this step -> its run, kept or not.
         left_alone: requests whose compression failed; nothing of them is compressed any more.
         repeats: request -> how many chunks of its context the model repeats before this step.
+        seeds: kept request that was compressed before -> the seed of all tokens of its prefix.
     """
 
     kept: dict[str, int] = field(default_factory=dict)
@@ -30,6 +31,7 @@ class StepPrefixes:
     reserved: dict[str, int] = field(default_factory=dict)
     left_alone: list[str] = field(default_factory=list)
     repeats: dict[str, int] = field(default_factory=dict)
+    seeds: dict[str, int] = field(default_factory=dict)
 
 
 _NOTHING = StepPrefixes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm_kvzip.planning.prefix_seed import prefix_seed
 from vllm_kvzip.vllm_bridge.contexts.source import RunSource
 from vllm_kvzip.vllm_bridge.step_message import StepPrefixes
 
@@ -37,7 +38,7 @@ def publish_step(
     Returns:
         None when there is nothing to tell.
     """
-    kept, hits, reserved = {}, {}, {}
+    kept, hits, reserved, seeds = {}, {}, {}, {}
     for row in rows:
         request_id = row.request.request_id
         if row.has_hit and row.run is not None:
@@ -48,8 +49,12 @@ def publish_step(
             unconfirmed.add(run, row.request)
             if run.prefix_hash and prefixes.add(run):
                 kept[request_id] = run.serial
+                if run.plan.start_blocks:  # the worker knows the seed of the first one
+                    tokens = row.request.all_token_ids
+                    seeds[request_id] = prefix_seed(tokens, run.plan.boundary_tokens)
                 if prefixes.keeps_tokens:
                     run.source = RunSource.of(row.request, run.plan.boundary_tokens)
         row.has_hit = row.has_crossed = False
-    news = kept, hits, prefixes.take_dropped(), reserved, unconfirmed.take_left_alone(), repeats
+    dropped, left_alone = prefixes.take_dropped(), unconfirmed.take_left_alone()
+    news = kept, hits, dropped, reserved, left_alone, repeats, seeds
     return StepPrefixes(*news) if any(news) else None

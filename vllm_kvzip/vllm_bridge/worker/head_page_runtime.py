@@ -125,6 +125,7 @@ class HeadPageRuntime:
         for request in self._tracker.crossing(output):
             request.kept_as = message.kept.get(request.request_id)
             request.serial = message.reserved.get(request.request_id)
+            request.kept_seed = message.seeds.get(request.request_id, request.seed)
             self._complete.append(request)
 
     def attach_outcomes(self, result: Any) -> Any:

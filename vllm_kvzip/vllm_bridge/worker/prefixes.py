@@ -46,7 +46,7 @@ class WorkerPrefixes:
         """A request's prefix has been compressed by that plan."""
         self.states[request.request_id] = PrefixState(prefix, plan)
         if request.kept_as is not None:
-            self._runs[request.kept_as] = KeptRun(prefix, plan, request.seed)
+            self._runs[request.kept_as] = KeptRun(prefix, plan, request.kept_seed)
             self._uses.starts(request.request_id, request.kept_as)
 
     def keep(self, serial: int, run: KeptRun) -> None:

@@ -42,6 +42,7 @@ class TrackedRequest:
             stay in them that the scheduler has freed since.
         kept_as: serial of the run that later requests may start from, once it is compressed.
         serial: of that run, whether or not it is kept.
+        kept_seed: of all tokens of that run, by which it is listed.
     """
 
     request_id: str
@@ -57,6 +58,7 @@ class TrackedRequest:
     reserve_start: int = field(default=0)
     kept_as: int | None = None
     serial: int | None = None
+    kept_seed: int = 0
     token_ids: Sequence[int] = ()
     rows_of_others: dict[int, list[int]] = field(default_factory=dict)
 
