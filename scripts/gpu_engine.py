@@ -304,7 +304,14 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--output-dir", type=Path, help="takes gpu_engines.json and another")
     parser.add_argument("--job", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    engines = {} if args.part == "throughput" else jobs(small=args.small)
+    loads = [] if args.part == "engines" or args.small else LOADS
+    args.has_engines = bool(chosen_jobs(engines, args.only))
+    args.loads = [load for load in loads if re.search(args.only, load)]
+    if not (args.job or args.has_engines or args.loads):
+        parser.error(f"--only {args.only} matches none of: {'; '.join([*engines, *loads])}")
+    return args
 
 
 def ask_engines(folder: Path, args: argparse.Namespace) -> list[str]:
@@ -341,12 +348,10 @@ def main() -> int:
             layout.mkdir()
             path = [installed_layout(layout), os.environ.get("PYTHONPATH", "")]
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-        if args.part != "throughput":
+        if args.has_engines:
             faults += ask_engines(folder, args)
-        if args.part != "engines" and not args.small:
-            measured = {
-                load: throughput(folder, load) for load in LOADS if re.search(args.only, load)
-            }
+        if args.loads:
+            measured = {load: throughput(folder, load) for load in args.loads}
             save(args, "gpu_throughput", measured)
             faults += [f"{load}: not measured" for load in measured if "failed" in measured[load]]
     print(versions(), flush=True)
