@@ -42,15 +42,24 @@ OTHER = Document("other.txt", prose(28, 32))
 SHORT = Document("short.md", f"{FACT}\n\n{prose(31, 32)}")
 
 
-@pytest.fixture(scope="module")
-def server(real_model, tmp_path_factory):
-    settings = {"keep_ratio": 0.3, "contexts_dir": str(tmp_path_factory.mktemp("contexts"))}
-    with LocalServer(
-        real_model, "--kv-compression", "kvzip", "--kv-compression-config", json.dumps(settings),
+def serve(model, folder):
+    settings = {"keep_ratio": 0.3, "contexts_dir": str(folder)}
+    return LocalServer(
+        model, "--kv-compression", "kvzip", "--kv-compression-config", json.dumps(settings),
         "--enable-prompt-tokens-details", "--enable-per-request-metrics",
         "--max-model-len", "1024", "--num-gpu-blocks-override", str(NUM_BLOCKS),
         environment={"VLLM_PLUGINS": "kvzip", "VLLM_SERVER_DEV_MODE": "1"},
-    ) as running:  # fmt: skip
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("contexts")
+
+
+@pytest.fixture(scope="module")
+def server(real_model, folder):
+    with serve(real_model, folder) as running:
         yield running
 
 
@@ -133,7 +142,7 @@ def test_contexts_that_are_gone_are_read_again_or_come_from_files_and_are_counte
     reader = Reader(library, [reading], quoting="strict", answer_tokens=24)
     with ContextLibrary(server.url, part_tokens=PART_TOKENS, keep_files=True) as keeper:
         kept = keeper.read(OTHER)
-        server.post("/reset_prefix_cache")  # as a restart, or others, would make them go
+        server.post("/reset_prefix_cache")  # as requests of others would make them go
         answer = reader.ask(QUESTION)
         assert "4821" in answer.text
         assert answer.statistics.parts_read_again == len(reading.parts)
@@ -270,7 +279,40 @@ def test_the_command_reads_files_and_compares(server, tmp_path, capsys):
     without = told["without_compression"]
     assert told["reading"]["blocks_held"] < 0.5 * without["reading"]["blocks_held"]
     assert without["answers"][0]["statistics"]["calls"] == told["documents"][0]["parts"]
-    assert main([*asked, "--verify"]) == 0
+    pages = tmp_path / "pages"
+    assert main([*asked, "--verify", "--report", str(pages)]) == 0
     shown = capsys.readouterr().out
     assert FACT in shown
     assert "MiB saved (estimated)" in shown
+    assert f"Pages that show what is kept, with the whole text: 1, in {pages}" in shown
+    (page,) = pages.iterdir()
+    assert page.name == "1-short.md-1.html"
+    assert "short.md, part 1 of 1" in page.read_text(encoding="utf-8")
+    (pages / "file").touch()
+    assert main([*asked, "--report", str(pages / "file")]) == 1
+    assert "File exists" in capsys.readouterr().err
+
+
+def test_a_restart_of_the_server_is_survived(server, real_model, folder):
+    """The last test of this file: it stops the server of the others."""
+    with (
+        FaultyProxy(server.url) as proxy,
+        ContextLibrary(proxy.url, part_tokens=PART_TOKENS) as library,
+        ContextLibrary(proxy.url, part_tokens=PART_TOKENS, keep_files=True) as keeper,
+    ):
+        mill, other = library.read(MILL), keeper.read(OTHER)
+        asking = Reader(library, [mill], quoting="strict", answer_tokens=24)
+        before = asking.ask(QUESTION)
+        server.stop()
+        with serve(real_model, folder) as restarted:
+            proxy.target = restarted.url
+            assert computed(restarted) == 0
+            answer = asking.ask(QUESTION)
+            assert "4821" in answer.text
+            assert answer.quotes == before.quotes
+            assert answer.statistics.parts_read_again == len(mill.parts)
+            assert asking.ask(QUESTION).statistics.parts_read_again == 0
+            read = computed(restarted)
+            assert keeper.run(keeper.library.refresh([other])) == len(other.parts) == 1
+            assert keeper.counts.parts_imported == 1
+            assert computed(restarted) == read

@@ -20,6 +20,7 @@ class FaultyProxy:
 
     Attributes:
         url: of the proxy.
+        target: URL of the server; may change.
         faults: taken one by one by the requests of ``path``: an HTTP status, ``DROP``, or seconds
             to wait as a float before the request is handed on.
         path: end of the paths that fail.
@@ -27,6 +28,7 @@ class FaultyProxy:
     """
 
     def __init__(self, target: str) -> None:
+        self.target = target
         self.faults: list[int | float | str] = []
         self.path = "/chat/completions"
         self.seen: list[str] = []
@@ -58,7 +60,7 @@ class FaultyProxy:
                     self._send(fault, b'{"error": {"message": "busy"}}', {"Retry-After": "0.1"})
                     return
                 headers = {"Content-Type": "application/json"}
-                request = urllib.request.Request(target + self.path, body, headers)
+                request = urllib.request.Request(proxy.target + self.path, body, headers)
                 try:
                     with urllib.request.urlopen(request, timeout=120) as answer:
                         self._send(answer.status, answer.read(), dict(answer.headers))

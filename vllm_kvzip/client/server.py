@@ -137,10 +137,12 @@ class Server:
 
     async def compress(self, messages: list[Message], keep_ratio: float | None) -> dict[str, Any]:
         """Compress a context, and learn what to send with a question."""
-        body: dict[str, Any] = {"model": (await self.facts()).model, "messages": messages}
-        if keep_ratio is not None:
-            body["keep_ratio"] = keep_ratio
-        return await self._post("/kvzip/contexts", body)
+        return await self._post("/kvzip/contexts", await self._context(messages, keep_ratio))
+
+    async def explain(self, messages: list[Message], keep_ratio: float | None) -> dict[str, Any]:
+        """Compress a context once more, and learn which of its tokens each KV head keeps."""
+        body = await self._context(messages, keep_ratio)
+        return await self._post("/kvzip/contexts/explain", body)
 
     async def contexts(self) -> list[dict[str, Any]]:
         """Compressed contexts that are cached now."""
@@ -208,6 +210,12 @@ class Server:
         """The server's ``/metrics`` as it is."""
         url = f"{self.url}/metrics"
         return str(await self._retried(lambda: self._client.get(url, cast_to=str)))
+
+    async def _context(self, messages: list[Message], keep_ratio: float | None) -> dict[str, Any]:
+        body: dict[str, Any] = {"model": (await self.facts()).model, "messages": messages}
+        if keep_ratio is not None:
+            body["keep_ratio"] = keep_ratio
+        return body
 
     async def _model(self) -> tuple[str, int]:
         listed = (await self._get("/models"))["data"]

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvzip.command.server_calls import KEY_VARIABLE, add_server
@@ -27,8 +28,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         prog: how the program is called.
 
     Returns:
-        0, also when the files do not say it; 1 when a file cannot be read, or the server refuses
-        or does not answer; 130 when the user stopped it.
+        0, also when the files do not say it; 1 when a file cannot be read or a page not written,
+        or the server refuses or does not answer; 130 when the user stopped it.
     """
     args = _parser(prog).parse_args(argv)
     name = prog or "read"
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     try:
         with Progress(shown=not args.json and sys.stderr.isatty()) as progress:
             told = _ask(args, progress)
-    except ClientError as error:
+    except (ClientError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -59,6 +60,8 @@ def _ask(args: argparse.Namespace, progress: Any) -> dict[str, Any]:
     """What ``--json`` prints: documents, answers, and how it was without compression."""
     from vllm_kvzip.client import read_document
 
+    if args.report is not None:
+        args.report.mkdir(parents=True, exist_ok=True)
     documents = [read_document(file) for file in args.files]
     told = _run(args, documents, progress, compress=True)
     if args.compare:
@@ -90,6 +93,11 @@ def _run(
             progress.ask(number, len(args.question), question)
             answers.append(reader.ask(question, verify=args.verify))
         parts = [part for reading in readings for part in reading.parts]
+        pages = []
+        if args.report is not None and compress:
+            from vllm_kvzip.command.part_pages import write_pages
+
+            pages = write_pages(library, readings, args.report, args.keep_ratio, progress.explain)
         return {
             "documents": [
                 {"name": r.document.name, "sha256": r.document.digest, "parts": len(r.parts)}
@@ -105,6 +113,7 @@ def _run(
                 "blocks_before": sum(part.blocks_before for part in parts),
             },
             "answers": [answer.as_dict() for answer in answers],
+            "pages": pages,
         }
 
 
@@ -124,6 +133,9 @@ def in_words(told: dict[str, Any]) -> str:
         lines += [f"    {claim['verdict']}: {_verdict(claim)}" for claim in verdicts]
         lines += [f"    note: {note}" for note in answer["notes"]]
         lines.append(f"    {_cost(answer['statistics'], len(answer['rejected']))}")
+    if told["pages"]:
+        count, folder = len(told["pages"]), Path(told["pages"][0]).parent
+        lines += ["", f"Pages that show what is kept, with the whole text: {count}, in {folder}"]
     if "without_compression" in told:
         lines += ["", *_comparison(told, told["without_compression"])]
     return "\n".join(lines)
@@ -214,6 +226,13 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
         default="asked",
         help="what a claim needs: a passage with its words (strict, for small models), or a "
         "sentence that the model copies (asked, the default), or nothing",
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FOLDER",
+        help="write a page for each part, which shows what is kept of it; the part is compressed "
+        "once more for it",
     )
     parser.add_argument("--part-tokens", type=int, help="of a part; default: what the server holds")
     parser.add_argument("--keep-ratio", type=float, help="kept / all KV pairs; default: its own")

@@ -54,6 +54,10 @@ class Progress:
         """A question is asked now."""
         self._show("ask", f"ask {question[:LONGEST]}", number, count)
 
+    def explain(self, number: int, count: int, title: str) -> None:
+        """A page about a part is made now."""
+        self._show("explain", f"explain {title[:LONGEST]}", number, count)
+
     def _show(self, key: str, text: str, done: int, count: int) -> None:
         if key not in self._tasks:
             self._tasks[key] = self._bars.add_task(text, total=count)
