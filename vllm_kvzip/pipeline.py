@@ -10,7 +10,7 @@ import torch
 from vllm_kvzip.budgeting.allocation import PageAllocator
 from vllm_kvzip.budgeting.candidates import Candidates, of_kept, with_earlier
 from vllm_kvzip.budgeting.dense_layers import with_dense_layers
-from vllm_kvzip.budgeting.selection import check_budgets, rank, take
+from vllm_kvzip.budgeting.selection import check_budgets, first_and_last, rank, rank_protected, take
 from vllm_kvzip.budgeting.tiered_rounds import TieredCandidates, choose, mark_sinks
 from vllm_kvzip.clocks import HostClock, Stopwatch
 from vllm_kvzip.core import (
@@ -187,7 +187,11 @@ class Compressor:
                 elif earlier is not None:
                     available = earlier.pages + sources.shape[2]
                     sources, scores = with_earlier(earlier, sources, scores, geometry.page_tokens)
-                ranking = rank(scores, plan.num_sink_tokens, plan.num_recent_tokens)
+                ends = plan.num_sink_tokens, plan.num_recent_tokens
+                if earlier is None:
+                    ranking = rank(scores, *ends)
+                else:
+                    ranking = rank_protected(scores, first_and_last(scores, *ends))
                 if plan.quality_loss is not None:
                     assert self._quality is not None
                     plan = fitted = self._quality.fit(ranking, plan)

@@ -187,12 +187,13 @@ def test_a_profile_of_another_shape_is_refused():
         compressor(None, "profile", head_fractions=lambda _: [[0.5]], head_importance=[[0.5]])
 
 
+@pytest.mark.parametrize("recent", [2, 10])  # 10: more than a round's new tokens
 @pytest.mark.parametrize("budget", get_args(Budget))
-def test_what_was_kept_competes_with_what_is_new(budget):
+def test_what_was_kept_competes_with_what_is_new(budget, recent):
     """Two rounds and a last compression, against a loop that ranks single pairs by head."""
     torch.manual_seed(5)
     fractions = [[1.0, 0.1], [0.2, 0.3], [0.9, 0.5]] if budget in BY_HEAD else None
-    rule = PrefixRule(0.25, 0, sink_tokens=2, recent_tokens=2, block_size=4, prefill_blocks=4)
+    rule = PrefixRule(0.25, 0, sink_tokens=2, recent_tokens=recent, block_size=4, prefill_blocks=4)
     pages, codec = empty_pages(), shuffled_codec()
     store = store_of(pages, codec)
     press, _ = compressor(
@@ -223,7 +224,7 @@ def test_what_was_kept_competes_with_what_is_new(budget):
         start = 0
         for (layer, head), positions in kept.items():
             candidates = positions + list(range(span.start, span.stop))
-            protected = {0, 1, span.stop - 2, span.stop - 1}
+            protected = {0, 1, *candidates[-recent:]}
             count = int(prefix.pages[layer, head]) * 4
             ranked = sorted(
                 candidates, key=lambda t: (t not in protected, -norms[layer, head, t].item(), t)

@@ -51,16 +51,18 @@ def score_of(plain, head, candidates):
     return {t: (plain[head][t] - mean).norm().item() + 0.01 * t for t in candidates}
 
 
+@pytest.mark.parametrize("recent", [2, 10])  # 10: more than a round's new tokens
 @pytest.mark.parametrize("budget", ["adaptive", "uniform"])
-def test_all_that_competes_is_scored_at_once(budget):
+def test_all_that_competes_is_scored_at_once(budget, recent):
     """Pads read page 0, which holds NaN here."""
     torch.manual_seed(5)
     pages = torch.full((64 * LAYERS * HEADS, 2 * BLOCK * DIM), float("nan"))
     store = PackedPages(pages, PageCodec.identity(BLOCK, DIM), BLOCK, DIM)
     scorer = FromTheMean(None)
     scorer.seen, record = [], KeptPositions()
+    rule = replace(RULE, recent_tokens=recent)
     press = Compressor(
-        geometry=GEOMETRY, pool=POOL, store=store, rule=RULE, scorer=scorer, budget=budget,
+        geometry=GEOMETRY, pool=POOL, store=store, rule=rule, scorer=scorer, budget=budget,
         rotary=[ROTARY] * LAYERS,
     )  # fmt: skip
     plain = torch.randn(LAYERS, HEADS, TOKENS, DIM)
@@ -68,7 +70,7 @@ def test_all_that_competes_is_scored_at_once(budget):
     keys = ROTARY._turn(plain, ROTARY.cos[:TOKENS], ROTARY.sin[:TOKENS])
     kept = {(layer, head): [] for layer in range(LAYERS) for head in range(HEADS)}
     free, prefix, done, rounds = list(range(1, 64)), None, None, 0
-    while (plan := RULE.next_plan(9, done=done)).boundary_tokens <= TOKENS:
+    while (plan := rule.next_plan(9, done=done)).boundary_tokens <= TOKENS:
         dense = [free.pop(0) for _ in range(plan.num_prefix_blocks - plan.start_blocks)]
         span = slice(plan.start_blocks * BLOCK, plan.boundary_tokens)
         for layer in range(LAYERS):
@@ -88,7 +90,7 @@ def test_all_that_competes_is_scored_at_once(budget):
         for (layer, head), positions in kept.items():
             candidates = positions + list(range(span.start, span.stop))
             scores = score_of(plain[layer], head, candidates)
-            protected = {0, 1, span.stop - 2, span.stop - 1}
+            protected = {0, 1, *candidates[-recent:]}
             count = int(prefix.pages[layer, head]) * BLOCK
             ranked = sorted(candidates, key=lambda t: (t not in protected, -scores[t]))
             positions[:] = sorted(ranked[:count])

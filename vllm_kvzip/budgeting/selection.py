@@ -56,6 +56,22 @@ def rank(scores: torch.Tensor, num_sinks: int, num_recent: int) -> Ranking:
     return Ranking(order, protect(scores, num_sinks, num_recent).gather(2, order))
 
 
+def first_and_last(scores: torch.Tensor, num_sinks: int, num_recent: int) -> torch.Tensor:
+    """The first and last tokens of each head, bool ``[L, H, T]``, for :func:`rank_protected`.
+
+    What an earlier round kept has pads behind it, and its last tokens may be among the last ones.
+
+    Args:
+        scores: float32 ``[L, H, T]``, minus infinity for pads.
+        num_sinks, num_recent: protected tokens at either end.
+    """
+    real = scores > float("-inf")
+    from_end = real.flip(-1).cumsum(-1).flip(-1)
+    protected = from_end <= num_recent
+    protected[:, :, :num_sinks] = True
+    return protected & real
+
+
 def rank_protected(scores: torch.Tensor, protected: torch.Tensor) -> Ranking:
     """As :func:`rank`, where the protected tokens of each head are told.
 
