@@ -3,6 +3,7 @@
 import gc
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from cache_manager import build_cache
@@ -12,10 +13,12 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.request import Request
 
 from vllm_kvzip.config import KVzipConfig
+from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.metrics import EVICTION_REASONS
 from vllm_kvzip.planning.reuse_rule import ReuseRule
 from vllm_kvzip.vllm_bridge.scheduler.idle_expiry import IdleExpiry
 from vllm_kvzip.vllm_bridge.scheduler.prefix_cache import CompressedPrefixCache
+from vllm_kvzip.vllm_bridge.scheduler.scheduler import introduce_requests
 from vllm_kvzip.vllm_bridge.settings import Settings
 from vllm_kvzip.vllm_bridge.worker.prefixes import UseTimes
 
@@ -301,3 +304,10 @@ def test_a_worker_lists_what_is_not_over():
     uses.starts("b", 1)
     assert not uses.is_over(1)
     assert not UseTimes(None).is_over(1)
+
+
+def test_hashes_of_parts_of_blocks_are_refused(tmp_path):
+    engine = Engine(tmp_path)
+    engine.cache.block_pool.hash_block_size = BLOCK // 2
+    with pytest.raises(UnsupportedError, match="hashes 8 tokens at once beside blocks of 16"):
+        introduce_requests(engine.cache, SimpleNamespace(group_id=0))

@@ -24,6 +24,7 @@ from copy import copy
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
+from vllm_kvzip.errors import UnsupportedError
 from vllm_kvzip.planning.request_options import LEFT_ALONE, has_options
 from vllm_kvzip.vllm_bridge.compressed_group import CompressedGroup, block_bytes
 from vllm_kvzip.vllm_bridge.connectors.raw_rows import show_raw_rows
@@ -79,10 +80,21 @@ def introduce_requests(cache: KVCacheManager, group: CompressedGroup) -> HeadPag
 
     Returns:
         that manager.
+
+    Raises:
+        UnsupportedError: if vLLM hashes parts of blocks: we find prefixes by whole ones.
     """
     coordinator = cache.coordinator
     manager = coordinator.single_type_managers[group.group_id]
     assert isinstance(manager, HeadPageManager)
+    hashed = cache.block_pool.hash_block_size
+    largest = max(one.block_size for one in coordinator.single_type_managers)
+    if cache.block_pool.enable_caching and hashed < largest:
+        raise UnsupportedError(
+            f"KV compression does not support a prefix cache that hashes {hashed} tokens at once "
+            f"beside blocks of {largest} tokens; remove --prefix-match-unit if you set it, else "
+            f"add --no-enable-prefix-caching."
+        )
 
     def wrap(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
