@@ -24,6 +24,19 @@ class RequestError(KVzipError):
     """A request asks for something that cannot be; the client gets the message."""
 
 
+class LeftAloneError(RequestError):
+    """A context cannot be compressed, and is used as it is.
+
+    Args:
+        message: one sentence.
+        reason: one of ``metrics.SKIP_REASONS``.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class ContextFileError(KVzipError):
     """A context cannot be written to a file, or a file cannot be used."""
 

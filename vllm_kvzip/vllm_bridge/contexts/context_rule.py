@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from vllm_kvzip.errors import RequestError
+from vllm_kvzip.errors import LeftAloneError, RequestError
 from vllm_kvzip.planning.request_options import RequestOptions
 from vllm_kvzip.vllm_bridge.drafts import rule_with_drafts
 from vllm_kvzip.vllm_bridge.settings import Settings, cache_shape
@@ -30,7 +30,9 @@ def plan_context(
         keep_ratio: its own; None: the server's.
 
     Raises:
-        RequestError: if nothing can be kept, in one sentence for the client.
+        LeftAloneError: if it is too short to be compressed, would free nothing, or does not fit
+            together with its compressed form.
+        RequestError: if the server keeps no contexts, or the context is too long.
     """
     cache, model = vllm_config.cache_config, vllm_config.model_config
     if not cache.enable_prefix_caching:
@@ -50,23 +52,24 @@ def plan_context(
     options = RequestOptions(context_tokens=num_tokens, keep_ratio=keep_ratio)
     plan = rule.plan(num_tokens, options)
     if plan is None:
-        raise RequestError(_left_alone(rule, num_tokens, options))
+        raise _left_alone(rule, num_tokens, options)
     return plan
 
 
-def _left_alone(rule: PrefixRule, num_tokens: int, options: RequestOptions) -> str:
-    reason = rule.skip_reason(num_tokens, options)
+def _left_alone(rule: PrefixRule, num_tokens: int, options: RequestOptions) -> LeftAloneError:
+    reason = rule.skip_reason(num_tokens, options) or "nothing_to_free"
+    sentence = (
+        f"Nothing would be freed: keep_ratio {rule.wanted_ratio(options)} of the context's "
+        f"{num_tokens} tokens needs as many blocks as they have."
+    )
     if reason == "no_room":
-        return (
+        sentence = (
             f"The context has {num_tokens} tokens, which fit into the KV cache of "
             f"{rule.pool_blocks} blocks, but not together with their compressed form."
         )
     if reason == "below_min_prompt_tokens":
-        return (
+        sentence = (
             f"The context has {num_tokens} tokens and is left alone: min_prompt_tokens is "
             f"{rule.min_prompt_tokens}, and a block holds {rule.block_size} tokens."
         )
-    return (
-        f"Nothing would be freed: keep_ratio {rule.wanted_ratio(options)} of the context's "
-        f"{num_tokens} tokens needs as many blocks as they have."
-    )
+    return LeftAloneError(sentence, reason)

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import State
 
 from vllm_kvzip.core import PrefixPlan
-from vllm_kvzip.errors import RequestError
+from vllm_kvzip.errors import LeftAloneError, RequestError
 from vllm_kvzip.metrics import FAILURES
 from vllm_kvzip.planning.chat_contexts import common_prefix, continuations
 from vllm_kvzip.planning.prefix_seed import checksum, prefix_seed
@@ -48,6 +48,8 @@ from vllm_kvzip.vllm_bridge.symbols import (
     validate_json_request,
     with_cancellation,
 )
+
+LEFT_ALONE = "kvzip_left_alone"
 
 
 class ContextRequest(BaseModel):
@@ -209,9 +211,17 @@ async def _asked(body: ContextRequest, raw_request: Request) -> _Asked | JSONRes
     prompt = await _render(handler, body)
     try:
         plan = plan_context(engine.vllm_config, len(prompt["prompt_token_ids"]), body.keep_ratio)
+    except LeftAloneError as error:
+        return _left_alone(error)
     except RequestError as error:
         raise VLLMValidationError(str(error)) from error
     return _Asked(engine, settings, body.keep_ratio, prompt, plan, lora_request)
+
+
+def _left_alone(error: LeftAloneError) -> JSONResponse:
+    """A refusal by whose ``type`` a client sees that it can use the context as it is."""
+    told = {"message": str(error), "type": LEFT_ALONE, "param": error.reason, "code": 400}
+    return JSONResponse({"error": told}, status_code=400)
 
 
 async def _compress(
