@@ -105,7 +105,8 @@ def test_two_documents_are_read_once_and_the_second_question_reuses_them(server,
     assert told.sources["first_token_seconds"] == "answers"
     counts = library.counts
     read = counts.parts_read
-    assert library.read(Document("a copy", MILL.text)).parts == readings[0].parts
+    copy = library.read(Document("a copy", MILL.text))
+    assert [part.part for part in copy.parts] == [part.part for part in readings[0].parts]
     assert counts.parts_read == read
 
 
@@ -143,9 +144,10 @@ def test_contexts_that_are_gone_are_read_again_or_come_from_files_and_are_counte
     with ContextLibrary(server.url, part_tokens=PART_TOKENS, keep_files=True) as keeper:
         kept = keeper.read(OTHER)
         server.post("/reset_prefix_cache")  # as requests of others would make them go
-        answer = reader.ask(QUESTION)
-        assert "4821" in answer.text
-        assert answer.statistics.parts_read_again == len(reading.parts)
+        answers = reader.ask_all([QUESTION, ABSENT])
+        assert "4821" in answers[0].text
+        again = [answer.statistics.parts_read_again for answer in answers]
+        assert sum(again) == len(reading.parts)
         before = computed(server)
         assert keeper.run(keeper.library.refresh([kept])) == len(kept.parts) == 1
         assert keeper.counts.parts_imported == keeper.counts.parts_read_again == 1
@@ -288,9 +290,15 @@ def test_the_command_reads_files_and_compares(server, tmp_path, capsys):
     (page,) = pages.iterdir()
     assert page.name == "1-short.md-1.html"
     assert "short.md, part 1 of 1" in page.read_text(encoding="utf-8")
-    (pages / "file").touch()
-    assert main([*asked, "--report", str(pages / "file")]) == 1
+    (tmp_path / "file").touch()
+    assert main([*asked, "--report", str(tmp_path / "file")]) == 1
     assert "File exists" in capsys.readouterr().err
+    page.unlink()
+    page.mkdir()  # so it cannot be written, but the answers are there
+    assert main([*asked, "--report", str(pages)]) == 1
+    shown = capsys.readouterr()
+    assert FACT in shown.out
+    assert "Is a directory" in shown.err
 
 
 def test_a_restart_of_the_server_is_survived(server, real_model, folder):

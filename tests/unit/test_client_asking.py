@@ -1,60 +1,16 @@
 """Drafts are looked up, checked and merged; the answers of the model are given here."""
 
 import asyncio
-from types import SimpleNamespace
 
 import pytest
+from given_answers import FILLER, QUESTION, RIGHT, TEXT, Model, asked, calls_of, reply
 
-from vllm_kvzip.client import Document
-from vllm_kvzip.client.asking.answers import Claim
-from vllm_kvzip.client.asking.budget import Calls
-from vllm_kvzip.client.asking.drafting import AskedPart, draft, look_up
-from vllm_kvzip.client.asking.merging import MergeLimits, grouped, merge, most_telling
+from vllm_kvzip.client.asking.drafting import NO_CALL, draft, look_up
+from vllm_kvzip.client.asking.merging import most_telling
 from vllm_kvzip.client.asking.prompts import says_not_found, split_question
 from vllm_kvzip.client.asking.verification import assertion, verify
 from vllm_kvzip.client.errors import BudgetError
-from vllm_kvzip.client.library import ReadPart
-from vllm_kvzip.client.server import Reply
-from vllm_kvzip.client.text.parts import Part
 from vllm_kvzip.client.text.quotes import PassageIndex
-
-FILLER = "The river rose all night and nobody in the town slept. "
-TEXT = (
-    f"{FILLER * 3}The gate code of the old mill is 4821. {FILLER}The licence number of the sugar "
-    f"refinery is 7730. {FILLER * 2}Maria Rossi signed the treaty in Turin. {FILLER}"
-)
-QUESTION = "What is the gate code of the old mill?"
-RIGHT = "The gate code of the old mill is 4821."
-
-
-def asked(text=TEXT, number=0, start=0):
-    document = Document("a document", " " * start + text)
-    part = Part(number, start, start + len(text), text, 100)
-    return AskedPart(number, ReadPart(document, part, {}, "id", 96, 3, 1))
-
-
-def reply(text, is_whole=True, cached=96):
-    return Reply(text, is_whole, 100, 5, cached, 0.1, None, None)
-
-
-class Model:
-    """Says what it is given, one after the other; remembers what it was asked."""
-
-    def __init__(self, *texts):
-        self.texts = list(texts)
-        self.prompts = []
-        self.openings = []
-
-    async def chat(self, messages, *, max_tokens, send, opening=None):
-        self.prompts.append(messages[0]["content"])
-        self.openings.append(opening)
-        text = self.texts.pop(0)
-        return text if isinstance(text, Reply) else reply(text)
-
-
-def calls_of(model, most=100):
-    tally = SimpleNamespace(replies=[], parts_read_again=0)
-    return Calls(model, tally, most), tally
 
 
 def drafted(*texts, quoting="strict", question=QUESTION, part=None):
@@ -136,9 +92,66 @@ def test_a_paraphrase_counts_when_the_model_copies_a_sentence_that_stands_there(
     assert claim.verdict == "rejected"
 
 
-def test_a_copied_sentence_must_hold_the_claims_numbers():
-    (claim,), _ = drafted("Its gate opens with 9999.", RIGHT, quoting="asked")
+@pytest.mark.parametrize(
+    ("said", "copied"),
+    [
+        ("Its gate opens with 9999.", RIGHT),  # another number
+        ("It was John Miller who signed it.", "Maria Rossi signed the treaty in Turin."),
+        ("It was signed on a train.", FILLER),  # about something else
+        ("Nobody knows it.", "NOT FOUND"),
+    ],
+)
+def test_a_copied_sentence_must_be_about_the_claim(said, copied):
+    question = "Who signed the treaty of the old mill?"
+    (claim,), _ = drafted(said, copied, quoting="asked", question=question)
     assert claim.verdict == "rejected"
+
+
+def test_what_was_not_found_may_stand_in_the_text():
+    text = f"{FILLER}The wreck of the ship was not found until 1985. {FILLER}"
+    said = "The wreck of the ship was not found until 1985."
+    question = "When was the wreck of the ship found?"
+    for quoting in ("strict", "asked"):
+        (claim,), _ = drafted(said, quoting=quoting, question=question, part=asked(text))
+        assert claim.verdict == "quoted"
+    claims, _ = drafted("NOT FOUND.", part=asked(f"{FILLER}Error 404: not found. {FILLER}"))
+    assert claims == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("It was signed by Dr. Smith in 1902.", "It was signed by Dr. Smith in 1902."),
+        ("Jose\u0301 Nu\u0301n\u0303ez signed it.", "Jos\xe9 N\xfa\xf1ez signed it."),
+        ("It fell to -500 in spring.", "It fell to \u2212500 in spring."),
+    ],
+)  # fmt: skip
+def test_a_sentence_is_one_claim_however_it_is_written(text, said):
+    (claim,), _ = drafted(said, quoting="asked", question="Who, what?", part=asked(FILLER + text))
+    assert (claim.verdict, claim.quote.text) == ("quoted", text)
+
+
+def test_a_sign_makes_another_number_and_neighbours_do_not_lend_theirs():
+    index = PassageIndex(f"{FILLER}It fell to -500 in spring. {FILLER * 2}")
+    assert index.support("It fell to 500 in spring.").missing == ("500",)
+    old, new = RIGHT, "The gate code of the new mill is 7730."
+    index = PassageIndex(f"{FILLER * 3}{old} {new} {FILLER * 3}")
+    assert index.support(old).is_enough
+    assert index.support(new).is_enough
+    assert not index.support("The gate code of the old mill is 7730.").is_enough
+    assert not index.support("The gate code of the new mill is 4821.").is_enough
+
+
+def test_calls_for_quotes_leave_those_that_every_part_needs():
+    calls, tally = calls_of(Model("It is unknown.", "NOT FOUND", *["It is unknown."] * 2), 4, 3)
+
+    async def each():
+        return [await draft(calls, asked(number=n), QUESTION, "asked", 32) for n in range(3)]
+
+    found = [claim for claims in asyncio.run(each()) for claim in claims]
+    assert len(tally.replies) == 4
+    assert [claim.verdict for claim in found] == ["rejected"] * 3
+    assert [claim.reason for claim in found].count(NO_CALL) == 2
 
 
 def test_repeated_and_unfinished_sentences_are_dropped():
@@ -230,75 +243,6 @@ def test_an_answer_that_reused_less_than_the_context_had_it_read_again():
     for _ in range(3):
         asyncio.run(calls.about(asked().part, "x", 4))
     assert tally.parts_read_again == 1
-
-
-def claims_of(*texts, parts=None):
-    parts = parts or [asked(number=number) for number in range(len(texts))]
-    return [Claim(text, QUESTION, n, None, "quoted") for n, text in enumerate(texts)], parts
-
-
-def merged(texts, *said, limits=None, most=100):
-    model = Model(*said)
-    calls, _ = calls_of(model, most)
-    claims, _ = claims_of(*texts)
-    return asyncio.run(merge(calls, QUESTION, claims, limits or MergeLimits())), model
-
-
-def test_one_claim_needs_no_call_and_equal_ones_are_one():
-    found, model = merged([RIGHT, RIGHT.lower(), RIGHT])
-    assert ([claim.text for claim in found.claims], found.calls) == ([RIGHT], 0)
-    assert model.prompts == []
-    assert merged([])[0].claims == []
-
-
-def test_partial_answers_are_merged_and_keep_their_quotes():
-    texts = ["Rossi signed it.", "It was signed in 1902."]
-    found, model = merged(texts, "It was signed in 1902.")
-    assert [(claim.text, claim.part) for claim in found.claims] == [(texts[1], 1)]
-    assert (found.calls, found.depth) == (1, 1)
-    assert all(text in model.prompts[0] for text in texts)
-
-
-def test_a_merged_answer_that_says_something_else_is_dropped_visibly():
-    texts = ["Rossi signed it.", "It was signed in 1902."]
-    for said in ("It was signed in 1999.", "NOT FOUND"):
-        found, _ = merged(texts, said)
-        assert [claim.text for claim in found.claims] == texts
-        assert "did not keep to their notes" in found.notes[0]
-
-
-def test_merging_goes_on_until_one_call_holds_all():
-    names = ["Anna", "Boris", "Clara", "David", "Edith", "Frank", "Greta", "Hanna"]
-    texts = [f"{name} signed it." for name in names]
-    pairs = [f"{texts[n]} {texts[n + 1]}".replace("it. ", "it, and ") for n in range(0, 8, 2)]
-    fours = [f"{pairs[0][:-1]}, and {pairs[1]}", f"{pairs[2][:-1]}, and {pairs[3]}"]
-    whole = f"{fours[0][:-1]}, and {fours[1]}"
-    found, _ = merged(texts, *pairs, *fours, whole, limits=MergeLimits(fan_in=2))
-    assert found.notes == []
-    assert (found.calls, found.depth) == (7, 3)
-    assert [claim.text for claim in found.claims] == [whole]
-
-
-def test_merging_stops_at_its_depth_and_at_the_budget_and_says_so():
-    texts = [f"Person{n} signed it." for n in range(4)]
-    found, _ = merged(texts, *texts[::2], limits=MergeLimits(fan_in=2, most_depth=1))
-    assert found.depth == 1
-    assert "After 1 merges 2 partial answers are left" in found.notes[0]
-    found, _ = merged(texts, most=0)
-    assert [claim.text for claim in found.claims] == texts
-    assert "The budget of 0 calls is used up." in found.notes[0]
-
-
-def test_groups_keep_to_both_limits():
-    claims, _ = claims_of(*["x" * 10] * 7)
-    assert [len(group) for group in grouped(claims, MergeLimits(fan_in=3))] == [3, 3, 1]
-    assert [len(group) for group in grouped(claims, MergeLimits(most_characters=20))] == [
-        2,
-        2,
-        2,
-        1,
-    ]
-    assert [len(group) for group in grouped(claims, MergeLimits(most_characters=1))] == [1] * 7
 
 
 def test_of_true_claims_those_stay_that_answer_the_question_best():

@@ -3,6 +3,7 @@
 import asyncio
 import sys
 
+import pypdf
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,6 +57,15 @@ def test_html_is_what_a_browser_shows(tmp_path):
     )
 
 
+def test_cells_of_a_table_stand_apart_and_a_head_may_be_open(tmp_path):
+    page = (
+        b"<!doctype html><html><head><title>T</title><body><h1>Head</h1><table>"
+        b"<tr><th>Year</th><th>Code</th></tr><tr><td>2019</td><td>4821</td></tr></table>"
+    )
+    text = read_document(file(tmp_path, "page.html", page)).text
+    assert text == "Head\n\nYear | Code\n\n2019 | 4821"
+
+
 def test_pdf_pages_have_numbers(tmp_path):
     path = file(tmp_path, "a.pdf", pdf(["The first page.", "The code is 4821."]))
     document = read_document(path)
@@ -63,6 +73,15 @@ def test_pdf_pages_have_numbers(tmp_path):
     assert document.page(0) == 1
     assert document.page(document.text.index("4821")) == 2
     assert Document("a", "b").page(0) is None
+
+
+def test_half_a_character_of_a_pdf_is_replaced_and_elsewhere_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(pypdf.PageObject, "extract_text", lambda page: "a \ud835 \ud835\udc00")
+    document = read_document(file(tmp_path, "a.pdf", pdf(["x"])))
+    assert document.text == "a \ufffd \U0001d400"
+    assert document.digest
+    with pytest.raises(DocumentError, match="holds half a character at 2"):
+        Document("a", "b \ud835")
 
 
 @pytest.mark.parametrize(
@@ -170,3 +189,20 @@ def test_sentences_of_any_script():
     text = "One. Two 3.5 is\nit! 東京です。はい\n\nTitle\n\n***"
     found = [text[begin:end] for begin, end in sentences(text)]
     assert found == ["One.", "Two 3.5 is\nit!", "東京です。", "はい", "Title"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The treaty was signed by Dr. Smith.|He left.",
+        "It stands at No. 12.|It is old.",
+        "He said no.|Then he left.",
+        "By J. R. Smith, e.g. of the U.S. Army.|Then more.",
+        "1. Put it in.|Then take it out.",
+        "It was 1902.|The king came.",
+        "See pp. 4 and Fig. 3.|The end.",
+    ],
+)
+def test_the_full_stop_of_an_abbreviation_ends_no_sentence(text):
+    plain = text.replace("|", " ")
+    assert [plain[begin:end] for begin, end in sentences(plain)] == text.split("|")

@@ -25,7 +25,7 @@ def scripted():
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             status, body = answers.pop(0) if len(answers) > 1 else answers[0]
-            data = json.dumps(body).encode()
+            data = body if isinstance(body, bytes) else json.dumps(body).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
@@ -70,7 +70,7 @@ def test_what_does_not_pass_is_not_tried_again(scripted, status):
     answers += [(status, {"error": {"message": "Because."}}), (200, {})]
     with pytest.raises(ServerError, match=rf"answered HTTP {status}: Because\.$") as refused:
         ask(url)
-    assert refused.value.status == status
+    assert (refused.value.status, refused.value.kind) == (status, "")
     assert len(answers) == 1
 
 
@@ -94,7 +94,10 @@ def test_pauses_grow_up_to_a_limit_and_follow_the_server():
         assert 0.75 * due <= retries.pause_seconds(1, told) <= due
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "nothing", "http://"])
+@pytest.mark.parametrize(
+    "url",
+    ["localhost:8000", "ftp://host", "nothing", "http://", "http://host:port", "http://[::1"],
+)
 def test_a_url_that_is_none_is_refused(url):
     with pytest.raises(ServerError, match="is not the URL of a server"):
         Server(url)
@@ -112,6 +115,34 @@ def test_a_server_that_is_not_vllm_gets_a_sentence(scripted, tmp_path, capsys):
     assert "does not tell max_model_len; is it a vLLM server?" in said
     assert main(["read", str(file), "--question", "?", "--server", url, "--model", "b"]) == 1
     assert "has no model b; it has model." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("listed", "sentence"),
+    [
+        ([], "does not answer /models as a vLLM server does"),
+        ({"data": []}, "lists no model"),
+        ({"models": 1}, "lists no model"),
+        (b"{", "is no JSON"),
+        (b"<html></html>", "is no JSON"),
+    ],
+)
+def test_what_no_vllm_server_answers_gets_a_sentence(scripted, listed, sentence):
+    url, answers = scripted
+    answers.append((200, listed))
+    with pytest.raises(ServerError, match=sentence):
+        asyncio.run(Server(url).facts())
+
+
+def test_the_type_of_an_error_is_told_and_an_adapter_is_as_long_as_its_model(scripted):
+    url, answers = scripted
+    answers.append((400, {"error": {"message": "Because.", "type": "kind"}}))
+    with pytest.raises(ServerError) as refused:
+        ask(url)
+    assert refused.value.kind == "kind"
+    model = {"id": "model", "max_model_len": 99}
+    answers[:] = [(200, {"data": [model, {"id": "adapter", "parent": "model"}]})]
+    assert asyncio.run(Server(url, model="adapter")._model()) == ("adapter", 99)
 
 
 @pytest.mark.parametrize(

@@ -134,12 +134,22 @@ def test_contexts_are_exported_imported_and_listed(capsys, server, monkeypatch):
     ]
 
 
+def test_a_server_without_a_folder_lists_what_is_cached(capsys, server):
+    Server.answers += [(200, {"contexts": [FILE]}), (400, {"error": {"message": "No folder."}})]
+    assert command.main(["contexts", "list", "--server", server]) == 0
+    shown = capsys.readouterr().out
+    assert "0a1b2c3d     |     1024 |        8" in shown
+    assert "No folder." in shown
+
+
 def test_what_a_server_refuses_is_one_line(capsys, server):
     Server.answers += [(400, {"error": {"message": "There is no room."}})]
     Server.answers += [(404, {"error": {"message": "Not Found"}})]
     arguments = ["contexts", "import", "report", "--server"]
-    sentences = ["There is no room.", "start the server with VLLM_PLUGINS=kvzip.", "does not ans"]
-    for url, sentence in zip((server, server, "http://127.0.0.1:9"), sentences, strict=True):
+    sentences = ["There is no room.", "start the server with VLLM_PLUGINS=kvzip."]
+    sentences += ["does not answer"] * 3
+    urls = [server, server, "http://127.0.0.1:9", "http://localhost:port", "http://[::1"]
+    for url, sentence in zip(urls, sentences, strict=True):
         assert command.main([*arguments, url]) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("vllm-kvzip contexts: error: ")

@@ -27,8 +27,10 @@ class ServerError(ClientError):
     Args:
         message: one sentence.
         status: of HTTP; None where no answer came.
+        kind: ``type`` of the server's error; empty where it has none.
     """
 
-    def __init__(self, message: str, status: int | None = None) -> None:
+    def __init__(self, message: str, status: int | None = None, kind: str = "") -> None:
         super().__init__(message)
         self.status = status
+        self.kind = kind

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvzip.client.errors import DocumentError, ServerError
+from vllm_kvzip.client.errors import ClientError, DocumentError, ServerError
 from vllm_kvzip.client.text.documents import Document, read_document
 from vllm_kvzip.client.text.parts import PartLimits, split
 from vllm_kvzip.client.text.quotes import PassageIndex
@@ -27,6 +27,7 @@ ROOM_SHARE = 0.25  # of the server's limit, where that is less
 CACHE_SHARE = 0.5  # of the cache that one part may take; its compressed form is written beside it
 READS_AT_ONCE = 2
 LEAST_PART_TOKENS = 32
+LEFT_ALONE = "kvzip_left_alone"  # type of a server's error: the context can be used as it is
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,9 @@ class AsyncContextLibrary:
         keep_files: whether contexts are written to the server's ``contexts_dir``, and come back
             from there when the cache has lost them.
         on_progress: called with a document's name, parts read, and all its parts.
+
+    Raises:
+        ClientError: if the keep ratio is none.
     """
 
     def __init__(
@@ -118,6 +122,8 @@ class AsyncContextLibrary:
         keep_files: bool = False,
         on_progress: Callable[[str, int, int], None] | None = None,
     ) -> None:
+        if keep_ratio is not None and not 0 < keep_ratio <= 1:
+            raise ClientError(f"The keep ratio is {keep_ratio:g}; it must lie in (0, 1].")
         self.server = server
         self.counts = LibraryCounts()
         self._part_tokens = part_tokens
@@ -130,6 +136,8 @@ class AsyncContextLibrary:
         self._readings: dict[str, Reading] = {}
         self._document_locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._part_locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._refreshing = asyncio.Lock()
+        self._slots = asyncio.Semaphore(READS_AT_ONCE)
 
     async def limits(self) -> PartLimits:
         """How large parts may be on this server.
@@ -162,16 +170,14 @@ class AsyncContextLibrary:
             known = self._readings.get(document.digest)
             if known is not None:
                 self.counts.parts_found += len(known.parts)
-                return known
+                return Reading(document, [replace(p, document=document) for p in known.parts])
             limits = await self.limits()
             parts = await split(document.name, document.text, self.server.count_tokens, limits)
-            slots = asyncio.Semaphore(READS_AT_ONCE)
             done = 0
 
             async def _read_one(part: Part) -> ReadPart:
                 nonlocal done
-                async with slots:
-                    found = await self._read_part(document, part)
+                found = await self._read_part(document, part)
                 done += 1
                 self._on_progress(document.name, done, len(parts))
                 return found
@@ -185,20 +191,15 @@ class AsyncContextLibrary:
         """Read again what the server's cache has lost, and say how many parts that were."""
         if not self._compress:
             return 0
-        cached = {entry["id"] for entry in await self.server.contexts()}
-        lost = {
-            part.context_id: part
-            for reading in readings
-            for part in reading.parts
-            if part.context_id and part.context_id not in cached
-        }
-        slots = asyncio.Semaphore(READS_AT_ONCE)
-
-        async def _read_one(part: ReadPart) -> None:
-            async with slots:
-                await self._load(part.document, part.part)
-
-        await all_of(map(_read_one, lost.values()))
+        async with self._refreshing:  # whoever asks meanwhile finds what this reads
+            cached = {entry["id"] for entry in await self.server.contexts()}
+            lost = {
+                part.context_id: part
+                for reading in readings
+                for part in reading.parts
+                if part.context_id and part.context_id not in cached
+            }
+            await all_of(self._load(part.document, part.part) for part in lost.values())
         self.counts.parts_read_again += len(lost)
         return len(lost)
 
@@ -213,6 +214,10 @@ class AsyncContextLibrary:
         return replace(known, document=document, part=part)
 
     async def _load(self, document: Document, part: Part) -> ReadPart:
+        async with self._slots:
+            return await self._load_now(document, part)
+
+    async def _load_now(self, document: Document, part: Part) -> ReadPart:
         """Bring a part into the cache: from a file, or by reading it."""
         if not self._compress:
             return await self._read_plainly(document, part)
@@ -223,7 +228,7 @@ class AsyncContextLibrary:
             try:
                 told = await self.server.compress(messages, self._keep_ratio)
             except ServerError as error:
-                if error.status != 400:
+                if error.kind != LEFT_ALONE:
                     raise
                 plain = await self._read_plainly(document, part)
                 return replace(plain, left_alone=str(error))
@@ -259,6 +264,7 @@ class AsyncContextLibrary:
                 raise
             return None
         self.counts.parts_imported += not told.get("was_cached")
+        self.counts.parts_found += bool(told.get("was_cached"))
         return told
 
     async def _read_plainly(self, document: Document, part: Part) -> ReadPart:

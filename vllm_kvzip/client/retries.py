@@ -71,13 +71,16 @@ async def retried(
         except openai.APIStatusError as error:
             tries += 1
             if error.status_code not in PASSING or tries > retries.most:
-                raise ServerError(sentence(error, tries), error.status_code) from error
+                said, kind = sentence(error, tries), _kind(error.body)
+                raise ServerError(said, error.status_code, kind) from error
             failed: Exception = error
         except openai.APIConnectionError as error:  # timeouts too
             tries += 1
             if tries > retries.most:
                 raise ServerError(_no_answer(error, tries, retries)) from error
             failed = error
+        except (ValueError, openai.APIResponseValidationError) as error:
+            raise ServerError(f"The server answered with what is no JSON: {error}") from error
         on_retry()
         await asyncio.sleep(retries.pause_seconds(tries, failed))
 
@@ -87,6 +90,13 @@ def sentence(error: openai.APIStatusError, tries: int) -> str:
     said = _message(error.body) or error.response.text.strip()[:200] or error.response.reason_phrase
     often = f" {tries} times" if tries > 1 else ""
     return f"{error.request.url} answered HTTP {error.status_code}{often}: {said}"
+
+
+def _kind(body: Any) -> str:
+    """The type of an error of the OpenAI API, whose client takes it out of its envelope."""
+    if isinstance(body, dict):
+        return str(body.get("type") or _kind(body.get("error")))
+    return ""
 
 
 def _message(body: Any) -> str | None:

@@ -56,6 +56,8 @@ class Reply:
         cached_tokens: prompt tokens that needed no prefill; None: the server does not tell.
         first_token_seconds: from the first step of the request; None: the server does not tell.
         drafted, accepted: tokens of speculative decoding; None: the server does not tell.
+        is_thinking: whether its tokens were used up by the model's reasoning.
+        retries: how often it was asked for again.
     """
 
     text: str
@@ -66,6 +68,8 @@ class Reply:
     first_token_seconds: float | None
     drafted: int | None
     accepted: int | None
+    is_thinking: bool = False
+    retries: int = 0
 
 
 class Server:
@@ -183,6 +187,12 @@ class Server:
             messages = [*messages, {"role": "assistant", "content": opening}]
             body |= {"add_generation_prompt": False, "continue_final_message": True}
         model = (await self.facts()).model
+        retries = 0
+
+        def count() -> None:
+            nonlocal retries
+            retries += 1
+            self._count_retry()
 
         async def once() -> Any:
             async with self._slots:
@@ -194,7 +204,7 @@ class Server:
                     extra_body=body,
                 )
 
-        return _reply(await self._retried(once))
+        return _reply(await retried(once, self._retries, count), retries)
 
     async def metrics(self) -> dict[str, float]:
         """The server's ``/metrics``: name -> value, summed over labels."""
@@ -218,16 +228,22 @@ class Server:
         return body
 
     async def _model(self) -> tuple[str, int]:
-        listed = (await self._get("/models"))["data"]
+        listed = (await self._get("/models")).get("data")
+        if not listed:
+            raise ServerError(f"{self.url} lists no model; is it a vLLM server?")
         names = [one["id"] for one in listed]
         if self._asked_model is not None and self._asked_model not in names:
             raise ServerError(
                 f"{self.url} has no model {self._asked_model}; it has {', '.join(names)}."
             )
         chosen = next(one for one in listed if one["id"] == (self._asked_model or names[0]))
-        if chosen.get("max_model_len") is None:
+        longest = chosen.get("max_model_len")
+        if longest is None:  # a LoRA adapter, which is as long as its model
+            parents = [one for one in listed if one["id"] == chosen.get("parent")]
+            longest = parents[0].get("max_model_len") if parents else None
+        if longest is None:
             raise ServerError(f"{self.url} does not tell max_model_len; is it a vLLM server?")
-        return chosen["id"], int(chosen["max_model_len"])
+        return chosen["id"], int(longest)
 
     async def _refusal(self) -> str | None:
         try:
@@ -251,13 +267,18 @@ class Server:
         return next((n for n, is_same in enumerate(same) if not is_same), len(first))
 
     async def _get(self, path: str) -> dict[str, Any]:
-        found: dict[str, Any] = await self._retried(lambda: self._client.get(path, cast_to=object))
-        return found
+        return self._checked(
+            path, await self._retried(lambda: self._client.get(path, cast_to=object))
+        )
 
     async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = await self._retried(
-            lambda: self._client.post(path, body=body, cast_to=object)
+        return self._checked(
+            path, await self._retried(lambda: self._client.post(path, body=body, cast_to=object))
         )
+
+    def _checked(self, path: str, found: Any) -> dict[str, Any]:
+        if not isinstance(found, dict):
+            raise ServerError(f"{self.url} does not answer {path} as a vLLM server does.")
         return found
 
     async def _retried(self, call: Any) -> Any:
@@ -268,8 +289,12 @@ class Server:
 
 
 def _checked_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    try:
+        parts = urlsplit(url)
+        is_good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # no number for a port, a bracket that does not close
+        is_good = False
+    if not is_good:
         raise ServerError(f"{url!r} is not the URL of a server, such as http://localhost:8000.")
     return url.rstrip("/").removesuffix("/v1")
 
@@ -292,14 +317,17 @@ def _whole(text: str | None) -> int | None:
     return int(text) if text is not None and text.isdigit() else None
 
 
-def _reply(answer: Any) -> Reply:
+def _reply(answer: Any, retries: int) -> Reply:
     choice, usage = answer.choices[0], answer.usage
+    said = choice.message.content or ""
+    more = choice.message.model_extra or {}
+    reasoning = more.get("reasoning") or more.get("reasoning_content")
     details = usage.prompt_tokens_details
     metrics = (answer.model_extra or {}).get("metrics") or {}
     first_ms = metrics.get("time_to_first_token_ms")
     drafts = metrics.get("speculative_decoding") or {}
     return Reply(
-        text=choice.message.content or "",
+        text=said,
         is_whole=choice.finish_reason != "length",
         prompt_tokens=usage.prompt_tokens,
         output_tokens=usage.completion_tokens or 0,
@@ -307,4 +335,6 @@ def _reply(answer: Any) -> Reply:
         first_token_seconds=None if first_ms is None else first_ms / 1000,
         drafted=drafts.get("num_draft_tokens"),
         accepted=drafts.get("num_accepted_draft_tokens"),
+        is_thinking=not said.strip() and bool(reasoning) and choice.finish_reason == "length",
+        retries=retries,
     )

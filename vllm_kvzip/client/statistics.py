@@ -29,7 +29,7 @@ class Statistics:
 
     Attributes:
         calls: requests that the model answered.
-        retries: requests that were sent again.
+        retries: how often one of these calls was sent again.
         parts_read_again: parts whose context was gone from the cache.
         prompt_tokens: of all calls.
         reused_tokens: of these, that needed no prefill.
@@ -86,15 +86,12 @@ class Tally:
     replies: list[Reply] = field(default_factory=list)
     parts_read_again: int = 0
     _begin: float = field(default_factory=time.perf_counter)
-    _retries_before: int = 0
 
     @classmethod
     async def start(cls, server: Server) -> Tally:
         """Begin to count."""
         begin = time.perf_counter()
-        tally = cls(server, await server.metrics(), _begin=begin)
-        tally._retries_before = server.num_retries
-        return tally
+        return cls(server, await server.metrics(), _begin=begin)
 
     async def statistics(self, parts: Iterable[ReadPart]) -> Statistics:
         """What it was.
@@ -130,7 +127,7 @@ class Tally:
         blocks = _blocks(parts, facts)
         return Statistics(
             calls=len(replies),
-            retries=self.server.num_retries - self._retries_before,
+            retries=sum(reply.retries for reply in replies),
             parts_read_again=self.parts_read_again,
             prompt_tokens=prompt_tokens,
             reused_tokens=reused,

@@ -33,7 +33,11 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
 
 def _ask(args: argparse.Namespace) -> dict[str, Any]:
     if args.what == "list":
-        return {**call_server(args, ""), **call_server(args, "/files")}
+        told = call_server(args, "")
+        try:
+            return {**told, **call_server(args, "/files")}
+        except Refused as refusal:  # it has no folder
+            return {**told, "no_files": str(refusal)}
     if args.what == "import":
         return call_server(args, "/import", {"name": args.name})
     body = {"id": args.id, "name": args.name, "keep_ratio": args.keep_ratio}
@@ -64,6 +68,8 @@ def _cached(contexts: list[dict[str, Any]]) -> list[str]:
 
 
 def _files(told: dict[str, Any]) -> list[str]:
+    if "no_files" in told:
+        return [told["no_files"]]
     rows = [f"{'id':<12} | {'tokens':>8} | {'bytes':>12} | {'last used (UTC)':<16} | file"]
     for file in told["files"]:
         used = datetime.fromtimestamp(file["last_used"], UTC).strftime("%Y-%m-%d %H:%M")

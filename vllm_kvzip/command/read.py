@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         return 1
     try:
         with Progress(shown=not args.json and sys.stderr.isatty()) as progress:
-            told = _ask(args, progress)
+            told, failures = _ask(args, progress)
     except (ClientError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 1
@@ -53,26 +53,39 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         print(f"{name}: stopped; the server was told to drop its requests.", file=sys.stderr)
         return INTERRUPTED
     print(json.dumps(told, indent=2) if args.json else in_words(told))
-    return 0
+    for failure in failures:
+        print(f"{name}: error: {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
-def _ask(args: argparse.Namespace, progress: Any) -> dict[str, Any]:
-    """What ``--json`` prints: documents, answers, and how it was without compression."""
-    from vllm_kvzip.client import read_document
+def _ask(args: argparse.Namespace, progress: Any) -> tuple[dict[str, Any], list[str]]:
+    """What ``--json`` prints: documents, answers, pages, how it was without compression.
+
+    Returns:
+        it, and what failed when the answers were there, one sentence each.
+    """
+    from vllm_kvzip.client import ClientError, read_document
+
+    failures = []
 
     if args.report is not None:
         args.report.mkdir(parents=True, exist_ok=True)
     documents = [read_document(file) for file in args.files]
     told = _run(args, documents, progress, compress=True)
+    if (failed := told.pop("no_pages", None)) is not None:
+        failures.append(failed)
     if args.compare:
-        told["without_compression"] = _run(args, documents, progress, compress=False)
-    return told
+        try:
+            told["without_compression"] = _run(args, documents, progress, compress=False)
+        except ClientError as error:
+            failures.append(f"Without compression: {error}")
+    return told, failures
 
 
 def _run(
     args: argparse.Namespace, documents: Sequence[Any], progress: Any, *, compress: bool
 ) -> dict[str, Any]:
-    from vllm_kvzip.client import ContextLibrary, Reader
+    from vllm_kvzip.client import ClientError, ContextLibrary, Reader
 
     with ContextLibrary(
         args.server,
@@ -87,17 +100,28 @@ def _run(
         begin = time.perf_counter()
         readings = [library.read(document) for document in documents]
         seconds = time.perf_counter() - begin
-        reader = Reader(library, readings, quoting=args.quoting, most_calls=args.most_calls)
+        reader = Reader(
+            library,
+            readings,
+            quoting=args.quoting,
+            answer_tokens=args.answer_tokens,
+            most_calls=args.most_calls,
+        )
         answers = []
         for number, question in enumerate(args.question, 1):
             progress.ask(number, len(args.question), question)
             answers.append(reader.ask(question, verify=args.verify))
         parts = [part for reading in readings for part in reading.parts]
-        pages = []
+        pages: dict[str, Any] = {"pages": []}
         if args.report is not None and compress:
             from vllm_kvzip.command.part_pages import write_pages
 
-            pages = write_pages(library, readings, args.report, args.keep_ratio, progress.explain)
+            try:
+                pages["pages"] = write_pages(
+                    library, readings, args.report, args.keep_ratio, progress.explain
+                )
+            except (ClientError, OSError) as error:
+                pages["no_pages"] = str(error)
         return {
             "documents": [
                 {"name": r.document.name, "sha256": r.document.digest, "parts": len(r.parts)}
@@ -113,7 +137,7 @@ def _run(
                 "blocks_before": sum(part.blocks_before for part in parts),
             },
             "answers": [answer.as_dict() for answer in answers],
-            "pages": pages,
+            **pages,
         }
 
 
@@ -186,13 +210,17 @@ def _comparison(told: dict[str, Any], without: dict[str, Any]) -> list[str]:
         rows.append(f"{name:<34} | {of(told):>12{form}} | {of(without):>12{form}}")
 
     def total(what: str) -> Any:
-        return lambda run: sum(a["statistics"][what] or 0 for a in run["answers"])
+        return lambda run: sum(a["statistics"][what] for a in run["answers"])
+
+    def tells(run: dict[str, Any]) -> bool:
+        return all(a["statistics"]["read_tokens"] is not None for a in run["answers"])
 
     row("seconds to read", ".2f", lambda run: run["reading"]["seconds"])
     row("tokens read", "d", lambda run: run["reading"]["read_tokens"])
     row("KV blocks held by the documents", "d", lambda run: run["reading"]["blocks_held"])
     row("calls", "d", total("calls"))
-    row("prompt tokens computed by questions", "d", total("read_tokens"))
+    if tells(told) and tells(without):
+        row("prompt tokens computed by questions", "d", total("read_tokens"))
     row("seconds to answer", ".2f", total("seconds"))
     rows.append("")
     for with_it, without_it in zip(told["answers"], without["answers"], strict=True):
@@ -236,6 +264,12 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--part-tokens", type=int, help="of a part; default: what the server holds")
     parser.add_argument("--keep-ratio", type=float, help="kept / all KV pairs; default: its own")
+    parser.add_argument(
+        "--answer-tokens",
+        type=int,
+        default=64,
+        help="of a part's answer, reasoning included; default 64",
+    )
     parser.add_argument("--most-calls", type=int, default=500, help="of one question; default 500")
     parser.add_argument(
         "--keep-files", action="store_true", help="keep contexts in the server's contexts_dir too"

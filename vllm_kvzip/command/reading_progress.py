@@ -25,7 +25,7 @@ class Progress:
 
     def __init__(self, *, shown: bool) -> None:
         self._bars = Bars(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

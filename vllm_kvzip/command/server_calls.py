@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import urllib.error
@@ -51,7 +52,7 @@ def call_server(
             return answer
     except urllib.error.HTTPError as error:
         raise Refused(_sentence(error, url)) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise Refused(f"{url} does not answer ({reason}).") from error
 

@@ -53,6 +53,7 @@ class Claim:
         verdict: see :data:`Verdict`.
         reason: why it was rejected or is unverified, one sentence; else empty.
         draft: what it said before it was revised; else empty.
+        more_quotes: where the document says the rest, if it was merged out of several claims.
     """
 
     text: str
@@ -62,6 +63,7 @@ class Claim:
     verdict: Verdict
     reason: str = ""
     draft: str = ""
+    more_quotes: tuple[Quote, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ class Answer:
     @property
     def quotes(self) -> list[Quote]:
         """Passages behind the answer, each once, in order."""
-        return list(dict.fromkeys(claim.quote for claim in self.claims if claim.quote))
+        found = ((claim.quote, *claim.more_quotes) for claim in self.claims)
+        return list(dict.fromkeys(quote for quotes in found for quote in quotes if quote))
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -20,19 +20,28 @@ class Calls:
         server: to ask.
         tally: that counts what it answers.
         most: calls, in all.
+        drafts: of them, that are kept for the first question to each part.
 
     Attributes:
         left: calls.
     """
 
-    def __init__(self, server: Server, tally: Tally, most: int) -> None:
+    def __init__(self, server: Server, tally: Tally, most: int, drafts: int = 0) -> None:
         self.left = most
+        self._drafts = drafts
+        self._read_again: set[tuple[str, int]] = set()
         self._server = server
         self._tally = tally
         self._most = most
 
     async def about(
-        self, part: ReadPart, prompt: str, max_tokens: int, opening: str | None = None
+        self,
+        part: ReadPart,
+        prompt: str,
+        max_tokens: int,
+        opening: str | None = None,
+        *,
+        is_draft: bool = False,
     ) -> Reply:
         """The model's answer about a part, over its cached prefix.
 
@@ -41,14 +50,18 @@ class Calls:
             prompt: follows its text.
             max_tokens: of the answer.
             opening: first words of the answer, given.
+            is_draft: whether it is one of the calls that were kept for this.
 
         Raises:
             BudgetError: if no call is left.
         """
         messages = asked(part.part.text, prompt)
+        self._drafts -= is_draft
         reply = await self._ask(messages, max_tokens, part.send, opening)
         if reply.cached_tokens is not None and reply.cached_tokens < part.compressed_tokens:
-            self._tally.parts_read_again += 1
+            key = (part.document.digest, part.part.number)
+            self._tally.parts_read_again += key not in self._read_again
+            self._read_again.add(key)
         return reply
 
     async def plain(self, prompt: str, max_tokens: int) -> Reply:
@@ -59,7 +72,7 @@ class Calls:
         self, messages: list[dict[str, str]], max_tokens: int, send: dict[str, object],
         opening: str | None,
     ) -> Reply:  # fmt: skip
-        if self.left < 1:
+        if self.left - self._drafts < 1:
             raise BudgetError(f"The budget of {self._most} calls is used up.")
         self.left -= 1
         reply = await self._server.chat(messages, max_tokens=max_tokens, send=send, opening=opening)

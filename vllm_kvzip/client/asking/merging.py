@@ -7,13 +7,13 @@ answers, until one call holds all that is left.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from vllm_kvzip.client.asking.drafting import claims_of, question_share
-from vllm_kvzip.client.asking.prompts import merge_prompt, says_not_found
+from vllm_kvzip.client.asking.prompts import merge_prompt
 from vllm_kvzip.client.errors import BudgetError
-from vllm_kvzip.client.text.quotes import PassageIndex
 from vllm_kvzip.client.text.words import words
 from vllm_kvzip.client.together import all_of
 
@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 
 SAME = 1e-6
 MERGED_TOKENS = 192
-KEPT_SHARE = 0.75  # of a merged answer's telling words that its notes must hold
+KEPT_SHARE = 0.75  # of a merged clause's telling words that its note must hold
 TELLING_LETTERS = 4  # of a word that is not just "and" or "the"
+LEFT_OUT = "The merged answer leaves it out."
+_CLAUSE_END = re.compile(r"[,;:]\s+(?:and\s+)?|\s+and\s+")
+_WEAKEST = ("unverified", "unquoted", "quoted", "revised", "confirmed")
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,14 @@ class Merged:
 
     Attributes:
         claims: of the answer.
+        left_out: claims that merged answers do not repeat.
         calls: that merged.
         depth: merges behind each other.
         notes: what did not work, one sentence each.
     """
 
     claims: list[Claim]
+    left_out: list[Claim] = field(default_factory=list)
     calls: int = 0
     depth: int = 0
     notes: list[str] = field(default_factory=list)
@@ -106,8 +111,8 @@ async def merge(
 ) -> Merged:
     """One answer to one question.
 
-    Claims of the same words are one, and a single claim needs no call. A merged answer whose words
-    are not those of its notes is dropped, and the notes stand for themselves.
+    Claims of the same words are one, and a single claim needs no call. A merged answer that says
+    what no note says is dropped, and the notes stand for themselves.
 
     Args:
         calls: to make.
@@ -125,12 +130,11 @@ async def merge(
             break
         groups = grouped(merged.claims, limits)
         try:
-            results = await all_of(_merge_group(calls, question, group) for group in groups)
+            results = await all_of(_merge_group(calls, question, g, merged) for g in groups)
         except BudgetError as error:
             merged.notes.append(f"{error} Partial answers stand side by side.")
             break
         merged.depth += 1
-        merged.calls += sum(len(group) > 1 for group in groups)
         failed = sum(result is None for result in results)
         if failed:
             merged.notes.append(
@@ -138,7 +142,8 @@ async def merge(
                 f"stand side by side."
             )
             break
-        fewer = distinct([claim for result in results for claim in result or []])
+        fewer = distinct([claim for result in results if result for claim in result.claims])
+        merged.left_out += [claim for result in results if result for claim in result.left_out]
         if len(groups) == 1 or len(fewer) >= len(merged.claims):
             merged.claims = fewer
             break
@@ -158,33 +163,77 @@ def grouped(claims: Sequence[Claim], limits: MergeLimits) -> list[list[Claim]]:
     return groups
 
 
-async def _merge_group(calls: Calls, question: str, group: Sequence[Claim]) -> list[Claim] | None:
-    """Claims of a merged answer with the quotes of their notes; None: it says something else."""
+async def _merge_group(
+    calls: Calls, question: str, group: Sequence[Claim], merged: Merged
+) -> Merged | None:
+    """What is left of some claims; None: the model says something else."""
     if len(group) == 1:
-        return list(group)
-    notes = [claim.text for claim in group]
-    reply = await calls.plain(merge_prompt(question, notes), MERGED_TOKENS)
-    if says_not_found(reply.text):
-        return None
-    starts, text = [], ""
-    for note in notes:
-        starts.append(len(text))
-        text += note + "\n\n"
-    index, found = PassageIndex(text), []
+        return Merged(list(group))
+    reply = await calls.plain(merge_prompt(question, [one.text for one in group]), MERGED_TOKENS)
+    merged.calls += 1
+    notes = [{word.form for word in words(claim.text)} for claim in group]
+    found, used = [], set()
     for sentence in claims_of(reply):
-        support = index.support(sentence)
-        if support is None or not keeps_to(sentence, text):
+        sources = sources_of(sentence, notes)
+        if not sources:
             return None
-        source = max(n for n, start in enumerate(starts) if start <= support.start)
-        found.append(replace(group[source], text=sentence))
-    return found or None
+        used |= set(sources)
+        found.append(_made_of(sentence, [group[source] for source in sources]))
+    if not found:
+        return None
+    unused = [claim for number, claim in enumerate(group) if number not in used]
+    left_out = [replace(one, verdict="rejected", reason=LEFT_OUT) for one in unused]
+    return Merged(found, left_out)
 
 
-def keeps_to(sentence: str, notes: str) -> bool:
-    """Whether a sentence says what notes say: all its numbers, and most of its longer words."""
-    there = {word.form for word in words(notes)}
-    said = {word.form: word for word in words(sentence)}.values()
-    if any(word.is_number and word.form not in there for word in said):
-        return False
-    telling = [w.form for w in said if len(w.form) >= TELLING_LETTERS or not w.form.isascii()]
-    return sum(form in there for form in telling) >= KEPT_SHARE * len(telling)
+def sources_of(sentence: str, notes: Sequence[set[str]]) -> list[int]:
+    """Which notes say a sentence, by number; none: a clause of it is said by none.
+
+    One note says all of it, or each clause is said by one: "Anna was born in 1902, and Boris in
+    1910." A sentence whose clauses mix two notes has none.
+    """
+    whole = _source(sentence, notes)
+    if whole is not None:
+        return [whole]
+    clauses = [clause for clause in _CLAUSE_END.split(sentence) if words(clause)]
+    found = [_source(clause, notes) for clause in clauses]
+    if len(clauses) < 2 or None in found:
+        return []
+    return list(dict.fromkeys(source for source in found if source is not None))
+
+
+def _source(clause: str, notes: Sequence[set[str]]) -> int | None:
+    """Number of the first note that says a clause; notes are the forms of their words.
+
+    It has all numbers of the clause and most of its longer words, and other notes have none of
+    those that it lacks.
+    """
+    said = {word.form: word for word in words(clause)}.values()
+    telling = {
+        w.form
+        for w in said
+        if w.is_number or len(w.form) >= TELLING_LETTERS or not w.form.isascii()
+    }
+    numbers = {word.form for word in said if word.is_number}
+    everywhere = set[str]().union(*notes)
+    for number, note in enumerate(notes):
+        lacking = telling - note
+        if numbers & lacking or lacking & everywhere:
+            continue
+        if len(lacking) <= (1 - KEPT_SHARE) * len(telling):
+            return number
+    return None
+
+
+def _made_of(sentence: str, sources: Sequence[Claim]) -> Claim:
+    """A merged sentence with the quotes of its notes, no better checked than the worst of them."""
+    worst = min(sources, key=lambda claim: _WEAKEST.index(claim.verdict))
+    quotes = [q for c in sources for q in (c.quote, *c.more_quotes) if q is not None]
+    quotes = list(dict.fromkeys(quotes))
+    return replace(
+        worst,
+        text=sentence,
+        part=sources[0].part,
+        quote=quotes[0] if quotes else None,
+        more_quotes=tuple(quotes[1:]),
+    )

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 NOT_FOUND = "NOT FOUND"
 
 _NOT_FOUND = re.compile(r"\bnot\s+(?:be\s+)?found\b", re.IGNORECASE)
+_NOTHING_ELSE = re.compile(r"\W*not\s+found\W*", re.IGNORECASE)
 _QUESTION_END = re.compile(r"(?<=\?)\s+|(?<=\uff1f)\s*")
 
 
@@ -47,8 +48,16 @@ def merge_prompt(question: str, notes: Sequence[str]) -> str:
 
 
 def says_not_found(answer: str) -> bool:
-    """Whether a model says that the text does not say it."""
+    """Whether a model may say that the text does not say it.
+
+    "The wreck was not found until 1985." is another matter: whoever asks looks it up first.
+    """
     return not answer.strip() or _NOT_FOUND.search(answer) is not None
+
+
+def is_not_found(answer: str) -> bool:
+    """Whether a model says that the text does not say it, and nothing else."""
+    return not answer.strip() or _NOTHING_ELSE.fullmatch(answer) is not None
 
 
 def split_question(question: str) -> list[str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from vllm_kvzip.client.asking.answers import NOT_IN_DOCUMENT, Answer
 from vllm_kvzip.client.asking.budget import Calls
-from vllm_kvzip.client.asking.drafting import AskedPart, draft
+from vllm_kvzip.client.asking.drafting import NO_CALL, AskedPart, draft
 from vllm_kvzip.client.asking.merging import MergeLimits, merge, most_telling
 from vllm_kvzip.client.asking.prompts import answer_prompt, split_question
 from vllm_kvzip.client.asking.verification import verify
@@ -77,7 +77,8 @@ class AsyncReader:
         server = self._library.server
         tally = await Tally.start(server)
         tally.parts_read_again = await self._library.refresh(self._readings)
-        calls = Calls(server, tally, self._most_calls)
+        num_drafts = len(questions) * len(self._parts)
+        calls = Calls(server, tally, self._most_calls, num_drafts)
         drafts = await all_of(
             draft(calls, part, one, self._quoting, self._answer_tokens)
             for one in questions
@@ -94,11 +95,12 @@ class AsyncReader:
             rejected += others
             merged = await merge(calls, one, good, self._merge_limits)
             answer += merged.claims
+            rejected += merged.left_out
             notes += merged.notes
             merges, depth = merges + merged.calls, max(depth, merged.depth)
             if not good and len(questions) > 1:
                 notes.append(f"{NOT_IN_DOCUMENT}: {one}")
-        notes += self._other_notes(claims)
+        notes += self._other_notes(claims, tally)
         text = " ".join(dict.fromkeys(claim.text for claim in answer)) or NOT_IN_DOCUMENT
         return Answer(
             question, text, bool(answer), answer, rejected, merges, depth, notes,
@@ -111,8 +113,17 @@ class AsyncReader:
             for claim in claims
         )
 
-    def _other_notes(self, claims: Sequence[Claim]) -> list[str]:
+    def _other_notes(self, claims: Sequence[Claim], tally: Tally) -> list[str]:
         notes = []
+        unasked = sum(claim.reason == NO_CALL for claim in claims)
+        if unasked:
+            notes.append(f"{unasked} claims were rejected because no call was left to quote them.")
+        thinking = sum(reply.is_thinking for reply in tally.replies)
+        if thinking:
+            notes.append(
+                f"{thinking} calls ended before the model had said anything but its reasoning; "
+                f"raise answer_tokens, or switch its reasoning off."
+            )
         unverified = sum(claim.verdict == "unverified" for claim in claims)
         if unverified:
             notes.append(f"{unverified} claims could not be verified.")

@@ -63,10 +63,12 @@ async def _verify(
                 return claim  # what no passage says is not true because it was said twice
             return replace(claim, verdict="confirmed")
         candidates.append(_first_sentence(f"{opening} {reply.text.lstrip()}"))
+    has_asked = False
     for number in range(revisions):
         if number >= len(candidates):
-            if number > 1:
+            if has_asked:
                 break
+            has_asked = True
             reply = await calls.about(asked.part, quote_prompt(claim.question), REPEATED_TOKENS * 2)
             candidates += [s for s in claims_of(reply) if not says_not_found(s)][:1]
         if number >= len(candidates):

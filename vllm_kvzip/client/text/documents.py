@@ -35,6 +35,12 @@ class Document:
     def __post_init__(self) -> None:
         if not self.text.strip():
             raise DocumentError(f"{self.name} holds no text.")
+        try:
+            self.text.encode()
+        except UnicodeEncodeError as error:
+            raise DocumentError(
+                f"{self.name} holds half a character at {error.start}, which no encoding can write."
+            ) from error
 
     @cached_property
     def digest(self) -> str:

@@ -13,12 +13,13 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_UNSEEN = ("script", "style", "noscript", "template", "head")
+_UNSEEN = ("script", "style", "noscript", "template", "title")
 _BLOCKS = (
     "address", "article", "aside", "blockquote", "dd", "div", "dl", "dt", "figcaption", "figure",
     "footer", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr", "li", "main", "nav", "ol", "p",
     "pre", "section", "table", "tr", "ul",
 )  # fmt: skip
+_CELLS = ("td", "th")
 _BREAK = "\x00"  # no HTML text holds it
 
 
@@ -42,7 +43,7 @@ def plain_text(name: str, data: bytes) -> str:
 
 
 def html_text(name: str, data: bytes) -> str:
-    """What a browser shows of an HTML file, a blank line between blocks.
+    """What a browser shows of an HTML file: a blank line between blocks, a bar between cells.
 
     Raises:
         DocumentError: if the package that reads HTML is missing.
@@ -56,6 +57,9 @@ def html_text(name: str, data: bytes) -> str:
         element.decompose()
     for element in soup("br"):
         element.replace_with("\n")
+    for cell in soup(_CELLS):
+        if cell.find_next_sibling(_CELLS):
+            cell.insert_after(" | ")
     for element in soup(_BLOCKS):
         element.insert_before(_BREAK)
         element.insert_after(_BREAK)
@@ -71,14 +75,18 @@ def pdf_pages(name: str, data: bytes) -> list[str]:
     """
     try:
         from pypdf import PdfReader
-        from pypdf.errors import PyPdfError
+        from pypdf.errors import DependencyError, PyPdfError
     except ImportError as error:
         raise DocumentError(_missing(name, "pypdf")) from error
     try:
-        return [page.extract_text().strip() for page in PdfReader(io.BytesIO(data)).pages]
+        texts = [page.extract_text().strip() for page in PdfReader(io.BytesIO(data)).pages]
+    except DependencyError as error:
+        raise DocumentError(f"{name} is locked, and cannot be opened here: {error}") from error
     except (PyPdfError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         # pypdf meets broken files with any of these
         raise DocumentError(f"{name} cannot be read as PDF: {error}") from error
+    # halves of a character outside of Unicode's first plane, which some fonts' tables hold
+    return [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
 
 
 def _missing(name: str, package: str) -> str:

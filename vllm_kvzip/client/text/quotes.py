@@ -83,9 +83,35 @@ class PassageIndex:
             if not holders[word.form] & {first, last}
             and (word.is_number or weights[word.form] >= rare)
         )
+        if first != last:
+            missing += self._mixed(wanted, holders, weights, (first, last))
         return Support(
             self._spans[first][0], self._spans[last][1], scores[first, last] / total, missing
         )
+
+    def _mixed(
+        self,
+        wanted: list[Word],
+        holders: dict[str, set[int]],
+        weights: dict[str, float],
+        passage: tuple[int, int],
+    ) -> tuple[str, ...]:
+        """Numbers of a claim that one sentence of a passage has, where the other has others.
+
+        "The old gate is 4821. The new gate is 7730." does not say that the old gate is 7730: one
+        sentence says all of it but the number, and names its own.
+        """
+        numbers = {word.form for word in wanted if word.is_number}
+        others = [word.form for word in wanted if not word.is_number]
+        whole = sum(weights[form] for form in others)
+        mixed: list[str] = []
+        for one in passage:
+            begin, end = self._spans[one]
+            own = {word.form for word in words(self.text[begin:end]) if word.is_number}
+            said = sum(weights[form] for form in others if one in holders[form])
+            if own - numbers and whole and said >= SUPPORTING_SHARE * whole:
+                mixed += sorted(numbers - own)
+        return tuple(mixed)
 
     def weight(self, text: str, words_of: str) -> float:
         """Weight of the words of ``words_of`` that stand in a passage ``text`` too."""
