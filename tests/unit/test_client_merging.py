@@ -6,7 +6,7 @@ from dataclasses import replace
 from given_answers import QUESTION, RIGHT, Model, asked, calls_of
 
 from vllm_kvzip.client.asking.answers import Claim, Quote
-from vllm_kvzip.client.asking.merging import MergeLimits, grouped, merge
+from vllm_kvzip.client.asking.merging import MergeLimits, grouped, merge, sources_of
 
 
 def claims_of(*texts, parts=None):
@@ -59,6 +59,13 @@ def test_merged_sentences_keep_facts_with_their_notes():
         found, _ = merged(texts, said)
         assert [claim.text for claim in found.claims] == texts
         assert "did not keep to their notes" in found.notes[0]
+
+
+def test_short_names_are_not_swapped_either():
+    texts = ["Al was born in 1902.", "Bo was born in 1910."]
+    assert sources_of("Bo was born in 1910.", texts) == [1]
+    assert sources_of("Al was born in 1902, and Bo in 1910.", texts) == [0, 1]
+    assert sources_of("Al was born in 1910.", texts) == []
 
 
 def test_what_a_merged_answer_leaves_out_is_told_and_it_is_as_well_checked_as_its_notes():

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SAME = 1e-6
 MERGED_TOKENS = 192
 KEPT_SHARE = 0.75  # of a merged clause's telling words that its note must hold
-TELLING_LETTERS = 4  # of a word that is not just "and" or "the"
+TELLING_LETTERS = 4  # of a word that tells something, if it is neither a name nor a number
 LEFT_OUT = "The merged answer leaves it out."
 _CLAUSE_END = re.compile(r"[,;:]\s+(?:and\s+)?|\s+and\s+")
 _WEAKEST = ("unverified", "unquoted", "quoted", "revised", "confirmed")
@@ -169,9 +169,9 @@ async def _merge_group(
     """What is left of some claims; None: the model says something else."""
     if len(group) == 1:
         return Merged(list(group))
-    reply = await calls.plain(merge_prompt(question, [one.text for one in group]), MERGED_TOKENS)
+    notes = [claim.text for claim in group]
+    reply = await calls.plain(merge_prompt(question, notes), MERGED_TOKENS)
     merged.calls += 1
-    notes = [{word.form for word in words(claim.text)} for claim in group]
     found, used = [], set()
     for sentence in claims_of(reply):
         sources = sources_of(sentence, notes)
@@ -186,7 +186,7 @@ async def _merge_group(
     return Merged(found, left_out)
 
 
-def sources_of(sentence: str, notes: Sequence[set[str]]) -> list[int]:
+def sources_of(sentence: str, notes: Sequence[str]) -> list[int]:
     """Which notes say a sentence, by number; none: a clause of it is said by none.
 
     One note says all of it, or each clause is said by one: "Anna was born in 1902, and Boris in
@@ -202,21 +202,28 @@ def sources_of(sentence: str, notes: Sequence[set[str]]) -> list[int]:
     return list(dict.fromkeys(source for source in found if source is not None))
 
 
-def _source(clause: str, notes: Sequence[set[str]]) -> int | None:
-    """Number of the first note that says a clause; notes are the forms of their words.
+def _source(clause: str, notes: Sequence[str]) -> int | None:
+    """Number of the first note that says a clause.
 
-    It has all numbers of the clause and most of its longer words, and other notes have none of
+    It has all numbers of the clause and most of its telling words, and other notes have none of
     those that it lacks.
     """
-    said = {word.form: word for word in words(clause)}.values()
-    telling = {
-        w.form
-        for w in said
-        if w.is_number or len(w.form) >= TELLING_LETTERS or not w.form.isascii()
-    }
-    numbers = {word.form for word in said if word.is_number}
-    everywhere = set[str]().union(*notes)
-    for number, note in enumerate(notes):
+    forms = [{word.form for word in words(note)} for note in notes]
+    everywhere = set[str]().union(*forms)
+    in_small = {w.form for note in notes for w in words(note) if note[w.start].islower()}
+    telling, numbers = set(), set()
+    for word in words(clause):
+        is_name = clause[word.start].isupper() and word.form not in in_small
+        if word.is_number:
+            numbers.add(word.form)
+        if (
+            word.is_number
+            or is_name
+            or len(word.form) >= TELLING_LETTERS
+            or not word.form.isascii()
+        ):
+            telling.add(word.form)
+    for number, note in enumerate(forms):
         lacking = telling - note
         if numbers & lacking or lacking & everywhere:
             continue
