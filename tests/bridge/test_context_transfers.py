@@ -2,6 +2,9 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from threading import BoundedSemaphore, Event
 from types import SimpleNamespace
 
 import pytest
@@ -12,13 +15,15 @@ from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.v1.request import Request
 
+from vllm_kvzip.contexts.context_file import StoredContext
+from vllm_kvzip.contexts.folder import FileEntry
 from vllm_kvzip.errors import ContextFileError, NoContextFileError, NotYetError
 from vllm_kvzip.planning.request_options import RequestOptions
 from vllm_kvzip.planning.reuse_rule import ReuseRule
 from vllm_kvzip.vllm_bridge.contexts import calls
 from vllm_kvzip.vllm_bridge.contexts.identity import context_identity
 from vllm_kvzip.vllm_bridge.contexts.source import RunSource
-from vllm_kvzip.vllm_bridge.contexts.transfers import ContextTransfers
+from vllm_kvzip.vllm_bridge.contexts.transfers import MOST_SAVED, ContextTransfers
 from vllm_kvzip.vllm_bridge.worker.head_page_runtime import HeadPageRuntime
 
 pytestmark = pytest.mark.vllm
@@ -225,3 +230,54 @@ def test_a_call_waits_for_a_step_where_it_must(monkeypatch):
     answers.append(calls._refusal(NotYetError("Not yet.")))
     with pytest.raises(NotYetError, match="Not yet"):
         calls._ask_llm(llm, calls.PLACE, 1)
+
+
+def transfers(world, folder, **rule):
+    """Transfers over a world's cache; copies and files are made up."""
+    one = ContextTransfers.__new__(ContextTransfers)
+    one._runs = SimpleNamespace(
+        rule=replace(world.manager.rule, **rule), prefixes=world.manager.prefixes,
+        is_compressed=lambda run: True,
+    )  # fmt: skip
+    one._workers = SimpleNamespace(is_sleeping=False, collective_rpc=lambda *call, args: ({},))
+    one._thread, one._identity, one._folder = ThreadPoolExecutor(1), {}, folder
+    one._saving, one._longest = BoundedSemaphore(MOST_SAVED), 4096
+    return one
+
+
+class SlowFolder:
+    """Writes when it may."""
+
+    def __init__(self):
+        self.may_write = Event()
+
+    def save(self, name, context):
+        assert self.may_write.wait(20)
+        return FileEntry(name, 7, 0.0)
+
+
+def test_no_more_contexts_are_copied_than_wait_to_be_written(world):
+    world.adopt()
+    folder = SlowFolder()
+    one, name = transfers(world, folder), RunSource(TOKENS).context_id
+    waiting = [one.save(name, None, None) for _ in range(MOST_SAVED)]
+    with pytest.raises(NotYetError, match="Other contexts are being written"):
+        one.save(name, None, None)
+    folder.may_write.set()
+    assert [written.result(20)["bytes"] for written in waiting] == [7] * MOST_SAVED
+    one._thread.submit(int).result(20)  # behind the callbacks of the last one
+    assert one.save(name, None, None).result(20)["id"] == name
+
+
+def test_a_request_is_told_to_name_the_loss_that_a_context_was_compressed_for(world):
+    world.plan = replace(world.plan, quality_loss=0.05)
+    world.adopt()
+    folder, name = SlowFolder(), RunSource(TOKENS).context_id
+    folder.may_write.set()
+    told = transfers(world, folder, quality_loss=0.02).save(name, None, None).result(20)
+    assert told["send"]["vllm_xargs"]["kvzip_quality_loss"] == 0.05
+    told = transfers(world, folder, quality_loss=0.05).save(name, None, None).result(20)
+    assert "kvzip_quality_loss" not in told["send"]["vllm_xargs"]
+    context = StoredContext(TOKENS, world.plan, {}, {})
+    with pytest.raises(ContextFileError, match=r"a was compressed for a quality_loss of 0\.05"):
+        transfers(world, folder)._place(FileEntry("a", 7, 0.0), context)

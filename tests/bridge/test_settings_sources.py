@@ -2,11 +2,12 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import pytest
 from startup import ON, engine_config, refusal
 
-from vllm_kvzip.vllm_bridge.settings import Settings
+from vllm_kvzip.vllm_bridge.settings import Settings, pool_blocks
 
 pytestmark = pytest.mark.vllm
 
@@ -101,3 +102,21 @@ def test_what_turns_it_on_survives_a_second_value(tmp_path):
 )
 def test_what_is_wrong_in_one_of_them_is_one_sentence(capsys, flags, message):
     assert message in refusal(capsys, *ON, *flags)
+
+
+@pytest.mark.parametrize(
+    ("local_only", "offline_rank", "blocks"),
+    [(False, None, 100), (True, None, 200), (False, 0, 400)],
+)
+def test_blocks_of_one_engine_are_told_from_those_of_all(local_only, offline_rank, blocks):
+    """vLLM adds up the blocks of the engines that a server talks to."""
+    parallel = SimpleNamespace(
+        data_parallel_size=4, data_parallel_size_local=2, local_engines_only=local_only,
+        data_parallel_rank_local=offline_rank,
+    )  # fmt: skip
+    config = SimpleNamespace(
+        parallel_config=parallel, cache_config=SimpleNamespace(num_gpu_blocks=400)
+    )
+    assert pool_blocks(config) == blocks
+    config.cache_config.num_gpu_blocks = None
+    assert pool_blocks(config) == 0

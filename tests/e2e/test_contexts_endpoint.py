@@ -113,6 +113,8 @@ def test_a_context_has_the_ratio_it_is_given_and_serves_requests_of_that_ratio(s
     status, answer = call(server, body={"prompt": prompt, "keep_ratio": 1.0})
     assert status == 400
     assert "Nothing would be freed: keep_ratio 1.0" in answer["error"]["message"]
+    assert answer["error"]["type"] == "kvzip_left_alone"
+    assert answer["error"]["param"] == "nothing_to_free"
 
 
 def test_text_and_chat_contexts_are_tokenized_by_the_server(server):
@@ -192,6 +194,8 @@ def test_a_chat_context_may_end_behind_the_marker_of_an_answer(server):
         ({"prompt": []}, 400, "prompt"),
         ({"prompt": [7] * 300, "model": "other"}, 404, "`other` does not exist"),
         ({"prompt": [7] * 300, "cache_salt": ""}, 400, "cache_salt"),
+        ({"messages": [{"role": "user", "content": [5]}]}, 400, "content"),
+        ({"messages": [{"role": "user", "content": 5}]}, 400, "content"),
     ],
 )
 def test_wrong_bodies_are_told_what_is_wrong(server, body, status, sentence):

@@ -124,7 +124,7 @@ def test_the_first_difference_is_named():
 
 NO_NAMES = [
     "", ".", "..", "../a", "a/b", "/etc/passwd", "a\\b", ".hidden", "-a", "a b", "a\n", "a\0", "ä",
-    "x" * 101, "%2e%2e", ".safetensors",
+    "x" * 101, "%2e%2e", ".safetensors", "a.safetensors.safetensors",
 ]  # fmt: skip
 
 
@@ -176,6 +176,25 @@ def test_least_recently_used_files_go_first(tmp_path):
     with pytest.raises(ContextFileError, match="more than contexts_bytes, which is"):
         of.save("f", context(pages=100))
     assert "e" in names(of)
+
+
+def test_files_of_others_stay_in_the_folder(tmp_path):
+    clock = Clock()
+    weights = tmp_path / "model-00001.safetensors"
+    save_file({"weight": torch.ones(500)}, weights)
+    odd = tmp_path / "a.safetensors.safetensors"
+    odd.write_bytes(b"0" * 500)
+    for path in (weights, odd):
+        os.utime(path, times=(0, 0))
+    size = ContextFolder(tmp_path / "other").save("a", context()).num_bytes
+    of = ContextFolder(tmp_path, max_bytes=size, ttl_seconds=10, clock=clock)
+    of.save("a", context())
+    clock.now += 1
+    of.save("b", context())
+    assert [name for name in names(of) if "model" not in name] == ["b"]
+    clock.now += 11
+    of.entries()
+    assert sorted(path for path in tmp_path.iterdir() if path.is_file()) == [odd, weights]
 
 
 def test_what_nobody_used_for_its_time_is_gone(tmp_path):

@@ -108,7 +108,12 @@ class ContextFolder:
                 f"are as they were."
             ) from error
         self._remove_oldest(keep=target)
-        return _entry(target)
+        try:
+            return _entry(target)
+        except OSError as error:
+            raise ContextFileError(
+                f"{target.name} was written, and is gone again ({error.strerror})."
+            ) from error
 
     def load(self, name: str) -> tuple[FileEntry, StoredContext]:
         """Read a context and check every byte of it; counts as a use of the file.
@@ -149,7 +154,7 @@ class ContextFolder:
     def _entries(self) -> list[FileEntry]:
         found = []
         for path in self.path.glob(f"*{SUFFIX}"):
-            if _NAME.fullmatch(path.stem) and not path.is_symlink():
+            if _is_plain(path.stem) and not path.is_symlink():
                 with suppress(OSError):  # another server has just removed it
                     found.append(_entry(path))
         return sorted(found, key=lambda entry: (entry.last_used, entry.name))
@@ -159,14 +164,14 @@ class ContextFolder:
             return
         oldest = self._clock() - self._ttl
         for entry in self._entries():
-            if entry.last_used <= oldest:
+            if entry.last_used <= oldest and self._is_ours(entry):
                 self._remove(entry)
 
     def _remove_oldest(self, keep: Path) -> None:
         self._remove_expired()
         if self.max_bytes is None:
             return
-        entries = self._entries()
+        entries = list(filter(self._is_ours, self._entries()))
         total = sum(entry.num_bytes for entry in entries)
         for entry in entries:
             if total <= self.max_bytes:
@@ -182,6 +187,10 @@ class ContextFolder:
                 if time.time() - part.stat().st_ctime > STALE_SECONDS:
                     part.unlink()
 
+    def _is_ours(self, entry: FileEntry) -> bool:
+        """Whether a file is a context file; a model's weights may lie in the folder too."""
+        return self.summary(entry) is not None
+
     def _remove(self, entry: FileEntry) -> None:
         with suppress(OSError):
             (self.path / file_name(entry.name)).unlink(missing_ok=True)
@@ -194,12 +203,17 @@ def file_name(name: str) -> str:
         ContextFileError: if the name is anything else, such as a path.
     """
     plain = name.removesuffix(SUFFIX)
-    if not _NAME.fullmatch(plain):
+    if not _is_plain(plain):
         raise ContextFileError(
             f"{name[:120]!r} is no name of a context file: up to 100 letters, digits and . _ - "
             f"that begin with a letter or digit."
         )
     return plain + SUFFIX
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name without its suffix is one that leads back to its file."""
+    return _NAME.fullmatch(name) is not None and not name.endswith(SUFFIX)
 
 
 def check_folder(path: Path) -> None:

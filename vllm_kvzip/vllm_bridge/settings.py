@@ -319,6 +319,20 @@ def block_tokens(vllm_config: VllmConfig) -> int:
     return told or int(cache.block_size)
 
 
+def pool_blocks(vllm_config: VllmConfig) -> int:
+    """Blocks of one engine's KV cache, as a server knows them; 0 before its engines have started.
+
+    vLLM adds up those of all data-parallel engines that the server talks to.
+    """
+    parallel = vllm_config.parallel_config
+    engines = parallel.data_parallel_size
+    if parallel.local_engines_only:
+        engines = parallel.data_parallel_size_local
+    if parallel.data_parallel_rank_local is not None:
+        engines = 1
+    return (vllm_config.cache_config.num_gpu_blocks or 0) // max(1, engines)
+
+
 def cache_shape(vllm_config: VllmConfig) -> tuple[int, int, int]:
     """Tokens per block, head size, and bytes per number of an engine's KV cache."""
     from vllm_kvzip.vllm_bridge.symbols import kv_cache_dtype_str_to_dtype

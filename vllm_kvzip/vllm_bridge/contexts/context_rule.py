@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vllm_kvzip.errors import LeftAloneError, RequestError
 from vllm_kvzip.planning.request_options import RequestOptions
 from vllm_kvzip.vllm_bridge.drafts import rule_with_drafts
-from vllm_kvzip.vllm_bridge.settings import Settings, cache_shape
+from vllm_kvzip.vllm_bridge.settings import Settings, cache_shape, pool_blocks
 
 if TYPE_CHECKING:
     from vllm_kvzip.core import PrefixPlan
@@ -48,7 +48,7 @@ def plan_context(
         )
     settings = Settings.from_vllm_config(vllm_config)
     rule = rule_with_drafts(settings.rule(*cache_shape(vllm_config)), vllm_config)
-    rule = dataclasses.replace(rule, pool_blocks=cache.num_gpu_blocks)
+    rule = dataclasses.replace(rule, pool_blocks=pool_blocks(vllm_config) or None)
     options = RequestOptions(context_tokens=num_tokens, keep_ratio=keep_ratio)
     plan = rule.plan(num_tokens, options)
     if plan is None:

@@ -12,13 +12,19 @@ import itertools
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm_kvzip.contexts.context_file import StoredContext, check_identity
 from vllm_kvzip.contexts.folder import ContextFolder, file_name
 from vllm_kvzip.errors import ContextFileError, NoContextFileError, NotYetError
 from vllm_kvzip.planning.prefix_seed import checksum
-from vllm_kvzip.planning.request_options import CONTEXT_TOKENS, KEEP_RATIO, RequestOptions
+from vllm_kvzip.planning.request_options import (
+    CONTEXT_TOKENS,
+    KEEP_RATIO,
+    QUALITY_LOSS,
+    RequestOptions,
+)
 from vllm_kvzip.vllm_bridge.contexts.identity import context_identity
 from vllm_kvzip.vllm_bridge.contexts.source import RunSource
 from vllm_kvzip.vllm_bridge.drafts import has_draft_layers
@@ -40,6 +46,7 @@ NOT_YET = "not yet"
 """What a worker answers while it has still to compress what lies in the blocks that it shall fill.
 """
 
+MOST_SAVED = 2  # contexts that were copied into memory and are not yet in a file
 MOST_OPENED = 4  # files that were opened and not yet put into the cache; older ones are closed
 
 
@@ -89,6 +96,7 @@ class ContextTransfers:
         )
         self._identity = context_identity(config, runs.rule.block_size)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvzip-contexts")
+        self._saving = BoundedSemaphore(MOST_SAVED)
         self._opened: OrderedDict[int, tuple[FileEntry, StoredContext]] = OrderedDict()
         self._tickets = itertools.count(1)
 
@@ -107,20 +115,34 @@ class ContextTransfers:
 
         Raises:
             ContextFileError: if there is no such context, or it must stay; in one sentence.
-            NotYetError: if the context is being compressed.
+            NotYetError: if the context is being compressed, or others wait to be written.
         """
         name = name or context_id
         file_name(name)  # before anything is copied
         self._check_awake()
         run = self._find(context_id, keep_ratio)
-        tensors = None
+        if not self._saving.acquire(blocking=False):
+            raise NotYetError("Other contexts are being written; ask again.")
+        try:
+            written = self._thread.submit(self._write, name, self._copied(run))
+        except BaseException:
+            self._saving.release()
+            raise
+        written.add_done_callback(lambda _: self._saving.release())
+        return written
+
+    def _copied(self, run: Any) -> StoredContext:
+        """A cached run in the memory of this process.
+
+        Raises:
+            NotYetError: if it is being compressed.
+        """
+        source, tensors = run.source, None
         if self._runs.is_compressed(run):
             (tensors,) = self._workers.collective_rpc("kvzip_read_context", args=(run.serial,))
         if tensors is None:
-            raise NotYetError(f"Context {context_id} is not compressed yet; ask again.")
-        source = run.source
-        context = StoredContext(list(source.token_ids), run.plan, self._identity, tensors)
-        return self._thread.submit(self._write, name, context)
+            raise NotYetError(f"Context {source.context_id} is not compressed yet; ask again.")
+        return StoredContext(list(source.token_ids), run.plan, self._identity, tensors)
 
     def open(self, name: str) -> Future[dict[str, Any]]:
         """Read a file and check all of it.
@@ -167,6 +189,11 @@ class ContextTransfers:
             )
         if plan.boundary_tokens != plan.num_prefix_blocks * self._runs.rule.block_size:
             raise ContextFileError(f"{name} does not name whole blocks of this server's cache.")
+        if plan.quality_loss is not None and self._runs.rule.quality_loss is None:
+            raise ContextFileError(
+                f"{name} was compressed for a quality_loss of {plan.quality_loss}, and no request "
+                f"can ask for one here; start this server with a quality_loss."
+            )
         prefix_hash = self._hash(context.token_ids, plan)
         cached = self._runs.prefixes.has(prefix_hash, plan)
         if not cached:
@@ -197,6 +224,8 @@ class ContextTransfers:
                 f"No compressed context {context_id} is cached; the list of contexts has the ids."
             )
         fitting = [run for run in of_id if run.plan.keep_ratio == wanted]
+        own_loss = self._runs.rule.wanted_loss(RequestOptions())
+        fitting = [run for run in fitting if run.plan.quality_loss == own_loss] or fitting
         if not fitting and (keep_ratio is not None or len(of_id) > 1):
             ratios = ", ".join(str(run.plan.keep_ratio) for run in of_id)
             raise NoContextFileError(
@@ -253,6 +282,8 @@ class ContextTransfers:
         send: dict[str, Any] = {CONTEXT_TOKENS: plan.boundary_tokens}
         if plan.keep_ratio != self._runs.rule.wanted_ratio(RequestOptions()):
             send[KEEP_RATIO] = plan.keep_ratio
+        if plan.quality_loss != self._runs.rule.wanted_loss(RequestOptions()):
+            send[QUALITY_LOSS] = "off" if plan.quality_loss is None else plan.quality_loss
         return {
             "name": entry.name,
             "id": checksum(context.seed),

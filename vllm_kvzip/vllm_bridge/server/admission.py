@@ -13,7 +13,7 @@ from vllm_kvzip.planning.request_options import (
     check_request,
     options_of,
 )
-from vllm_kvzip.vllm_bridge.settings import KEY, Settings, block_tokens
+from vllm_kvzip.vllm_bridge.settings import KEY, Settings, block_tokens, pool_blocks
 from vllm_kvzip.vllm_bridge.symbols import (
     AsyncLLM,
     InputProcessor,
@@ -151,13 +151,12 @@ def _check_room(vllm_config: VllmConfig, params: Any, num_prompt_tokens: int) ->
     Raises:
         RequestError: in one sentence.
     """
-    cache = vllm_config.cache_config
-    asked = options_of(params)
-    if not asked.is_off or not cache.num_gpu_blocks:
+    asked, blocks = options_of(params), pool_blocks(vllm_config)
+    if not asked.is_off or not blocks:
         return
     if Settings.from_vllm_config(vllm_config).config.prefill_budget is None:
         return
-    most = (cache.num_gpu_blocks - 1) * block_tokens(vllm_config)
+    most = (blocks - 1) * block_tokens(vllm_config)
     if num_prompt_tokens + (asked.max_output_tokens or 1) > most:
         raise RequestError(
             f'The KV cache holds {most} tokens, and {SWITCH}="off" keeps all of the '

@@ -6,6 +6,7 @@ own chat template and tokenizer, and through ``EngineClient.generate``.
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import time
 from argparse import Namespace
@@ -137,7 +138,10 @@ async def compress_context(body: ContextRequest, raw_request: Request) -> JSONRe
     # A scorer that looks at queries must see those of the context computed.
     afresh = bool(asked.settings.prompt_observation_tokens)
     answers = await on_each(engine, lambda rank: _compress(asked, afresh, rank))
-    found = [_checked(about) for _, about in answers]
+    try:
+        found = [_checked(about) for _, about in answers]
+    except LeftAloneError as error:
+        return _left_alone(error)
     return JSONResponse(
         {
             "id": checksum(prefix_seed(asked.token_ids, plan.boundary_tokens)),
@@ -172,6 +176,8 @@ async def explain_context(body: ContextRequest, raw_request: Request) -> JSONRes
         (kept,) = await engine.collective_rpc(TAKE, args=(request_id,))
         explained = ExplainedContext(config, asked.token_ids, asked.plan, _checked(about), kept)
         told = await asyncio.to_thread(explained.as_told)
+    except LeftAloneError as error:
+        return _left_alone(error)
     except RequestError as error:
         raise VLLMValidationError(str(error)) from error
     send = _to_send(body, len(asked.token_ids))
@@ -246,10 +252,14 @@ def _checked(about: dict[str, Any]) -> dict[str, Any]:
     """What an engine tells of a context that is compressed.
 
     Raises:
-        VLLMServerError: if it is not.
+        VLLMServerError: if its compression failed.
+        LeftAloneError: if the engine left it alone, which knows more than its client.
     """
-    if (reason := about.get("left_alone")) in FAILURES:
+    reason = about.get("left_alone")
+    if reason in FAILURES:
         raise VLLMServerError(f"The context could not be compressed ({reason}); see the log.")
+    if reason is not None and "compressed_tokens" not in about:
+        raise LeftAloneError(f"The engine left the context alone ({reason}).", reason)
     return {name: value for name, value in about.items() if name != "left_alone"}
 
 
@@ -294,7 +304,9 @@ async def _render(handler: Any, body: ContextRequest) -> dict[str, Any]:
     assert body.messages is not None
     conversations = [body.messages]
     if not body.add_generation_prompt:
-        conversations += continuations(body.messages)
+        # What is no message vLLM says better.
+        with contextlib.suppress(TypeError, AttributeError, KeyError):
+            conversations += continuations(body.messages)
     rendered, refusals = [], []
     for messages in conversations:
         try:
