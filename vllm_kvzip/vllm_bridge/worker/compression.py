@@ -95,14 +95,20 @@ class PrefixCompression:
                 self._record_later(stages)
         except NotFiniteError:
             outcome = NOT_FINITE
-            self._unclean.add_request(request.request_id)
-            self._unclean.add(block for block in row if block != NULL_BLOCK)
+            self._add_unclean(request)
         except Exception as error:
             log_failure(request.request_id, error)
             outcome = FAILED
+            if plan.num_quantized_blocks:  # the next step reads what is written as numbers
+                self._add_unclean(request)
         if request.serial is not None:
             self.outcomes.add(request.serial, outcome, fit)
         return prefix
+
+    def _add_unclean(self, request: TrackedRequest) -> None:
+        """What a request has written, and will write until it starts again, may be NaN."""
+        self._unclean.add_request(request.request_id)
+        self._unclean.add(block for block in request.block_ids if block != NULL_BLOCK)
 
     def forget(self, request_id: str) -> None:
         """Drop what was gathered for the compression of a request."""
