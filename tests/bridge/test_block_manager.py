@@ -10,11 +10,12 @@ import pytest
 from cache_manager import build_cache
 from random_history import BLOCK, NUM_BLOCKS, World
 from vllm import SamplingParams
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from vllm_kvzip.planning.request_options import LEFT_ALONE
 from vllm_kvzip.planning.reuse_rule import ReuseRule
 from vllm_kvzip.planning.tiers import TierRule
+from vllm_kvzip.vllm_bridge.scheduler.room import next_stop
 
 pytestmark = pytest.mark.vllm
 
@@ -85,6 +86,68 @@ def test_rounds_that_come_at_once_take_turns(tmp_path):
     assert world.events["round"] >= 5 * 2 * num_requests
     assert world.events["waited for a fold"] > num_requests
     assert world.events["preemption"] <= num_requests
+
+
+class Steps:
+    """Steps of single requests in a pool; with asynchronous scheduling none of them is processed
+    when the next one is scheduled."""
+
+    def __init__(self, directory, num_blocks, **rule):
+        self.cache, self.manager, self._hasher = build_cache(
+            directory, BLOCK, num_blocks, ReuseRule(fingerprint="00" * 16), keep_ratio=0.5,
+            min_prompt_tokens=40, **rule,
+        )  # fmt: skip
+
+    def request(self, name, tokens, max_tokens=400, answered=(), **options):
+        params = SamplingParams(max_tokens=max_tokens, extra_args=options)
+        made = Request(name, list(tokens), params, None, block_hasher=self._hasher)
+        if answered:
+            made.append_output_token_ids(list(answered))
+            made.status = RequestStatus.PREEMPTED
+        return made
+
+    def run(self, request, num_tokens, asynchronous=False):
+        """Let one step compute up to ``num_tokens`` of a request; how many of its tokens were
+        found, and how many are computed; None where there is no room."""
+        self.cache.new_step_starts()
+        first, found, hit = request.num_computed_tokens, 0, None
+        if is_new := request.request_id not in self.manager.rows:
+            hit, found, _ = self.cache.get_computed_blocks(request)
+        plan, must_wait = self.manager.plan_ahead(request)
+        count = next_stop(self.manager, request, plan, must_wait, first + found, num_tokens)
+        if count:
+            granted = self.cache.allocate_slots(
+                request, count, num_new_computed_tokens=found, new_computed_blocks=hit,
+                full_sequence_must_fit=is_new,
+            )  # fmt: skip
+            if granted is None:
+                return None
+        self.manager.end_of_schedule({request.request_id})
+        request.status = RequestStatus.RUNNING
+        request.num_computed_tokens = first + found + count
+        request.num_in_flight_tokens = count if asynchronous else 0
+        return found, count
+
+
+def test_what_is_computed_over_a_round_is_not_found_under_the_run_before_it(tmp_path):
+    """A resumed request starts from a cached context, and its answer crosses while it is read."""
+    steps = Steps(tmp_path, 120, decode_blocks=6)
+    context, options = list(range(64)), {"kvzip_context_tokens": 64}
+    first = steps.request("first", [*context, *[900] * 20], **options)
+    steps.run(first, 84)
+    steps.cache.new_step_starts()
+    steps.cache.free(first)
+    answer = range(1000, 1300)
+    resumed = steps.request("resumed", [*context, *range(100, 116)], answered=answer, **options)
+    assert steps.run(resumed, 400, asynchronous=True) == (64, 112)
+    reserved = steps.manager.rows["resumed"].reservation.run.blocks
+    steps.run(resumed, 400, asynchronous=True)
+    steps.cache.new_step_starts()
+    steps.cache.free(resumed)
+    later = steps.request("later", [*resumed.all_token_ids, 7, 8], **options)
+    hit, num_found, _ = steps.cache.get_computed_blocks(later)
+    assert num_found == 64 + 112  # all that was computed over the context
+    assert not any(block in reserved for block in hit.blocks[0])
 
 
 EVENTS = Counter()

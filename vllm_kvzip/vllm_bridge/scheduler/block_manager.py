@@ -221,7 +221,7 @@ class HeadPageManager(FullAttentionManager):
         elif row.run is not None:
             row_blocks = self.req_to_blocks[request.request_id]
             self.num_cached_block[request.request_id] = self.prefixes.cache_tail(
-                row.run, request.block_hashes, row_blocks, first, num_tokens
+                row.run, request.block_hashes, row_blocks, first, row.most_tail_tokens(num_tokens)
             )
             return
         super().cache_blocks(request, num_tokens, *args, **kwargs)
@@ -338,7 +338,8 @@ class HeadPageManager(FullAttentionManager):
         if self.enable_caching:
             prefix_hash = self._lookup.shared_hash(row.request, plan, row.num_found_raw_tokens)
         row_blocks = self.req_to_blocks[request_id]
-        row.reserve(Reservation(len(row_blocks), PrefixRun(plan, blocks, prefix_hash)), num_tokens)
+        run = PrefixRun(plan, blocks, prefix_hash)
+        row.reserve(Reservation(len(row_blocks), run, num_tokens))
         row_blocks.extend(blocks)
         self.crossing[request_id] = row
         self._changed.append(row)
