@@ -101,6 +101,7 @@ class RowState:
             first blocks are reserved; None before, and in a row that began with a run.
         has_hit: it began with a run in the step that is being scheduled.
         has_crossed: blocks were reserved in the step that is being scheduled.
+        round_blocks: what its largest round to come keeps; 0 where none comes.
         settled_blocks: what it holds on average while it answers in rounds; 0 without rounds.
         busy_from: while fewer tokens than that are computed, the row needs nothing but blocks for
             its next tokens; 0 while it is crossing. What is asked for each running request in each
@@ -117,6 +118,7 @@ class RowState:
     num_raw_tokens: int | None = None
     has_hit: bool = False
     has_crossed: bool = False
+    round_blocks: int = 0
     settled_blocks: int = 0
     busy_from: int = 0
 
@@ -205,6 +207,8 @@ class RowState:
         self.run = self.reservation.run
         self.reservation = None
         self.plan = next_plan
+        if next_plan is None:
+            self.round_blocks = 0
         self._rest()
 
     def _rest(self) -> None:

@@ -20,11 +20,10 @@ from __future__ import annotations
 import functools
 import time
 from contextlib import contextmanager, nullcontext
-from copy import copy
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvzip.planning.request_options import LEFT_ALONE, has_options
+from vllm_kvzip.planning.request_options import has_options
 from vllm_kvzip.vllm_bridge.compressed_group import CompressedGroup, block_bytes
 from vllm_kvzip.vllm_bridge.connectors.raw_rows import show_raw_rows
 from vllm_kvzip.vllm_bridge.contexts.calls import install_calls
@@ -172,6 +171,7 @@ class _HeadPageScheduling:
         if (repeat := self._kvzip_manager.kv_cache_spec.repeat) is not None:
             tokens = self.scheduler_config.max_num_batched_tokens
             self._kvzip_repeats = RepeatSchedule(repeat, tokens, 1 + self.num_spec_tokens)
+        self._kvzip_manager.by_priority = self.scheduler_config.policy == "priority"
         rounds = self._kvzip_manager.rule.has_rounds
         self._kvzip_has_states = self.need_mamba_block_aligned_split
         self._kvzip_splits = rounds or self._kvzip_repeats is not None
@@ -246,11 +246,7 @@ class _HeadPageScheduling:
                 "scores are NaN or infinite.",
                 request.request_id,
             )
-        params = copy(request.sampling_params)  # samples of one request share it
-        assert params is not None  # pooling models are refused
-        params.extra_args = {**(params.extra_args or {}), LEFT_ALONE: reason}
-        request.sampling_params = params
-        self._kvzip_manager.unconfirmed.leave_alone(request)
+        self._kvzip_manager.unconfirmed.leave_alone(request, reason)
         if request.status == RequestStatus.RUNNING:
             self.running.remove(request)
             self._preempt_request(request, time.monotonic(), drop_stale_output=True)
