@@ -153,10 +153,12 @@ def withdraw_uncomputed(manager: HeadPageManager, request: Request) -> None:
     for of_group in (manager, *manager.others.all_managers()):
         first = request.num_computed_tokens // of_group.block_size
         given_up = of_group.req_to_blocks.get(request.request_id, [])[first:]
+        has_runs = of_group is manager  # whose blocks are written also after a preemption
         of_group.block_pool.evict_blocks(
             {
                 block.block_id
-                for block in given_up  # blocks of a run are written also after a preemption
-                if block.block_hash is not None and manager.prefixes.owner([block]) is None
+                for block in given_up
+                if block.block_hash is not None
+                and not (has_runs and manager.prefixes.owner([block]))
             }
         )
