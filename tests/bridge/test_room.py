@@ -40,10 +40,11 @@ def test_a_resumed_request_that_fits_only_raw_is_left_alone(scorer, asynchronous
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 @pytest.mark.parametrize("own", [False, True])
-def test_a_round_that_never_fits_is_left_out(own, asynchronous):
+def test_a_round_that_never_fits_is_left_out(own, asynchronous, caplog):
     large, small = LONGEST * BLOCK * 6 // 10, 8 * BLOCK
     kvzip = {"keep_ratio": 0.2, "decode_budget": small if own else large}
     scheduler = scheduler_of(60, kvzip, asynchronous)
+    assert ("lower decode_budget" in caplog.text) is not own
     options = {"kvzip_decode_budget": large} if own else {}
     lone = request("a", 30, max_tokens=(LONGEST - 1) * BLOCK, **options)
     scheduler.add_request(lone)

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm_kvzip.planning.request_options import DEFAULT
+from vllm_kvzip.planning.rounds import round_blocks
 from vllm_kvzip.vllm_bridge.scheduler.prefix_lookup import options
 from vllm_kvzip.vllm_bridge.scheduler.row_state import RowState
 
@@ -85,6 +87,26 @@ def blocks_to_admit(manager: HeadPageManager, row: RowState, num_blocks: int) ->
         num_blocks += other.blocks_to_come(len(manager.req_to_blocks[request_id]))
         one_round = max(one_round, other.round_blocks)
     return num_blocks + one_round
+
+
+def warning_of_large_budget(rule: PrefixRule, max_tokens: int) -> str | None:
+    """What to tell who has set a decode budget whose rounds the pool cannot hold; None if it can.
+
+    Args:
+        rule: what is compressed.
+        max_tokens: of the longest request.
+    """
+    budget = rule.decode_budget(DEFAULT)
+    if budget is None or rule.prefill_blocks is not None:
+        return None
+    first = budget + round_blocks(budget)
+    if first * rule.block_size > max_tokens or rule.fits(first + budget):
+        return None
+    return (
+        f"Rounds of answers are left out where nothing was compressed before, because the KV cache "
+        f"of {rule.pool_blocks} blocks does not hold {first} blocks and a decode_budget of "
+        f"{budget} blocks at once; lower decode_budget."
+    )
 
 
 def next_stop(

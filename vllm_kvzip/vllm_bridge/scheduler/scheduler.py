@@ -32,7 +32,7 @@ from vllm_kvzip.vllm_bridge.scheduler.block_manager import HeadPageManager
 from vllm_kvzip.vllm_bridge.scheduler.idle_expiry import IdleExpiry
 from vllm_kvzip.vllm_bridge.scheduler.other_groups import introduce_groups
 from vllm_kvzip.vllm_bridge.scheduler.repeat_schedule import RepeatSchedule
-from vllm_kvzip.vllm_bridge.scheduler.room import next_stop
+from vllm_kvzip.vllm_bridge.scheduler.room import next_stop, warning_of_large_budget
 from vllm_kvzip.vllm_bridge.scheduler.terms import CompressionTerms
 from vllm_kvzip.vllm_bridge.scheduler.unconfirmed import withdraw_uncomputed
 from vllm_kvzip.vllm_bridge.settings import KEY
@@ -172,9 +172,11 @@ class _HeadPageScheduling:
             tokens = self.scheduler_config.max_num_batched_tokens
             self._kvzip_repeats = RepeatSchedule(repeat, tokens, 1 + self.num_spec_tokens)
         self._kvzip_manager.by_priority = self.scheduler_config.policy == "priority"
-        rounds = self._kvzip_manager.rule.has_rounds
+        rule, longest = self._kvzip_manager.rule, self.vllm_config.model_config.max_model_len
+        if warning := warning_of_large_budget(rule, longest):
+            logger.warning(warning)
         self._kvzip_has_states = self.need_mamba_block_aligned_split
-        self._kvzip_splits = rounds or self._kvzip_repeats is not None
+        self._kvzip_splits = rule.has_rounds or self._kvzip_repeats is not None
         if self._kvzip_splits:
             self.need_mamba_block_aligned_split = True
 
