@@ -212,6 +212,16 @@ def test_nobody_waits_for_a_less_important_request(tmp_path):
     assert steps.run(large, 1) is None
 
 
+def test_what_is_read_before_a_row_folds_takes_free_blocks_only(tmp_path):
+    steps = Steps(tmp_path, 60, decode_blocks=6)
+    resumed = steps.request("resumed", range(20), answered=range(300, 600), **ALONE)
+    assert steps.run(resumed, 400, asynchronous=True) == (0, 144)
+    pool = steps.cache.block_pool
+    pool.get_new_blocks(pool.get_num_free_blocks() - 1)
+    assert steps.run(resumed, 40, asynchronous=True) == (0, 16)
+    assert steps.run(resumed, 40, asynchronous=True) == (0, 32)  # folded, up to the next round
+
+
 EVENTS = Counter()
 
 
