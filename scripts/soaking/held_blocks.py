@@ -134,7 +134,8 @@ class HeldBlocks:
         """
         end = options.get("kvzip_context_tokens", num_prompt_tokens)
         blocks = end // self.block_size
-        if options.get("kvzip") == "off" or end < self.min_prompt_tokens or not blocks:
+        is_off = options.get("kvzip") == "off" or "kvzip_left_alone" in options
+        if is_off or end < self.min_prompt_tokens or not blocks:
             return None
         ratio = options.get("kvzip_keep_ratio", self.keep_ratio)
         kept = self.kept(blocks, ratio)

@@ -3,6 +3,8 @@
 import pytest
 from own_scheduler import build_scheduler, request, step
 
+from vllm_kvzip.vllm_bridge.scheduler.unconfirmed import withdraw_uncomputed
+
 pytestmark = pytest.mark.vllm
 
 
@@ -45,3 +47,29 @@ def test_a_window_keeps_the_end_of_a_context_that_is_to_be_repeated(scorer, is_k
     assert [not block.is_null for block in blocks] == [False] * 4 + [is_kept, True, True]
     step(scheduler)  # the context is repeated before this step
     assert [not block.is_null for block in blocks] == [False] * 5 + [True] * 2
+
+
+def test_what_another_group_did_not_compute_is_not_found_in_blocks_of_a_run():
+    """Layers with a sliding window took the blocks of a cached run that nobody used."""
+    scheduler = build_scheduler(
+        num_blocks=24, window=100, kvzip={"min_prompt_tokens": 64}, async_scheduling=False
+    )
+    scheduler.add_request(request("a", 224))
+    while scheduler.has_requests():
+        step(scheduler)
+    manager = scheduler._kvzip_manager
+    (run,) = manager.prefixes.whole_runs()
+    (windows,) = manager.others.all_managers()
+    pool = manager.block_pool
+    others = pool.get_new_blocks(pool.get_num_free_blocks())
+    others = [block for block in others if block not in run.blocks]
+    pool.free_blocks([*others[:3], *run.blocks])  # the compressed group takes its blocks first
+    late = request("b", 96, kvzip="off")
+    scheduler.add_request(late)
+    scheduler.schedule()
+    row = windows.req_to_blocks["b"]
+    assert row == run.blocks[:3]
+    assert [block.block_hash is not None for block in row] == [True] * 3
+    late.num_computed_tokens = 32  # as if it were preempted while the step is being scheduled
+    withdraw_uncomputed(manager, late)
+    assert [block.block_hash is not None for block in row] == [True, False, False]

@@ -1,5 +1,6 @@
 """vLLM's scheduler as an engine of this plugin would have it, over blocks that hold nothing."""
 
+from collections import deque
 from pathlib import Path
 
 import torch
@@ -28,8 +29,9 @@ SHAPE = {"block_size": BLOCK, "num_kv_heads": 4, "head_size": 32, "dtype": torch
 def build_scheduler(num_blocks, window=None, kvzip=None, **engine):
     """The scheduler that vLLM would make for an engine of this plugin."""
     config = EngineArgs(
-        model=str(MODEL), max_model_len=256, max_num_seqs=8, block_size=BLOCK,
-        additional_config={"kvzip": {"keep_ratio": 0.5, **(kvzip or {})}}, **engine,
+        model=str(MODEL), max_num_seqs=8, block_size=BLOCK,
+        additional_config={"kvzip": {"keep_ratio": 0.5, **(kvzip or {})}},
+        **{"max_model_len": 256, **engine},
     ).create_engine_config()  # fmt: skip
     config.cache_config.num_gpu_blocks = num_blocks
     spec = HeadPageSpec.from_full_attention(
@@ -48,9 +50,9 @@ def build_scheduler(num_blocks, window=None, kvzip=None, **engine):
     )
 
 
-def request(name, length, priority=0):
+def request(name, length, priority=0, max_tokens=9, **options):
     hasher = get_request_block_hasher(BLOCK, sha256)
-    params = SamplingParams(max_tokens=9, ignore_eos=True)
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=options)
     tokens = [ord(name[0])] * length
     return Request(name, tokens, params, None, block_hasher=hasher, priority=priority)
 
@@ -63,3 +65,27 @@ def step(scheduler):
     tokens = [[] if scheduler.requests[name].is_prefill_chunk else [7] for name in ids]
     scheduler.update_from_output(output, ModelRunnerOutput(ids, places, tokens))
     return output.num_scheduled_tokens
+
+
+def live(scheduler, num_steps):
+    """Up to so many steps, until every request has ended.
+
+    With asynchronous scheduling a step is scheduled before the last one's output is there.
+
+    Yields:
+        how many tokens each request was given in each step.
+    """
+    under_way = deque()
+    for _ in range(num_steps):
+        if not scheduler.has_requests() and not under_way:
+            return
+        output = scheduler.schedule()
+        ids = list(output.num_scheduled_tokens)
+        tokens = [[] if scheduler.requests[name].is_prefill_chunk else [7] for name in ids]
+        places = {name: index for index, name in enumerate(ids)}
+        under_way.append((output, ModelRunnerOutput(ids, places, tokens)))
+        while len(under_way) > scheduler.scheduler_config.async_scheduling or (
+            under_way and not output.num_scheduled_tokens
+        ):
+            scheduler.update_from_output(*under_way.popleft())
+        yield output.num_scheduled_tokens

@@ -9,6 +9,7 @@ import random
 from collections import Counter
 
 from cache_manager import build_cache
+from most_held import most_blocks
 from scheduler_steps import new_request, output
 from vllm import SamplingParams
 from vllm.v1.request import Request, RequestStatus
@@ -365,7 +366,7 @@ class World:
             reserved = rows[rid].reservation
             assert sum(not block.is_null for block in row) == len(run.blocks) + tail
             rule, request = self.manager.rule, self.requests[rid]
-            most = rule.most_blocks(request.num_prompt_tokens, options(request))
+            most = most_blocks(rule, request.num_prompt_tokens, options(request))
             assert most is None or len(run.blocks) + tail <= most, (run.plan, reserved)
             self.check_answer(rule, request, run, reserved, len(run.blocks) + tail)
 

@@ -6,6 +6,7 @@ from math import ceil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from most_held import most_blocks
 
 from vllm_kvzip.metrics import SKIP_REASONS
 from vllm_kvzip.planning.prefix_rule import PrefixRule
@@ -344,7 +345,7 @@ def test_with_a_decode_budget_no_answer_holds_more(budgeted, options, num_prompt
     if (budget := budgeted.decode_budget(options)) is None:
         assert not any(plan.is_round for plan in plans)
         return
-    held = check_chain(plans, num_tokens, budgeted.most_blocks(num_prompt, options))
+    held = check_chain(plans, num_tokens, most_blocks(budgeted, num_prompt, options))
     for plan in plans:
         assert plan.num_prefix_blocks > plan.start_blocks
         if plan.is_round and plan.ready_tokens > num_prompt:

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from most_held import most_blocks
 
 from vllm_kvzip.planning.prefix_rule import PrefixRule
 from vllm_kvzip.planning.request_options import RequestOptions
@@ -61,7 +62,7 @@ def test_no_round_exceeds_its_budget_or_keeps_what_is_not_there(
         mode, share, by=by_bytes, keep_ratio=ratio, sink_tokens=protected[0],
         recent_tokens=protected[1], prefill_blocks=prefill, decode_blocks=decode,
     )  # fmt: skip
-    most = rule.most_blocks(num_prompt_tokens, RequestOptions())
+    most = most_blocks(rule, num_prompt_tokens, RequestOptions())
     done = None
     for plan in chain(rule, num_prompt_tokens, 25):
         assert plan.boundary_tokens > (done.boundary_tokens if done else 0)

@@ -131,7 +131,7 @@ class PrefixRule:
         if budget is not None:
             end = next_round(budget, start, held)
             if last is not None and start < last.num_prefix_blocks <= end:
-                return self._later_plan(last, budget, done)
+                return self._if_it_fits(self._later_plan(last, budget, done))
         num_guessed = 0
         if budget is None or end * self.block_size > num_prompt_tokens:
             budget, num_guessed = decode_blocks, self.num_guessed_tokens
@@ -141,7 +141,7 @@ class PrefixRule:
         ready, most = plan.ready_tokens + num_guessed, options.max_output_tokens
         if most is not None and ready >= num_prompt_tokens + most:
             return None  # the answer ends before
-        return replace(plan, ready_tokens=ready)
+        return self._if_it_fits(replace(plan, ready_tokens=ready))
 
     def decode_budget(self, options: RequestOptions) -> int | None:
         """Blocks that a request holds between rounds while it generates; None: no rounds.
@@ -203,21 +203,23 @@ class PrefixRule:
         most_new = self._most_new_blocks(self.prefill_blocks)
         return 2 * (self.prefill_blocks + most_new) + _SPARE_BLOCKS
 
-    def most_blocks(self, num_prompt_tokens: int, options: RequestOptions) -> int | None:
-        """The most blocks a request holds, however much it generates; None without a budget.
+    def startup_blocks(self, max_tokens: int) -> int:
+        """Blocks that the pool must have for prompts of up to ``max_tokens`` tokens.
 
-        Args:
-            num_prompt_tokens: length of the prompt.
-            options: what the request asks for.
+        A request may ask for more, by a keep ratio or a decode budget of its own, and the server's
+        decode budget may be larger: compressions that do not fit are left out.
         """
-        budget = self.decode_budget(options)
-        if self.prefill_blocks is not None or budget is None:
-            return None if options.is_off else self.peak_blocks
-        plan = self.plan(num_prompt_tokens, options)
-        kept = plan.num_compressed_blocks if plan else 0
-        of_prompt = ceil(num_prompt_tokens / self.block_size)
-        step = self._most_new_blocks(budget)
-        return max(of_prompt, kept, budget + step) + max(kept, budget) + step + _SPARE_BLOCKS
+        longest = ceil(max_tokens / self.block_size)
+        most = self.max_compressed_blocks(max_tokens)
+        if self.peak_blocks is None or self.prefill_blocks is None:
+            return longest + most
+        if longest * self.block_size >= (self.first_round_tokens or 0):
+            most = self.prefill_blocks
+        return min(longest + most, self.peak_blocks)
+
+    def fits(self, num_blocks: int) -> bool:
+        """Whether a request that is alone in the pool can hold so many blocks."""
+        return self.pool_blocks is None or num_blocks <= self.pool_blocks - _SPARE_BLOCKS
 
     def settled_blocks(self, num_prompt_tokens: int, options: RequestOptions) -> int:
         """Blocks that a request holds on average while it answers in rounds; 0 without rounds.
@@ -239,6 +241,12 @@ class PrefixRule:
         if self.prefill_blocks is None:
             return None
         return next_round(self.prefill_blocks, 0, 0) * self.block_size
+
+    def _if_it_fits(self, plan: PrefixPlan) -> PrefixPlan | None:
+        """A plan, or None where the pool cannot hold what it reads beside what it keeps."""
+        unread = ceil(plan.ready_tokens / self.block_size) - plan.num_prefix_blocks
+        crossing = plan.num_source_blocks + unread + plan.num_compressed_blocks
+        return plan if self.fits(crossing) else None
 
     def _most_new_blocks(self, budget: int) -> int:
         """New blocks when a round of an answer comes, guesses among them."""
@@ -282,10 +290,9 @@ class PrefixRule:
         may_fit = self.wanted_loss(options) is not None and blocks.total == num_blocks
         if blocks.total >= num_blocks and not is_check and not may_fit:
             return "nothing_to_free"
-        if self.pool_blocks is not None and self.prefill_blocks is None:
-            crossing = ceil(num_prompt_tokens / self.block_size) + blocks.total
-            if crossing > self.pool_blocks - _SPARE_BLOCKS:
-                return "no_room"
+        crossing = ceil(num_prompt_tokens / self.block_size) + blocks.total
+        if self.prefill_blocks is None and not self.fits(crossing):
+            return "no_room"
         return None
 
     def wanted_ratio(self, options: RequestOptions) -> float:

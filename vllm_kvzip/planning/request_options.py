@@ -22,7 +22,8 @@ DECODE_BUDGET = "kvzip_decode_budget"
 QUALITY_LOSS = "kvzip_quality_loss"
 KNOWN = (SWITCH, KEEP_RATIO, CONTEXT_TOKENS, DECODE_BUDGET, QUALITY_LOSS)
 LEFT_ALONE = "kvzip_left_alone"
-"""Set by the scheduler alone, where compressing has failed: why the prompt is left alone."""
+"""Set by the scheduler alone, where compressing has failed or has no room: why the prompt is left
+alone."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class RequestOptions:
         max_output_tokens: the most tokens the request generates; None: unknown.
         decode_budget: tokens whose KV pairs it holds while it generates; 0: as many as there are;
             None: the server's.
-        left_alone: why it is off, one of ``metrics.FAILURES``; None: its client said so.
+        left_alone: why it is off, one of ``metrics.SKIP_REASONS``; None: its client said so.
         quality_loss: nats a token that compressing may cost; 0: the keep ratio alone decides; None:
             the server's.
     """

@@ -19,7 +19,6 @@ from vllm_kvzip.vllm_bridge.symbols import (
     KVCacheSpec,
     KVCacheSpecRegistry,
     SlidingWindowSpec,
-    cdiv,
     replace_as,
 )
 
@@ -128,10 +127,7 @@ class HeadPageSpec(FullAttentionSpec):
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Bytes that one layer needs for the longest request in its crossing step."""
-        max_len = vllm_config.model_config.max_model_len
-        num_blocks = cdiv(max_len, self.block_size) + self.rule.max_compressed_blocks(max_len)
-        if self.rule.peak_blocks is not None:
-            num_blocks = min(num_blocks, self.rule.peak_blocks)
+        num_blocks = self.rule.startup_blocks(vllm_config.model_config.max_model_len)
         return int(num_blocks * self.page_size_bytes)
 
 

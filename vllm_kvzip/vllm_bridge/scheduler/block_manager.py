@@ -14,7 +14,7 @@ from vllm_kvzip.storage.head_pages import fold_row
 from vllm_kvzip.vllm_bridge.scheduler.other_groups import OtherGroups
 from vllm_kvzip.vllm_bridge.scheduler.prefix_cache import CompressedPrefixCache
 from vllm_kvzip.vllm_bridge.scheduler.prefix_lookup import PrefixLookup, options
-from vllm_kvzip.vllm_bridge.scheduler.room import blocks_to_admit
+from vllm_kvzip.vllm_bridge.scheduler.room import blocks_to_admit, new_row, up_to_first_crossing
 from vllm_kvzip.vllm_bridge.scheduler.row_state import PrefixRun, Reservation, RowState
 from vllm_kvzip.vllm_bridge.scheduler.step_news import publish_step
 from vllm_kvzip.vllm_bridge.scheduler.unconfirmed import UnconfirmedRuns
@@ -43,6 +43,8 @@ class HeadPageManager(FullAttentionManager):
             sets the request before each of them.
         rows: state of each row, by request id; just of the requests that hold blocks.
         crossing: those of them that hold reserved blocks.
+        waiting_round: the first request whose round waits for room in this step.
+        by_priority: whether less important requests are preempted first.
         prefixes: cached compressed prefixes.
         others: KV cache groups that are not compressed.
         unconfirmed: compressions that the workers have not yet reported on.
@@ -51,6 +53,8 @@ class HeadPageManager(FullAttentionManager):
     """
 
     drops_last_block = False
+    by_priority = False
+    waiting_round: Request | None = None
 
     def __init__(self, kv_cache_spec: CompressionTerms, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
@@ -91,6 +95,7 @@ class HeadPageManager(FullAttentionManager):
         out, which is often the one that has just completed its prompt.
         """
         super().new_step_starts()
+        self.waiting_round = None
         for request_id, row in list(self.crossing.items()):
             request = row.request
             if row.can_fold(request.num_computed_tokens - request.num_in_flight_tokens):
@@ -152,11 +157,13 @@ class HeadPageManager(FullAttentionManager):
                 missing = num_tokens - len(self.req_to_blocks[request_id]) * self.block_size
                 return 0 if missing <= 0 else -(-missing // self.block_size)
         elif row is None:  # the row that it would begin
-            request = self._introduced(request_id)
-            row = RowState(
-                request, self._next_plan(request, self.prefixes.owner(new_computed_blocks))
-            )
+            if self.waiting_round is not None:
+                return int(self.block_pool.num_gpu_blocks)  # so many are never free
+            request, run = self._introduced(request_id), self.prefixes.owner(new_computed_blocks)
+            row = new_row(self.rule, request, self._next_plan(request, run))
         num_reserved = row.num_reserved_blocks(num_tokens_main_model)
+        if apply_admission_cap and num_reserved:
+            num_tokens = up_to_first_crossing(self, row, num_tokens)
         count: int = super().get_num_blocks_to_allocate(
             request_id,
             num_tokens + num_reserved * self.block_size,
@@ -221,7 +228,7 @@ class HeadPageManager(FullAttentionManager):
         elif row.run is not None:
             row_blocks = self.req_to_blocks[request.request_id]
             self.num_cached_block[request.request_id] = self.prefixes.cache_tail(
-                row.run, request.block_hashes, row_blocks, first, num_tokens
+                row.run, request.block_hashes, row_blocks, first, row.most_tail_tokens(num_tokens)
             )
             return
         super().cache_blocks(request, num_tokens, *args, **kwargs)
@@ -319,8 +326,7 @@ class HeadPageManager(FullAttentionManager):
     def _begin_row(self, request_id: str, run: PrefixRun | None = None) -> RowState:
         """The state of a new row, which begins with ``run`` or with raw blocks."""
         request = self._introduced(request_id)
-        row = self.rows[request_id] = RowState(request, self._next_plan(request, run))
-        row.settled_blocks = self.rule.settled_blocks(request.num_prompt_tokens, options(request))
+        row = self.rows[request_id] = new_row(self.rule, request, self._next_plan(request, run))
         reason = self._skip_reason(request) if run is None else None
         if reason and reason not in FAILURES:  # failures are counted when they happen
             self._recorder.skipped(reason)
@@ -338,7 +344,7 @@ class HeadPageManager(FullAttentionManager):
         if self.enable_caching:
             prefix_hash = self._lookup.shared_hash(row.request, plan, row.num_found_raw_tokens)
         row_blocks = self.req_to_blocks[request_id]
-        row.reserve(Reservation(len(row_blocks), PrefixRun(plan, blocks, prefix_hash)), num_tokens)
+        row.reserve(Reservation(len(row_blocks), PrefixRun(plan, blocks, prefix_hash), num_tokens))
         row_blocks.extend(blocks)
         self.crossing[request_id] = row
         self._changed.append(row)

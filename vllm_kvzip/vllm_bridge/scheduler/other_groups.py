@@ -73,6 +73,7 @@ class OtherGroups:
         ) -> None:
             row = self._rows[request.request_id]
             if row.num_raw_tokens is None and row.run is not None:
+                num_tokens = row.most_tail_tokens(num_tokens)
                 boundaries = [*replay_boundaries, request.shared_prefix_boundary]
                 self._cache_tail(manager, row.run, request, num_tokens, boundaries, *args, **kwargs)
                 return

@@ -72,10 +72,13 @@ class Reservation:
     Attributes:
         start: index of the first of them in the row.
         run: the blocks, and the plan of the compression that fills them.
+        num_tokens: computed tokens once the crossing step has run; those behind them are computed
+            over the compressed prefix.
     """
 
     start: int
     run: PrefixRun
+    num_tokens: int
 
 
 @dataclass(eq=False)
@@ -98,6 +101,7 @@ class RowState:
             first blocks are reserved; None before, and in a row that began with a run.
         has_hit: it began with a run in the step that is being scheduled.
         has_crossed: blocks were reserved in the step that is being scheduled.
+        round_blocks: what its largest round to come keeps; 0 where none comes.
         settled_blocks: what it holds on average while it answers in rounds; 0 without rounds.
         busy_from: while fewer tokens than that are computed, the row needs nothing but blocks for
             its next tokens; 0 while it is crossing. What is asked for each running request in each
@@ -114,6 +118,7 @@ class RowState:
     num_raw_tokens: int | None = None
     has_hit: bool = False
     has_crossed: bool = False
+    round_blocks: int = 0
     settled_blocks: int = 0
     busy_from: int = 0
 
@@ -163,18 +168,28 @@ class RowState:
         self.num_loading_tokens = num_local_tokens + num_external_tokens
         self.num_found_raw_tokens = self.num_loading_tokens
 
-    def reserve(self, reservation: Reservation, num_tokens: int) -> None:
+    def reserve(self, reservation: Reservation) -> None:
         """The row is crossing from now on.
 
         Args:
             reservation: the blocks that were appended to it.
-            num_tokens: computed tokens once the step has run.
         """
         if self.run is None:
-            self.num_raw_tokens = num_tokens
+            self.num_raw_tokens = reservation.num_tokens
         self.reservation = reservation
         self.has_crossed = True
         self.busy_from = 0
+
+    def most_tail_tokens(self, num_tokens: int) -> int:
+        """Of ``num_tokens`` tokens of the request, how many may be published as computed over the
+        run that its row begins with.
+
+        Behind the crossing step the next compressed prefix is read, and the reserve stands in the
+        row where these tokens' blocks would.
+        """
+        if self.reservation is None:
+            return num_tokens
+        return min(num_tokens, self.reservation.num_tokens)
 
     def can_fold(self, num_processed_tokens: int) -> bool:
         """Whether the step that completes the prefix has been processed.
@@ -192,6 +207,8 @@ class RowState:
         self.run = self.reservation.run
         self.reservation = None
         self.plan = next_plan
+        if next_plan is None:
+            self.round_blocks = 0
         self._rest()
 
     def _rest(self) -> None:

@@ -20,12 +20,11 @@ from __future__ import annotations
 import functools
 import time
 from contextlib import contextmanager, nullcontext
-from copy import copy
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvzip.errors import UnsupportedError
-from vllm_kvzip.planning.request_options import LEFT_ALONE, has_options
+from vllm_kvzip.planning.request_options import has_options
 from vllm_kvzip.vllm_bridge.compressed_group import CompressedGroup, block_bytes
 from vllm_kvzip.vllm_bridge.connectors.raw_rows import show_raw_rows
 from vllm_kvzip.vllm_bridge.contexts.calls import install_calls
@@ -34,7 +33,7 @@ from vllm_kvzip.vllm_bridge.scheduler.block_manager import HeadPageManager
 from vllm_kvzip.vllm_bridge.scheduler.idle_expiry import IdleExpiry
 from vllm_kvzip.vllm_bridge.scheduler.other_groups import introduce_groups
 from vllm_kvzip.vllm_bridge.scheduler.repeat_schedule import RepeatSchedule
-from vllm_kvzip.vllm_bridge.scheduler.room import next_stop
+from vllm_kvzip.vllm_bridge.scheduler.room import next_stop, warning_of_large_budget
 from vllm_kvzip.vllm_bridge.scheduler.terms import CompressionTerms
 from vllm_kvzip.vllm_bridge.scheduler.unconfirmed import withdraw_uncomputed
 from vllm_kvzip.vllm_bridge.settings import KEY
@@ -184,9 +183,12 @@ class _HeadPageScheduling:
         if (repeat := self._kvzip_manager.kv_cache_spec.repeat) is not None:
             tokens = self.scheduler_config.max_num_batched_tokens
             self._kvzip_repeats = RepeatSchedule(repeat, tokens, 1 + self.num_spec_tokens)
-        rounds = self._kvzip_manager.rule.has_rounds
+        self._kvzip_manager.by_priority = self.scheduler_config.policy == "priority"
+        rule, longest = self._kvzip_manager.rule, self.vllm_config.model_config.max_model_len
+        if warning := warning_of_large_budget(rule, longest):
+            logger.warning(warning)
         self._kvzip_has_states = self.need_mamba_block_aligned_split
-        self._kvzip_splits = rounds or self._kvzip_repeats is not None
+        self._kvzip_splits = rule.has_rounds or self._kvzip_repeats is not None
         if self._kvzip_splits:
             self.need_mamba_block_aligned_split = True
 
@@ -258,11 +260,7 @@ class _HeadPageScheduling:
                 "scores are NaN or infinite.",
                 request.request_id,
             )
-        params = copy(request.sampling_params)  # samples of one request share it
-        assert params is not None  # pooling models are refused
-        params.extra_args = {**(params.extra_args or {}), LEFT_ALONE: reason}
-        request.sampling_params = params
-        self._kvzip_manager.unconfirmed.leave_alone(request)
+        self._kvzip_manager.unconfirmed.leave_alone(request, reason)
         if request.status == RequestStatus.RUNNING:
             self.running.remove(request)
             self._preempt_request(request, time.monotonic(), drop_stale_output=True)

@@ -8,8 +8,11 @@ raw blocks that vLLM has published for a step which then does not compute them.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from vllm_kvzip.planning.request_options import LEFT_ALONE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -103,8 +106,17 @@ class UnconfirmedRuns:
                 self._recorder.compressed(entry.run.plan, *entry.folded)
         return affected
 
-    def leave_alone(self, request: Request) -> None:
-        """Tell the workers, with the next step, that a request is not compressed any more."""
+    def leave_alone(self, request: Request, reason: str) -> None:
+        """Nothing of a request is compressed any more; the workers are told with the next step.
+
+        Args:
+            request: it holds no blocks, or is about to give them up.
+            reason: one of ``metrics.SKIP_REASONS``.
+        """
+        params = copy(request.sampling_params)  # samples of one request share it
+        assert params is not None  # pooling models are refused
+        params.extra_args = {**(params.extra_args or {}), LEFT_ALONE: reason}
+        request.sampling_params = params
         self._left_alone.append(request.request_id)
 
     def take_left_alone(self) -> list[str]:
@@ -141,10 +153,12 @@ def withdraw_uncomputed(manager: HeadPageManager, request: Request) -> None:
     for of_group in (manager, *manager.others.all_managers()):
         first = request.num_computed_tokens // of_group.block_size
         given_up = of_group.req_to_blocks.get(request.request_id, [])[first:]
+        has_runs = of_group is manager  # whose blocks are written also after a preemption
         of_group.block_pool.evict_blocks(
             {
                 block.block_id
-                for block in given_up  # blocks of a run are written also after a preemption
-                if block.block_hash is not None and manager.prefixes.owner([block]) is None
+                for block in given_up
+                if block.block_hash is not None
+                and not (has_runs and manager.prefixes.owner([block]))
             }
         )
