@@ -194,7 +194,7 @@ def test_a_chat_context_may_end_behind_the_marker_of_an_answer(server):
         ({"prompt": []}, 400, "prompt"),
         ({"prompt": [7] * 300, "model": "other"}, 404, "`other` does not exist"),
         ({"prompt": [7] * 300, "cache_salt": ""}, 400, "cache_salt"),
-        ({"messages": [{"role": "user", "content": [5]}]}, 400, "content"),
+        ({"messages": [{"role": "user", "content": [5]}]}, 400, "ContentPart"),
         ({"messages": [{"role": "user", "content": 5}]}, 400, "content"),
     ],
 )
