@@ -30,7 +30,12 @@ class LeftAloneError(RequestError):
     Args:
         message: one sentence.
         reason: one of ``metrics.SKIP_REASONS``.
+
+    Attributes:
+        TYPE: by which a client of the HTTP endpoint tells it from other refusals.
     """
+
+    TYPE = "kvzip_left_alone"
 
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)

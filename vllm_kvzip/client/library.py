@@ -14,6 +14,7 @@ from vllm_kvzip.client.text.documents import Document, read_document
 from vllm_kvzip.client.text.parts import PartLimits, split
 from vllm_kvzip.client.text.quotes import PassageIndex
 from vllm_kvzip.client.together import all_of
+from vllm_kvzip.errors import LeftAloneError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,7 +28,6 @@ ROOM_SHARE = 0.25  # of the server's limit, where that is less
 CACHE_SHARE = 0.5  # of the cache that one part may take; its compressed form is written beside it
 READS_AT_ONCE = 2
 LEAST_PART_TOKENS = 32
-LEFT_ALONE = "kvzip_left_alone"  # type of a server's error: the context can be used as it is
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ class AsyncContextLibrary:
             try:
                 told = await self.server.compress(messages, self._keep_ratio)
             except ServerError as error:
-                if error.kind != LEFT_ALONE:
+                if error.kind != LeftAloneError.TYPE:
                     raise
                 plain = await self._read_plainly(document, part)
                 return replace(plain, left_alone=str(error))

@@ -66,24 +66,26 @@ def _ask(args: argparse.Namespace, progress: Any) -> tuple[dict[str, Any], list[
     """
     from vllm_kvzip.client import ClientError, read_document
 
-    failures = []
-
+    failures: list[str] = []
     if args.report is not None:
         args.report.mkdir(parents=True, exist_ok=True)
     documents = [read_document(file) for file in args.files]
-    told = _run(args, documents, progress, compress=True)
-    if (failed := told.pop("no_pages", None)) is not None:
-        failures.append(failed)
+    told = _run(args, documents, progress, failures, compress=True)
     if args.compare:
         try:
-            told["without_compression"] = _run(args, documents, progress, compress=False)
+            told["without_compression"] = _run(args, documents, progress, failures, compress=False)
         except ClientError as error:
             failures.append(f"Without compression: {error}")
     return told, failures
 
 
 def _run(
-    args: argparse.Namespace, documents: Sequence[Any], progress: Any, *, compress: bool
+    args: argparse.Namespace,
+    documents: Sequence[Any],
+    progress: Any,
+    failures: list[str],
+    *,
+    compress: bool,
 ) -> dict[str, Any]:
     from vllm_kvzip.client import ClientError, ContextLibrary, Reader
 
@@ -112,16 +114,16 @@ def _run(
             progress.ask(number, len(args.question), question)
             answers.append(reader.ask(question, verify=args.verify))
         parts = [part for reading in readings for part in reading.parts]
-        pages: dict[str, Any] = {"pages": []}
+        pages: list[str] = []
         if args.report is not None and compress:
             from vllm_kvzip.command.part_pages import write_pages
 
             try:
-                pages["pages"] = write_pages(
+                pages = write_pages(
                     library, readings, args.report, args.keep_ratio, progress.explain
                 )
             except (ClientError, OSError) as error:
-                pages["no_pages"] = str(error)
+                failures.append(str(error))
         return {
             "documents": [
                 {"name": r.document.name, "sha256": r.document.digest, "parts": len(r.parts)}
@@ -137,7 +139,7 @@ def _run(
                 "blocks_before": sum(part.blocks_before for part in parts),
             },
             "answers": [answer.as_dict() for answer in answers],
-            **pages,
+            "pages": pages,
         }
 
 

@@ -50,8 +50,6 @@ from vllm_kvzip.vllm_bridge.symbols import (
     with_cancellation,
 )
 
-LEFT_ALONE = "kvzip_left_alone"
-
 
 class ContextRequest(BaseModel):
     """Body of ``POST``: either ``prompt`` or ``messages``, the start of later requests.
@@ -226,7 +224,7 @@ async def _asked(body: ContextRequest, raw_request: Request) -> _Asked | JSONRes
 
 def _left_alone(error: LeftAloneError) -> JSONResponse:
     """A refusal by whose ``type`` a client sees that it can use the context as it is."""
-    told = {"message": str(error), "type": LEFT_ALONE, "param": error.reason, "code": 400}
+    told = {"message": str(error), "type": error.TYPE, "param": error.reason, "code": 400}
     return JSONResponse({"error": told}, status_code=400)
 
 
